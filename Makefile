@@ -1,0 +1,52 @@
+# The whole pipeline: `make preprocess train evaluate` (sets up .venv first), `make test`, `make help`.
+EXPERIMENT ?= demo
+RAW_DIR ?=
+GPUS ?=
+ARGS ?=
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+PIP_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed-$(subst /,-,$(CONSTRAINTS))
+OVERRIDES = experiment=$(EXPERIMENT) $(if $(RAW_DIR),data.raw_dir=$(RAW_DIR)) $(ARGS)
+PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
+
+.PHONY: help setup preprocess train evaluate test check clean
+.NOTPARALLEL:  # a stage reads what the one before it wrote
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo "variables: EXPERIMENT=$(EXPERIMENT) RAW_DIR=$(RAW_DIR) GPUS=$(GPUS) ARGS='key=value ...' CONSTRAINTS=$(CONSTRAINTS) PIP_ARGS= PYTHON=$(PYTHON)"
+
+setup: $(INSTALLED)  ## create .venv and install the pinned packages; again only when they change
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@echo "installing into .venv (once; several GB of PyTorch, some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable '.[dev]'
+	@rm -f .venv/installed-* && touch $@
+
+preprocess: setup  ## raw images -> shards, index and manifest in data/
+	$(BIN)/python preprocess.py $(OVERRIDES)
+
+train: setup  ## shards -> weights in runs/
+	$(BIN)/python train.py $(OVERRIDES) $(PROCESSES)
+
+evaluate: setup  ## weights -> top-1 and top-5 over the whole validation set
+	$(BIN)/python evaluate.py $(OVERRIDES) $(PROCESSES)
+
+test: setup  ## every test, on a CPU
+	$(BIN)/python -m pytest
+
+check: setup  ## linter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove caches and .venv; data/ and runs/ stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
