@@ -1,0 +1,29 @@
+"""The reference ResNet-50 / ImageNet pipeline that emits its own recipe. The map, in reading order:
+
+ground floor, importable without torch
+    errors         what stops a run, each kind with its exit code
+    config         typed schema of every knob, cross-field checks, identity of a recipe
+    records        what each stage leaves behind: frozen records <-> JSON
+    run            the known files of a run directory; atomic writes
+    provenance     commit and tree state, command, hardware, versions
+    composition    from the command line to a Config
+ground floor, torch
+    distributed    launch(), World, reductions
+    model          ResNet-50 and its sources
+    checkpoint     atomic save, verified load
+chapters
+    data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
+                   images, shards, packing, merging, expectation, processing, reporting, progress; adoption;
+                   transforms, loading
+    evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
+    performance    a run's checkpoint on the whole validation set
+    training       schedule, optimization, augmentation, averaging; build, state, pinning; loop, measurement, journal,
+                   record
+    document       facts, blocks, dynamics, commands, formatting, figures, render: from records to pages, without torch
+"""
+
+import os
+
+# Before torch loads its OpenMP runtime: threads that wait are to sleep, not to spin. Spinning ones take the cores from
+# the threads that decode; on 2 busy cores training the `smoke` network was 6 to 7 times slower with them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,191 @@
+"""From the command line to a `Config`: the only place, besides `config`, that knows Hydra.
+
+Training composes `conf/` and pins what it got. Later stages read the pinned configuration and take from the
+command line only their own group and facts of the machine; a pinned key given another value stops, with both values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipe.config import MACHINE_FACTS, Config, leaves, typed
+from recipe.errors import UserError, one_clear_sentence
+from recipe.run import Run, shown_path
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what Hydra has to say about a command line becomes one sentence too."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
+    with one_clear_sentence():
+        try:
+            main()
+        except HydraException as error:
+            raise UserError(_explained(error)) from error
+
+
+def _explained(error: HydraException) -> str:
+    """Hydra's reason on one line, without its advice to add an unknown key and its search path; and a near miss."""
+    reasons = [str(error), str(error.__cause__ or "")]
+    text = " ".join(" ".join(reasons).split())
+    text = re.sub(
+        r"To append to your config use \S+ ?|Config search path:.*|(full_key:|object_type=|reference_type=)\s*\S+",
+        "",
+        text,
+    )
+    unknown = re.search(r"override '([\w.]+)'", text)
+    near = difflib.get_close_matches(unknown[1], _known_keys(), 1) if unknown else []
+    return text.strip() + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _known_keys(schema: type = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema, dotted."""
+    keys: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        keys += (
+            _known_keys(kind, f"{prefix}{name}.")
+            if isinstance(kind, type) and is_dataclass(kind)
+            else [f"{prefix}{name}"]
+        )
+    return keys
+
+
+def composed_config(composed: DictConfig) -> Config:
+    """The configuration of preprocess.py and train.py; a multirun gets a directory for each of its values."""
+    config = typed(composed)
+    suffix = swept_suffix()
+    if suffix:
+        config.run_dir = f"{config.run_dir}-{suffix}"
+    return config
+
+
+def swept_suffix() -> str:
+    """What tells this job of a multirun from its sisters, such as `seed-1`; empty outside a multirun."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return ""
+    typed_overrides = _parsed([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
+    swept = {override.key_or_group for override in typed_overrides if override.is_sweep_override()}
+    swept |= set(hydra.sweeper.get("params") or {})
+    mine = [override for override in _parsed(list(hydra.overrides.task)) if override.key_or_group in swept]
+    return "-".join(
+        f"{override.key_or_group}-{override.get_value_element_as_str()}".replace("/", "_")
+        for override in mine
+        if override.key_or_group != "run_dir"
+    )
+
+
+def pinned_config(own_group: str) -> Config:
+    """The configuration of a stage after training: the run's own, with `own_group` and machine facts from here.
+
+    Raises `UserError` where the run directory holds none, and where the command line contradicts it.
+    """
+    given = list(HydraConfig.get().overrides.task)
+    run = Run(_run_dir(given))
+    pinned = run.read_config()
+    if pinned is None:
+        raise UserError(
+            f"{shown_path(run.directory)} holds no run: train it first, with `python train.py "
+            f"run_dir={shown_path(run.directory)}` and the experiment that you want"
+        )
+    composed = compose("config", [*_experiment(pinned["name"]), *_without_experiment(given, pinned["name"])])
+    mine = {key for key in _keys(given, composed) if key in MACHINE_FACTS or key.startswith(f"{own_group}.")}
+    _refuse_contradictions(_keys(given, composed) - mine, composed, pinned)
+    _must_be_whole(pinned, composed, shown_path(run.config))
+    try:
+        merged = OmegaConf.merge(composed, _without(pinned, mine))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{shown_path(run.config)}, key {error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return typed(merged)
+
+
+def _must_be_whole(stored: dict[str, Any], composed: DictConfig, where: str) -> None:
+    """A missing value must not become today's default for yesterday's run."""
+    schema = leaves(OmegaConf.to_container(composed)).keys() - set(MACHINE_FACTS)  # type: ignore[arg-type]
+    found = leaves(stored).keys()
+    if schema != found:
+        wrong = [
+            *(f"{key} is missing" for key in sorted(schema - found)),
+            *(f"{key} is unknown" for key in sorted(found - schema)),
+        ]
+        raise UserError(
+            f"{where} does not fit this version of the code ({'; '.join(wrong)}): "
+            "use the commit that the run was trained with"
+        )
+
+
+def _experiment(name: str) -> list[str]:
+    """The experiment's file, for the machine facts that it suggests; a run may also have a name of its own."""
+    known = GlobalHydra.instance().config_loader().get_group_options("experiment")
+    return [f"experiment={name}"] if name in known else []
+
+
+def _run_dir(given: list[str]) -> str:
+    return str(compose("config", given).run_dir)
+
+
+def _parsed(overrides: list[str]) -> list[Override]:
+    return list(OverridesParser.create().parse_overrides(overrides))
+
+
+def _without_experiment(given: list[str], pinned_name: str) -> list[str]:
+    """The other overrides; an experiment may be named again, but not another one."""
+    for override in _parsed(given):
+        if override.key_or_group == "experiment" and override.value() != pinned_name:
+            raise UserError(
+                f"this run is of experiment={pinned_name}, not experiment={override.value()}; leave it out "
+                "or give another run_dir"
+            )
+    return [word for word, override in zip(given, _parsed(given), strict=True) if override.key_or_group != "experiment"]
+
+
+def _keys(given: list[str], composed: DictConfig) -> set[str]:
+    """Every value that the command line touched; a group stands for all of its values."""
+    everything = leaves(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    touched = {override.key_or_group.replace("/", ".") for override in _parsed(given)} - {"experiment"}
+    return {key for key in everything if any(key == word or key.startswith(f"{word}.") for word in touched)}
+
+
+def _refuse_contradictions(keys: set[str], composed: DictConfig, pinned: dict[str, Any]) -> None:
+    ours = leaves(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+    theirs = leaves(pinned)
+    changed = [
+        f"{key}: {theirs.get(key)} -> {_plain(ours[key])}"
+        for key in sorted(keys)
+        if _plain(ours[key]) != theirs.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"the run was trained with another configuration ({'; '.join(changed)}); leave these keys out, "
+            "or train another run with them"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Enums as the words that YAML holds."""
+    return getattr(value, "value", value)
+
+
+def _without(pinned: dict[str, Any], keys: set[str]) -> DictConfig:
+    """The pinned values but for those that this command gives anew."""
+    kept = OmegaConf.create({})
+    for key, value in leaves(pinned).items():
+        if key not in keys:
+            OmegaConf.update(kept, key, value)
+    return kept

@@ -1,0 +1,456 @@
+"""Every knob of the pipeline, typed: types live here, values in `conf/`, each stated once.
+
+Hydra composes `conf/`, `typed` turns the result into these plain dataclasses, and Hydra ends there. An unknown key,
+a wrong type or an impossible combination stops before any work and names the key. There is no `_target_`
+anywhere: a configuration from a stranger is data and cannot run code.
+
+Two kinds of keys are told apart. What defines the recipe is *pinned* into the run by training and hashed
+(`config_sha256`, and `recipe_id` without the seed); facts of the machine (`MACHINE_FACTS`) may change between
+one command and the next without changing the recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipe.errors import UserError
+
+MACHINE_FACTS = (
+    "run_dir",
+    "data.raw_dir",
+    "data.directory",
+    "data.processes",
+    "model.weights",
+    "trainer.gpus",
+    "trainer.accelerator",
+    "trainer.max_images_per_process",
+    "trainer.cpu_threads",
+    "trainer.data_threads",
+    "trainer.prefetch_batches",
+    "trainer.timeout_seconds",
+    "trainer.restart",
+)
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class Source(str, Enum):
+    """Where raw images come from."""
+
+    imagenet = "imagenet"
+    imagenette = "imagenette"
+    folder = "folder"
+    demo = "demo"
+
+
+class Expectation(str, Enum):
+    """What the raw data must be before anything is written."""
+
+    ilsvrc2012 = "ilsvrc2012"
+    nothing = "nothing"
+
+
+class Corrupt(str, Enum):
+    """What to do with an image that cannot be decoded."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Decoder(str, Enum):
+    """The library that turns JPEG bytes into pixels."""
+
+    torchcodec = "torchcodec"
+    pillow = "pillow"
+
+
+class Interpolation(str, Enum):
+    """How pixels are resampled; always antialiased."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class ScheduleKind(str, Enum):
+    """The shape of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    step = "step"
+
+
+class Precision(str, Enum):
+    """The arithmetic of the forward and backward pass; weights are always fp32."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Accelerator(str, Enum):
+    """The kind of device to train on."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@dataclass
+class DataDescription:
+    """What only people know about a data set; printed as *declared*, or *unknown* where it is empty."""
+
+    summary: str = ""
+    origin: str = ""
+    licence: str = ""
+    access: str = ""
+    labels: str = ""
+    test_set: str = ""
+    biases: str = ""
+    adding_samples: str = ""
+    papers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelDescription:
+    """What only people know about a model."""
+
+    summary: str = ""
+    papers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ExperimentDescription:
+    """What only people know about an experiment: its purpose, what it should reach and where that number is from."""
+
+    summary: str = ""
+    hardware: str = ""
+    expected_time: str = ""
+    expected_accuracy: str = ""
+    expected_source: str = ""
+    papers: list[str] = field(default_factory=list)
+    action_items: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """A data set: where its raw images are, what they must be, and how they are stored and normalised."""
+
+    name: str  # the folder under data/ and the name in the document
+    source: Source
+    raw_dir: str | None  # the raw archives or folders
+    directory: str  # the processed shards, index and manifest
+    expect: Expectation
+    corrupt: Corrupt = Corrupt.stop
+    resize_short_side: int | None = None  # pixels; training images only; None keeps the original bytes
+    quality: int = 90  # JPEG quality of resized training images
+    validation_fraction: float = 0.1  # share held out by hash where a folder brings no validation set
+    images_per_shard: int = 1000
+    processes: int | None = None  # of preprocess.py; None: one per core
+    train_images_per_class: int = 0  # of the demo, which is drawn
+    validation_images_per_class: int = 0
+    decoder: Decoder = Decoder.torchcodec
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # RGB in [0, 1]
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    description: DataDescription = field(default_factory=DataDescription)
+
+    def __post_init__(self) -> None:
+        require(NAME.match(self.name), "data.name", self.name, "letters, digits, '.', '_' and '-'")
+        require(
+            self.resize_short_side is None or self.resize_short_side >= 8,
+            "data.resize_short_side",
+            self.resize_short_side,
+            "8 pixels or more, or null",
+        )
+        require(1 <= self.quality <= 100, "data.quality", self.quality, "between 1 and 100")
+        require(
+            0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "between 0 and 1"
+        )
+        require(self.images_per_shard >= 1, "data.images_per_shard", self.images_per_shard, "1 or more")
+        require(self.processes is None or self.processes >= 1, "data.processes", self.processes, "1 or more, or null")
+        require(len(self.mean) == 3, "data.mean", self.mean, "three numbers (R, G, B)")
+        require(len(self.std) == 3 and min(self.std) > 0, "data.std", self.std, "three positive numbers (R, G, B)")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A network: any torchvision classifier by its name, or `small` (for images of CIFAR's size)."""
+
+    name: str
+    zero_init_last_norm: bool = False  # the last norm of every residual block starts at zero (arXiv 1706.02677)
+    norm: str = "batch"  # of `small` only: batch or none
+    weights: str | None = None  # a file of weights to start from; its hash is pinned, not its path
+    weights_sha256: str | None = None
+    description: ModelDescription = field(default_factory=ModelDescription)
+
+    def __post_init__(self) -> None:
+        require(self.norm in ("batch", "none"), "model.norm", self.norm, "batch or none")
+
+
+@dataclass(kw_only=True)
+class AveragingConfig:
+    """Exponential moving average of weights and buffers; a decay of 0 switches it off."""
+
+    decay: float = 0.0  # per update
+    every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, "optimization.averaging.decay", self.decay, "at least 0 and below 1")
+        require(self.every_steps >= 1, "optimization.averaging.every_steps", self.every_steps, "1 or more")
+
+
+@dataclass(kw_only=True)
+class OptimizationConfig:
+    """How the weights move. Batch size and learning rate are global: adding GPUs edits nothing here."""
+
+    epochs: int
+    batch_size: int  # images per optimizer step, over all processes
+    learning_rate: float  # at the end of the warm-up, for this batch size
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decay_norms_and_biases: bool
+    label_smoothing: float
+    schedule: ScheduleKind
+    warmup_epochs: float  # linear from warmup_start_factor x learning_rate, per optimizer step
+    warmup_start_factor: float
+    step_epochs: list[int]  # of the step schedule: epochs after which the rate is multiplied by step_factor
+    step_factor: float
+    averaging: AveragingConfig
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "optimization.epochs", self.epochs, "1 or more")
+        require(self.batch_size >= 1, "optimization.batch_size", self.batch_size, "1 or more")
+        require(self.learning_rate > 0, "optimization.learning_rate", self.learning_rate, "above 0")
+        require(0 <= self.momentum < 1, "optimization.momentum", self.momentum, "at least 0 and below 1")
+        require(self.weight_decay >= 0, "optimization.weight_decay", self.weight_decay, "0 or more")
+        require(
+            0 <= self.label_smoothing < 1,
+            "optimization.label_smoothing",
+            self.label_smoothing,
+            "at least 0 and below 1",
+        )
+        require(
+            0 <= self.warmup_epochs <= self.epochs,
+            "optimization.warmup_epochs",
+            self.warmup_epochs,
+            f"between 0 and optimization.epochs={self.epochs}",
+        )
+        require(
+            0 <= self.warmup_start_factor <= 1,
+            "optimization.warmup_start_factor",
+            self.warmup_start_factor,
+            "between 0 and 1",
+        )
+        require(
+            self.step_epochs == sorted(self.step_epochs),
+            "optimization.step_epochs",
+            self.step_epochs,
+            "in rising order",
+        )
+        require(
+            not self.nesterov or self.momentum > 0,
+            "optimization.nesterov",
+            self.nesterov,
+            "false, or optimization.momentum above 0",
+        )
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """What happens to a training image; each draw is a function of (seed, epoch, image)."""
+
+    crop_pixels: int  # side of the square that the network sees
+    scale_min: float  # share of the image's area that a crop covers
+    scale_max: float
+    ratio_min: float  # width / height of a crop before it is resized
+    ratio_max: float
+    flip_probability: float
+    interpolation: Interpolation
+
+    def __post_init__(self) -> None:
+        require(self.crop_pixels >= 8, "augmentation.crop_pixels", self.crop_pixels, "8 or more")
+        require(
+            0 < self.scale_min <= self.scale_max <= 1,
+            "augmentation.scale_min",
+            self.scale_min,
+            f"above 0 and at most augmentation.scale_max={self.scale_max}, which is at most 1",
+        )
+        require(
+            0 < self.ratio_min <= self.ratio_max,
+            "augmentation.ratio_min",
+            self.ratio_min,
+            f"above 0 and at most augmentation.ratio_max={self.ratio_max}",
+        )
+        require(
+            0 <= self.flip_probability <= 1, "augmentation.flip_probability", self.flip_probability, "between 0 and 1"
+        )
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How to run, never what to learn: processes, arithmetic, threads, cadences."""
+
+    gpus: int | None  # processes on this node; None: torchrun's number, else every visible GPU, else one CPU process
+    accelerator: Accelerator
+    precision: Precision
+    channels_last: bool
+    compile: bool
+    deterministic: bool
+    max_images_per_process: int  # caps one forward pass; gradient accumulation is derived from it
+    cpu_threads: int | None  # of torch in each process; None: the cores divided by the processes
+    data_threads: int | None  # that decode and augment in each process; None: the cores divided by the processes
+    prefetch_batches: int
+    log_every_steps: int
+    keep_checkpoints: int
+    timeout_seconds: int  # of a collective operation
+    restart: bool  # move an old run aside and begin anew
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "cpu_threads", "data_threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"trainer.{name}", value, "1 or more, or null")
+        for name in (
+            "max_images_per_process",
+            "prefetch_batches",
+            "log_every_steps",
+            "keep_checkpoints",
+            "timeout_seconds",
+        ):
+            require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """The protocol of the metric; all but the batch size is part of the metric's name."""
+
+    resize_pixels: int  # of the short side, before the centre crop
+    crop_pixels: int
+    interpolation: Interpolation
+    batch_size: int  # images per forward pass; another shape can change the last digits of logits
+    checkpoint: str  # last, best, or the name of a file in the run's checkpoints/
+
+    def __post_init__(self) -> None:
+        require(self.crop_pixels >= 8, "evaluation.crop_pixels", self.crop_pixels, "8 or more")
+        require(
+            self.resize_pixels >= self.crop_pixels,
+            "evaluation.resize_pixels",
+            self.resize_pixels,
+            f"at least evaluation.crop_pixels={self.crop_pixels}",
+        )
+        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One recipe: everything that `preprocess.py`, `train.py` and `evaluate.py` do follows from it."""
+
+    name: str  # of the experiment: the file in conf/experiment/ and the folder under runs/
+    run_dir: str
+    seed: int
+    description: ExperimentDescription
+    data: DataConfig
+    model: ModelConfig
+    optimization: OptimizationConfig
+    augmentation: AugmentationConfig
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        require(NAME.match(self.name), "name", self.name, "letters, digits, '.', '_' and '-'")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
+
+
+def require(condition: object, key: str, value: object, allowed: str) -> None:
+    """Stop with the key, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{key}={value} cannot be: it must be {allowed}")
+
+
+def typed(composed: DictConfig) -> Config:
+    """The composed configuration as plain dataclasses, checked; raises `UserError` that names the key."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    assert isinstance(config, Config)
+    unknown = leaves(OmegaConf.to_container(composed)).keys() - leaves(untyped(config)).keys()  # type: ignore[arg-type]
+    require(not unknown, "the key", ", ".join(sorted(unknown)), "one that `python train.py --cfg job` prints")
+    return config
+
+
+def untyped(config: Any) -> Any:
+    """Dataclasses and enums as plain dictionaries, lists, strings and numbers (what JSON and YAML can hold)."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {key: untyped(value) for key, value in asdict(config).items()}
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, Mapping):
+        return {str(key): untyped(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [untyped(value) for value in config]
+    return config
+
+
+def pinned(config: Config) -> dict[str, Any]:
+    """What defines the recipe: the configuration without facts of the machine."""
+    values: dict[str, Any] = untyped(config)
+    for key in MACHINE_FACTS:
+        *groups, leaf = key.split(".")
+        section = values
+        for group in groups:
+            section = section[group]
+        del section[leaf]
+    return values
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for one value: sorted keys, no spaces, ASCII. What is hashed is always this."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a plain value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def config_sha256(pinned_values: Mapping[str, Any]) -> str:
+    """Identifies a pinned configuration, the seed included."""
+    return sha256_of(pinned_values)
+
+
+def recipe_id(pinned_values: Mapping[str, Any]) -> str:
+    """Identifies a recipe: runs that share it differ in their seed only."""
+    return sha256_of({key: value for key, value in pinned_values.items() if key != "seed"})
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries flattened: {"data": {"name": "demo"}} -> {"data.name": "demo"}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(leaves(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Each key whose value differs, as `key: before -> after`, in the order of the keys."""
+    old, new = leaves(before), leaves(after)
+    absent = "(absent)"
+    return [
+        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+ConfigStore.instance().store(name="schema", node=Config)

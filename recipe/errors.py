@@ -1,0 +1,56 @@
+"""What stops a run: each kind carries the exit code that schedulers and scripts act on.
+
+A person who sees one of these reads one sentence that names the value and the way out; a programming error
+keeps its traceback. The codes follow sysexits.h.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something that a person can mend: a wrong value, a missing file, a machine that cannot do what was asked."""
+
+    exit_code = 2
+
+
+class NonFiniteError(UserError):
+    """The loss or the weights are no longer finite (EX_DATAERR)."""
+
+    exit_code = 65
+
+
+class DiskError(UserError):
+    """A file could not be written: the disk is full, read-only or gone (EX_IOERR)."""
+
+    exit_code = 74
+
+
+class WorkerError(UserError):
+    """A process of the run stopped; `exit_code` is that process's own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def how_to_continue() -> str:
+    """What to type after an interruption."""
+    restarts = any(word.startswith("trainer.restart=") for word in sys.argv)
+    return "run the same command to continue" + (", without trainer.restart" if restarts else "")
+
+
+@contextmanager
+def one_clear_sentence() -> Iterator[None]:
+    """Print a `UserError` as one line and exit with its code; leave every other exception alone."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print(f"stopped by Ctrl-C; {how_to_continue()}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

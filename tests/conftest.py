@@ -1,0 +1,58 @@
+"""What many tests share: composed configurations and one small preprocessed data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from recipe.config import Config, typed
+from recipe.run import CHECKOUT
+
+SMALL_DEMO = ["data.train_images_per_class=9", "data.validation_images_per_class=4", "data.images_per_shard=40"]
+Compose = Callable[..., Config]
+
+
+def compose_config(*overrides: str) -> Config:
+    """The configuration that these command-line words give."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
+        return typed(compose("config", list(overrides)))
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in an empty directory, where its journal and anything stray ends up."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small demo data set, preprocessed once for the whole session."""
+    from recipe.data.processing import preprocess
+
+    directory = tmp_path_factory.mktemp("small") / "demo"
+    preprocess(
+        compose_config(
+            "experiment=smoke", *SMALL_DEMO, f"data.directory={directory}", f"data.raw_dir={directory.parent / 'raw'}"
+        )
+    )
+    return directory
+
+
+@pytest.fixture
+def smoke(data_directory: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Command-line words for the smoke experiment on the small data set, in a run directory of the test's own."""
+
+    def words(*overrides: str, run: str = "run") -> list[str]:
+        return [
+            "experiment=smoke",
+            *SMALL_DEMO,
+            f"data.directory={data_directory}",
+            f"run_dir={tmp_path / run}",
+            "optimization.batch_size=24",
+            *overrides,
+        ]
+
+    return words

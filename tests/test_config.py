@@ -1,0 +1,116 @@
+"""The configuration: every experiment composes; what cannot be stops before any work and names the key."""
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+
+from recipe.config import (
+    MACHINE_FACTS,
+    canonical_json,
+    config_sha256,
+    differences,
+    leaves,
+    pinned,
+    recipe_id,
+    untyped,
+)
+from recipe.errors import UserError
+from recipe.run import CHECKOUT
+from tests.conftest import compose_config
+
+EXPERIMENTS = sorted(path.stem for path in (CHECKOUT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_under_its_own_name(experiment: str) -> None:
+    config = compose_config(f"experiment={experiment}")
+    assert config.name == experiment
+    assert config.run_dir == f"runs/{experiment}"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_opens_with_its_contract(experiment: str) -> None:
+    header = (CHECKOUT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
+    for item in ("# command:", "# hardware:", "# time:", "# expected:"):
+        assert item in header
+
+
+def test_the_reference_is_the_default() -> None:
+    assert compose_config().name == "resnet50_imagenet"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.gpsu=8", "trainer.gpsu"),
+        ("trainer.gpus=many", "trainer.gpus"),
+        ("optimization.schedule=cosin", "optimization.schedule"),
+        ("experiment=resnet51", "resnet51"),
+    ],
+)
+def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) -> None:
+    with pytest.raises(HydraException, match=named):
+        compose_config(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("+optimization.foo=1", "optimization.foo"),
+        ("model=torchvision", "model.name|name"),
+        ("seed=-1", "seed=-1"),
+        ("name=../x", "name=../x"),
+        ("optimization.warmup_epochs=91", "optimization.epochs=90"),
+        ("optimization.learning_rate=0", "optimization.learning_rate=0"),
+        ("optimization.label_smoothing=1", "optimization.label_smoothing=1"),
+        ("optimization.averaging.decay=1.0", "optimization.averaging.decay=1.0"),
+        ("optimization.step_epochs=[60,30]", "optimization.step_epochs"),
+        ("augmentation.scale_min=1.1", "augmentation.scale_min=1.1"),
+        ("evaluation.crop_pixels=300", "evaluation.resize_pixels=232"),
+        ("trainer.gpus=0", "trainer.gpus=0"),
+        ("data.quality=101", "data.quality=101"),
+        ("data.std=[0,1,1]", "data.std"),
+    ],
+)
+def test_what_cannot_be_is_named(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace("+", r"\+").replace("[", r"\[")):
+        compose_config(override)
+
+
+def test_machine_facts_do_not_change_the_recipe() -> None:
+    plain = compose_config("experiment=demo")
+    moved = compose_config(
+        "experiment=demo",
+        "run_dir=/x",
+        "data.raw_dir=/y",
+        "data.directory=/z",
+        "trainer.gpus=2",
+        "trainer.accelerator=cuda",
+        "trainer.data_threads=9",
+        "data.processes=3",
+    )
+    assert pinned(plain) == pinned(moved)
+
+
+def test_every_machine_fact_exists() -> None:
+    assert set(MACHINE_FACTS) <= leaves(untyped(compose_config())).keys()
+
+
+def test_seeds_share_a_recipe() -> None:
+    one, two = (pinned(compose_config("experiment=demo", f"seed={seed}")) for seed in (1, 2))
+    assert config_sha256(one) != config_sha256(two)
+    assert recipe_id(one) == recipe_id(two)
+    assert differences(one, two) == ["seed: 1 -> 2"]
+
+
+def test_no_absolute_path_is_pinned() -> None:
+    assert not [
+        value
+        for value in leaves(pinned(compose_config("data.raw_dir=/data/x"))).values()
+        if isinstance(value, str) and Path(value).is_absolute()
+    ]
+
+
+def test_canonical_json_is_one_spelling() -> None:
+    assert canonical_json({"b": 1.0, "a": [True, None, "é"]}) == b'{"a":[true,null,"\\u00e9"],"b":1.0}'
