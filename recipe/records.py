@@ -1,0 +1,305 @@
+"""What each stage leaves behind: frozen, typed records <-> JSON.
+
+A record holds numbers with their units in their names; formatting happens in the document's template only. Every
+record carries its provenance and the hashes of what went in and came out, so that records form a chain
+raw images -> shards -> weights -> predictions -> metrics, in which a stale link is visible.
+
+Decoding validates: an unknown field, a missing one or a wrong type is refused (a record may come from a stranger).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from recipe.errors import UserError
+
+Setting = str | int | float | bool | None | list[Any] | dict[str, Any]  # any JSON value, read back from a live object
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The base of everything that is written to JSON."""
+
+
+class TreeState(Record, frozen=True, kw_only=True):
+    """The working tree: `clean`, `untracked` files only, `modified`, or `no git`."""
+
+    state: str
+    untracked: list[str] = []
+    patch_sha256: str | None = None  # of records/patches/<hash>.patch beside the record
+
+
+class Hardware(Record, frozen=True, kw_only=True):
+    """The machine of the first process; every node is taken to be alike."""
+
+    processor: str
+    cores: int
+    memory_gib: float
+    accelerator: str | None = None  # the device's own name, such as "NVIDIA H200"
+    accelerators: int = 0  # in this run, over all nodes
+    accelerator_memory_gib: float | None = None
+    compute_capability: str | None = None
+
+
+class Provenance(Record, frozen=True, kw_only=True):
+    """Which code ran, by which command, when, for how long, on what."""
+
+    command: str
+    commit: str | None
+    tree_at_start: TreeState
+    tree_at_end: TreeState
+    source_sha256: str  # over the content of the code that can change a result, at the start of the stage
+    source_sha256_at_end: str
+    started: str  # ISO 8601, UTC
+    seconds: float
+    hardware: Hardware
+    versions: dict[str, str]
+    environment: dict[str, str]
+
+
+class Archive(Record, frozen=True, kw_only=True):
+    """A raw file as it was found."""
+
+    name: str
+    bytes: int
+    md5: str
+    sha256: str
+    is_published_md5: bool | None  # None: nobody published one
+
+
+class Oddity(Record, frozen=True, kw_only=True):
+    """An image that was not taken as it was."""
+
+    split: str
+    key: str
+    what: str  # found
+    done: str  # about it
+
+
+class SplitFacts(Record, frozen=True, kw_only=True):
+    """One split of a processed data set."""
+
+    images: int
+    classes: int
+    images_per_class_min: int
+    images_per_class_max: int
+    raw_sha256: str  # over sorted (key, label, sha256 of the original bytes): the same for tars and folders
+    shards: int
+    shard_bytes: int
+    width_percentiles: list[int]  # pixels at 0, 5, 50, 95 and 100 %
+    height_percentiles: list[int]
+    grey_images: int
+
+
+class LabelExample(Record, frozen=True, kw_only=True):
+    """One worked example of the label convention."""
+
+    key: str
+    index: int
+    class_id: str
+    name: str
+
+
+class PreprocessingRecord(Record, frozen=True, kw_only=True):
+    """The Data chapter: what the raw images were and what was made of them."""
+
+    format: str = "preprocessing/1"
+    config_sha256: str  # of the settings that shape the data set
+    provenance: Provenance
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    description: dict[str, Setting]  # what people declared about the data set
+    data_set: str
+    layout: str  # how the raw files were found: official tars, class folders, Kaggle, ...
+    raw_path: str  # relative to the checkout, or $RAW_DIR
+    processed_path: str
+    expectation: str
+    is_ilsvrc2012: bool
+    archives: list[Archive]
+    splits: dict[str, SplitFacts]
+    class_count: int
+    class_list_sha256: str
+    label_convention: str
+    label_examples: list[LabelExample]
+    validation_split: str  # how the validation set came to be
+    shard_order: str
+    stored_as: str
+    odd_images: dict[str, int]  # kind -> count
+    odd_examples: list[Oddity]  # at most 20; the manifest lists all
+    rejected: list[Oddity]
+    decoded_with: str
+    processes: int
+    images_per_second: float
+    continued_shards: int  # found complete from an interrupted run of the same settings
+
+
+class ParameterGroup(Record, frozen=True, kw_only=True):
+    """One group of the live optimizer."""
+
+    name: str
+    tensors: int
+    parameters: int
+    settings: dict[str, Setting]  # read back from optimizer.param_groups
+
+
+class ModelFacts(Record, frozen=True, kw_only=True):
+    """The network as built."""
+
+    name: str
+    class_name: str
+    classes: int
+    parameters: int
+    architecture_sha256: str  # over module classes with their arguments, and tensor names, shapes and types
+    modules: dict[str, int]  # class -> count
+    batch_norm: dict[str, Setting]
+    zero_initialised_norms: int
+    initial_weights: str  # "random, seed 0" or the hash of the given ones
+    initial_weights_sha256: str
+
+
+class Schedule(Record, frozen=True, kw_only=True):
+    """The learning rate, evaluated at steps."""
+
+    steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    points: list[tuple[int, float]]  # (step, learning rate)
+
+
+class LoaderFacts(Record, frozen=True, kw_only=True):
+    """How batches are made, read back from the live loader."""
+
+    images_per_epoch: int
+    images_left_out_per_epoch: int  # of the last, incomplete batch; other ones in every epoch
+    global_batch_size: int
+    images_per_forward: int  # in one process
+    images_per_batch_norm: int
+    accumulation_steps: int
+    decoder: str
+    threads_per_process: int
+    first_indices: list[int]  # of epoch 0
+    order_sha256: str  # over the order of the first two epochs
+
+
+class Epoch(Record, frozen=True, kw_only=True):
+    """One epoch's cost, by the wall clock of the first process."""
+
+    epoch: int  # counted from 1
+    seconds: float
+    images_per_second: float  # of training, over all processes
+    data_wait_fraction: float
+    validation_seconds: float
+
+
+class Session(Record, frozen=True, kw_only=True):
+    """One uninterrupted stretch of training."""
+
+    started: str
+    first_step: int
+    processes: int
+    is_exact: bool | None  # None: the first session; else whether the continuation can be bit-exact
+    note: str
+
+
+class TrainingRecord(Record, frozen=True, kw_only=True):
+    """The Training chapter: what was trained, how, and how it went."""
+
+    format: str = "training/1"
+    config_sha256: str
+    recipe_id: str
+    provenance: Provenance
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    seed: int
+    model: ModelFacts
+    loss: dict[str, Setting]
+    optimizer: str
+    parameter_groups: list[ParameterGroup]
+    schedule: Schedule
+    augmentation: dict[str, Setting]
+    augmentation_sha256: str  # over the pixels that the live augmentation makes of a fixed image
+    averaging: dict[str, Setting]
+    loader: LoaderFacts
+    precision: dict[str, Setting]
+    processes: int
+    backend: str
+    sessions: list[Session]
+    epochs: list[Epoch]
+    training_seconds: float  # all sessions, validation left out
+    validation_seconds: float
+    images_seen: int
+    peak_accelerator_memory_gib: float | None
+    skipped_steps: int  # by the gradient scaler of fp16
+    validation_protocol: str
+    final: dict[str, float]  # the last train and validation rows
+    best_epoch: int
+    selection: str
+
+
+class Protocol(Record, frozen=True, kw_only=True):
+    """How a metric was measured, read back from the live transform."""
+
+    name: str
+    transform: dict[str, Setting]
+    transform_sha256: str  # over the pixels that it makes of a fixed image
+    decoder: str
+    precision: str
+    arithmetic: dict[str, Setting]  # torch's own switches
+    batch_size: int
+    checkpoint: str
+    epochs_completed: int  # by these weights
+    epochs: int  # of the whole training
+    weights: str  # "as trained" or "moving average"
+
+
+class ClassCounts(Record, frozen=True, kw_only=True):
+    """One row of the per-class table."""
+
+    index: int
+    class_id: str
+    name: str
+    images: int
+    correct_top1: int
+    correct_top5: int
+
+
+class EvaluationRecord(Record, frozen=True, kw_only=True):
+    """The Performance metrics section: integer counts over the whole validation set."""
+
+    format: str = "evaluation/1"
+    config_sha256: str
+    provenance: Provenance
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    protocol: Protocol
+    images: int
+    correct_top1: int
+    correct_top5: int
+    loss: float
+    per_class: list[ClassCounts]
+    runs: int = 1
+    processes: int
+    evaluation_seconds: float
+    images_per_second: float
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def to_json(record: Record) -> bytes:
+    """The record as indented JSON with a final newline; equal records give equal bytes."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+
+
+def from_json(content: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
+    """Decode and validate; raises `UserError` that names the file and the field."""
+    try:
+        record = msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not a {kind.__name__}: {error}") from error
+    formats = {entry.name: entry.default for entry in msgspec.structs.fields(kind)}
+    found = getattr(record, "format", None)
+    if found != formats.get("format"):
+        raise UserError(f"{where} has format {found!r}; this code reads {formats['format']!r}")
+    return record

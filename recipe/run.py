@@ -1,0 +1,200 @@
+"""Run: the known files of a run directory, and the few ways in which files are written.
+
+A result is a directory: naming it again continues it. Every file gets its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipe.errors import DiskError, UserError, how_to_continue
+from recipe.records import (
+    AnyRecord,
+    EvaluationRecord,
+    PreprocessingRecord,
+    Record,
+    TrainingRecord,
+    from_json,
+    to_json,
+)
+
+JOURNAL = Path("runs", "journal.jsonl")
+CHECKOUT = Path(__file__).resolve().parent.parent
+RECORD_FILES: dict[type[Record], str] = {
+    PreprocessingRecord: "preprocessing.json",
+    TrainingRecord: "training.json",
+    EvaluationRecord: "evaluation.json",
+}
+
+
+# A slash where a path can begin (not in a word or a URL; behind a colon a single one), and folders behind it.
+ABSOLUTE_PATH = re.compile(r"(?:(?<=file:)//+|(?<![\w.$}:/])/+|(?<=:)/(?!/))(?:[\w.+@%~-]+/+)+")
+
+
+class Run:
+    """The files of one run, by name. Nothing is created until something is written."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config = self.directory / "config.yaml"
+        self.records = self.directory / "records"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.predictions = self.directory / "predictions"
+        self.checkpoints = self.directory / "checkpoints"
+        self.figures = self.directory / "figures"
+        self.tensorboard = self.directory / "tensorboard"
+        self.document = self.directory / "recipe.md"
+        self.twin = self.directory / "recipe.json"
+        self.lock_file = self.directory / "lock"
+
+    def write(self, record: Record) -> None:
+        """Store a record under its known name."""
+        write_atomically(self.records / RECORD_FILES[type(record)], to_json(record))
+
+    def read(self, kind: type[AnyRecord]) -> AnyRecord | None:
+        """The stored record of this kind, or None where the stage has not run."""
+        path = self.records / RECORD_FILES[kind]
+        return from_json(path.read_bytes(), kind, shown_path(path)) if path.exists() else None
+
+    def write_config(self, pinned: Mapping[str, Any]) -> None:
+        """Pin the configuration: later stages read this file and compose nothing but their own group."""
+        write_atomically(self.config, yaml.safe_dump(dict(pinned), sort_keys=False).encode())
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The pinned configuration, or None where nothing was trained yet."""
+        if not self.config.exists():
+            return None
+        where = shown_path(self.config)
+        try:
+            text = self.config.read_text(encoding="utf-8")
+            values = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        if "${" in text:
+            raise UserError(f"{where} holds '${{': a pinned configuration is plain values")
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            raise UserError(f"{where} holds no configuration with a name")
+        return values
+
+    def metric_rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl, in order; an unfinished last line (a killed run) is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [self._row(number, line) for number, line in enumerate(lines[:-1], start=1) if line]
+
+    def _row(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of {shown_path(self.metrics)} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not {"split", "epoch", "step", "loss"} <= row.keys():
+            raise UserError(f"line {number} of {shown_path(self.metrics)} is no row of metrics")
+        return row
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One writer per run directory; a second one is refused at once."""
+        self.directory_exists()
+        with self.lock_file.open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{shown_path(self.directory)} is in use by another process; wait for it or give another run_dir"
+                ) from None
+            yield
+
+    def directory_exists(self) -> None:
+        """Create the directory; stop with one sentence where that cannot be."""
+        with disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def move_aside(self) -> Path:
+        """Rename the directory to the first free `<name>.old-<n>`; nothing is ever deleted."""
+        number = 1
+        while (aside := self.directory.with_name(f"{self.directory.name}.old-{number}")).exists():
+            number += 1
+        self.directory.rename(aside)
+        return aside
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush to the disk, rename: the final name never holds half a file."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_sibling(path) as temporary:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; whatever is left under it is removed."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full, read-only or vanished disk says into one sentence with exit code 74."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = f"free some space, then {how_to_continue()}" if error.errno == errno.ENOSPC else "give another place"
+        raise DiskError(f"cannot write {shown_path(path)}: {reason}; {hint}") from error
+
+
+def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
+    """One line in `runs/journal.jsonl` for each stage started and ended: the journal of experiments.
+
+    It lies below the current directory wherever the run itself lies: one journal for all experiments.
+    """
+    row = {"time": now(), "run": recorded_path(run.directory), "stage": stage, "event": event, **facts}
+    with disk_errors(JOURNAL):
+        JOURNAL.parent.mkdir(parents=True, exist_ok=True)
+        with JOURNAL.open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def shown_path(path: str | Path) -> str:
+    """A path for a person at this machine: relative to the checkout or to here where it lies inside, else as it is."""
+    recorded = recorded_path(path)
+    return str(path) if recorded.startswith("...") else recorded
+
+
+def recorded_path(path: str | Path) -> str:
+    """A path as a record may show it: relative to the checkout or to here, else its last part alone."""
+    absolute = Path(os.path.normpath(Path(path).absolute()))
+    for base in (CHECKOUT, Path.cwd()):
+        if absolute.is_relative_to(base):
+            return str(absolute.relative_to(base)) or "."
+    return str(Path("...", *absolute.parts[1:][-1:]))
+
+
+def without_paths(text: str) -> str:
+    """Text with every absolute path cut to its last part: records hold no path, host or user name."""
+    return ABSOLUTE_PATH.sub(".../", text.replace(f"{CHECKOUT}/", ""))

@@ -1,0 +1,277 @@
+"""Which code ran: the tree's state at both ends of a stage, the patch, the command, and nothing private."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+
+from recipe import provenance
+from recipe.provenance import Stage, command, commit, environment, machine, source_sha256, tree_state, versions
+from recipe.records import TreeState, to_json
+
+
+def git(repository: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=repository, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clean commit of a checkout in small; the machine's own git settings do not matter."""
+    checkout = tmp_path / "checkout"
+    for name, content in (
+        ("recipe/model.py", "width = 16\n"),
+        ("conf/model/small.yaml", "name: small\n"),
+        ("train.py", "print('train')\n"),
+        ("README.md", "words\n"),
+        (".gitignore", "/runs/\n"),
+    ):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(content)
+    for variable in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    git(checkout, "init", "-q")
+    git(checkout, "add", "-A")
+    git(checkout, "-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "first")
+    monkeypatch.setattr(provenance, "CHECKOUT", checkout)
+    return checkout
+
+
+def outputs(repository: Path) -> Path:
+    return repository / "runs" / "x"
+
+
+def kept_patch(repository: Path, state: TreeState) -> bytes:
+    """The patch of this state, checked against its hash."""
+    assert state.patch_sha256 is not None
+    content = (outputs(repository) / "records" / "patches" / f"{state.patch_sha256[:16]}.patch").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == state.patch_sha256
+    return content
+
+
+def applied(repository: Path, patch: bytes, tmp_path: Path) -> Path:
+    """A fresh clone of the commit with the patch applied."""
+    clone = tmp_path / "clone"
+    git(repository.parent, "clone", "-q", str(repository), str(clone))
+    (tmp_path / "the.patch").write_bytes(patch)
+    git(clone, "apply", "--binary", str(tmp_path / "the.patch"))
+    return clone
+
+
+# ---- the tree ---------------------------------------------------------------------------------------
+
+
+def test_a_clean_tree_is_clean(repository: Path) -> None:
+    assert tree_state(outputs(repository)) == TreeState(state="clean")
+    assert commit() == git(repository, "rev-parse", "HEAD").strip()
+    assert not outputs(repository).exists()
+
+
+def test_untracked_files_are_named_and_only_source_makes_a_patch(repository: Path) -> None:
+    (repository / "notes.txt").write_text("mine")
+    assert tree_state(outputs(repository)) == TreeState(state="untracked", untracked=["notes.txt"])
+    (repository / "recipe" / "new.py").write_text("x = 1\n")
+    state = tree_state(outputs(repository))
+    assert (state.state, state.untracked) == ("untracked", ["notes.txt", "recipe/new.py"])
+    patch = kept_patch(repository, state)
+    assert b"recipe/new.py" in patch
+    assert b"mine" not in patch
+
+
+@pytest.mark.parametrize(
+    "name", ["conf/experiment/mine.yaml", "conf/experiment/my own.yaml", "conf/experiment/m\u00e9.yaml"]
+)
+def test_commit_and_patch_together_are_the_code_that_ran(
+    name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "recipe" / "model.py").write_text("width = 32\n")
+    (repository / "conf" / "model" / "small.yaml").unlink()
+    (repository / name).parent.mkdir(parents=True)
+    (repository / name).write_text("name: mine\n")
+    state, ran = tree_state(outputs(repository)), source_sha256()
+    assert (state.state, state.untracked) == ("modified", [name])
+    clone = applied(repository, kept_patch(repository, state), tmp_path)
+    monkeypatch.setattr(provenance, "CHECKOUT", clone)
+    assert source_sha256() == ran
+
+
+def test_a_modified_file_is_modified_whether_staged_or_not(repository: Path) -> None:
+    (repository / "train.py").write_text("print('other')\n")
+    before = tree_state(outputs(repository))
+    git(repository, "add", "-A")
+    assert tree_state(outputs(repository)) == before
+    assert before.state == "modified"
+    assert b"other" in kept_patch(repository, before)
+
+
+def test_the_stages_own_outputs_do_not_count(repository: Path) -> None:
+    inside = repository / "results" / "x"
+    inside.mkdir(parents=True)
+    (inside / "weights.pt").write_bytes(b"1")
+    assert tree_state(inside) == TreeState(state="clean")
+    assert tree_state(repository / "results" / "other").untracked == ["results/x/weights.pt"]
+
+
+def test_without_git_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert tree_state(tmp_path / "out") == TreeState(state="no git")
+    assert commit() is None
+
+
+def test_without_the_git_program_it_says_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert shutil.which("git") is None
+    assert tree_state(outputs(repository)) == TreeState(state="no git")
+    assert commit() is None
+
+
+def test_a_repository_without_a_commit_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(tmp_path, "init", "-q")
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    assert tree_state(tmp_path / "out").state == "no git"
+
+
+# ---- a stage ----------------------------------------------------------------------------------------
+
+
+def test_an_edit_during_a_stage_is_visible(repository: Path) -> None:
+    """The trap of dvc#11058: the state at the end alone, or at the start alone, passes for the code that ran."""
+    stage = Stage(outputs(repository))
+    (repository / "recipe" / "model.py").write_text("width = 64\n")
+    found = stage.finish(machine())
+    assert found.tree_at_start.state == "clean"
+    assert found.tree_at_end.state == "modified"
+    assert found.source_sha256 != found.source_sha256_at_end
+    assert b"+width = 64" in kept_patch(repository, found.tree_at_end)
+
+
+def test_an_edit_that_is_taken_back_during_a_stage_is_visible(repository: Path) -> None:
+    (repository / "recipe" / "model.py").write_text("width = 64\n")
+    stage = Stage(outputs(repository))
+    git(repository, "checkout", "-q", "--", ".")
+    found = stage.finish(machine())
+    assert (found.tree_at_start.state, found.tree_at_end.state) == ("modified", "clean")
+    assert b"+width = 64" in kept_patch(repository, found.tree_at_start)
+
+
+def test_a_stage_without_edits_ends_as_it_began(repository: Path) -> None:
+    found = Stage(outputs(repository)).finish(machine(), {"cuda": "13.0"})
+    assert found.tree_at_start == found.tree_at_end == TreeState(state="clean")
+    assert found.source_sha256 == found.source_sha256_at_end == source_sha256()
+    assert found.versions == versions() | {"cuda": "13.0"}
+    assert found.seconds >= 0
+    assert str(repository.parent).encode() not in to_json(found)
+
+
+# ---- the source's hash ------------------------------------------------------------------------------
+
+
+def test_the_source_hash_sees_content_and_names_of_source_only(repository: Path) -> None:
+    before = source_sha256()
+    os.utime(repository / "train.py", (1, 1))
+    os.chmod(repository / "train.py", 0o600)
+    (repository / "README.md").write_text("other words\n")
+    git(repository, "add", "-A")
+    git(repository, "-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "second")
+    assert source_sha256() == before
+    found = {before}
+    for name in (
+        "recipe/model.py",
+        "recipe/document/recipe.md.j2",
+        "conf/model/small.yaml",
+        "train.py",
+        "constraints.txt",
+    ):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("changed\n")
+        found.add(source_sha256())
+    (repository / "recipe" / "model.py").rename(repository / "recipe" / "network.py")
+    found.add(source_sha256())
+    assert len(found) == 7
+
+
+# ---- the command ------------------------------------------------------------------------------------
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str, **variables: str) -> str:
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", list(words))
+    return command()
+
+
+def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert typed(monkeypatch, "/somewhere/train.py", "experiment=demo", "optimization.epochs=2") == (
+        "python train.py experiment=demo optimization.epochs=2"
+    )
+    assert typed(monkeypatch, "train.py", "a='b c'", "d=[1,2]") == """python train.py 'a='"'"'b c'"'"'' 'd=[1,2]'"""
+
+
+def test_the_command_names_no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = typed(monkeypatch, "/home/alice/checkout/train.py", "data.raw_dir=/home/alice/ilsvrc2012", "seed=3")
+    assert shown == 'python train.py data.raw_dir="$RAW_DIR" seed=3'
+    for place in ("../../home/alice/runs", "/home/alice smith/runs", "/home/o'neil/runs", "~alice/runs"):
+        shown = typed(monkeypatch, "train.py", f"run_dir={place}", f"data.directory={place}")
+        assert shown == 'python train.py run_dir=.../runs data.directory="$DATA_DIR"'
+
+
+def test_under_torchrun_the_command_says_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = typed(monkeypatch, "train.py", "experiment=smoke", LOCAL_WORLD_SIZE="8", WORLD_SIZE="32")
+    assert shown == "torchrun --nnodes=4 --nproc-per-node=8 train.py experiment=smoke"
+
+
+def test_a_worker_that_was_started_here_gives_the_parents_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
+    shown = typed(monkeypatch, "train.py", "trainer.gpus=2", LOCAL_WORLD_SIZE="2", WORLD_SIZE="2")
+    assert shown == "python train.py trainer.gpus=2"
+
+
+# ---- the environment --------------------------------------------------------------------------------
+
+
+def test_only_the_white_list_of_the_environment_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("NCCL", "TORCH_NCCL", "CUDA", "OMP", "CUBLAS", "PYTHONHASH")):
+            monkeypatch.delenv(name)
+    for name, value in (
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("HF_TOKEN", "secret"),
+        ("MY_NCCL_X", "secret"),
+        ("USER", "alice"),
+        ("HOSTNAME", "host"),
+        ("PATH", os.environ["PATH"]),
+    ):
+        monkeypatch.setenv(name, value)
+    assert environment() == {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("NCCL_TOPO_FILE", "/home/alice/topology.xml")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert environment() == {
+        "CUDA_VISIBLE_DEVICES": "0,1",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_TOPO_FILE": ".../topology.xml",
+        "OMP_NUM_THREADS": "3",
+    }
+
+
+def test_machine_and_versions_are_this_ones() -> None:
+    assert machine().cores == len(os.sched_getaffinity(0))
+    assert machine().memory_gib > 0
+    assert machine(accelerator="X", accelerators=8).accelerators == 8
+    assert versions()["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert (versions()["numpy"], versions()["pillow"]) == (np.__version__, PIL.__version__)
+    assert "not installed" not in versions().values()
