@@ -1,0 +1,321 @@
+"""One way to run a function on all processes, three ways to start it.
+
+`launch` calls the worker in this process where one is enough, through torch's own elastic engine for
+`trainer.gpus=N`, and simply calls it where torchrun already started us. Inside, a `World` says who we are and holds
+the few reductions that the pipeline needs. There is no home-made launcher, rendezvous or retry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from recipe.config import Accelerator, Config, Precision, TrainerConfig
+from recipe.errors import UserError, WorkerError, how_to_continue
+from recipe.provenance import machine, usable_cores
+from recipe.records import Hardware, Setting
+
+Result = TypeVar("Result")
+
+
+def launch(worker: Callable[[Config], Result], config: Config) -> Result:
+    """Call `worker(config)` once per process and return the first one's result.
+
+    Workers that are started here import the calling script anew, so it must guard its `main`. Raises `WorkerError`
+    with the first failing worker's sentence and exit code.
+    """
+    if dist.is_torchelastic_launched():
+        return worker(config)
+    processes = processes_per_node(config.trainer)
+    if processes == 1:
+        return worker(config)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
+    try:
+        results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config)
+    except ChildFailedError as failure:
+        raise _as_worker_error(failure) from None
+    except SignalException as stopped:
+        print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
+        raise SystemExit(128 + stopped.sigval) from None
+    return results[0]
+
+
+def _started_worker(worker: Callable[[Config], Result], config: Config) -> Result:
+    """Runs in each started process: leaves the reason of a failure where the launcher looks for it."""
+    try:
+        return worker(config)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except UserError as error:
+        _leave_reason(str(error))
+        raise SystemExit(error.exit_code) from None
+    except Exception:
+        _leave_reason(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+
+
+def _leave_reason(message: str) -> None:
+    """Write the elastic engine's error file; it reports the earliest of all processes."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        with open(file, "w") as handle:
+            json.dump({"message": message, "timestamp": str(int(time.time()))}, handle)
+
+
+def _as_worker_error(failure: ChildFailedError) -> WorkerError:
+    """The earliest failure; a sentence for people goes before what broke in other processes because of it."""
+    _, first = failure.get_first_failure()
+    for other in failure.failures.values():
+        if first.exitcode in (1, -signal.SIGABRT) and other.exitcode > 1:
+            first = other
+    if first.exitcode < 0:
+        return WorkerError(
+            f"the process of rank {first.local_rank} was ended by {first.signal_name()}; {how_to_continue()}",
+            128 - first.exitcode,
+        )
+    return WorkerError(str(first.message), first.exitcode)
+
+
+def processes_per_node(trainer: TrainerConfig) -> int:
+    """How many processes this node runs: torchrun's number, else `trainer.gpus`, else every GPU, else one."""
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else None
+    if started is not None and trainer.gpus not in (None, started):
+        raise UserError(
+            f"trainer.gpus={trainer.gpus}, but torchrun started {started} processes on this node: "
+            "leave trainer.gpus out, or give the same number"
+        )
+    wanted = started if started is not None else trainer.gpus
+    if trainer.accelerator is Accelerator.cpu:
+        return wanted or 1
+    visible = torch.cuda.device_count()
+    if visible == 0 and (trainer.accelerator is Accelerator.cuda or trainer.gpus is not None):
+        asked = "trainer.accelerator=cuda" if trainer.gpus is None else f"trainer.gpus={trainer.gpus}"
+        raise UserError(
+            f"{asked}, but torch {torch.__version__} sees no GPU; "
+            "trainer.accelerator=cpu runs that many processes on the CPU"
+        )
+    if visible and wanted is not None and wanted > visible:
+        raise UserError(
+            f"trainer.gpus={wanted}, but this machine shows {visible}; use trainer.gpus={visible} or fewer "
+            "(the batch size stays the same: gradients are accumulated)"
+        )
+    return wanted or max(1, visible)
+
+
+def device_type(trainer: TrainerConfig) -> str:
+    """`cuda` or `cpu`."""
+    if trainer.accelerator is Accelerator.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(trainer.accelerator.value)
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    backend: str  # nccl, gloo, or "none" where there is one process
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files: only one does."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all processes, on every process."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every process's value, in the order of ranks, on the first process; None on the others."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, gathered)
+        return gathered
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def copy_from_first(self, module: nn.Module) -> None:
+        """Make parameters and buffers equal to the first process's, which are the truth."""
+        if self.size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def must_agree(self, what: str, value: str) -> None:
+        """Stop on every process unless all of them hold the same value (a stale checkout on one node, say)."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise UserError(
+                f"{what} differs between processes: "
+                + ", ".join(f"rank {rank}: {found[:16]}" for rank, found in enumerate(values))
+            )
+
+    @contextmanager
+    def first_decides(self) -> Iterator[None]:
+        """A block that only the first process fills; if it fails there, every process stops."""
+        problem: BaseException | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        stopped = self.from_first(None if problem is None else (str(problem), getattr(problem, "exit_code", 1)))
+        if problem is not None:
+            raise problem
+        if stopped is not None:
+            raise WorkerError(*stopped)
+
+
+@contextmanager
+def start_world(trainer: TrainerConfig) -> Iterator[World]:
+    """Join the other processes, choose the device and the arithmetic; leave them at the end."""
+    processes_per_node(trainer)
+    kind = device_type(trainer)
+    environment = {
+        name: int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    }
+    device = torch.device(kind, environment["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
+    size = environment["WORLD_SIZE"]
+    world = World(
+        environment["RANK"],
+        size,
+        environment["LOCAL_RANK"],
+        environment["LOCAL_WORLD_SIZE"],
+        device,
+        "none" if size == 1 else "nccl" if kind == "cuda" else "gloo",
+    )
+    _check_device(trainer, device)
+    _choose_arithmetic(trainer, world)
+    if size > 1:
+        dist.init_process_group(
+            world.backend,
+            timeout=timedelta(seconds=trainer.timeout_seconds),
+            device_id=device if kind == "cuda" else None,
+        )
+    try:
+        yield world
+    except UserError as error:
+        _leave_reason(str(error))  # before leaving the group, which breaks the others
+        raise
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _check_device(trainer: TrainerConfig, device: torch.device) -> None:
+    """Stop with one sentence where this torch or this GPU cannot do what is asked."""
+    if device.type != "cuda":
+        return
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    built_for = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built_for and capability[0] * 10 + capability[1] < min(built_for):
+        raise UserError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, but torch {torch.__version__} "
+            f"is built for {min(built_for) / 10} and newer; README.md has the line for older GPUs"
+        )
+    if trainer.precision is Precision.bf16 and capability < (8, 0):
+        raise UserError(f"trainer.precision=bf16, but {name} has no bf16 arithmetic; use trainer.precision=fp16")
+
+
+def _choose_arithmetic(trainer: TrainerConfig, world: World) -> None:
+    """Threads, determinism and the current device: the same for torchrun and for our own start."""
+    torch.set_num_threads(threads_per_process(trainer.cpu_threads, world))
+    torch.use_deterministic_algorithms(trainer.deterministic)
+    torch.backends.cudnn.benchmark = not trainer.deterministic
+    if world.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only read in deterministic mode
+        torch.cuda.set_device(world.device)
+
+
+def memory_format(trainer: TrainerConfig) -> torch.memory_format:
+    """How images and weights lie in memory."""
+    return torch.channels_last if trainer.channels_last else torch.contiguous_format
+
+
+def threads_per_process(asked: int | None, world: World) -> int:
+    """The asked number of threads, else this process's share of the cores."""
+    return asked or max(1, usable_cores() // world.local_size)
+
+
+def hardware(world: World) -> Hardware:
+    """The machine, with the facts of the accelerator that torch knows."""
+    if world.device.type != "cuda":
+        return machine()
+    properties = torch.cuda.get_device_properties(world.device)
+    return machine(
+        accelerator=properties.name,
+        accelerators=world.size,
+        accelerator_memory_gib=round(properties.total_memory / 2**30, 1),
+        compute_capability=f"{properties.major}.{properties.minor}",
+    )
+
+
+def arithmetic_switches() -> dict[str, Setting]:
+    """Torch's own switches that change the digits of a result, as they stand."""
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_convolution": torch.backends.cudnn.allow_tf32,
+        "cpu_threads_per_process": torch.get_num_threads(),
+    }
+
+
+def device_versions(world: World) -> dict[str, str]:
+    """Torch with its build, which package versions leave out; CUDA, cuDNN and NCCL where they are used."""
+    build = {"torch": str(torch.__version__)}
+    if world.device.type != "cuda":
+        return build
+    return build | {
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+        "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+    }
