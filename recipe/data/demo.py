@@ -1,0 +1,158 @@
+"""A small image set drawn by the project itself and packed exactly like ILSVRC2012.
+
+The demonstration has to run the very code that reads the real ImageNet, with nothing downloaded. So the pictures of
+`painting` are written as the three archives of the ILSVRC2012 release, quirks included: a tar of class tars, a flat
+validation tar, and a devkit whose ILSVRC2012_IDs do not follow the order of the sorted WNIDs.
+
+Each picture is a pure function of (split, class, number), and archives carry no clock or owner: drawing
+twice gives the same bytes.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.io import savemat
+
+from recipe.data.imagenet import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from recipe.data.painting import CLASS_NAMES, VERSION, jpeg
+from recipe.run import temporary_sibling
+
+MARKER = "demo.json"
+
+_TRAIN, _VALIDATION, _SHUFFLE = range(3)  # first word of the seeds
+
+
+# ---- the ILSVRC2012 layout -------------------------------------------------------------------------
+
+
+def _wnid(class_index: int) -> str:
+    return f"n9{class_index + 1:07d}"
+
+
+def _ilsvrc_id(class_index: int) -> int:
+    """A shuffle of 1..12 that moves every class, so that mistaking IDs for sorted WNIDs shows."""
+    return (5 * class_index + 3) % len(CLASS_NAMES) + 1
+
+
+def _validation_order(count: int) -> list[tuple[int, int]]:
+    """(class, number) of each validation image, in the order of the file names."""
+    pairs = [(index, number) for index in range(len(CLASS_NAMES)) for number in range(1, count + 1)]
+    order = np.random.default_rng([VERSION, _SHUFFLE, count]).permutation(len(pairs))
+    return [pairs[place] for place in order]
+
+
+def _write_tar(stream: IO[bytes] | gzip.GzipFile, members: Iterable[tuple[str, bytes]]) -> None:
+    """TarInfo starts with no owner and time 0, which is just what equal bytes need."""
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def _class_tars(count: int) -> Iterator[tuple[str, bytes]]:
+    for index in range(len(CLASS_NAMES)):
+        wnid, stream = _wnid(index), io.BytesIO()
+        _write_tar(stream, ((f"{wnid}_{number}.JPEG", jpeg(_TRAIN, index, number)) for number in range(1, count + 1)))
+        yield f"{wnid}.tar", stream.getvalue()
+
+
+def _validation_images(count: int) -> Iterator[tuple[str, bytes]]:
+    for place, (index, number) in enumerate(_validation_order(count), start=1):
+        yield f"ILSVRC2012_val_{place:08d}.JPEG", jpeg(_VALIDATION, index, number)
+
+
+# Readers, torchvision's among them, know the columns by their places.
+_SYNSET_FIELDS = [
+    *("ILSVRC2012_ID", "WNID", "words", "gloss"),
+    *("num_children", "children", "wordnet_height", "num_train_images"),
+]
+
+
+def _synset(number: int, wnid: str, words: str, children: list[int], train_count: int) -> tuple[object, ...]:
+    """A row of the devkit's table; MATLAB's numbers are doubles."""
+    gloss, height = f"{words}, drawn by a program", float(bool(children))
+    below = np.array(children, dtype=np.float64).reshape(1, -1)
+    return (float(number), wnid, words, gloss, float(len(children)), below, height, float(train_count))
+
+
+def _synsets(train_count: int) -> NDArray[np.void]:
+    """The devkit's table, in the order of the IDs: the classes, then (as in the real one) what groups them."""
+    classes = sorted(range(len(CLASS_NAMES)), key=_ilsvrc_id)
+    rows = [_synset(_ilsvrc_id(index), _wnid(index), CLASS_NAMES[index], [], train_count) for index in classes]
+    rows.append(_synset(len(rows) + 1, "n99999999", "drawing", [_ilsvrc_id(index) for index in classes], 0))
+    return np.array(rows, dtype=[(field, object) for field in _SYNSET_FIELDS]).reshape(-1, 1)
+
+
+def _meta_mat(train_count: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "meta.mat"
+        savemat(path, {"synsets": _synsets(train_count)}, oned_as="row")
+        content = path.read_bytes()
+    # The first 116 bytes are free text in which savemat puts the date.
+    return b"MATLAB 5.0 MAT-file, drawn demonstration data".ljust(116) + content[116:]
+
+
+def _devkit_files(train_count: int, validation_count: int) -> Iterator[tuple[str, bytes]]:
+    folder = "ILSVRC2012_devkit_t12/data"
+    truth = "".join(f"{_ilsvrc_id(index)}\n" for index, _ in _validation_order(validation_count))
+    yield f"{folder}/meta.mat", _meta_mat(train_count)
+    yield f"{folder}/ILSVRC2012_validation_ground_truth.txt", truth.encode()
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream that becomes `path` only once it is complete."""
+    with temporary_sibling(path) as temporary:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(path)
+
+
+def _is_current(directory: Path, marker: str) -> bool:
+    """The marker is removed before and written after the archives, so it vouches for all three."""
+    path = directory / MARKER
+    archives = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE, DEVKIT_ARCHIVE)
+    complete = path.is_file() and all((directory / name).is_file() for name in archives)
+    return complete and path.read_text() == marker
+
+
+def _draw(directory: Path, train_count: int, validation_count: int) -> None:
+    with _replacing(directory / TRAIN_ARCHIVE) as stream:
+        _write_tar(stream, _class_tars(train_count))
+    with _replacing(directory / VALIDATION_ARCHIVE) as stream:
+        _write_tar(stream, _validation_images(validation_count))
+    with _replacing(directory / DEVKIT_ARCHIVE) as stream, gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
+        _write_tar(packed, _devkit_files(train_count, validation_count))
+
+
+def write_demo_archives(directory: Path, train_images_per_class: int, validation_images_per_class: int) -> None:
+    """Draw the data set into `directory`, unless this very set is there already."""
+    if min(train_images_per_class, validation_images_per_class) < 1:
+        raise ValueError("the demo needs at least one training and one validation image per class")
+    marker = json.dumps(
+        {
+            "version": VERSION,
+            "train_images_per_class": train_images_per_class,
+            "validation_images_per_class": validation_images_per_class,
+        }
+    )
+    if _is_current(directory, marker):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MARKER).unlink(missing_ok=True)
+    _draw(directory, train_images_per_class, validation_images_per_class)
+    with _replacing(directory / MARKER) as stream:
+        stream.write(marker.encode())

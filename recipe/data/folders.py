@@ -1,0 +1,109 @@
+"""Any folder of class folders is a data set; Imagenette is one of them.
+
+Keys are `class/name` with all but letters, digits, '_' and '-' percent-encoded, since readers of WebDataset cut a name
+at its first dot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from recipe.data import imagenet
+from recipe.data.listing import Listing, Raw, Rows, class_folders, list_class_folders
+from recipe.errors import UserError
+from recipe.run import shown_path
+
+IMAGE_NAME = re.compile(r"^(.+)\.(jpg|jpeg|png)$", re.IGNORECASE | re.DOTALL)
+UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
+LABEL_CONVENTION = "position among the sorted names of the class folders, counted from 0"
+IMAGENETTE_FOLDER = "imagenette2"
+
+
+def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
+    """raw_dir/{train,val}/<class>/<image>, or raw_dir/<class>/<image> with a validation set drawn by hash."""
+    has_train = (raw_dir / "train").is_dir() and bool(class_folders(raw_dir / "train"))
+    root = raw_dir / "train" if has_train else raw_dir
+    raw = Raw("class folders", LABEL_CONVENTION, "given with the raw data, in val/", keeps_png=True)
+    train = Listing(raw)
+    raw.class_ids = list_class_folders(root, train, folder_keys)
+    rows = train.sorted_rows(shown_path(root))
+    if has_train and (raw_dir / "val").is_dir():
+        validation = Listing(raw)
+        list_class_folders(raw_dir / "val", validation, folder_keys, raw.class_ids)
+        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(raw_dir / "val"))}
+        return raw
+    raw.rows = split_by_hash(rows, validation_fraction)
+    raw.validation_split = f"held out by the SHA-256 of the keys, a fraction of {validation_fraction:g}"
+    return raw
+
+
+def list_imagenette(raw_dir: Path) -> Raw:
+    """imagenette2/{train,val}/<wnid>/*.JPEG, as `fetch_imagenette` left it.
+
+    Unproven against the real host, which could not be reached where this was written; tests use a generated archive.
+    """
+    from torchvision.datasets import Imagenette  # imports torch: seconds that only this source pays
+
+    raw = list_folder_data_set(raw_dir / IMAGENETTE_FOLDER, validation_fraction=0.0)
+    raw.layout, raw.label_convention, raw.keeps_png = "Imagenette 2, full size", imagenet.LABEL_CONVENTION, False
+    known = Imagenette(raw_dir, split="train", size="full", download=False)
+    raw.class_names = {wnid: ", ".join(names) for wnid, names in zip(known.wnids, known.classes, strict=True)}
+    raw.archives = [path for path in [raw_dir / f"{IMAGENETTE_FOLDER}.tgz"] if path.is_file()]
+    return raw
+
+
+def fetch_imagenette(raw_dir: Path) -> None:
+    """Download (unless it is there), check and unpack imagenette2.tgz; the folder gets its name only when complete.
+
+    A .tgz has no random access, so this is the one archive that is unpacked by its members' names: by torchvision, and
+    only after the archive's md5 was found to be the published one.
+    """
+    if (raw_dir / IMAGENETTE_FOLDER).is_dir():
+        return
+    from torchvision.datasets import Imagenette
+
+    archive, unpacking = raw_dir / f"{IMAGENETTE_FOLDER}.tgz", raw_dir / "unpacking"
+    unpacking.mkdir(exist_ok=True)
+    if archive.is_file() and not (unpacking / archive.name).exists():
+        (unpacking / archive.name).symlink_to(archive.resolve())
+    try:
+        Imagenette(unpacking, split="train", size="full", download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"Imagenette could not be downloaded into {shown_path(raw_dir)} ({error}); fetch imagenette2.tgz from "
+            "github.com/fastai/imagenette by other means and put it there"
+        ) from error
+    (unpacking / IMAGENETTE_FOLDER).rename(raw_dir / IMAGENETTE_FOLDER)
+    if not archive.exists():
+        (unpacking / archive.name).rename(archive)
+
+
+def folder_keys(class_id: str, names: list[str]) -> dict[str, str]:
+    """`class/stem`, or `class/whole name` where two files of the class share a stem, percent-encoded."""
+    stems = {name: matched[1] for name in names if (matched := IMAGE_NAME.match(name))}
+    while repeated := {stem for stem, count in Counter(stems.values()).items() if count > 1}:
+        stems = {name: name if stem in repeated else stem for name, stem in stems.items()}
+    return {name: f"{percent_encoded(class_id)}/{percent_encoded(stem)}" for name, stem in stems.items()}
+
+
+def percent_encoded(name: str) -> str:
+    """All but letters, digits, '_' and '-' as %XX of the bytes of the file name ('.' too, unlike in URLs)."""
+    return UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], os.fsencode(name)).decode("ascii")
+
+
+def split_by_hash(rows: Rows, validation_fraction: float) -> dict[str, Rows]:
+    """Hold out each image by its own key, so that adding images moves none from one side to the other."""
+    digests = b"".join(hashlib.sha256(key).digest()[:8] for key in rows["key"].tolist())
+    is_validation = np.frombuffer(digests, dtype=">u8") < validation_fraction * 2.0**64
+    if is_validation.all() or not is_validation.any():
+        raise UserError(
+            f"data.validation_fraction={validation_fraction:g} of {len(rows)} images leaves "
+            f"{int(is_validation.sum())} for validation; give another fraction or a val/ folder"
+        )
+    return {"train": rows[~is_validation], "val": rows[is_validation]}

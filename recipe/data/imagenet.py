@@ -1,0 +1,77 @@
+"""What is known about ILSVRC2012 from public sources: the yardstick that `data.expect=ilsvrc2012` holds raw data to.
+
+Labels follow the sorted WNIDs: n01440764 (tench) is 0, n15075141 (toilet tissue) is 999. That is the order of
+torchvision's, timm's and everybody's published weights, and *not* the ILSVRC2012_ID of the devkit, which serves here
+only to read the devkit's own ground truth.
+
+Sources: names and md5 sums from torchvision/datasets/imagenet.py (a test compares them with the installed one); counts
+from Russakovsky et al., arXiv 1409.0575, table 2; the class list from timm's imagenet_synsets.txt (timm 1.0.31), kept
+as its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
+VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
+DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
+DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"
+PUBLISHED_MD5 = {
+    TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
+    VALIDATION_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
+    DEVKIT_ARCHIVE: "fa75699e90414af021442c21a62c3abf",
+}
+IMAGES = {"train": 1_281_167, "val": 50_000}
+VALIDATION_IMAGES_PER_CLASS = 50
+CLASSES = 1000
+CLASS_LIST_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+
+LABEL_CONVENTION = "position among the sorted WordNet IDs, counted from 0 (not the devkit's ILSVRC2012_ID)"
+WHERE_TO_GET = (
+    "register at image-net.org and download the ILSVRC2012 archives, or join the Kaggle competition "
+    "imagenet-object-localization-challenge"
+)
+
+# The first validation labels of Caffe's ilsvrc12 val.txt, which the field has used since 2013. They tell a right order
+# of classes from the devkit's own, and right ground truth from a shifted one, where counts cannot.
+FIRST_VALIDATION_LABELS = (65, 970, 230, 809, 516, 57)
+
+# Images that are not what their name says, as the field found them. Every file is looked at, so nothing depends on
+# this list; finding something else on ILSVRC2012 is said. PNG: tensorflow/tpu's imagenet_to_gcs.py, which also lists
+# the 22 CMYK training images. The one CMYK image of the validation set: pytorch/vision#6538.
+KNOWN_PNG = ("n02105855_2933",)
+KNOWN_CMYK_VALIDATION = ("ILSVRC2012_val_00019877",)
+KNOWN_CMYK_TRAINING_IMAGES = 22
+
+
+def class_list_sha256(class_ids: Sequence[str]) -> str:
+    """Identifies a list of classes in its order: one ID a line, no final newline."""
+    return hashlib.sha256("\n".join(class_ids).encode()).hexdigest()
+
+
+def published_class_names(class_ids: Sequence[str]) -> dict[str, str]:
+    """WNID -> name from torchvision's published weights, if these are the 1000 classes; else nothing.
+
+    torchvision is imported here and not above: only images without a devkit beside them need it.
+    """
+    if class_list_sha256(class_ids) != CLASS_LIST_SHA256:
+        return {}
+    from torchvision.models import ResNet50_Weights
+
+    return dict(zip(class_ids, ResNet50_Weights.IMAGENET1K_V2.meta["categories"], strict=True))
+
+
+def surprises(found: Iterable[tuple[str, str, str]]) -> list[str]:
+    """How the odd images (split, key, kind) of a full ILSVRC2012 differ from what the field knows."""
+    odd = list(found)
+    png = sorted(key for _, key, kind in odd if kind.startswith("PNG"))
+    cmyk_validation = sorted(key for split, key, kind in odd if split == "val" and kind.startswith("CMYK"))
+    cmyk_training = sum(split == "train" and kind.startswith("CMYK") for split, _, kind in odd)
+    expectations: list[tuple[str, object, object]] = [
+        ("PNG files named .JPEG", png, list(KNOWN_PNG)),
+        ("CMYK validation images", cmyk_validation, list(KNOWN_CMYK_VALIDATION)),
+        ("CMYK training images", cmyk_training, KNOWN_CMYK_TRAINING_IMAGES),
+    ]
+    return [f"{what}: found {here}, known are {known}" for what, here, known in expectations if here != known]

@@ -1,0 +1,53 @@
+"""Progress of long work: a bar with rate and remaining time on a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 30.0
+
+
+class Progress:
+    """Counts towards `total`; what is `done` already does not flatter the rate."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, scale: int = 1000) -> None:
+        self.what, self.total, self.unit, self.scale = what, total, unit, scale
+        self.count = self.initial = done
+        self.started = self.spoke = time.perf_counter()
+        self.bar = tqdm(
+            desc=what,
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            unit_divisor=scale,
+            initial=done,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def add(self, amount: int) -> None:
+        """`amount` more units are done."""
+        self.count += amount
+        self.bar.update(amount)
+        if self.bar.disable and time.perf_counter() - self.spoke > LINE_EVERY_SECONDS:
+            self.spoke = time.perf_counter()
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """One line for a log file."""
+        rate = (self.count - self.initial) / max(time.perf_counter() - self.started, 1e-9)
+        remaining = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
+        count, total, speed = (tqdm.format_sizeof(n, "", self.scale) for n in (self.count, self.total, rate))
+        return f"{self.what}: {count} of {total} {self.unit}, {speed} {self.unit}/s, {remaining} left"

@@ -1,0 +1,489 @@
+"""Raw layouts and hostile archives: what is listed, and what is refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import ImageFolder
+from torchvision.datasets import imagenet as torchvision_imagenet
+
+from recipe.config import Expectation, Source
+from recipe.data import imagenet
+from recipe.data.archives import digests
+from recipe.data.expectation import require_ilsvrc2012, require_published_md5
+from recipe.data.folders import folder_keys
+from recipe.data.ilsvrc import read_devkit
+from recipe.data.listing import Raw, Rows
+from recipe.data.packing import RawReader
+from recipe.data.raw import find_raw
+from recipe.errors import UserError
+from tests.data.layouts import (
+    NAMES,
+    VALIDATION_LABELS,
+    WNIDS,
+    Images,
+    class_tar,
+    data_config,
+    devkit_members,
+    jpeg,
+    tar_bytes,
+    train_images,
+    validation_images,
+    write_devkit,
+    write_extracted,
+    write_extracted_with_devkit_folder,
+    write_files,
+    write_kaggle,
+    write_official,
+)
+
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "ILSVRC2012, train: official tar and val: official tar": write_official,
+    "ILSVRC2012, train: extracted folders and val: extracted folders": write_extracted,
+    "flat": lambda raw_dir: write_extracted(raw_dir, is_flat=True),
+    "devkit folder": write_extracted_with_devkit_folder,
+    "ILSVRC2012, Kaggle": write_kaggle,
+}
+
+
+def listed(raw: Raw) -> dict[str, dict[str, tuple[int, bytes]]]:
+    """Split -> key -> (label, bytes)."""
+    reader = RawReader(raw.containers)
+    return {
+        split: {row["key"].decode(): (int(row["label"]), reader.read(row)) for row in rows}
+        for split, rows in raw.rows.items()
+    }
+
+
+def expected() -> dict[str, dict[str, tuple[int, bytes]]]:
+    """What every layout of the small ILSVRC2012 should list."""
+    validation = zip(validation_images().items(), VALIDATION_LABELS, strict=True)
+    return {
+        "train": {key: (WNIDS.index(key[:9]), content) for key, content in train_images().items()},
+        "val": {key: (label, content) for (key, content), label in validation},
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_lists_the_same_images_and_labels(tmp_path: Path, layout: str) -> None:
+    raw = find_raw(data_config(LAYOUTS[layout](tmp_path), tmp_path / "out"))
+    assert listed(raw) == expected()
+    assert raw.class_ids == list(WNIDS)
+    if "ILSVRC" in layout:
+        assert raw.layout == layout
+    if layout != "ILSVRC2012, train: extracted folders and val: extracted folders":
+        assert raw.class_names.items() >= dict(zip(WNIDS, NAMES, strict=True)).items()
+
+
+def test_labels_follow_torchvision_not_the_devkits_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T32: torchvision's own reader of the devkit is the oracle."""
+    monkeypatch.setattr(torchvision_imagenet, "_verify_archive", lambda *_: None)
+    monkeypatch.setattr(torchvision_imagenet, "extract_archive", extract)
+    write_official(tmp_path)
+    torchvision_imagenet.parse_devkit_archive(tmp_path)
+    names, wnids = torchvision_imagenet.load_meta_file(tmp_path)
+    ours, our_wnids = read_devkit(tmp_path)
+    assert our_wnids == wnids
+    assert {wnid: tuple(name.split(", ")) for wnid, name in ours.items()} == names
+    rows = find_raw(data_config(tmp_path, tmp_path / "out")).rows["val"]
+    assert rows["label"].tolist() == [sorted(WNIDS).index(wnid) for wnid in wnids]
+
+
+def extract(path: str, target: str) -> None:
+    """torchvision's extraction without the warning about filters."""
+    with tarfile.open(path) as archive:
+        archive.extractall(target, filter="data")
+
+
+def test_one_tar_and_one_folder_mix(tmp_path: Path) -> None:
+    write_official(tmp_path)
+    (tmp_path / "ILSVRC2012_img_val.tar").unlink()
+    for (key, content), label in zip(validation_images().items(), VALIDATION_LABELS, strict=True):
+        write_files(tmp_path / "val" / WNIDS[label], {key: content})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out"))
+    assert listed(raw) == expected()
+    assert raw.layout == "ILSVRC2012, train: official tar and val: extracted folders"
+
+
+# ---- what is missing --------------------------------------------------------------------------------
+
+
+def test_no_raw_dir_says_what_to_give(tmp_path: Path) -> None:
+    settings = data_config(tmp_path, tmp_path / "out")
+    settings.raw_dir = None
+    with pytest.raises(UserError, match=r"data.raw_dir is not given.*ILSVRC2012_img_train.tar.*image-net.org.*Kaggle"):
+        find_raw(settings)
+
+
+def test_an_absent_or_empty_raw_dir_says_what_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.raw_dir=.*nowhere is no folder.*image-net.org"):
+        find_raw(data_config(tmp_path / "nowhere", tmp_path / "out"))
+    with pytest.raises(UserError, match=r"no training images in .*looked for ILSVRC2012_img_train.tar"):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ILSVRC2012_img_val.tar", "no validation images in"),
+        ("ILSVRC2012_devkit_t12.tar.gz", "the devkit is needed for the labels of the validation images"),
+        ("ILSVRC2012_img_train.tar", "no training images in"),
+    ],
+)
+def test_a_missing_archive_is_named(tmp_path: Path, name: str, sentence: str) -> None:
+    write_official(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=sentence):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+def test_kaggle_without_its_labels(tmp_path: Path) -> None:
+    (write_kaggle(tmp_path) / "LOC_val_solution.csv").unlink()
+    with pytest.raises(UserError, match=r"LOC_val_solution.csv is missing"):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+# ---- hostile and damaged archives -------------------------------------------------------------------
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    """A member that is no regular file."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def with_member(member: tarfile.TarInfo, content: bytes = b"") -> bytes:
+    """A validation tar of one good image and one other member."""
+    stream = io.BytesIO(tar_bytes([("ILSVRC2012_val_00000001.JPEG", jpeg("a"))]))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+NEXT = "ILSVRC2012_val_00000002.JPEG"
+HOSTILE = {
+    "climbs": (tarfile.TarInfo("../ILSVRC2012_val_00000002.JPEG"), b"x", r"'\.\./ILSVRC\S+ of \S+val.tar is not named"),
+    "absolute": (tarfile.TarInfo(f"/{NEXT}"), b"x", "is not named"),
+    "newline": (tarfile.TarInfo(f"{NEXT}\n"), b"x", "is not named"),
+    "symlink": (special(NEXT, tarfile.SYMTYPE, "/etc/passwd"), b"", "is no regular file"),
+    "hardlink": (special(NEXT, tarfile.LNKTYPE, "ILSVRC2012_val_00000001.JPEG"), b"", "is no regular file"),
+    "device": (special(NEXT, tarfile.CHRTYPE), b"", "is no regular file"),
+    "fifo": (special(NEXT, tarfile.FIFOTYPE), b"", "is no regular file"),
+    "folder": (special(NEXT, tarfile.DIRTYPE), b"", "is no regular file"),
+    "duplicate": (tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG"), b"x", "is there twice"),
+    "wrong name": (tarfile.TarInfo("n01440764_1.JPEG"), b"x", "is not named"),
+    "large": (tarfile.TarInfo(NEXT), bytes(20_000_001), "has 20000001 bytes, more than the 20000000"),
+    "beyond the truth": (tarfile.TarInfo("ILSVRC2012_val_00000007.JPEG"), b"x", "no line in the devkit's ground truth"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_validation_tar_stops_with_the_member(tmp_path: Path, case: str) -> None:
+    member, content, sentence = HOSTILE[case]
+    write_official(tmp_path)
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(with_member(member, content))
+    with pytest.raises(UserError, match=sentence):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        (
+            [("n01440764.tar", tar_bytes([("n02085620_1.JPEG", b"x")]))],
+            "n02085620_1.JPEG does not belong into n01440764",
+        ),
+        ([("n01440764.tar", tar_bytes([("../n01440764_1.JPEG", b"x")]))], "is not named"),
+        ([("../n01440764.tar", b"x")], "is not named"),
+        ([("n01440764.tar", class_tar("n01440764", train_images()))] * 2, "is there twice"),
+        ([("n01440764.tar", b"this is no archive" * 100)], "n01440764.tar in .* is not a complete tar"),
+        ([("n01440764.tar", b"")], "is not a complete tar|does not belong|no images|is not named"),
+    ],
+)
+def test_a_hostile_training_tar_stops(tmp_path: Path, members: list[tuple[str, bytes]], sentence: str) -> None:
+    write_official(tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(UserError, match=sentence):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("cut", [0, 100, 513, 2048, -10240, -9000])
+def test_a_cut_archive_never_passes_for_a_small_one(tmp_path: Path, cut: int) -> None:
+    path = write_official(tmp_path) / "ILSVRC2012_img_val.tar"
+    content = path.read_bytes()
+    end = len(content.rstrip(b"\0"))
+    end += -end % 512  # the images end here; two empty blocks say so
+    path.write_bytes(content[:end] if cut == -10240 else content[: end - 512] if cut == -9000 else content[:cut])
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar is not a complete tar archive"):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+def test_a_damaged_header_in_the_middle_never_ends_the_list(tmp_path: Path) -> None:
+    path = write_official(tmp_path) / "ILSVRC2012_img_val.tar"
+    content = bytearray(path.read_bytes())
+    at = content.index(b"ILSVRC2012_val_00000003.JPEG")
+    content[at + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a complete tar archive"):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no gzip",
+        gzip.compress(b"no tar" * 1000),
+        gzip.compress(tar_bytes(devkit_members()))[:-500],
+        gzip.compress(tar_bytes((name, b"garbage") for name, _ in devkit_members())),
+    ],
+)
+def test_a_damaged_devkit_stops(tmp_path: Path, content: bytes) -> None:
+    write_official(tmp_path)
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(content)
+    with pytest.raises(UserError, match="devkit"):
+        find_raw(data_config(tmp_path, tmp_path / "out"))
+
+
+# ---- folders ----------------------------------------------------------------------------------------
+
+
+def write_folder(root: Path, classes: dict[str, Images]) -> Path:
+    """<class>/<file>."""
+    for class_id, files in classes.items():
+        write_files(root / class_id, files, suffix="")
+    return root
+
+
+def test_a_folder_of_class_folders(tmp_path: Path) -> None:
+    cats = {f"{n}.jpg": jpeg(f"cat {n}") for n in range(20)} | {"notes.txt": b"", ".DS_Store": b""}
+    write_folder(tmp_path, {"dog": {f"{n}.PNG": jpeg(f"dog {n}") for n in range(20)}, "cat": cats, ".git": {}})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder, validation_fraction=0.3))
+    assert raw.class_ids == ["cat", "dog"]
+    assert raw.other_files[".txt"] == 1
+    held_out = raw.rows["val"]["key"].tolist()
+    everything = [*raw.rows["train"]["key"].tolist(), *held_out]
+    assert sorted(everything) == sorted(f"{c}/{n}".encode() for c in ("cat", "dog") for n in range(20))
+    assert sorted(held_out) == sorted(key for key in everything if int(sha256(key).hexdigest()[:16], 16) / 2**64 < 0.3)
+    assert raw.validation_split == "held out by the SHA-256 of the keys, a fraction of 0.3"
+
+
+def test_the_order_of_classes_is_that_of_imagefolder(tmp_path: Path) -> None:
+    names = ["Zebra", "apple", "10", "9", "Äpfel", "b c"]
+    write_folder(tmp_path / "train", {name: {"1.jpg": jpeg(name)} for name in names})
+    write_folder(tmp_path / "val", {name: {"1.jpg": jpeg(name)} for name in names[:3]})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert raw.class_ids == ImageFolder(str(tmp_path / "train")).classes
+    assert raw.validation_split == "given with the raw data, in val/"
+    labels = {row["key"].decode(): int(row["label"]) for row in raw.rows["train"]}
+    assert labels["b%20c/1"] == raw.class_ids.index("b c")
+    assert labels["%C3%84pfel/1"] == raw.class_ids.index("Äpfel")
+
+
+def test_keys_have_no_dots_and_do_not_collide() -> None:
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.c.JPEG", "x~y.jpeg", "x%7Ey.jpg", ".jpg", "..jpg", "readme.md", "jpg"]
+    keys = folder_keys("some.class", names)
+    assert len(set(keys.values())) == len(keys)
+    assert not any("." in key for key in keys.values())
+    assert {name: key.removeprefix("some%2Eclass/") for name, key in keys.items()} == {
+        "a.jpg": "a%2Ejpg",
+        "a.png": "a%2Epng",
+        "a.jpg.png": "a%2Ejpg%2Epng",
+        "b.c.JPEG": "b%2Ec",
+        "x~y.jpeg": "x%7Ey",
+        "x%7Ey.jpg": "x%257Ey",
+        "..jpg": "%2E",
+    }
+
+
+def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": {"1.jpg": jpeg("1")}})
+    (tmp_path / "train" / "a" / os.fsdecode(b"\xff.jpg")).write_bytes(jpeg("ff"))
+    write_folder(tmp_path / "val", {"a": {"1.jpg": jpeg("1")}})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert listed(raw)["train"] == {"a/%FF": (0, jpeg("ff")), "a/1": (0, jpeg("1"))}
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        ({}, "no images were found"),
+        ({"a": {"notes.txt": b""}}, r"no images were found in .*, only 1 x \.txt"),
+        ({"a": {"1.jpg": b"x"}}, "data.validation_fraction=0.1 of 1 images leaves 0 for validation"),
+        ({"a": {f"{n}.jpg": b"x" for n in range(60)}, "b": {}}, "class 'b' has no training images"),
+    ],
+)
+def test_a_folder_that_is_no_data_set(tmp_path: Path, classes: dict[str, Images], sentence: str) -> None:
+    write_folder(tmp_path, classes)
+    with pytest.raises(UserError, match=sentence):
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+
+
+def test_a_validation_class_without_training_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"a": {"1.jpg": b"x"}})
+    write_folder(tmp_path / "val", {"a": {"1.jpg": b"x"}, "b": {"1.jpg": b"x"}})
+    with pytest.raises(UserError, match="of class b, of which there are no training images"):
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+
+
+# ---- Imagenette (its host cannot be reached from here: a generated archive stands in) -----------------
+
+IMAGENETTE = ("n01440764", "n03445777")
+
+
+def imagenette_archive() -> bytes:
+    """imagenette2.tgz of two of its classes."""
+    members = [
+        (f"imagenette2/{split}/{wnid}/{name}.JPEG", jpeg(name))
+        for wnid in IMAGENETTE
+        for split, name in (("train", f"{wnid}_1"), ("val", f"ILSVRC2012_val_0000{wnid[-4:]}"))
+    ]
+    return gzip.compress(tar_bytes(members), mtime=0)
+
+
+def use_generated_imagenette(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Let torchvision expect this archive, and download it from nowhere."""
+    import hashlib
+
+    from torchvision.datasets import Imagenette, utils
+
+    def download(url: str, root: str | Path, filename: str | None = None, md5: str | None = None) -> None:
+        target = Path(root) / (filename or Path(url).name)
+        if not target.exists():
+            target.write_bytes(content)
+        assert utils.check_md5(str(target), md5)
+
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(Imagenette, "_ARCHIVES", {"full": ("https://nowhere.invalid/imagenette2.tgz", md5)})
+    monkeypatch.setattr(utils, "download_url", download)
+    monkeypatch.setattr(utils, "extract_archive", lambda path, target, remove_finished: extract(path, target))
+
+
+@pytest.mark.parametrize("given", ["nothing", "archive", "folder"])
+def test_imagenette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    content = imagenette_archive()
+    use_generated_imagenette(monkeypatch, content)
+    if given != "nothing":
+        (tmp_path / "imagenette2.tgz").write_bytes(content)
+    if given == "folder":
+        extract(str(tmp_path / "imagenette2.tgz"), str(tmp_path))
+    settings = data_config(tmp_path, tmp_path / "out", source=Source.imagenette)
+    raw = find_raw(settings)
+    assert raw.class_ids == list(IMAGENETTE)
+    assert raw.class_names == {"n01440764": "tench, Tinca tinca", "n03445777": "golf ball"}
+    assert raw.rows["train"]["key"].tolist() == [f"{wnid}/{wnid}_1".encode() for wnid in IMAGENETTE]
+    assert [path.name for path in raw.archives] == ["imagenette2.tgz"]
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", None)
+    assert listed(find_raw(settings)) == listed(raw)
+
+
+def test_imagenette_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", unreachable)
+    with pytest.raises(UserError, match=r"Imagenette could not be downloaded .* put it there"):
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.imagenette))
+
+
+# ---- data.expect=ilsvrc2012 -------------------------------------------------------------------------
+
+
+def fake_ilsvrc2012(monkeypatch: pytest.MonkeyPatch) -> Raw:
+    """A listing with the counts, classes and first labels of the real thing (the class list's hash is replaced)."""
+    class_ids = sorted(f"n{number:08d}" for number in range(1000))
+    monkeypatch.setattr(imagenet, "CLASS_LIST_SHA256", imagenet.class_list_sha256(class_ids))
+    rest = np.repeat(np.arange(1000), 50).tolist()
+    for label in imagenet.FIRST_VALIDATION_LABELS:
+        rest.remove(label)
+    labels = {"train": np.zeros(1_281_167), "val": np.array([*imagenet.FIRST_VALIDATION_LABELS, *rest])}
+    rows: dict[str, Rows] = {name: np.zeros(len(values), dtype=[("label", "<u4")]) for name, values in labels.items()}
+    for name, values in labels.items():
+        rows[name]["label"] = values
+    return Raw("", "", "", False, class_ids=class_ids, rows=rows)
+
+
+def test_the_real_counts_classes_and_labels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_ilsvrc2012(fake_ilsvrc2012(monkeypatch))
+
+
+def spoil_count(raw: Raw) -> None:
+    raw.rows["train"] = raw.rows["train"][1:]
+
+
+def spoil_validation_count(raw: Raw) -> None:
+    raw.rows["val"] = raw.rows["val"][:-1]
+
+
+def spoil_order(raw: Raw) -> None:
+    raw.class_ids = raw.class_ids[::-1]
+
+
+def spoil_classes(raw: Raw) -> None:
+    raw.class_ids = raw.class_ids[:-1]
+
+
+def spoil_labels(raw: Raw) -> None:
+    raw.rows["val"]["label"] = (raw.rows["val"]["label"] + 1) % 1000
+
+
+def spoil_balance(raw: Raw) -> None:
+    raw.rows["val"]["label"][-1] = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (spoil_count, "found 1,281,166 train images, ILSVRC2012 has 1,281,167"),
+        (spoil_validation_count, "found 49,999 val images, ILSVRC2012 has 50,000"),
+        (spoil_order, "the 1000 classes are not those of ILSVRC2012, or not in their order"),
+        (spoil_classes, "found 999 classes, ILSVRC2012 has 1000"),
+        (spoil_labels, r"the first validation labels are \(66, 971, .*the labels are mixed up"),
+        (spoil_balance, "class n00000000 has 51 validation images, ILSVRC2012 has 50 in each"),
+    ],
+)
+def test_each_violation_is_one_sentence_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Raw], None], sentence: str
+) -> None:
+    raw = fake_ilsvrc2012(monkeypatch)
+    spoil(raw)
+    with pytest.raises(UserError, match=f"{sentence}.*data.expect=nothing"):
+        require_ilsvrc2012(raw)
+
+
+def test_md5_and_sha256_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    path = tmp_path / "ILSVRC2012_img_val.tar"
+    path.write_bytes(b"x" * 10_000_000)
+    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    found = digests([path], {path.name: md5}, tmp_path / "cache.json")
+    assert (found[0].md5, found[0].sha256) == (md5, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert found[0].is_published_md5 is True
+    require_published_md5(found, {path.name: md5})
+    monkeypatch.setattr("recipe.data.archives.md5_and_sha256", None)
+    assert digests([path], {path.name: md5}, tmp_path / "cache.json") == found
+    monkeypatch.undo()
+    path.write_bytes(b"y" * 10_000_000)
+    changed = digests([path], {path.name: md5}, tmp_path / "cache.json")
+    with pytest.raises(UserError, match=rf"{path.name} has md5 {changed[0].md5}, published is {md5}.*expect=nothing"):
+        require_published_md5(changed, {path.name: md5})
+
+
+def test_expectations_are_checked_before_archives_are_read(tmp_path: Path) -> None:
+    from recipe.data.processing import preprocess
+    from tests.data.layouts import config
+
+    write_devkit(write_official(tmp_path / "raw"))
+    with pytest.raises(UserError, match=r"found 3 classes, ILSVRC2012 has 1000; with data.expect=nothing"):
+        preprocess(config(tmp_path / "raw", tmp_path / "out", expect=Expectation.ilsvrc2012))
+    assert not (tmp_path / "out" / "manifest.json").exists()
