@@ -1,0 +1,33 @@
+"""Raw images -> shards, index and manifest in the data directory: python preprocess.py experiment=demo"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from recipe.composition import composed_config, run_command
+from recipe.data.adoption import bring_record
+from recipe.data.processing import preprocess
+from recipe.document.render import check_document, write_document
+from recipe.errors import one_clear_sentence
+from recipe.run import Run, append_to_journal, recorded_path, shown_path
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    """Preprocess the experiment's data set and begin its document."""
+    with one_clear_sentence():
+        config = composed_config(composed)
+        run = Run(config.run_dir)
+        check_document(run)
+        append_to_journal(run, "preprocess", "started")
+        record = preprocess(config)
+        bring_record(run, Path(config.data.directory), record)
+        write_document(run, recorded_path(config.run_dir))
+        append_to_journal(run, "preprocess", "ended", manifest=record.outputs["manifest"])
+        print(f"wrote {shown_path(run.document)}")
+        print(f"manifest_sha256 {record.outputs['manifest']}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,370 @@
+"""Preprocessing: raw images in, shards, index, manifest and the record of the Data chapter out.
+
+    find and list the raw images -> hold them to what is expected -> deal them to shards -> make the shards in parallel
+    -> merge their notes into index, manifest and record
+
+The result depends on the raw images and the settings only, never on the number of processes, on the order in which they
+finish or on how often the work was interrupted: a shard's images are fixed before any worker starts, and a shard is
+written whole or not at all. Training images are dealt to shards in the order of the SHA-256 of their keys, so that
+whoever reads shards one after another meets well-mixed classes; validation images stay sorted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import features
+
+from recipe.config import Config, Corrupt, DataConfig, Expectation, Source, differences, sha256_of
+from recipe.data import imagenet
+from recipe.data.archives import digests
+from recipe.data.expectation import require_ilsvrc2012, require_published_md5
+from recipe.data.images import Rules
+from recipe.data.listing import Raw, Rows
+from recipe.data.merging import Merged, Part, merge, part_of
+from recipe.data.packing import WORK, Note, Task, Workplace, finished, run_task, start_worker
+from recipe.data.progress import Progress
+from recipe.data.raw import find_raw, given_raw_dir
+from recipe.data.reporting import record_of
+from recipe.data.shards import (
+    MANIFEST,
+    SPLITS,
+    ClassName,
+    Manifest,
+    ManifestSplit,
+    Shard,
+    manifest_sha256,
+    npy_bytes,
+    problems,
+    read_manifest,
+    size_of,
+)
+from recipe.errors import UserError
+from recipe.provenance import Stage, machine, usable_cores
+from recipe.records import Archive, PreprocessingRecord, from_json, to_json
+from recipe.run import disk_errors, shown_path, write_atomically
+
+RECORD = "preprocessing.json"
+LOCK = "lock"
+SHARD_FILE = re.compile(r"^(train|val)-\d{5,}\.tar$")
+
+
+def preprocess(config: Config) -> PreprocessingRecord:
+    """Make the data set of `config.data`, continue an interrupted run, or recognise a finished one."""
+    data, directory = config.data, Path(config.data.directory)
+    done = finished_record(data, directory)
+    if done is not None:
+        return done
+    given_raw_dir(data)  # before anything is created
+    with sole_writer(directory):
+        done = finished_record(data, directory)  # another process may have finished while this one was starting
+        if done is None:
+            stage = Stage(directory)
+            raw = find_raw(data)
+            done = repaired(data, directory, raw) or made(data, directory, raw, stage)
+    return done
+
+
+def data_settings(data: DataConfig) -> dict[str, Any]:
+    """Everything that shapes the bytes of the data set; what has no effect is left out."""
+    settings: dict[str, Any] = {
+        "name": data.name,
+        "source": data.source.value,
+        "expect": data.expect.value,
+        "corrupt": data.corrupt.value,
+        "images_per_shard": data.images_per_shard,
+        "resize_short_side": data.resize_short_side,
+    }
+    if data.resize_short_side is not None:
+        settings["quality"] = data.quality
+    if data.source is Source.folder:
+        settings["validation_fraction"] = data.validation_fraction
+    if data.source is Source.demo:
+        settings["train_images_per_class"] = data.train_images_per_class
+        settings["validation_images_per_class"] = data.validation_images_per_class
+    return settings
+
+
+def finished_record(data: DataConfig, directory: Path) -> PreprocessingRecord | None:
+    """The record of a finished data set with these settings and all its files; one of other settings stops."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(directory)
+    changed = differences(manifest.settings, data_settings(data))
+    if changed:
+        raise UserError(
+            f"{shown_path(directory)} holds a finished data set of other settings ({'; '.join(changed)}); give another "
+            "data.directory or delete that one"
+        )
+    for problem in all_problems(directory, manifest):
+        print(f"{problem}; it will be made again", file=sys.stderr)
+        return None
+    record = stored_record(directory)
+    if record is None:
+        return None
+    images = ", ".join(f"{split.images:,} {name}" for name, split in manifest.splits.items())
+    print(f"{shown_path(directory)} is finished ({images} images): nothing to do", file=sys.stderr)
+    return record
+
+
+def stored_record(directory: Path) -> PreprocessingRecord | None:
+    """The record beside the manifest, or None where it is missing, damaged or of another manifest."""
+    path = directory / RECORD
+    try:
+        record = from_json(path.read_bytes(), PreprocessingRecord, shown_path(path))
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        print(f"{error}; it will be made again", file=sys.stderr)
+        return None
+    if record.outputs.get("manifest") != manifest_sha256(directory):
+        print(f"{shown_path(path)} belongs to another manifest; it will be made again", file=sys.stderr)
+        return None
+    return record
+
+
+def all_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the files of a data set, both splits."""
+    for name in manifest.splits:
+        yield from problems(directory, manifest, name)
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """One writer per data directory; what a killed one left half written is removed."""
+    with disk_errors(directory):
+        (directory / WORK).mkdir(parents=True, exist_ok=True)
+        handle = (directory / LOCK).open("a")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{shown_path(directory)} is being written by another process; wait for it or give another "
+                "data.directory"
+            ) from None
+        with disk_errors(directory):
+            for leftover in (*directory.glob("*.tmp-*"), *(directory / WORK).glob("*.tmp-*")):
+                leftover.unlink(missing_ok=True)
+        yield
+
+
+def made(data: DataConfig, directory: Path, raw: Raw, stage: Stage) -> PreprocessingRecord:
+    """Everything from the listing to the record."""
+    archives = verified_archives(data, directory, raw)
+    tasks = planned(data, raw, [archive.sha256 for archive in archives])
+    remove_strays(directory, {task.name for task in tasks})
+    parts = {task.name: part_of(task, note) for task in tasks if (note := finished(directory, task)) is not None}
+    continued_shards = len(parts)
+    fresh = [task for task in tasks if task.name not in parts]
+    processes = process_count(data, fresh)
+    clock = time.perf_counter()
+    parts |= packed(workplace(data, directory, raw), fresh, processes)
+    images_per_second = sum(len(task.rows) for task in fresh) / (time.perf_counter() - clock)
+    merged = {name: merge([parts[task.name] for task in tasks if task.split == name]) for name in SPLITS}
+    write_data_set(data, directory, raw, merged)
+    record = record_of(
+        data,
+        data_settings(data),
+        raw,
+        archives,
+        merged,
+        stage.finish(machine()),
+        processes=processes,
+        images_per_second=images_per_second,
+        continued_shards=continued_shards,
+    )
+    write_atomically(directory / RECORD, to_json(record))
+    shutil.rmtree(directory / WORK)
+    report(record, merged)
+    return record
+
+
+def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord | None:
+    """Make the missing or cut shards of a finished data set again; None where there is more to do than that."""
+    if not (directory / MANIFEST).is_file() or not (directory / RECORD).is_file():
+        return None
+    shards = {shard.name: shard for split in read_manifest(directory).splits.values() for shard in split.shards}
+    tasks = planned(data, raw, [])
+    damaged = [task for task in tasks if task.name in shards and is_damaged(directory, shards[task.name])]
+    if not damaged or {task.name for task in tasks} != set(shards):
+        return None
+    parts = packed(workplace(data, directory, raw), damaged, process_count(data, damaged))
+    for name, part in parts.items():
+        if part.shard != shards[name]:
+            raise UserError(
+                f"{name} was made again but is not what it was: the raw images or Pillow changed; delete "
+                f"{shown_path(directory / MANIFEST)} to make the whole data set again"
+            )
+    shutil.rmtree(directory / WORK)
+    return finished_record(data, directory)
+
+
+def verified_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
+    """Hold the raw data to what is expected, the quick checks first; returns the archives with their hashes."""
+    print(listing_line(raw), file=sys.stderr)
+    if data.expect is Expectation.ilsvrc2012:
+        require_ilsvrc2012(raw)
+    published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo only borrows the names
+    archives = digests(raw.archives, published, directory / WORK / "archives.json")
+    if data.expect is Expectation.ilsvrc2012:
+        require_published_md5(archives, imagenet.PUBLISHED_MD5)
+    return archives
+
+
+def listing_line(raw: Raw) -> str:
+    """What was found, and what else lay there."""
+    images = ", ".join(f"{len(rows):,} {name}" for name, rows in raw.rows.items())
+    others = ", ".join(f"{count:,} {kind}" for kind, count in raw.other_files.most_common(5))
+    return f"found {raw.layout}: {images} images of {len(raw.class_ids):,} classes" + (
+        f"; left aside, no images: {others}" if others else ""
+    )
+
+
+def planned(data: DataConfig, raw: Raw, archive_hashes: list[str]) -> list[Task]:
+    """The shards, each with its images; the plan's hash changes with anything that could change the shard's bytes."""
+    versions = [PIL.__version__, features.version("jpg"), features.version("zlib")]
+    shaping = sha256_of([data_settings(data), versions, archive_hashes])
+    tasks = []
+    for split in SPLITS:
+        rows = raw.rows[split] if split == "val" else in_hash_order(raw.rows[split])
+        for number, first in enumerate(range(0, len(rows), data.images_per_shard)):
+            part = rows[first : first + data.images_per_shard]
+            plan = hashlib.sha256(shaping.encode() + repr(part.dtype).encode() + part.tobytes()).hexdigest()
+            tasks.append(Task(split, number, part, plan))
+    return tasks
+
+
+def in_hash_order(rows: Rows) -> Rows:
+    """Rows in the order of the SHA-256 of their keys: mixed for good, and the same everywhere."""
+    digest = b"".join(hashlib.sha256(key).digest() for key in rows["key"].tolist())
+    words = np.frombuffer(digest, dtype=">u8").reshape(-1, 4)
+    return rows[np.lexsort(words.T[::-1])]
+
+
+def workplace(data: DataConfig, directory: Path, raw: Raw) -> Workplace:
+    """What workers need to know. Only training images are ever resized: the metric is over original ones."""
+    train = Rules(keeps_png=raw.keeps_png, resize_short_side=data.resize_short_side, quality=data.quality)
+    validation = Rules(keeps_png=raw.keeps_png, resize_short_side=None, quality=data.quality)
+    return Workplace(
+        directory,
+        [path.absolute() for path in raw.containers],
+        {"train": train, "val": validation},
+        skips_corrupt=data.corrupt is Corrupt.skip,
+    )
+
+
+def process_count(data: DataConfig, tasks: list[Task]) -> int:
+    """As many as were asked for, else one a core; never more than there are shards to make."""
+    return max(1, min(data.processes or usable_cores(), len(tasks)))
+
+
+def packed(place: Workplace, tasks: list[Task], processes: int) -> dict[str, Part]:
+    """Make the shards in worker processes; returns them by name. The first failure stops all."""
+    if not tasks:
+        return {}
+    context = get_context("spawn")
+    stop = context.Event()
+    executor = ProcessPoolExecutor(processes, context, start_worker, (place, stop))
+    try:
+        with no_ctrl_c_for_children():
+            futures = {executor.submit(run_task, task): task for task in tasks}
+        with Progress("making shards", sum(len(task.rows) for task in tasks), "images") as progress:
+            return {part.shard.name: part for part in finishing(futures, progress)}
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; run the same command again to continue, "
+            "with fewer data.processes if it happens again"
+        ) from error
+    finally:
+        stop.set()  # workers look at it between two images, so that Ctrl-C ends them within one
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def no_ctrl_c_for_children() -> Iterator[None]:
+    """Processes started in here never see SIGINT, which a terminal sends to all; one that comes meanwhile waits.
+
+    A worker that Ctrl-C ended would take the others down in the middle of a file; the parent stops them all in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def finishing(futures: dict[Future[Note], Task], progress: Progress) -> Iterator[Part]:
+    """Finished shards as they come, counted."""
+    for future in as_completed(list(futures)):
+        task = futures.pop(future)  # lets go of the future, which would keep its note
+        yield part_of(task, future.result())
+        progress.add(len(task.rows))
+
+
+def remove_strays(directory: Path, wanted: set[str]) -> None:
+    """Shards that an interrupted run of other settings left and this one does not overwrite."""
+    with disk_errors(directory):
+        for path in directory.iterdir():
+            if SHARD_FILE.match(path.name) and path.name not in wanted:
+                path.unlink()
+
+
+def is_damaged(directory: Path, shard: Shard) -> bool:
+    """Missing, or of another size."""
+    return size_of(directory / shard.name) != shard.bytes
+
+
+def write_data_set(data: DataConfig, directory: Path, raw: Raw, merged: dict[str, Merged]) -> None:
+    """Index files, then the manifest that names them by hash: its presence says that the data set is complete."""
+    for name, split in merged.items():
+        write_atomically(directory / f"{name}.index.npy", npy_bytes(split.index))
+        write_atomically(directory / f"{name}.keys.npy", npy_bytes(split.keys))
+    manifest = Manifest(
+        name=data.name,
+        settings=data_settings(data),
+        is_ilsvrc2012=data.expect is Expectation.ilsvrc2012 and not any(split.rejected for split in merged.values()),
+        label_convention=raw.label_convention,
+        classes=[ClassName(id=class_id, name=raw.class_names.get(class_id, class_id)) for class_id in raw.class_ids],
+        splits={
+            name: ManifestSplit(
+                images=len(split.index),
+                index_sha256=hashlib.sha256(npy_bytes(split.index)).hexdigest(),
+                keys_sha256=hashlib.sha256(npy_bytes(split.keys)).hexdigest(),
+                shards=split.shards,
+                grey_images=split.grey_images,
+                rotated_images=split.rotated_images,
+            )
+            for name, split in merged.items()
+        },
+        oddities=[oddity for split in merged.values() for oddity in split.oddities],
+        rejected=[oddity for split in merged.values() for oddity in split.rejected],
+    )
+    write_atomically(directory / MANIFEST, to_json(manifest))
+
+
+def report(record: PreprocessingRecord, merged: dict[str, Merged]) -> None:
+    """The few lines a person reads at the end."""
+    images = ", ".join(f"{facts.images:,} {name}" for name, facts in record.splits.items())
+    odd = ", ".join(f"{count:,} x {kind}" for kind, count in record.odd_images.items()) or "none"
+    left_out = len(record.rejected)
+    print(f"{record.processed_path}: {images} images; odd ones: {odd}; left out: {left_out}", file=sys.stderr)
+    if record.is_ilsvrc2012:
+        oddities = ((oddity.split, oddity.key, oddity.what) for split in merged.values() for oddity in split.oddities)
+        for line in imagenet.surprises(oddities):
+            print(f"unexpected on ILSVRC2012: {line}", file=sys.stderr)

@@ -1,0 +1,713 @@
+"""Preprocessing end to end: equal bytes however it ran, odd and corrupt images, continuing, refusing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import hashlib
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from recipe.config import Corrupt, Expectation, Source
+from recipe.data import packing, processing
+from recipe.data.demo import write_demo_archives
+from recipe.data.images import DamagedImageError, Rules, store
+from recipe.data.processing import preprocess
+from recipe.data.shards import open_split, read_manifest
+from recipe.errors import DiskError, UserError
+from recipe.records import PreprocessingRecord
+from recipe.run import CHECKOUT
+from tests.data.layouts import (
+    VALIDATION_LABELS,
+    WNIDS,
+    config,
+    encoded,
+    jpeg,
+    pixels,
+    train_images,
+    validation_images,
+    write_extracted,
+    write_files,
+    write_kaggle,
+    write_official,
+)
+
+KEEP = Rules(keeps_png=False, resize_short_side=None, quality=90)
+KEEP_FOLDER = Rules(keeps_png=True, resize_short_side=None, quality=90)
+
+
+def content_of(directory: Path) -> dict[str, str]:
+    """File -> SHA-256 of everything that has to be equal."""
+    names = sorted(path for path in directory.iterdir() if path.suffix in (".tar", ".npy") or path.stem == "manifest")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small ILSVRC2012 as archives."""
+    return write_official(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def finished(official: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreprocessingRecord]:
+    """Its data set, made once; tests that change it work on a copy."""
+    directory = tmp_path_factory.mktemp("finished") / "data"
+    return directory, preprocess(config(official, directory))
+
+
+# ---- what comes out ---------------------------------------------------------------------------------
+
+
+def test_original_bytes_and_labels_come_back(finished: tuple[Path, PreprocessingRecord]) -> None:
+    labels = dict(zip(validation_images(), VALIDATION_LABELS, strict=True))
+    labels |= {key: WNIDS.index(key[:9]) for key in train_images()}
+    for name, images in (("train", train_images()), ("val", validation_images())):
+        split = open_split(finished[0], name)
+        assert {split.key(i): split.read(i) for i in range(len(split))} == images
+        assert [labels[split.key(i)] for i in range(len(split))] == split.labels.tolist()
+        for i in range(len(split)):
+            with Image.open(io.BytesIO(split.read(i))) as image:
+                assert image.size == (split.index[i]["width"], split.index[i]["height"])
+
+
+def test_training_images_are_dealt_by_hash_and_validation_is_sorted(
+    finished: tuple[Path, PreprocessingRecord],
+) -> None:
+    train, val = (open_split(finished[0], name) for name in ("train", "val"))
+    keys = [train.key(i) for i in range(len(train))]
+    assert keys == sorted(train_images(), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    assert [val.key(i) for i in range(len(val))] == sorted(validation_images())
+    assert [shard.images for shard in train.shards] == [5, 5, 2]
+
+
+def webdataset_samples(shards: list[str]) -> list[dict[str, Any]]:
+    """All samples, by an independent reader (which leaves its files to the garbage collector)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+        gc.collect()
+    return samples
+
+
+def test_webdataset_opens_the_shards(finished: tuple[Path, PreprocessingRecord]) -> None:
+    for name, images in (("train", train_images()), ("val", validation_images())):
+        split = open_split(finished[0], name)
+        shards = [str(finished[0] / shard.name) for shard in split.shards]
+        samples = webdataset_samples(shards)
+        assert {sample["__key__"]: sample["jpg"] for sample in samples} == images
+        assert [int(sample["cls"]) for sample in samples] == split.labels.tolist()
+
+
+def test_the_record_is_true(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
+    directory, record = finished
+    lines = [
+        f"{key} {WNIDS.index(key[:9])} {hashlib.sha256(content).hexdigest()}\n"
+        for key, content in sorted(train_images().items())
+    ]
+    assert record.inputs["raw/train"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert record.outputs.pop("manifest") == hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
+    assert record.outputs == {name: digest for name, digest in content_of(directory).items() if name.endswith(".tar")}
+    for archive in record.archives:
+        assert archive.sha256 == hashlib.sha256((official / archive.name).read_bytes()).hexdigest()
+        assert record.inputs[archive.name] == archive.sha256
+        assert archive.is_published_md5 is False
+    assert (record.splits["train"].images, record.splits["train"].classes) == (12, 3)
+    assert (record.splits["val"].images_per_class_min, record.splits["val"].images_per_class_max) == (2, 2)
+    assert not record.is_ilsvrc2012
+    assert [(example.index, example.class_id) for example in record.label_examples] == list(enumerate(WNIDS))
+    assert record.class_list_sha256 == hashlib.sha256("\n".join(WNIDS).encode()).hexdigest()
+
+
+def test_no_path_host_or_user_is_written(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
+    for name in ("manifest.json", "preprocessing.json"):
+        text = (finished[0] / name).read_text()
+        for secret in (str(official), str(finished[0]), str(CHECKOUT), os.uname().nodename, str(Path.home())):
+            assert secret not in text
+    assert finished[1].raw_path == "$RAW_DIR"
+
+
+def test_paths_inside_the_checkout_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipe.data.reporting.CHECKOUT", tmp_path)
+    record = preprocess(config(write_official(tmp_path / "data/raw"), tmp_path / "data/tiny"))
+    assert (record.raw_path, record.processed_path) == ("data/raw", "data/tiny")
+
+
+# ---- equal bytes, however it ran --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(
+    finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path, processes: int
+) -> None:
+    record = preprocess(config(official, tmp_path, processes=processes))
+    assert content_of(tmp_path) == content_of(finished[0])
+    assert record.processes == processes
+
+
+@pytest.mark.parametrize("write", [write_extracted, write_kaggle])
+def test_every_layout_gives_the_same_shards(
+    finished: tuple[Path, PreprocessingRecord], tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    record = preprocess(config(write(tmp_path / "raw"), tmp_path / "out"))
+    same = {name: digest for name, digest in content_of(finished[0]).items() if name != "manifest.json"}
+    assert {name: digest for name, digest in content_of(tmp_path / "out").items() if name != "manifest.json"} == same
+    assert [record.inputs[f"raw/{name}"] for name in ("train", "val")] == [
+        finished[1].inputs[f"raw/{name}"] for name in ("train", "val")
+    ]
+
+
+def test_the_demo_takes_the_same_path(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"source": Source.demo, "train_images_per_class": 2, "validation_images_per_class": 1}
+    record = preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
+    write_demo_archives(tmp_path / "twin", 2, 1)
+    other = preprocess(config(tmp_path / "twin", tmp_path / "other"))
+    assert record.inputs == other.inputs
+    assert record.splits["train"].images == 2 * record.class_count
+    assert record.layout == f"drawn, in the layout of {other.layout}"
+    assert {archive.is_published_md5 for archive in record.archives} == {None}
+
+
+MODULES_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {checkout!r})
+from recipe.data import packing
+from recipe.data.processing import preprocess
+from tests.data.layouts import config
+
+original = packing.store
+
+def noting(*arguments):
+    Path({seen!r}).write_text(" ".join(sys.modules))
+    return original(*arguments)
+
+packing.store = noting
+if __name__ == "__main__":
+    import torch
+    preprocess(config({raw!r}, Path({out!r})))
+"""
+
+
+def test_workers_import_no_torch(official: Path, tmp_path: Path) -> None:
+    """Even where the parent has: each of a hundred workers would cost a second and half a gigabyte."""
+    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script.write_text(
+        MODULES_SCRIPT.format(checkout=str(CHECKOUT), seen=str(seen), raw=str(official), out=str(tmp_path / "out"))
+    )
+    subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
+    modules = set(seen.read_text().split())
+    assert "recipe.data.packing" in modules
+    assert not {"torch", "torchvision", "torchcodec"} & modules
+
+
+# ---- killed, stopped, continued ---------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {checkout!r})
+from recipe.data import packing, processing
+from recipe.data.processing import preprocess
+from tests.data.layouts import config
+
+out = Path({out!r})
+original = packing.store
+
+def slow(*arguments):
+    if len(list(out.glob("work/*-*.json"))) >= {shards}:
+        time.sleep({pause_seconds})
+    return original(*arguments)
+
+packing.store = slow
+write_data_set = processing.write_data_set
+
+def late(*arguments):
+    time.sleep({pause_seconds})  # the last shards may have been under way when the others were counted
+    return write_data_set(*arguments)
+
+processing.write_data_set = late
+if __name__ == "__main__":
+    preprocess(config({raw!r}, out, processes=2))
+"""
+
+
+def start_slowly(raw: Path, out: Path, shards: int, pause_seconds: float = 0.5) -> subprocess.Popen[str]:
+    """Preprocessing in a process group of its own that pauses before each image once so many shards are finished.
+
+    Returns when they are.
+    """
+    script = out.with_suffix(".py")
+    script.write_text(
+        SCRIPT.format(checkout=str(CHECKOUT), raw=str(raw), out=str(out), shards=shards, pause_seconds=pause_seconds)
+    )
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, text=True, stderr=subprocess.PIPE)
+    while process.poll() is None and (len(list(out.glob("work/*-*.json"))) < shards or not (out / "lock").exists()):
+        time.sleep(0.005)
+    return process
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def members_of_group(group: int) -> list[int]:
+    """The processes of a group that are still running."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    found = []
+    for pid in pids:
+        try:
+            if os.getpgid(pid) == group and is_running(pid):
+                found.append(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(("shards", "seconds"), [(0, 0.0), (0, 1.0), (1, 0.0), (2, 0.1), (4, 0.2)])
+def test_killed_at_any_point_and_continued_gives_the_same_bytes(
+    finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path, shards: int, seconds: float
+) -> None:
+    out = tmp_path / "out"
+    process = start_slowly(official, out, shards, pause_seconds=60)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = len(list(out.glob("work/*-*.json")))
+    assert done >= shards
+    assert not (out / "manifest.json").exists()
+    (out / "train-00000.tar.tmp-123").write_bytes(b"half a shard")
+    record = preprocess(config(official, out, processes=2))
+    assert content_of(out) == content_of(finished[0])
+    assert record.continued_shards == done
+    assert {path.name for path in out.iterdir()} - set(content_of(out)) <= {"lock", "records", "preprocessing.json"}
+
+
+def test_workers_end_when_only_the_parent_is_killed(official: Path, tmp_path: Path) -> None:
+    process = start_slowly(official, tmp_path / "out", 1)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while members_of_group(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert members_of_group(process.pid) == []
+
+
+def test_ctrl_c_ends_quickly_and_continues(
+    finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path
+) -> None:
+    process = start_slowly(official, tmp_path / "out", 1)
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=20)
+    assert time.monotonic() - started < 5
+    assert process.returncode != 0
+    assert not list((tmp_path / "out").glob("*.tmp-*"))
+    preprocess(config(official, tmp_path / "out"))
+    assert content_of(tmp_path / "out") == content_of(finished[0])
+
+
+def test_an_interrupted_run_of_other_settings_leaves_nothing(official: Path, tmp_path: Path) -> None:
+    process = start_slowly(official, tmp_path / "out", 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    record = preprocess(config(official, tmp_path / "out", images_per_shard=100))
+    assert record.continued_shards == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["train-00000.tar", "val-00000.tar"]
+
+
+def copy_of(finished: tuple[Path, PreprocessingRecord], target: Path) -> Path:
+    """A data set to damage."""
+    import shutil
+
+    shutil.copytree(finished[0], target)
+    return target
+
+
+def test_a_finished_run_is_recognised_without_its_raw_files(
+    finished: tuple[Path, PreprocessingRecord], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of(finished, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    record = preprocess(config(tmp_path / "gone", out, processes=3))
+    assert record.outputs["train-00000.tar"] == content_of(out)["train-00000.tar"]
+    assert "is finished (12 train, 6 val images): nothing to do" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_other_settings_are_refused_with_the_difference(
+    finished: tuple[Path, PreprocessingRecord], official: Path
+) -> None:
+    with pytest.raises(UserError, match=r"other settings \(images_per_shard: 5 -> 6\); give another data.directory"):
+        preprocess(config(official, finished[0], images_per_shard=6))
+
+
+def test_settings_without_effect_do_not_count(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
+    preprocess(config(official, finished[0], quality=50, validation_fraction=0.5, processes=2))
+
+
+@pytest.mark.parametrize("damage", ["missing shard", "cut shard", "missing index", "missing record"])
+def test_a_damaged_data_set_is_repaired(
+    finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path, damage: str
+) -> None:
+    out = copy_of(finished, tmp_path / "out")
+    if damage == "cut shard":
+        (out / "val-00001.tar").write_bytes(b"x")
+    else:
+        (
+            out
+            / {
+                "missing shard": "train-00001.tar",
+                "missing index": "val.index.npy",
+                "missing record": "preprocessing.json",
+            }[damage]
+        ).unlink()
+    kept = (out / "train-00000.tar").stat().st_mtime_ns
+    preprocess(config(official, out))
+    assert content_of(out) == content_of(finished[0])
+    assert (out / "preprocessing.json").exists()
+    assert not (out / "work").exists()
+    if "shard" in damage:
+        assert (out / "train-00000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_repair_from_other_images_is_refused(finished: tuple[Path, PreprocessingRecord], tmp_path: Path) -> None:
+    out = copy_of(finished, tmp_path / "out")
+    (out / "train-00001.tar").unlink()
+    other = {key: jpeg(key + "x") for key in train_images()}
+    with pytest.raises(UserError, match=r"train-00001.tar was made again but is not what it was"):
+        preprocess(config(write_official(tmp_path / "raw", train=other), out))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up_is_one_sentence_and_continues(
+    finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path
+) -> None:
+    """/dev/full behind the temporary name of the index stands for a disk that is full by then."""
+    out = tmp_path / "out"
+    out.mkdir()
+    full = out / f"train.index.npy.tmp-{os.getpid()}"
+
+    def fill(directory: Path) -> None:
+        full.symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processing, "remove_strays", lambda directory, wanted: fill(directory))
+        with pytest.raises(DiskError, match=r"cannot write .*train.index.npy: No space left on device; free"):
+            preprocess(config(official, out))
+    record = preprocess(config(official, out))
+    assert record.continued_shards == 5
+    assert content_of(out) == content_of(finished[0])
+
+
+def test_a_disk_error_of_a_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/train-00000.tar").mkdir(parents=True)
+    with pytest.raises(DiskError, match=r"cannot write .*train-00000.tar: Is a directory"):
+        preprocess(config(official, tmp_path / "out"))
+
+
+def test_a_second_writer_is_refused(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another process"):
+            preprocess(config(official, tmp_path / "out"))
+
+
+def test_missing_raw_files_create_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        preprocess(config(tmp_path / "nowhere", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_written(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory"):
+        preprocess(config(official, tmp_path / "file" / "out"))
+
+
+def test_wrong_md5_stops_before_anything_is_packed(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processing, "require_ilsvrc2012", lambda raw: None)
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_train.tar has md5 \w{32}, published is 1d675b47d978889d74"):
+        preprocess(config(official, tmp_path / "out", expect=Expectation.ilsvrc2012))
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+# ---- odd images -------------------------------------------------------------------------------------
+
+
+def exif_rotated() -> bytes:
+    """A JPEG that asks to be turned by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(pixels("rotated"), exif=exif)
+
+
+def corrupt_exif() -> bytes:
+    """A sound picture with an EXIF block that Pillow warns of."""
+    return encoded(pixels("exif"), exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40)
+
+
+def png_header_of(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be enormous."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def jpeg_header_of(width: int, height: int) -> bytes:
+    """A small JPEG whose frame header claims to be enormous."""
+    content = bytearray(jpeg("x"))
+    at = content.index(b"\xff\xc0")
+    content[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
+    """T34, T35, T36: what keeps its bytes, what is normalised, and that all is listed."""
+    odd = {
+        "n01440764_5": encoded(pixels("cmyk").convert("CMYK")),
+        "n02085620_5": encoded(pixels("png"), "PNG"),
+        "n02085620_6": encoded(pixels("grey", channels=1)),
+        "n03445777_5": exif_rotated(),
+        "n03445777_6": corrupt_exif(),
+    }
+    validation = validation_images() | {"ILSVRC2012_val_00000003": encoded(pixels("c").convert("CMYK"))}
+    raw = write_official(tmp_path / "raw", train=train_images() | odd, validation=validation)
+    record = preprocess(config(raw, tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out")
+    assert {(oddity.split, oddity.key): (oddity.what, oddity.done) for oddity in manifest.oddities} == {
+        ("train", "n01440764_5"): ("CMYK JPEG", "stored as lossless RGB PNG"),
+        ("train", "n02085620_5"): ("PNG not named .png", "stored as lossless RGB PNG"),
+        ("val", "ILSVRC2012_val_00000003"): ("CMYK JPEG", "stored as lossless RGB PNG"),
+    }
+    assert record.odd_images == {
+        "CMYK JPEG": 2,
+        "PNG not named .png": 1,
+        "grey": 1,
+        "EXIF orientation, not applied": 1,
+    }
+    split = open_split(tmp_path / "out", "train")
+    stored = {split.key(i): split.read(i) for i in range(len(split))}
+    for key in ("n02085620_6", "n03445777_5", "n03445777_6"):
+        assert stored[key] == odd[key]
+    for key in ("n01440764_5", "n02085620_5"):
+        assert pixels_of(stored[key]).tobytes() == pixels_of(odd[key]).tobytes()
+    samples = webdataset_samples([str(tmp_path / "out" / shard.name) for shard in split.shards])
+    assert {sample["__key__"] for sample in samples if "png" in sample} == {"n01440764_5", "n02085620_5"}
+
+
+def pixels_of(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """RGB as torchvision's ImageFolder sees it: the oracle."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def sixteen_bits() -> bytes:
+    """A grey PNG of 16 bits."""
+    return encoded(Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (encoded(pixels("a").convert("P"), "PNG"), "PNG with a palette"),
+        (encoded(pixels("a", channels=4), "PNG"), "PNG with transparency"),
+        (encoded(pixels("a").convert("LA"), "PNG"), "PNG with transparency"),
+        (encoded(pixels("a"), "PNG", transparency=(0, 0, 0)), "PNG with transparency"),
+        (encoded(pixels("a").convert("1"), "PNG"), "PNG of 1 bits"),
+        (sixteen_bits(), "PNG of 16 bits"),
+        (encoded(pixels("a"), "PNG", save_all=True, append_images=[pixels("b")]), "PNG with several frames"),
+    ],
+)
+def test_odd_png_files_of_folders_become_rgb(content: bytes, what: str) -> None:
+    stored = store(content, True, KEEP_FOLDER)
+    assert (stored.oddity, stored.extension) == (what, "png")
+    with Image.open(io.BytesIO(stored.content)) as image:
+        assert (image.mode, image.info) == ("RGB", {})
+    if what != "PNG of 16 bits":
+        assert pixels_of(stored.content).tobytes() == pixels_of(content).tobytes()
+
+
+def test_sixteen_bits_keep_their_high_byte() -> None:
+    stored = store(sixteen_bits(), True, KEEP_FOLDER)
+    wanted = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32) >> 8
+    assert (pixels_of(stored.content) == wanted[:, :, None]).all()
+
+
+def test_plain_png_files_keep_their_bytes_only_where_they_belong() -> None:
+    for mode in ("RGB", "L"):
+        content = encoded(pixels("a").convert(mode), "PNG")
+        assert store(content, True, KEEP_FOLDER).content == content
+        assert store(content, False, KEEP_FOLDER).oddity == "PNG not named .png"
+        assert store(content, True, KEEP).oddity == "PNG not named .png"
+    assert store(jpeg("a"), True, KEEP_FOLDER).content == jpeg("a")
+
+
+def test_a_profile_or_comment_does_not_reach_the_png() -> None:
+    content = encoded(pixels("a").convert("CMYK"), icc_profile=b"profile" * 20, comment=b"hello")
+    with Image.open(io.BytesIO(store(content, False, KEEP).content)) as image:
+        assert image.info == {}
+
+
+DAMAGED = {
+    "empty": (b"", r"it is empty \(0 bytes\)"),
+    "text": (b"<html>404 not found</html>", "it is neither JPEG nor PNG"),
+    "gif": (encoded(pixels("a"), "GIF"), "it is neither JPEG nor PNG"),
+    "truncated JPEG": (encoded(pixels("a", 400, 300))[:2000], "truncated"),
+    "truncated PNG": (encoded(pixels("a", 400, 300), "PNG")[:2000], "truncated"),
+    "header only": (jpeg("a")[:20], "."),
+    "PNG bomb": (png_header_of(20_000, 20_000), "it is too large"),
+    "JPEG bomb": (jpeg_header_of(20_000, 20_000), "it is too large"),
+    "large, below Pillow's own limit": (png_header_of(8_000, 7_000), "8000 x 7000 claims more than 50 million pixels"),
+    "PNG without data": (png_header_of(10, 10), "."),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_images_have_a_reason_that_repeats(case: str) -> None:
+    content, reason = DAMAGED[case]
+    texts = set()
+    for _ in range(2):
+        with pytest.raises(DamagedImageError, match=reason) as caught:
+            store(content, False, KEEP)
+        texts.add(str(caught.value))
+    assert len(texts) == 1
+    assert "0x" not in texts.pop()
+
+
+def test_random_damage_is_an_image_or_a_reason() -> None:
+    generator = np.random.default_rng(0)
+    for original in (jpeg("a"), encoded(pixels("b"), "PNG"), exif_rotated()):
+        for _ in range(150):
+            content = bytearray(original)
+            for at in generator.integers(0, len(content), 3):
+                content[at] = generator.integers(0, 256)
+            with contextlib.suppress(DamagedImageError):
+                assert store(bytes(content), False, KEEP).width > 0
+
+
+def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
+    raw = write_official(tmp_path / "tars", train=train_images() | {"n02085620_3": jpeg("a")[:300]})
+    with pytest.raises(UserError, match=r"n02085620_3 in .*img_train.tar \(at byte \d+\) is corrupt: .*corrupt=skip"):
+        preprocess(config(raw, tmp_path / "out"))
+    write_extracted(tmp_path / "raw")
+    (tmp_path / "raw/train/n02085620/n02085620_3.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match=r"n02085620/n02085620_3.JPEG is corrupt: it is empty"):
+        preprocess(config(tmp_path / "raw", tmp_path / "out", processes=2))
+
+
+def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> None:
+    bad = {"n02085620_3": jpeg("a")[:300], "n02085620_4": b""}
+    validation = validation_images() | {"ILSVRC2012_val_00000001": png_header_of(20_000, 20_000)}
+    raw = write_official(tmp_path / "raw", train=train_images() | bad, validation=validation)
+    record = preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
+    assert [(oddity.split, oddity.key) for oddity in record.rejected] == [
+        ("train", "n02085620_3"),
+        ("train", "n02085620_4"),
+        ("val", "ILSVRC2012_val_00000001"),
+    ]
+    assert read_manifest(tmp_path / "out").rejected == record.rejected
+    assert (record.splits["train"].images, record.splits["val"].images) == (10, 5)
+    split = open_split(tmp_path / "out", "train")
+    assert {split.key(i): split.read(i) for i in range(len(split))} == {
+        key: content for key, content in train_images().items() if key not in bad
+    }
+    assert [split.labels[i] for i in range(10)] == [WNIDS.index(split.key(i)[:9]) for i in range(10)]
+
+
+# ---- resizing ---------------------------------------------------------------------------------------
+
+
+def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
+    large = {"n01440764_9": encoded(pixels("large", 301, 200)), "n01440764_8": encoded(pixels("l", 200, 99, 1))}
+    validation = validation_images() | {"ILSVRC2012_val_00000001": encoded(pixels("large", 301, 200))}
+    raw = write_official(tmp_path / "raw", train=train_images() | large, validation=validation)
+    record = preprocess(config(raw, tmp_path / "out", resize_short_side=64, quality=80))
+    split = open_split(tmp_path / "out", "train")
+    stored = {split.key(i): split.read(i) for i in range(len(split))}
+    sizes = {split.key(i): (int(split.index[i]["width"]), int(split.index[i]["height"])) for i in range(len(split))}
+    assert {key: stored[key] for key in train_images()} == train_images()
+    assert (sizes["n01440764_9"], sizes["n01440764_8"]) == ((96, 64), (129, 64))
+    with Image.open(io.BytesIO(large["n01440764_9"])) as image:
+        oracle = encoded(image.resize((96, 64), Image.Resampling.BICUBIC), quality=80)
+    assert stored["n01440764_9"] == oracle
+    assert record.splits["train"].grey_images == 1
+    val = open_split(tmp_path / "out", "val")
+    assert {val.key(i): val.read(i) for i in range(len(val))} == validation
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["settings"]["resize_short_side"], manifest["settings"]["quality"]) == (64, 80)
+    assert "64 pixels" in record.stored_as
+
+
+def test_an_odd_image_is_resized_too() -> None:
+    content = encoded(pixels("c", 200, 100).convert("CMYK"))
+    stored = store(content, False, Rules(keeps_png=False, resize_short_side=50, quality=90))
+    assert (stored.width, stored.height, stored.extension) == (100, 50, "jpg")
+    assert (stored.oddity, stored.done) == ("CMYK JPEG", "stored as resized RGB JPEG")
+
+
+# ---- folders ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_data_set_end_to_end(tmp_path: Path) -> None:
+    for name in ("cat", "dog.v2"):
+        write_files(tmp_path / "raw" / name, {f"{name} {n}.jpg": jpeg(f"{name}{n}") for n in range(12)}, "")
+        write_files(tmp_path / "raw" / name, {"a.png": encoded(pixels(name), "PNG"), "a.jpg": jpeg(name)}, "")
+    record = preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, validation_fraction=0.25))
+    assert record.splits["train"].images + record.splits["val"].images == 28
+    assert record.odd_images == {}
+    assert record.label_convention == "position among the sorted names of the class folders, counted from 0"
+    assert read_manifest(tmp_path / "out").settings["validation_fraction"] == 0.25
+    found = {}
+    for name in ("train", "val"):
+        shards = sorted(str(path) for path in (tmp_path / "out").glob(f"{name}-*.tar"))
+        for sample in webdataset_samples(shards):
+            found[sample["__key__"]] = (sample.get("jpg") or sample["png"], int(sample["cls"]))
+    assert found["cat/a%2Epng"] == (encoded(pixels("cat"), "PNG"), 0)
+    assert found["dog%2Ev2/a%2Ejpg"] == (jpeg("dog.v2"), 1)
+    assert len(found) == 28
+
+
+def test_a_killed_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
+    process = start_slowly(official, tmp_path / "out", 1)
+    children = [pid for pid in members_of_group(process.pid) if is_worker(pid)]
+    assert children
+    os.kill(children[0], signal.SIGKILL)
+    _, text = process.communicate(timeout=30)
+    assert "a worker process was killed" in text
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process is one of multiprocessing's children (and not its resource tracker)."""
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_notes_of_other_code_are_ignored(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/work").mkdir(parents=True)
+    (tmp_path / "out/work/train-00000.json").write_text("{}")
+    assert preprocess(config(official, tmp_path / "out")).continued_shards == 0
+    assert packing.WORK not in {path.name for path in (tmp_path / "out").iterdir()}
