@@ -1,0 +1,291 @@
+"""Batches, from threads that decode straight into them.
+
+Decoding and resizing release Python's lock, so threads that write into one preallocated batch beat worker processes:
+no copies between processes, no pickling, no signals to forward. A batch is a pure function of (seed, epoch, number):
+global batch b holds the same images, with the same pixels, on any number of processes and threads. Resuming is
+asking for `epoch(epoch, first_batch)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recipe.config import OptimizationConfig, TrainerConfig
+from recipe.data.shards import Split
+from recipe.data.transforms import Decode, EvaluationTransform
+from recipe.distributed import World, threads_per_process
+from recipe.errors import UserError
+from recipe.records import LoaderFacts
+
+IMAGES_PER_TASK = 4  # handed to a thread at once: fewer Python calls, still even work
+ORDER_STREAM = 1  # keeps the generator of the order apart from that of the augmentation
+Item = TypeVar("Item")
+
+
+class Batch(NamedTuple):
+    """Images of one forward pass."""
+
+    images: Tensor  # uint8 [N, 3, H, W], channels last in memory
+    labels: Tensor  # int64 [N]
+    indices: Tensor  # int64 [N], positions in the split
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is divided; forward pass k of rank r holds part k * processes + r of it.
+
+    Part for part these are the same images on 8 processes as on 1 process that accumulates 8 times.
+    """
+
+    global_batch_size: int
+    processes: int
+    accumulation_steps: int
+
+    @property
+    def images_per_forward(self) -> int:
+        """Also what one batch norm sees."""
+        return self.global_batch_size // (self.processes * self.accumulation_steps)
+
+
+def derive_layout(optimization: OptimizationConfig, trainer: TrainerConfig, processes: int) -> BatchLayout:
+    """The fewest accumulation steps that respect `trainer.max_images_per_process`; raises where nothing divides."""
+    size, cap = optimization.batch_size, trainer.max_images_per_process
+    accumulation = max(1, math.ceil(size / (processes * cap)))
+    parts = processes * accumulation
+    if size % parts:
+        nearest = " or ".join(str(value) for value in _nearest_that_divide(size, processes, cap))
+        raise UserError(
+            f"optimization.batch_size={size} does not divide into {processes} processes x {accumulation} "
+            f"accumulation steps (trainer.max_images_per_process={cap}); nearest that does: {nearest}"
+        )
+    return BatchLayout(size, processes, accumulation)
+
+
+def _nearest_that_divide(size: int, processes: int, cap: int) -> list[int]:
+    """The nearest smaller and larger batch sizes that have a layout; the next full round of parts always has one."""
+
+    def has_layout(value: int) -> bool:
+        return value % (processes * math.ceil(value / (processes * cap))) == 0
+
+    below = next(filter(has_layout, range(size - 1, 0, -1)), None)
+    above = next(filter(has_layout, itertools.count(size + 1)))
+    return [above] if below is None else [below, above]
+
+
+def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
+    """The order of an epoch, a function of (seed, epoch) and the number of images."""
+    return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(images)
+
+
+class DecodingThreads:
+    """A pool of threads that fill batches; used as a context, so that none outlives it."""
+
+    def __init__(self, split: Split, decode: Decode, trainer: TrainerConfig, world: World) -> None:
+        self.split = split
+        self.decode = decode
+        self.threads = threads_per_process(trainer.data_threads, world)
+        self.prefetch_batches = trainer.prefetch_batches
+        self.pin = world.device.type == "cuda"
+        self.labels = torch.from_numpy(np.asarray(split.labels, dtype=np.int64))
+        self.pool = ThreadPoolExecutor(self.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+
+    @property
+    def decoder_name(self) -> str:
+        """The library that decodes, from the function that is called: torchcodec or pillow."""
+        return getattr(self.decode, "__name__", str(self.decode)).removeprefix("decode_with_")
+
+    def close(self) -> None:
+        """Drop what is queued and wait for what is being decoded."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def batches(
+        self, parts: Iterable[NDArray[np.int64]], view: Callable[[Tensor, int], Tensor], pixels: int
+    ) -> Iterator[Batch]:
+        """A batch for each part, in order, decoded ahead; `view(image, index)` gives uint8 [3, pixels, pixels]."""
+        yield from ahead((self._start(part, view, pixels) for part in parts), self.prefetch_batches)
+
+    def _start(self, indices: NDArray[np.int64], view: Callable[[Tensor, int], Tensor], pixels: int) -> Started:
+        images = torch.empty(
+            (len(indices), 3, pixels, pixels), dtype=torch.uint8, pin_memory=self.pin, memory_format=torch.channels_last
+        )
+        tasks = [
+            self.pool.submit(self._fill, images, indices, first, view)
+            for first in range(0, len(indices), IMAGES_PER_TASK)
+        ]
+        return Started(images, indices, self.labels, tasks)
+
+    def _fill(
+        self, images: Tensor, indices: NDArray[np.int64], first: int, view: Callable[[Tensor, int], Tensor]
+    ) -> None:
+        for place in range(first, min(first + IMAGES_PER_TASK, len(indices))):
+            index = int(indices[place])
+            images[place] = view(self._decoded(index), index)
+
+    def _decoded(self, index: int) -> Tensor:
+        """One image; a failure names the image and its shard, since it was readable when it was stored."""
+        content = self.split.read(index)
+        try:
+            return self.decode(content)
+        except Exception as error:  # each decoder raises its own kinds
+            raise UserError(
+                f"{self.split.where(index)} cannot be decoded any more "
+                f"({' '.join(str(error).split())[:120]}): the shard is damaged; delete that file and "
+                "run `python preprocess.py` again"
+            ) from error
+
+
+class Started(NamedTuple):
+    """A batch whose images are being decoded."""
+
+    images: Tensor
+    indices: NDArray[np.int64]
+    labels: Tensor
+    tasks: list[Future[None]]
+
+    def result(self) -> Batch:
+        """Wait for the last image; raises what a thread raised."""
+        for task in self.tasks:
+            task.result()
+        indices = torch.from_numpy(self.indices)
+        labels = self.labels[indices]
+        return Batch(self.images, labels.pin_memory() if self.images.is_pinned() else labels, indices)
+
+    def cancel(self) -> None:
+        """Leave out what no thread has begun."""
+        for task in self.tasks:
+            task.cancel()
+
+
+def ahead(started: Iterator[Started], depth: int) -> Iterator[Batch]:
+    """Results in order, with up to `depth` more being made meanwhile."""
+    waiting: deque[Started] = deque()
+    try:
+        for batch in started:
+            waiting.append(batch)
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for batch in waiting:
+            batch.cancel()
+
+
+class TrainingBatches:
+    """The training set, cut into global batches in an order of its own for every epoch.
+
+    The last, incomplete batch of an epoch is left out: other images in every epoch.
+    """
+
+    def __init__(
+        self,
+        threads: DecodingThreads,
+        augmentation: Callable[[Tensor, int, int], Tensor],
+        pixels: int,
+        layout: BatchLayout,
+        rank: int,
+        seed: int,
+    ) -> None:
+        self.threads = threads
+        self.augmentation = augmentation
+        self.pixels = pixels
+        self.layout = layout
+        self.rank = rank
+        self.seed = seed
+        self.images = len(threads.split)
+        self.batches_per_epoch = self.images // layout.global_batch_size
+        if self.batches_per_epoch == 0:
+            raise UserError(
+                f"optimization.batch_size={layout.global_batch_size} is more than the {self.images} "
+                "training images; make it smaller"
+            )
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images that an epoch trains on, over all processes."""
+        return self.batches_per_epoch * self.layout.global_batch_size
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[list[Batch]]:
+        """For each optimizer step of `epoch` (from 0), the batches of this process's forward passes."""
+
+        def view(image: Tensor, index: int) -> Tensor:
+            return self.augmentation(image, epoch, index)
+
+        batches = self.threads.batches(self._parts(epoch, first_batch, self.rank), view, self.pixels)
+        yield from in_groups(batches, self.layout.accumulation_steps)
+
+    def _parts(self, epoch: int, first_batch: int, rank: int) -> Iterator[NDArray[np.int64]]:
+        order = epoch_order(self.seed, epoch, self.images)
+        layout = self.layout
+        for batch in range(first_batch, self.batches_per_epoch):
+            start = batch * layout.global_batch_size
+            whole = order[start : start + layout.global_batch_size]
+            parts = whole.reshape(layout.accumulation_steps, layout.processes, layout.images_per_forward)
+            yield from parts[:, rank]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """All images of an epoch as they are handed out, put together from the parts of all processes."""
+        ranks = (self._parts(epoch, 0, rank) for rank in range(self.layout.processes))
+        return np.concatenate([part for parts in zip(*ranks, strict=True) for part in parts])
+
+    def facts(self) -> LoaderFacts:
+        """How batches are made, for the record."""
+        orders = [self._order(epoch).astype("<i8") for epoch in range(2)]
+        return LoaderFacts(
+            images_per_epoch=self.images_per_epoch,
+            images_left_out_per_epoch=self.images % self.layout.global_batch_size,
+            global_batch_size=self.layout.global_batch_size,
+            images_per_forward=self.layout.images_per_forward,
+            images_per_batch_norm=self.layout.images_per_forward,
+            accumulation_steps=self.layout.accumulation_steps,
+            decoder=self.threads.decoder_name,
+            threads_per_process=self.threads.threads,
+            first_indices=orders[0][:8].tolist(),
+            order_sha256=hashlib.sha256(b"".join(order.tobytes() for order in orders)).hexdigest(),
+        )
+
+
+class EvaluationBatches:
+    """A split in its own order, each image exactly once: whole batches are dealt out to the processes.
+
+    Batch k holds the same images on any number of processes, so the logits, not only the counts, can be equal.
+    """
+
+    def __init__(self, threads: DecodingThreads, transform: EvaluationTransform, batch_size: int, world: World) -> None:
+        self.threads = threads
+        self.transform = transform
+        self.batch_size = batch_size
+        self.rank = world.rank
+        self.processes = world.size
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(range(self.rank, math.ceil(len(self.threads.split) / self.batch_size), self.processes))
+
+    def __iter__(self) -> Iterator[Batch]:
+        images = len(self.threads.split)
+        starts = range(self.rank * self.batch_size, images, self.processes * self.batch_size)
+        parts = (np.arange(start, min(start + self.batch_size, images), dtype=np.int64) for start in starts)
+        yield from self.threads.batches(parts, lambda image, _: self.transform(image), self.transform.crop_pixels)
+
+
+def in_groups(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive items, `size` at a time."""
+    group: list[Item] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []

@@ -1,0 +1,95 @@
+"""Augmentation: a function of (seed, epoch, image), with torchvision's pixels and distribution (T12-T15)."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy import stats
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from recipe.data.transforms import fixed_image
+from recipe.training.augmentation import Augmentation, build_augmentation
+from tests.conftest import compose_config
+
+IMAGE = fixed_image(120, 160)
+
+
+def augmentation(**changes: object) -> Augmentation:
+    built = build_augmentation(compose_config("augmentation.crop_pixels=32").augmentation, seed=7)
+    return replace(built, **changes)  # type: ignore[arg-type]
+
+
+def test_pixels_are_torchvisions_under_the_same_parameters() -> None:
+    mine = augmentation()
+    for index in range(20):
+        view = mine.view(3, index, 120, 160)
+        crop = functional.crop(IMAGE, view.top, view.left, view.height, view.width)
+        expected = v2.Resize([32, 32], antialias=True)(crop)
+        if view.flip:
+            expected = v2.RandomHorizontalFlip(p=1.0)(expected)
+        assert torch.equal(mine(IMAGE, 3, index), expected)
+
+
+def test_distribution_is_torchvisions() -> None:
+    mine = augmentation()
+    views = np.array([mine.view(0, index, 120, 160)[:4] for index in range(4000)])
+    torch.manual_seed(0)
+    oracle = v2.RandomResizedCrop(32, antialias=True)
+    theirs = np.array(
+        [
+            [params["top"], params["left"], params["height"], params["width"]]
+            for params in (oracle.make_params([IMAGE]) for _ in range(4000))
+        ]
+    )
+    for column in range(4):
+        assert stats.ks_2samp(views[:, column], theirs[:, column]).pvalue > 1e-3
+
+
+def test_half_of_the_samples_are_flipped() -> None:
+    mine = augmentation()
+    flips = sum(mine.view(0, index, 120, 160).flip for index in range(4000))
+    assert abs(flips - 2000) < 5 * np.sqrt(1000)
+
+
+def test_the_same_sample_from_any_number_of_threads() -> None:
+    mine = augmentation()
+    alone = [mine(IMAGE, 1, index) for index in range(64)]
+    for threads in (2, 5):
+        with ThreadPoolExecutor(threads) as pool:
+            together = list(pool.map(lambda index: mine(IMAGE, 1, index), range(64)))
+        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_seed_epoch_and_image_all_matter() -> None:
+    mine = augmentation()
+    views = {
+        (seed, epoch, index): replace(mine, seed=seed).view(epoch, index, 120, 160)
+        for seed in (7, 8)
+        for epoch in range(4)
+        for index in range(8)
+    }
+    assert len(set(views.values())) == len(views)
+
+
+def test_extreme_shapes_fall_back_to_a_central_crop() -> None:
+    view = augmentation().view(0, 0, 10, 1000)
+    assert (view.top, view.height) == (0, 10)
+    assert view.width == round(10 * 4 / 3)
+    assert view.left == (1000 - view.width) // 2
+
+
+def test_a_change_of_anything_changes_the_fingerprint() -> None:
+    mine = augmentation()
+    variants = [
+        mine,
+        replace(mine, flip_probability=0.0),
+        replace(mine, scale=(0.09, 1.0)),
+        replace(mine, ratio=(0.7, 4 / 3)),
+        replace(mine, seed=8),
+        replace(mine, crop_pixels=31),
+        replace(mine, interpolation=v2.InterpolationMode.BICUBIC),
+    ]
+    assert len({variant.fingerprint() for variant in variants}) == len(variants)
+    assert mine.fingerprint() == augmentation().fingerprint()
