@@ -1,0 +1,102 @@
+"""Checkpoints: plain tensors and JSON-able values, saved so that a kill at any point costs nothing.
+
+A checkpoint is `step-00000312.pt` with its SHA-256 in `step-00000312.pt.sha256`; it counts only if both are there
+and agree, since `torch.load` does not notice a flipped bit. Both are written to temporary names, flushed and
+renamed. There is no `latest` link: the newest *valid* one is found by looking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipe.errors import DiskError, UserError
+from recipe.run import shown_path, write_atomically
+
+State = dict[str, Any]
+FORMAT = "checkpoint/1"
+
+
+def save_checkpoint(directory: Path, step: int, state: State) -> Path:
+    """Write `state` durably under the number of its step; raises `DiskError` and leaves no half file."""
+    buffer = io.BytesIO()  # a file name would become part of the archive's bytes
+    torch.save({"format": FORMAT, **state}, buffer)
+    content = buffer.getvalue()
+    path = directory / f"step-{step:08d}.pt"
+    write_atomically(_checksum_file(path), f"{hashlib.sha256(content).hexdigest()}\n".encode())
+    try:
+        write_atomically(path, content)  # last: whoever finds it finds its checksum too
+    except DiskError:
+        _checksum_file(path).unlink()
+        raise
+    return path
+
+
+def load_checkpoint(path: Path) -> State:
+    """Read and verify one checkpoint; raises `UserError` that names what is wrong with it."""
+    if not path.exists():
+        raise UserError(f"{shown_path(path)} does not exist")
+    if not _checksum_file(path).exists():
+        raise UserError(f"{shown_path(path)} has no checksum beside it: its writing did not finish")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest().encode() != _checksum_file(path).read_bytes().strip():
+        raise UserError(f"{shown_path(path)} is damaged: its SHA-256 is not the one written beside it")
+    try:
+        state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # for a damaged or hostile file torch raises about anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{shown_path(path)} is no checkpoint of plain tensors: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{shown_path(path)} is not of format {FORMAT!r}")
+    return state
+
+
+def released_weights(state: State) -> dict[str, Tensor]:
+    """The weights that count: the moving average's where the run keeps one."""
+    average = state["average"]
+    weights: dict[str, Tensor] = state["model"] if average is None else average["model"]
+    return weights
+
+
+def newest_checkpoint(directory: Path) -> State | None:
+    """The newest valid checkpoint's state, or None where there is none at all.
+
+    Damaged ones are set aside as `.corrupt` and named. Where all are damaged it stops: training never starts anew in
+    silence where checkpoints exist.
+    """
+    for path in checkpoint_files(directory)[::-1]:
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            path.rename(path.with_name(f"{path.name}.corrupt"))
+            print(f"warning: {error}; set aside as {path.name}.corrupt, trying the one before", file=sys.stderr)
+    damaged = sorted(path.name.removesuffix(".corrupt") for path in directory.glob("step-????????.pt.corrupt"))
+    if damaged:
+        raise UserError(
+            f"no valid checkpoint is left in {shown_path(directory)} (damaged: {', '.join(damaged)}); "
+            "trainer.restart=true moves this run aside and begins anew"
+        )
+    return None
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """All checkpoints by name, oldest first, valid or not."""
+    return sorted(directory.glob("step-????????.pt"))
+
+
+def prune_checkpoints(directory: Path, keep: int, best_step: int) -> None:
+    """Delete all but the newest `keep` and the best one; called only after a newer one is safely on the disk."""
+    for path in checkpoint_files(directory)[:-keep]:
+        if path.name != f"step-{best_step:08d}.pt":
+            path.unlink()
+            _checksum_file(path).unlink(missing_ok=True)
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
