@@ -1,0 +1,31 @@
+"""A run directory -> top-1 and top-5 over the whole validation set: python evaluate.py run_dir=runs/demo"""
+
+import hydra
+from omegaconf import DictConfig
+
+from recipe.composition import pinned_config, run_command
+from recipe.distributed import launch
+from recipe.document.render import check_document, write_document
+from recipe.errors import one_clear_sentence
+from recipe.performance import evaluate_run
+from recipe.run import Run, recorded_path, shown_path
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(_composed: DictConfig) -> None:
+    """Evaluate the run's checkpoint and add the metrics to its document."""
+    with one_clear_sentence():
+        config = pinned_config(own_group="evaluation")
+        run = Run(config.run_dir)
+        check_document(run)
+        record = launch(evaluate_run, config)
+        if record is not None:  # the first process
+            write_document(run, recorded_path(config.run_dir))
+            for within, correct in ((1, record.correct_top1), (5, record.correct_top5)):
+                share = f"{correct / record.images:.2%} ({correct} of {record.images})"
+                print(f"top-{within} {share}, {record.protocol.name}")
+            print(f"wrote {shown_path(run.document)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

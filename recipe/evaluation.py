@@ -1,0 +1,160 @@
+"""The one evaluator of training, `evaluate.py` and exported models: a prediction for every image, counted in integers.
+
+`evaluate` asks any function from images to logits; nothing is padded and no process talks to another inside the
+loop. `collect` puts the processes' predictions into the order of the split, so that sums do not depend on how many
+there were.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recipe.config import Precision
+from recipe.data.loading import Batch
+from recipe.data.transforms import Normalisation
+from recipe.distributed import World
+from recipe.records import ClassCounts
+
+Predict = Callable[[Tensor], Tensor]  # uint8 [N, 3, H, W] -> float32 logits [N, classes]
+AUTOCAST_TYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted for each image; all arrays have N rows."""
+
+    indices: NDArray[np.int64]  # position in the split
+    labels: NDArray[np.int64]
+    top: NDArray[np.int64]  # [N, 5], best first (fewer columns where there are fewer classes)
+    margins: NDArray[np.float32]  # best logit less the second best
+    losses: NDArray[np.float64]  # cross entropy, without label smoothing
+
+    @property
+    def images(self) -> int:
+        """How many images were seen."""
+        return len(self.indices)
+
+    def correct(self, within: int) -> NDArray[np.bool_]:
+        """Whether the label is among the best `within` classes, for each image."""
+        hits: NDArray[np.bool_] = (self.top[:, :within] == self.labels[:, None]).any(axis=1)
+        return hits
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return float(self.losses.sum() / self.images)
+
+    def accuracy(self, within: int) -> float:
+        """Share of images whose label is among the best `within` classes."""
+        return int(self.correct(within).sum()) / self.images
+
+
+def protocol_name(view: str, is_average: bool, checkpoint: str = "last") -> str:
+    """The name of a metric's protocol: how pixels were made, which weights, which checkpoint (the last goes unsaid)."""
+    return view + ("-average" if is_average else "") + ("" if checkpoint == "last" else f"-{checkpoint}")
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The arithmetic of a forward pass."""
+    if precision is Precision.fp32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision])
+
+
+def predictor(
+    model: nn.Module, normalisation: Normalisation, precision: Precision, device: torch.device, channels_last: bool
+) -> Predict:
+    """A function from uint8 images to logits that leaves the model in evaluation mode."""
+    model.eval()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def predict(images: Tensor) -> Tensor:
+        images = images.to(device, non_blocking=True, memory_format=layout)
+        with torch.inference_mode(), autocast(precision, device):
+            logits: Tensor = model(normalisation(images))
+        return logits.float()
+
+    return predict
+
+
+def evaluate(predict: Predict, batches: Iterable[Batch]) -> Predictions:
+    """Predict every batch of this process; no collective operation runs in here."""
+    return concatenate([_predict_batch(predict, batch) for batch in batches])
+
+
+def _predict_batch(predict: Predict, batch: Batch) -> Predictions:
+    logits = predict(batch.images)
+    labels = batch.labels.to(logits.device)
+    values, classes = logits.topk(min(5, logits.shape[1]), dim=1)
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    margins = values[:, 0] - values[:, 1] if values.shape[1] > 1 else torch.zeros_like(values[:, 0])
+    return Predictions(
+        batch.indices.numpy(),
+        batch.labels.numpy(),
+        classes.cpu().numpy(),
+        margins.cpu().numpy(),
+        losses.double().cpu().numpy(),
+    )
+
+
+def concatenate(parts: list[Predictions]) -> Predictions:
+    """All rows, in the order of the split."""
+    if not parts:
+        return Predictions(
+            np.empty(0, np.int64),
+            np.empty(0, np.int64),
+            np.empty((0, 0), np.int64),
+            np.empty(0, np.float32),
+            np.empty(0, np.float64),
+        )
+    order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
+    return Predictions(
+        *(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Predictions))
+    )
+
+
+def collect(predictions: Predictions, world: World, images: int) -> Predictions | None:
+    """All processes' predictions on the first one, None on the others; every image must be there exactly once."""
+    gathered = world.gather(predictions)
+    if gathered is None:
+        return None
+    whole = concatenate([part for part in gathered if part.images])
+    assert np.array_equal(whole.indices, np.arange(images)), "an image was left out or counted twice"
+    return whole
+
+
+def class_table(predictions: Predictions, classes: list[tuple[str, str]]) -> list[ClassCounts]:
+    """Counts for each class, given as (id, name)."""
+
+    def per_class(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(rows, minlength=len(classes))
+
+    images = per_class(predictions.labels)
+    top1, top5 = (per_class(predictions.labels[predictions.correct(within)]) for within in (1, 5))
+    return [
+        ClassCounts(
+            index=index,
+            class_id=class_id,
+            name=name,
+            images=int(images[index]),
+            correct_top1=int(top1[index]),
+            correct_top5=int(top5[index]),
+        )
+        for index, (class_id, name) in enumerate(classes)
+    ]
+
+
+def predictions_file(predictions: Predictions, keys: list[str]) -> bytes:
+    """The bytes of `predictions/<protocol>.npz`: image key, label, best classes and margin of every image."""
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.array(keys), label=predictions.labels, top5=predictions.top, margin=predictions.margins)
+    return buffer.getvalue()
