@@ -1,0 +1,182 @@
+"""Builds everything that a process trains with, from the configuration and the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from recipe.checkpoint import State
+from recipe.config import Config, config_sha256, pinned
+from recipe.data.adoption import adopt_data_set
+from recipe.data.loading import DecodingThreads, EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.shards import Manifest, open_split
+from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.distributed import World, device_versions, memory_format, threads_per_process
+from recipe.model import build_model, model_facts
+from recipe.provenance import Stage, source_sha256, versions
+from recipe.records import ModelFacts
+from recipe.run import Run
+from recipe.training.augmentation import Augmentation, build_augmentation
+from recipe.training.averaging import WeightAverage
+from recipe.training.journal import DataWait, Journal
+from recipe.training.optimization import Stepper, build_loss, build_optimizer, replicate
+from recipe.training.schedule import LearningRate, build_schedule
+from recipe.training.state import Progress, TrainingState, saved_state
+
+
+@dataclass(frozen=True)
+class Training:
+    """The live objects of one process; the record is read back from these."""
+
+    config: Config
+    world: World
+    run: Run
+    stage: Stage | None  # of the first process only
+    manifest: Manifest
+    manifest_sha256: str
+    facts: ModelFacts
+    model: nn.Module
+    average: WeightAverage
+    stepper: Stepper
+    learning_rate: LearningRate
+    augmentation: Augmentation
+    batches: TrainingBatches
+    validation: EvaluationBatches
+    state: TrainingState
+    journal: Journal | None  # of the first process only
+    wait: DataWait = field(default_factory=DataWait)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self.state.progress
+
+
+@contextmanager
+def build_training(config: Config, world: World, run: Run, stage: Stage | None) -> Iterator[Training]:
+    """Open the data, build the network and its collaborators, continue from the newest checkpoint; close at the end.
+
+    `config.model.weights_sha256` must already be known where the run starts from given weights.
+    """
+    with world.first_decides():
+        manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
+    model = build_model(config.model, len(manifest.classes), config.seed)
+    facts = model_facts(model, config.model, len(manifest.classes))
+    model = model.to(world.device).to(memory_format=memory_format(config.trainer))
+    augmentation = build_augmentation(config.augmentation, config.seed)
+    average = WeightAverage(model, config.optimization.averaging)
+    with ExitStack() as held:
+        batches, validation = _build_batches(config, world, augmentation, held)
+        stepper = _build_stepper(config, world, model, batches)
+        state = TrainingState(
+            run=run,
+            model=model,
+            average=average,
+            stepper=stepper,
+            progress=Progress(),
+            config_sha256=config_sha256(pinned(config)),
+            manifest_sha256=manifest_hash,
+            circumstances=_circumstances(config, world, batches),
+        )
+        state.restore(_newest_state(run, world), world.size)
+        yield Training(
+            config=config,
+            world=world,
+            run=run,
+            stage=stage,
+            manifest=manifest,
+            manifest_sha256=manifest_hash,
+            facts=facts,
+            model=model,
+            average=average,
+            stepper=stepper,
+            learning_rate=build_schedule(config.optimization, batches.batches_per_epoch),
+            augmentation=augmentation,
+            batches=batches,
+            validation=validation,
+            state=state,
+            journal=_open_journal(config, world, state, batches, held),
+        )
+
+
+def _build_batches(
+    config: Config, world: World, augmentation: Augmentation, held: ExitStack
+) -> tuple[TrainingBatches, EvaluationBatches]:
+    """The loaders of both splits, with threads that end with `held`."""
+    decode = build_decoder(config.data.decoder)
+    train, validation = (
+        held.enter_context(
+            closing(DecodingThreads(open_split(config.data.directory, name), decode, config.trainer, world))
+        )
+        for name in ("train", "val")
+    )
+    layout = derive_layout(config.optimization, config.trainer, world.size)
+    transform = build_evaluation_transform(config.evaluation)
+    return (
+        TrainingBatches(train, augmentation, augmentation.crop_pixels, layout, world.rank, config.seed),
+        EvaluationBatches(validation, transform, config.evaluation.batch_size, world),
+    )
+
+
+def _build_stepper(config: Config, world: World, model: nn.Module, batches: TrainingBatches) -> Stepper:
+    """Replica, optimizer, loss and normalisation."""
+    return Stepper(
+        _stepped(model, config, world, batches),
+        build_optimizer(config.optimization, model, world.device),
+        build_loss(config.optimization),
+        Normalisation(config.data.mean, config.data.std, world.device),
+        config.trainer,
+        world,
+    )
+
+
+def _open_journal(
+    config: Config, world: World, state: TrainingState, batches: TrainingBatches, held: ExitStack
+) -> Journal | None:
+    """The first process's notes, cut back to where the run continues."""
+    journal = None
+    with world.first_decides():
+        if world.is_first:
+            steps = state.progress.step
+            journal = Journal(state.run, config.optimization.epochs, batches.batches_per_epoch, steps)
+            held.enter_context(closing(journal))
+    return journal
+
+
+def _newest_state(run: Run, world: World) -> State | None:
+    """The newest valid checkpoint as the first process finds it, on every process."""
+    found = None
+    with world.first_decides():
+        found = saved_state(run) if world.is_first else None
+    state: State | None = world.from_first(found)
+    return state
+
+
+def _stepped(model: nn.Module, config: Config, world: World, batches: TrainingBatches) -> nn.Module:
+    """The model as it is stepped: compiled if asked, replicated over processes."""
+    size = config.augmentation.crop_pixels
+    example = torch.zeros(batches.layout.images_per_forward, 3, size, size, device=world.device)
+    example = example.to(memory_format=memory_format(config.trainer))
+    compiled = cast(nn.Module, torch.compile(model)) if config.trainer.compile else model
+    return replicate(compiled, world, example, config.trainer.precision)
+
+
+def _circumstances(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
+    """What must be equal in two sessions for the second to continue the first bit by bit."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    return (
+        versions()
+        | device_versions(world)
+        | {
+            "the device": device,
+            "the number of processes": world.size,
+            "images per forward pass": batches.layout.images_per_forward,
+            "CPU threads": threads_per_process(config.trainer.cpu_threads, world),
+            "the source": source_sha256()[:16],
+        }
+    )

@@ -1,0 +1,151 @@
+"""What is written down while a run trains: metrics.jsonl, TensorBoard, and what a person sees.
+
+The rows of `metrics.jsonl` are the truth; TensorBoard's events are made from them. A continued run first cuts both
+back to its checkpoint. Rows are rare, so that a GPU is seldom waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import IO, TypeVar
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from recipe.run import Run, disk_errors, write_atomically
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
+
+    split: str  # train: since the row before; validation: the whole set
+    epoch: int
+    step: int
+    images_seen: int
+    loss: float
+    top1_accuracy: float
+    top5_accuracy: float
+    learning_rate: float | None
+    images_per_second: float
+    data_wait_fraction: float | None
+    seconds: float  # of training, validation included, since the run began
+
+
+class Journal:
+    """The first process's notes."""
+
+    def __init__(self, run: Run, epochs: int, steps_per_epoch: int, completed_steps: int) -> None:
+        self.run = run
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.first_step = completed_steps
+        self.started = time.perf_counter()
+        self._cut(completed_steps)
+        self.bar = tqdm(
+            total=epochs * steps_per_epoch,
+            initial=completed_steps,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def _cut(self, completed_steps: int) -> None:
+        """Drop the rows behind the checkpoint and make TensorBoard's events anew from the others."""
+        rows = [Row(**row) for row in self.run.metric_rows() if row["step"] <= completed_steps]
+        content = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        write_atomically(self.run.metrics, content.encode())
+        with disk_errors(self.run.tensorboard):
+            self.run.tensorboard.mkdir(exist_ok=True)
+            for old in self.run.tensorboard.glob("events*"):
+                old.unlink()
+            self.events: IO[bytes] = (self.run.tensorboard / "events.out.tfevents.0.recipe").open("wb")
+        self.writer = RecordWriter(self.events)
+        self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        for row in rows:
+            self._write_scalars(row)
+
+    def write(self, row: Row) -> None:
+        """Add a row to the file, to TensorBoard and to what a person sees."""
+        with disk_errors(self.run.metrics), self.run.metrics.open("a") as handle:
+            handle.write(json.dumps(asdict(row)) + "\n")
+        self._write_scalars(row)
+        self._tell(row)
+
+    def _write_scalars(self, row: Row) -> None:
+        """One TensorBoard event with every number of the row."""
+        values = {name: value for name, value in asdict(row).items() if isinstance(value, float)}
+        summary = Summary(
+            value=[Summary.Value(tag=f"{row.split}/{name}", simple_value=value) for name, value in values.items()]
+        )
+        self._write_event(Event(wall_time=time.time(), step=row.step, summary=summary))
+
+    def _write_event(self, event: Event) -> None:
+        with disk_errors(self.run.tensorboard):
+            self.writer.write(event.SerializeToString())
+            self.events.flush()
+
+    def _tell(self, row: Row) -> None:
+        """The row for a person: above the bar on a terminal, a plain line elsewhere."""
+        speed = f"{row.images_per_second:,.0f} images/s"
+        waiting = "" if row.data_wait_fraction is None else f"  waiting for data {row.data_wait_fraction:.0%}"
+        line = (
+            f"epoch {row.epoch}/{self.epochs}  step {row.step}  {row.split:<10}  loss {row.loss:.4f}  "
+            f"top-1 {row.top1_accuracy:.2%}  {speed}{waiting}{self._remaining(row)}"
+        )
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line, file=sys.stdout)
+            self.bar.set_postfix_str(f"loss {row.loss:.3f}, {speed}{waiting}")
+
+    def _remaining(self, row: Row) -> str:
+        """The time that the rest will take at the speed of this session."""
+        done = row.step - self.first_step
+        left = self.epochs * self.steps_per_epoch - row.step
+        if not (done and left):
+            return ""
+        return f"  ETA {tqdm.format_interval((time.perf_counter() - self.started) / done * left)}"
+
+    def step(self) -> None:
+        """One more optimizer step for the bar."""
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the bar and the events."""
+        self.bar.close()
+        self.events.close()
+
+
+class DataWait:
+    """Measures the wall time that a loop spends waiting for its next item."""
+
+    def __init__(self) -> None:
+        self.waited_seconds = 0.0
+        self.since = time.perf_counter()
+
+    def timed(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items."""
+        while True:
+            before = time.perf_counter()
+            item = next(items, None)
+            self.waited_seconds += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last call, of which waited)."""
+        now = time.perf_counter()
+        elapsed, waited = now - self.since, self.waited_seconds
+        self.since, self.waited_seconds = now, 0.0
+        return elapsed, waited

@@ -1,0 +1,123 @@
+"""The training loop: reads as the algorithm; everything else is a named collaborator that knows its own business.
+
+`train` is what `train.py` calls in every process. It continues a run that was interrupted, recognises one that is
+finished, and leaves the record of the Training chapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from recipe.config import Config, config_sha256, pinned
+from recipe.data.loading import Batch
+from recipe.distributed import World, start_world
+from recipe.model import with_known_weights
+from recipe.provenance import Stage, source_sha256
+from recipe.records import TrainingRecord
+from recipe.run import Run, append_to_journal, shown_path
+from recipe.training.build import Training, build_training
+from recipe.training.measurement import measure_steps, validate
+from recipe.training.pinning import finished_record, pin, set_aside
+from recipe.training.record import training_record
+
+DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation
+
+
+def train(config: Config) -> TrainingRecord | None:
+    """Train what the configuration describes; every process calls this with the same one.
+
+    Returns the record on the first process, None on the others. Raises `UserError` for what a person can mend.
+    """
+    config = with_known_weights(config)
+    with start_world(config.trainer) as world, _one_writer(config, world) as run:
+        finished = finished_record(run) if world.is_first else None
+        if world.from_first(finished is not None):
+            return finished
+        stage = _started(run) if world.is_first else None
+        with build_training(config, world, run, stage) as training:
+            fit(training)
+            return _leave_record(training) if world.is_first else None
+
+
+def _started(run: Run) -> Stage:
+    append_to_journal(run, "train", "started")
+    return Stage(run.directory)
+
+
+def fit(training: Training) -> None:
+    """Steps over every epoch; after each one validation, then a checkpoint."""
+    for epoch in range(training.progress.epoch, training.config.optimization.epochs):
+        for batches in training.wait.timed(training.batches.epoch(epoch, training.progress.batch)):
+            _step(training, batches)
+        validate(training)
+        _complete_epoch(training)
+
+
+def _step(training: Training, batches: list[Batch]) -> None:
+    """One optimizer step and what follows from it."""
+    progress = training.progress
+    torch.manual_seed(_dropout_seed(training))
+    training.stepper.step(batches, training.learning_rate(progress.step))
+    progress.step += 1
+    progress.batch += 1
+    progress.images_seen += training.batches.layout.global_batch_size
+    training.average.update(progress.step)
+    if training.journal is not None:
+        training.journal.step()
+    is_last = progress.batch == training.batches.batches_per_epoch
+    if is_last or progress.batch % training.config.trainer.log_every_steps == 0:
+        measure_steps(training)
+
+
+def _dropout_seed(training: Training) -> int:
+    """Keyed to (seed, step, rank), so that networks with dropout continue exactly too."""
+    key = (DROPOUT_STREAM, training.config.seed, training.progress.step, training.world.rank)
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def _complete_epoch(training: Training) -> None:
+    """Move on to the next epoch and save."""
+    progress = training.progress
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress.epoch_seconds = progress.epoch_waited_seconds = 0.0
+    with training.world.first_decides():
+        if training.world.is_first:
+            training.state.save(training.config.trainer.keep_checkpoints)
+    training.wait.lap()
+
+
+def _leave_record(training: Training) -> TrainingRecord:
+    record = training_record(training)
+    training.run.write(record)
+    append_to_journal(training.run, "train", "ended", config_sha256=record.config_sha256, **record.final)
+    return record
+
+
+@contextmanager
+def _one_writer(config: Config, world: World) -> Iterator[Run]:
+    """The run directory with its configuration pinned, held by the first process alone."""
+    run = Run(config.run_dir)
+    with ExitStack() as held:
+        with world.first_decides():
+            if world.is_first:
+                _claim(run, config, held)
+        _agree(config, world)
+        yield run
+
+
+def _claim(run: Run, config: Config, held: ExitStack) -> None:
+    """Take the run directory for this process until `held` is closed."""
+    if config.trainer.restart and run.config.exists():
+        print(f"the old run is now {shown_path(set_aside(run))}", flush=True)
+    held.enter_context(run.lock())
+    pin(run, config)
+
+
+def _agree(config: Config, world: World) -> None:
+    """Stop where processes were started with different configurations or checkouts."""
+    world.must_agree("the configuration", config_sha256(pinned(config)))
+    world.must_agree("the source code", source_sha256())

@@ -1,0 +1,118 @@
+"""Turns what the devices counted into rows: of the steps since the row before, and of a validation.
+
+Here the host waits for the device (with fp16 the gradient scaler waits at every step too), and here it is noticed that
+a loss is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from recipe.errors import NonFiniteError
+from recipe.evaluation import Predictions, collect, evaluate, predictor
+from recipe.training.build import Training
+from recipe.training.journal import Row
+
+
+def measure_steps(training: Training) -> None:
+    """A `train` row over all processes; every process calls this after the same step."""
+    loss, top1, top5, images = training.world.sum(training.stepper.take_tally()).tolist()
+    seconds, waited_seconds = training.wait.lap()
+    progress = training.progress
+    progress.training_seconds += seconds
+    progress.epoch_seconds += seconds
+    progress.epoch_waited_seconds += waited_seconds
+    row = _row(
+        training,
+        split="train",
+        loss=loss / images,
+        top1_accuracy=top1 / images,
+        top5_accuracy=top5 / images,
+        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
+        images_per_second=round(images / seconds, 2),
+        data_wait_fraction=round(waited_seconds / seconds, 4),
+    )
+    with training.world.first_decides():
+        _write(training, row)
+
+
+def validate(training: Training) -> None:
+    """A `validation` row: every image once, through the weights that count (the average where there is one)."""
+    config, world, model = training.config, training.world, training.average.model
+    started = time.perf_counter()
+    world.copy_from_first(training.model)
+    if training.average.is_on:
+        world.copy_from_first(model)
+    predict = predictor(
+        model, training.stepper.normalisation, config.trainer.precision, world.device, config.trainer.channels_last
+    )
+    predictions = collect(evaluate(predict, training.validation), world, len(training.validation.threads.split))
+    training.model.train()
+    with world.first_decides():
+        if predictions is not None:
+            _note_validation(training, predictions, time.perf_counter() - started)
+    training.wait.lap()
+
+
+def _note_validation(training: Training, predictions: Predictions, seconds: float) -> None:
+    """The row, the best epoch so far, and what this epoch cost."""
+    progress = training.progress
+    progress.validation_seconds += seconds
+    row = _row(
+        training,
+        split="validation",
+        loss=predictions.loss,
+        top1_accuracy=predictions.accuracy(1),
+        top5_accuracy=predictions.accuracy(5),
+        learning_rate=None,
+        images_per_second=round(predictions.images / seconds, 2),
+        data_wait_fraction=None,
+    )
+    if row.top1_accuracy > progress.best_top1_accuracy:
+        progress.best_top1_accuracy = row.top1_accuracy
+        progress.best_epoch, progress.best_step = row.epoch, row.step
+    _note_epoch(training, seconds)
+    _write(training, row)
+
+
+def _row(training: Training, **measured: Any) -> Row:
+    """What was measured, and where in the run."""
+    progress = training.progress
+    return Row(
+        epoch=progress.epoch + 1,
+        step=progress.step,
+        images_seen=progress.images_seen,
+        seconds=round(progress.training_seconds + progress.validation_seconds, 3),
+        **measured,
+    )
+
+
+def _note_epoch(training: Training, validation_seconds: float) -> None:
+    progress = training.progress
+    if training.world.device.type == "cuda":
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, torch.cuda.max_memory_allocated())
+    progress.epochs.append(
+        {
+            "epoch": progress.epoch + 1,
+            "seconds": round(progress.epoch_seconds, 3),
+            "images_per_second": round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
+            "data_wait_fraction": round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
+            "validation_seconds": round(validation_seconds, 3),
+        }
+    )
+
+
+def _write(training: Training, row: Row) -> None:
+    """Write the row on the first process; stop on every process that sees a loss which is not finite."""
+    if not math.isfinite(row.loss):
+        raise NonFiniteError(
+            f"the {row.split} loss is {row.loss} at step {row.step} (epoch {row.epoch}); lower "
+            f"optimization.learning_rate={training.config.optimization.learning_rate} or lengthen "
+            "the warm-up; nothing was saved after the last checkpoint, which is kept"
+        )
+    if training.journal is not None:
+        training.journal.write(row)

@@ -1,0 +1,158 @@
+"""Loss, parameter groups, optimizer, and one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recipe.config import OptimizationConfig, Precision, TrainerConfig
+from recipe.data.loading import Batch
+from recipe.data.transforms import Normalisation
+from recipe.distributed import World, memory_format
+from recipe.evaluation import autocast
+from recipe.model import NORMS
+from recipe.records import ParameterGroup, Setting
+
+
+def build_loss(config: OptimizationConfig) -> nn.CrossEntropyLoss:
+    """Cross entropy; label smoothing is applied here and nowhere else."""
+    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+
+def loss_facts(loss: nn.CrossEntropyLoss) -> dict[str, Setting]:
+    """The live loss, for the record."""
+    return {"class": type(loss).__name__, "label_smoothing": loss.label_smoothing, "reduction": loss.reduction}
+
+
+def parameters_by_kind(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights, norms and biases), told apart by the type of their module: names such as `downsample.1` mislead."""
+    weights: list[nn.Parameter] = []
+    norms_and_biases: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_exempt = isinstance(module, NORMS) or name.endswith("bias")
+            (norms_and_biases if is_exempt else weights).append(parameter)
+    return weights, norms_and_biases
+
+
+def build_optimizer(config: OptimizationConfig, model: nn.Module, device: torch.device) -> torch.optim.SGD:
+    """SGD with Nesterov or plain momentum; weight decay leaves norms and biases out unless asked otherwise."""
+    weights, norms_and_biases = parameters_by_kind(model)
+    exempt_decay = config.weight_decay if config.decay_norms_and_biases else 0.0
+    groups = [
+        {"name": "weights", "params": weights, "weight_decay": config.weight_decay},
+        {"name": "norms and biases", "params": norms_and_biases, "weight_decay": exempt_decay},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=device.type == "cuda",
+    )
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer) -> list[ParameterGroup]:
+    """The live parameter groups; the learning rate is left to the schedule."""
+    left_out = ("params", "name", "lr", "initial_lr")
+    return [
+        ParameterGroup(
+            name=group["name"],
+            tensors=len(group["params"]),
+            parameters=sum(parameter.numel() for parameter in group["params"]),
+            settings={key: value for key, value in group.items() if key not in left_out},
+        )
+        for group in optimizer.param_groups
+    ]
+
+
+def replicate(model: nn.Module, world: World, example: Tensor, precision: Precision) -> nn.Module:
+    """The model as every process steps it: gradients are averaged over processes.
+
+    DDP lays its gradient buckets out anew after the first backward pass, so a continued run would sum in another order
+    than an uninterrupted one; one pass over `example` ([N, 3, H, W], in the arithmetic of the steps) before the first
+    step settles the layout. Nothing of it stays: buffers are put back and gradients dropped. Two processes cannot show
+    this, three do.
+    """
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    replicated = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with autocast(precision, world.device):
+        loss = replicated(example).float().sum()
+    loss.backward()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    model.zero_grad(set_to_none=True)
+    return replicated
+
+
+class Stepper:
+    """Makes one optimizer step from the forward passes of this process; keeps its numbers on the device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: nn.CrossEntropyLoss,
+        normalisation: Normalisation,
+        trainer: TrainerConfig,
+        world: World,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.normalisation = normalisation
+        self.precision = trainer.precision
+        self.device = world.device
+        self.layout = memory_format(trainer)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
+        self.skipped_steps = 0
+        self.tally = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss x images, top-1, top-5, images
+
+    def step(self, batches: list[Batch], learning_rate: float) -> None:
+        """Forward and backward over all batches, then one update; the gradient is that of the mean over all images."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for batch, synchronise in self._with_last(batches):
+            quiet = nullcontext() if synchronise else self.model.no_sync()  # type: ignore[operator]
+            with quiet:
+                self.scaler.scale(self._forward(batch) / len(batches)).backward()  # type: ignore[no-untyped-call]
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped_steps += self.scaler.is_enabled() and self.scaler.get_scale() < scale
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _with_last(self, batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """Each batch, and whether gradients are exchanged after it: only after the last."""
+        exchanges = isinstance(self.model, DistributedDataParallel)
+        for number, batch in enumerate(batches, start=1):
+            yield batch, number == len(batches) or not exchanges
+
+    def _forward(self, batch: Batch) -> Tensor:
+        images = batch.images.to(self.device, non_blocking=True, memory_format=self.layout)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        with autocast(self.precision, self.device):
+            logits = self.model(self.normalisation(images))
+            loss: Tensor = self.loss(logits, labels)
+        self._count(loss.detach(), logits.detach(), labels)
+        return loss
+
+    @torch.no_grad()
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add to the tally without waiting for the device."""
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels[:, None])
+        images = torch.full_like(loss, len(labels), dtype=torch.float64)  # made on the device: a copy would wait for it
+        self.tally += torch.stack([loss.double() * images, hits[:, 0].sum().double(), hits.sum().double(), images])
+
+    def take_tally(self) -> Tensor:
+        """The sums since the last call: loss x images, correct within 1 and 5, images."""
+        taken = self.tally
+        self.tally = torch.zeros_like(taken)
+        return taken

@@ -1,0 +1,82 @@
+"""The record of the Training chapter, read back from the live objects of the run: never from a list of arguments."""
+
+from __future__ import annotations
+
+import torch
+
+from recipe.checkpoint import load_checkpoint, released_weights
+from recipe.config import config_sha256, pinned, recipe_id
+from recipe.distributed import arithmetic_switches, device_versions, hardware
+from recipe.evaluation import protocol_name
+from recipe.model import weights_sha256
+from recipe.records import Setting, TrainingRecord
+from recipe.training.build import Training
+from recipe.training.optimization import loss_facts, optimizer_facts
+
+
+def training_record(training: Training) -> TrainingRecord:
+    """Everything that the document says about training; called on the first process when the last epoch is done."""
+    config, world, progress = training.config, training.world, training.progress
+    assert training.stage is not None, "the first process watches the stage"
+    values = pinned(config)
+    return TrainingRecord(
+        config_sha256=config_sha256(values),
+        recipe_id=recipe_id(values),
+        provenance=training.stage.finish(hardware(world), device_versions(world)),
+        inputs={"manifest": training.manifest_sha256, "initial weights": training.facts.initial_weights_sha256},
+        outputs=_outputs(training),
+        seed=config.seed,
+        model=training.facts,
+        loss=loss_facts(training.stepper.loss),
+        optimizer=type(training.stepper.optimizer).__name__,
+        parameter_groups=optimizer_facts(training.stepper.optimizer),
+        schedule=training.learning_rate.facts(),
+        augmentation=training.augmentation.facts() | training.stepper.normalisation.facts(),
+        augmentation_sha256=training.augmentation.fingerprint(),
+        averaging=training.average.facts(),
+        loader=training.batches.facts(),
+        precision=_arithmetic(training),
+        processes=world.size,
+        backend=world.backend,
+        sessions=progress.session_records(),
+        epochs=progress.epoch_records(),
+        training_seconds=round(progress.training_seconds, 3),
+        validation_seconds=round(progress.validation_seconds, 3),
+        images_seen=progress.images_seen,
+        peak_accelerator_memory_gib=round(progress.peak_memory_bytes / 2**30, 2) or None,
+        skipped_steps=training.stepper.skipped_steps,
+        validation_protocol=protocol_name(training.validation.transform.name, training.average.is_on),
+        final=_final(training),
+        best_epoch=progress.best_epoch,
+        selection="last: the weights after the final epoch",
+    )
+
+
+def _outputs(training: Training) -> dict[str, str]:
+    """The hashes of the weights that count: of the last epoch, and of the best one where its checkpoint is kept."""
+    best = training.run.checkpoints / f"step-{training.progress.best_step:08d}.pt"
+    outputs = {"weights": weights_sha256(training.average.model.state_dict())}
+    if best.exists():
+        outputs["best weights"] = weights_sha256(released_weights(load_checkpoint(best)))
+    return outputs
+
+
+def _arithmetic(training: Training) -> dict[str, Setting]:
+    """How numbers were computed, from torch's own switches and the model's tensors."""
+    parameter = next(parameter for parameter in training.model.parameters() if parameter.dim() == 4)
+    return {
+        "forward_and_backward": training.stepper.precision.value,
+        "weights": str(parameter.dtype).removeprefix("torch."),
+        "channels_last": parameter.is_contiguous(memory_format=torch.channels_last),
+        "compiled": any(hasattr(module, "_orig_mod") for module in training.stepper.model.modules()),
+        "gradient_scaler": training.stepper.scaler.is_enabled(),
+    } | arithmetic_switches()
+
+
+def _final(training: Training) -> dict[str, float]:
+    """The numbers of the last rows."""
+    final: dict[str, float] = {}
+    for row in training.run.metric_rows():
+        for name in ("loss", "top1_accuracy", "top5_accuracy"):
+            final[f"{row['split']}_{name}"] = row[name]
+    return final

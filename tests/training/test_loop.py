@@ -1,0 +1,202 @@
+"""Training as a whole, on a small data set: continuing, finishing, refusing, stopping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from recipe.checkpoint import checkpoint_files, load_checkpoint
+from recipe.config import config_sha256
+from recipe.errors import NonFiniteError, UserError
+from recipe.records import PreprocessingRecord, TrainingRecord
+from recipe.run import Run
+from recipe.training import loop
+from recipe.training.build import Training
+from tests.conftest import compose_config
+from tests.worlds import run_world
+
+Words = Callable[..., list[str]]
+AVERAGED = ["optimization.averaging.decay=0.9", "optimization.epochs=3"]
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone."""
+
+
+def train(words: list[str]) -> TrainingRecord:
+    record = loop.train(compose_config(*words))
+    assert record is not None
+    return record
+
+
+def train_killed_in_epoch(words: list[str], epoch: int, step_in_epoch: int = 2) -> None:
+    """Train until a step of `epoch` (from 0), then vanish without saving anything."""
+    step = loop._step
+
+    def dying_step(training: Training, batches: object) -> None:
+        if (training.progress.epoch, training.progress.batch) == (epoch, step_in_epoch):
+            raise Killed
+        step(training, batches)  # type: ignore[arg-type]
+
+    loop._step = dying_step  # not monkeypatch: this also runs in spawned processes
+    try:
+        with pytest.raises(Killed):
+            loop.train(compose_config(*words))
+    finally:
+        loop._step = step
+
+
+def last_state(words: list[str]) -> dict[str, object]:
+    run = Run(compose_config(*words).run_dir)
+    return load_checkpoint(checkpoint_files(run.checkpoints)[-1])
+
+
+def assert_same_tensors(one: object, other: object) -> None:
+    """Bit for bit, through nested dictionaries and lists."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)  # type: ignore[arg-type]
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()  # type: ignore[attr-defined]
+        for key in one:
+            assert_same_tensors(one[key], other[key])  # type: ignore[index]
+    elif isinstance(one, list):
+        for first, second in zip(one, other, strict=True):  # type: ignore[call-overload]
+            assert_same_tensors(first, second)
+    else:
+        assert one == other
+
+
+def compare_continued_with_uninterrupted(words: list[str], run_dir: str) -> bool | None:
+    """Weights, average, momentum and batch-norm statistics of both, bit for bit; whether the record says exact."""
+    whole, cut = [*words, f"run_dir={run_dir}/whole"], [*words, f"run_dir={run_dir}/cut"]
+    loop.train(compose_config(*whole))
+    train_killed_in_epoch(cut, 1)
+    train_killed_in_epoch(cut, 2)
+    record = loop.train(compose_config(*cut))
+    before, after = last_state(whole), last_state(cut)
+    for part in ("model", "average", "optimizer"):
+        assert_same_tensors(before[part], after[part])
+    return record.sessions[-1].is_exact if record is not None else None
+
+
+def test_a_killed_run_continues_bit_by_bit(smoke: Words, tmp_path: Path) -> None:
+    assert compare_continued_with_uninterrupted(smoke(*AVERAGED), str(tmp_path)) is True
+
+
+def test_a_killed_run_of_three_processes_continues_bit_by_bit(smoke: Words, tmp_path: Path) -> None:
+    results = run_world(3, compare_continued_with_uninterrupted, smoke(*AVERAGED), str(tmp_path))
+    assert results == [True, None, None]
+
+
+def test_rows_and_events_behind_the_checkpoint_are_cut(smoke: Words) -> None:
+    words = smoke("optimization.epochs=3", "trainer.log_every_steps=1")
+    train_killed_in_epoch(words, 1)
+    run = Run(compose_config(*words).run_dir)
+    assert [row["step"] for row in run.metric_rows() if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    train(words)
+    assert [row["step"] for row in run.metric_rows() if row["split"] == "train"] == list(range(1, 13))
+    assert scalars(run, "train/loss") == [row["loss"] for row in run.metric_rows() if row["split"] == "train"]
+
+
+def scalars(run: Run, tag: str) -> list[float]:
+    """What TensorBoard's own reader finds."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (path,) = run.tensorboard.iterdir()
+    events = [value for event in EventFileLoader(str(path)).Load() for value in event.summary.value if value.tag == tag]
+    return [pytest.approx(event.tensor.float_val[0], rel=1e-6) for event in events]
+
+
+def test_a_finished_run_is_recognised(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = train(smoke())
+    monkeypatch.setattr(loop, "build_training", None)
+    assert train(smoke()) == record
+
+
+def test_a_run_killed_before_its_record_gets_one(smoke: Words) -> None:
+    record = train(smoke())
+    run = Run(compose_config(*smoke()).run_dir)
+    (run.records / "training.json").unlink()
+    assert train(smoke()).outputs == record.outputs
+
+
+def test_another_configuration_is_refused_with_the_difference(smoke: Words) -> None:
+    train(smoke())
+    with pytest.raises(UserError, match=r"optimization.momentum: 0.9 -> 0.8"):
+        train(smoke("optimization.momentum=0.8"))
+
+
+def test_restart_moves_the_old_run_aside(smoke: Words, tmp_path: Path) -> None:
+    train(smoke())
+    record = train(smoke("optimization.momentum=0.8", "trainer.restart=true"))
+    assert record.parameter_groups[0].settings["momentum"] == 0.8
+    assert (tmp_path / "run.old-1" / "records" / "training.json").exists()
+
+
+def test_the_configuration_is_pinned_without_machine_facts(smoke: Words) -> None:
+    record = train(smoke("trainer.data_threads=3"))
+    stored = yaml.safe_load(Run(compose_config(*smoke()).run_dir).config.read_text())
+    assert config_sha256(stored) == record.config_sha256
+    assert "data_threads" not in stored["trainer"]
+    assert "directory" not in stored["data"]
+
+
+def test_the_data_chapter_is_copied_into_the_run(smoke: Words, data_directory: Path) -> None:
+    train(smoke())
+    mine = Run(compose_config(*smoke()).run_dir).read(PreprocessingRecord)
+    assert json.loads((data_directory / "preprocessing.json").read_text())["outputs"] == mine.outputs  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(smoke: Words) -> None:
+    words = smoke("optimization.learning_rate=1e30", "optimization.warmup_epochs=0")
+    with pytest.raises(NonFiniteError, match=r"optimization\.learning_rate=1e"):
+        train(words)
+    assert not checkpoint_files(Run(compose_config(*words).run_dir).checkpoints)
+
+
+def test_number_of_threads_changes_nothing(smoke: Words) -> None:
+    hashes = {
+        train(smoke(f"trainer.data_threads={threads}", run=f"threads{threads}")).outputs["weights"]
+        for threads in (1, 3)
+    }
+    assert len(hashes) == 1
+
+
+def test_another_seed_gives_other_weights_but_the_same_recipe(smoke: Words) -> None:
+    one, two = (train(smoke(f"seed={seed}", run=f"seed{seed}")) for seed in (1, 2))
+    assert one.outputs["weights"] != two.outputs["weights"]
+    assert one.recipe_id == two.recipe_id
+    assert one.loader.order_sha256 != two.loader.order_sha256
+
+
+def test_given_weights_are_named_by_their_content(smoke: Words, tmp_path: Path) -> None:
+    first = train(smoke(run="first"))
+    state = load_checkpoint(checkpoint_files(tmp_path / "first" / "checkpoints")[-1])
+    torch.save(state["model"], tmp_path / "given.pt")
+    second = train(smoke(f"model.weights={tmp_path / 'given.pt'}", run="second"))
+    assert second.inputs["initial weights"] == first.outputs["weights"]
+    assert str(tmp_path) not in (tmp_path / "second" / "config.yaml").read_text()
+
+
+def test_accumulation_is_recorded_and_reaches_the_same_sizes(smoke: Words) -> None:
+    loader = train(smoke("trainer.max_images_per_process=8")).loader
+    assert (loader.global_batch_size, loader.accumulation_steps, loader.images_per_batch_norm) == (24, 3, 8)
+
+
+def test_a_network_with_dropout_continues_exactly_too(smoke: Words, tmp_path: Path) -> None:
+    words = smoke(
+        "model=torchvision",
+        "model.name=squeezenet1_1",
+        "augmentation.crop_pixels=32",
+        "optimization.epochs=3",
+        "evaluation.crop_pixels=32",
+        "evaluation.resize_pixels=32",
+        "optimization.learning_rate=0.001",
+    )
+    assert compare_continued_with_uninterrupted(words, str(tmp_path)) is True

@@ -1,0 +1,436 @@
+"""One optimizer step: groups, loss, accumulation, mixed precision, processes (T17, T21, T23, T24, T26, T29)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recipe.config import Config, OptimizationConfig, Precision
+from recipe.data.loading import Batch, BatchLayout
+from recipe.data.transforms import Normalisation
+from recipe.distributed import World, start_world
+from recipe.model import build_model, weights_sha256
+from recipe.training.optimization import (
+    Stepper,
+    build_loss,
+    build_optimizer,
+    loss_facts,
+    optimizer_facts,
+    parameters_by_kind,
+    replicate,
+)
+from tests.conftest import compose_config
+from tests.worlds import run_world
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, 1, CPU, "none")
+GLOBAL_BATCH = 24
+RATES = [0.05, 0.04, 0.03]
+
+
+def configuration(*overrides: str) -> Config:
+    return compose_config("experiment=smoke", "trainer.cpu_threads=1", "optimization.weight_decay=0.01", *overrides)
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return configuration()
+
+
+class NormalisationIn(Normalisation):
+    """Gives the model's own type of numbers."""
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        super().__init__(config.data.mean, config.data.std, CPU)
+        self.dtype = next(model.parameters()).dtype
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return super().__call__(images).to(self.dtype)
+
+
+def stepper_of(config: Config, model: nn.Module, world: World = ALONE, stepped: nn.Module | None = None) -> Stepper:
+    return Stepper(
+        stepped or model,
+        build_optimizer(config.optimization, model, CPU),
+        build_loss(config.optimization),
+        NormalisationIn(config, model),
+        config.trainer,
+        world,
+    )
+
+
+def network(config: Config, norm: str = "none", seed: int = 0) -> nn.Module:
+    """In double precision, so that what should be equal differs by rounding of another order of magnitude."""
+    return build_model(replace(config.model, norm=norm, zero_init_last_norm=False), 10, seed).double()
+
+
+def global_batch(number: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return Batch(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator), torch.arange(GLOBAL_BATCH))
+
+
+def parts_of(batch: Batch, layout: BatchLayout, rank: int = 0) -> list[Batch]:
+    """The forward passes of one process."""
+    size = layout.images_per_forward
+    return [
+        Batch(*(tensor[part * size : (part + 1) * size] for tensor in batch))
+        for part in range(rank, layout.processes * layout.accumulation_steps, layout.processes)
+    ]
+
+
+def trained(stepper: Stepper, layout: BatchLayout, rank: int = 0) -> Stepper:
+    for number, rate in enumerate(RATES):
+        stepper.step(parts_of(global_batch(number), layout, rank), rate)
+    return stepper
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.dtype is torch.float64
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+
+
+# ---- parameter groups -------------------------------------------------------------------------------
+
+
+def test_resnet50_decays_its_weights_and_nothing_else() -> None:
+    """T17: 53 batch norms give 106 tensors without decay, those called `downsample.1` included, and the bias of fc."""
+    config = compose_config().optimization
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    weight_group, exempt_group = build_optimizer(config, model, CPU).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    norms = {
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for kind in ("weight", "bias")
+    }
+    assert len(norms) == 106
+    assert {names[id(parameter)] for parameter in exempt_group["params"]} == norms | {"fc.bias"}
+    assert {"layer1.0.downsample.1.weight", "layer4.0.downsample.1.bias"} <= norms
+    assert len(weight_group["params"]) == 54
+    assert (weight_group["weight_decay"], exempt_group["weight_decay"]) == (config.weight_decay, 0.0)
+
+
+CLASSIFIERS = [
+    "resnet18",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "vgg11_bn",
+    "alexnet",
+    "convnext_tiny",
+    "swin_t",
+    "vit_b_16",
+]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    grouped = [id(parameter) for group in parameters_by_kind(model) for parameter in group]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_no_norm_and_no_bias_decays(name: str) -> None:
+    """The oracle is timm's rule: everything of one dimension is a norm or a bias."""
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    decayed = {id(parameter) for parameter in parameters_by_kind(model)[0]}
+    wrong = [key for key, parameter in model.named_parameters() if parameter.dim() <= 1 and id(parameter) in decayed]
+    assert wrong == []
+    assert decayed >= {
+        id(parameter) for key, parameter in model.named_parameters() if parameter.dim() == 4 and key.endswith("weight")
+    }
+
+
+def test_norms_and_biases_decay_when_asked() -> None:
+    asked = configuration("optimization.decay_norms_and_biases=true").optimization
+    groups = build_optimizer(asked, network(configuration(), "batch"), CPU).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.01]
+
+
+def test_facts_are_the_live_groups(config: Config) -> None:
+    model = network(config, "batch")
+    optimizer = build_optimizer(config.optimization, model, CPU)
+    optimizer.param_groups[1]["momentum"] = 0.123  # a change in code only must show
+    facts = optimizer_facts(optimizer)
+    assert sum(group.parameters for group in facts) == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(group.tensors for group in facts) == len(list(model.parameters()))
+    assert [group.settings["momentum"] for group in facts] == [config.optimization.momentum, 0.123]
+    assert [group.settings["weight_decay"] for group in facts] == [0.01, 0.0]
+    assert not {"lr", "params"} & facts[0].settings.keys()
+
+
+# ---- the loss ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_its_closed_form(smoothing: float) -> None:
+    """(1 - s) x cross entropy + s x the mean over all classes of -log p, once (T29)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 7, (9,), generator=generator)
+    logs = logits - logits.exp().sum(dim=1, keepdim=True).log()
+    expected = (-(1 - smoothing) * logs[range(9), labels] - smoothing * logs.mean(dim=1)).mean()
+    loss = build_loss(configuration(f"optimization.label_smoothing={smoothing}").optimization)
+    torch.testing.assert_close(loss(logits, labels), expected)
+    assert loss_facts(loss) == {"class": "CrossEntropyLoss", "label_smoothing": smoothing, "reduction": "mean"}
+
+
+# ---- one step ---------------------------------------------------------------------------------------
+
+
+def by_hand(config: OptimizationConfig, normalisation: Normalisation, model: nn.Module) -> dict[str, Tensor]:
+    """SGD with momentum, written out: Sutskever's form as torch documents it, decay added to the gradient."""
+    velocities: dict[str, Tensor] = {}
+    for number, rate in enumerate(RATES):
+        batch = global_batch(number)
+        loss = functional.cross_entropy(
+            model(normalisation(batch.images)), batch.labels, label_smoothing=config.label_smoothing
+        )
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        for name, parameter, gradient in zip(names, parameters, torch.autograd.grad(loss, parameters), strict=True):
+            decay = 0.0 if name.endswith("bias") else config.weight_decay
+            gradient = gradient + decay * parameter.detach()
+            velocity = velocities[name] = config.momentum * velocities[name] + gradient if number else gradient
+            with torch.no_grad():
+                parameter -= rate * (gradient + config.momentum * velocity if config.nesterov else velocity)
+    return weights(model)
+
+
+@pytest.mark.parametrize("nesterov", ["true", "false"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_steps_are_those_written_by_hand(accumulation: int, nesterov: str) -> None:
+    config = configuration(f"optimization.nesterov={nesterov}", "optimization.label_smoothing=0.1")
+    model = network(config)
+    stepper = trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, accumulation))
+    assert_close(weights(model), by_hand(config.optimization, stepper.normalisation, network(config)))
+
+
+def test_four_accumulated_parts_are_one_batch(config: Config) -> None:
+    models = [network(config), network(config)]
+    for model, accumulation in zip(models, (1, 4), strict=True):
+        trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, accumulation))
+    assert_close(weights(models[1]), weights(models[0]))
+    assert weights_sha256(models[0].state_dict()) != weights_sha256(network(config).state_dict())
+
+
+def test_no_gradient_is_left_for_the_next_step(config: Config) -> None:
+    model = network(config)
+    trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 2))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_given_learning_rate_is_the_one_that_is_applied() -> None:
+    config = configuration("optimization.momentum=0", "optimization.weight_decay=0", "optimization.nesterov=false")
+    moved = []
+    for rate in (0.01, 0.03):
+        model = network(config)
+        before = weights(model)
+        stepper = stepper_of(config, model)
+        stepper.step([global_batch()], rate)
+        assert [group["lr"] for group in stepper.optimizer.param_groups] == [rate, rate]
+        moved.append({name: value - before[name] for name, value in weights(model).items()})
+    assert_close(moved[1], {name: 3 * value for name, value in moved[0].items()})
+
+
+def test_the_tally_counts_losses_hits_and_images(config: Config) -> None:
+    model = network(config, "batch")
+    stepper = stepper_of(config, model)
+    oracle = copy.deepcopy(model).train()
+    loss = hits = best_five = 0.0
+    batch = global_batch()
+    for part in parts_of(batch, BatchLayout(GLOBAL_BATCH, 1, 3)):
+        logits = oracle(stepper.normalisation(part.images)).detach()
+        loss += 8 * float(
+            functional.cross_entropy(logits, part.labels, label_smoothing=config.optimization.label_smoothing)
+        )
+        ranks = (logits > logits.gather(1, part.labels[:, None])).sum(dim=1)
+        hits, best_five = hits + int((ranks < 1).sum()), best_five + int((ranks < 5).sum())
+    stepper.step(parts_of(batch, BatchLayout(GLOBAL_BATCH, 1, 3)), 0.1)
+    found = stepper.take_tally().tolist()
+    assert found[0] == pytest.approx(loss, rel=1e-5)
+    assert found[1:] == [hits, best_five, GLOBAL_BATCH]
+    assert stepper.take_tally().tolist() == [0, 0, 0, 0]
+
+
+def test_with_fewer_than_five_classes_the_tally_still_counts(config: Config) -> None:
+    stepper = stepper_of(config, build_model(config.model, 3, 0).double())
+    batch = global_batch()
+    stepper.step([batch._replace(labels=batch.labels % 3)], 0.1)
+    assert stepper.take_tally()[2:].tolist() == [GLOBAL_BATCH, GLOBAL_BATCH]
+
+
+# ---- mixed precision --------------------------------------------------------------------------------
+
+
+def movement(config: Config, precision: str) -> Tensor:
+    """How one step moves all parameters."""
+    config = replace(config, trainer=replace(config.trainer, precision=Precision(precision)))
+    model = network(config, "batch").float()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    stepper = stepper_of(config, model)
+    stepper.step([global_batch()], 0.1)
+    assert stepper.skipped_steps == 0
+    assert all(parameter.dtype is torch.float32 for parameter in model.parameters())
+    return nn.utils.parameters_to_vector(model.parameters()).detach() - before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_in_mixed_precision_is_close_to_one_in_fp32(precision: str, config: Config) -> None:
+    """T24: the gradient scaler's factor is taken out again before the update."""
+    exact, mixed = movement(config, "fp32"), movement(config, precision)
+    assert float((mixed - exact).norm() / exact.norm()) < 0.15
+    assert not torch.equal(mixed, exact)
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_counts_it(config: Config) -> None:
+    """T23: nothing moves, the scale is lowered, and the record will say how many steps were skipped."""
+    config = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
+    model = network(config).float()
+    stepper = stepper_of(config, model)
+    assert stepper.scaler.is_enabled()
+    before = weights(model)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    stepper.step([global_batch()], 0.1)
+    assert stepper.skipped_steps == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert stepper.scaler.get_scale() == 2.0**59
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    stepper.step([global_batch()], 0.1)
+    assert stepper.skipped_steps == 1
+    assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_only_fp16_scales_gradients(config: Config) -> None:
+    for precision in Precision:
+        trainer = replace(config.trainer, precision=precision)
+        stepper = stepper_of(replace(config, trainer=trainer), network(config))
+        assert stepper.scaler.is_enabled() is (precision is Precision.fp16)
+
+
+# ---- several processes ------------------------------------------------------------------------------
+
+
+def all_checks(config: Config) -> dict[str, Any]:
+    """Runs in every process; what it finds is judged by the tests below."""
+    with start_world(config.trainer) as world:
+        return _checks_of_replicas(config, world) | _checks_of_training(config, world) | _checks_of_world(world)
+
+
+def _checks_of_replicas(config: Config, world: World) -> dict[str, Any]:
+    """What the throw-away pass of `replicate` leaves behind."""
+    model = network(config, "batch", seed=0)
+    shaken = network(config, "batch", seed=0)
+    with torch.no_grad():
+        for buffer in itertools.chain(model.buffers(), shaken.buffers()):
+            buffer.add_(3)
+    before, mode = weights_sha256(model.state_dict()), model.training
+    replicate(model, world, torch.rand(4, 3, 16, 16, dtype=torch.float64), Precision.fp32)
+    return {
+        "untouched": before == weights_sha256(model.state_dict()) == weights_sha256(shaken.state_dict()),
+        "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
+        "training": mode and model.training,
+    }
+
+
+def _checks_of_training(config: Config, world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for norm in ("none", "batch"):
+        for accumulation in (1, 2):
+            layout = BatchLayout(GLOBAL_BATCH, world.size, accumulation)
+            model = network(config, norm, seed=world.rank)  # only the first process's initial weights may count
+            example = torch.zeros(layout.images_per_forward, 3, 16, 16, dtype=torch.float64)
+            stepped = replicate(model, world, example, Precision.fp32)
+            stepper = trained(stepper_of(config, model, world, stepped), layout, world.rank)
+            tally = world.sum(stepper.take_tally()).tolist()
+            trainable = weights_sha256(dict(model.named_parameters()))
+            buffers = weights_sha256(dict(model.named_buffers()))
+            world.copy_from_first(model)
+            found[f"{norm}-{accumulation}"] = {
+                "weights": {name: value.numpy() for name, value in weights(model).items()},
+                "tally": tally,
+                "parameters": trainable,
+                "buffers": buffers,
+                "after": weights_sha256(model.state_dict()),
+            }
+    return found
+
+
+def _checks_of_world(world: World) -> dict[str, Any]:
+    return {
+        "sum": world.sum(torch.tensor([1, world.rank])).tolist(),
+        "gather": world.gather(world.rank * 10),
+        "first": world.from_first({"rank": world.rank}),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_and_three(config: Config) -> dict[int, list[dict[str, Any]]]:
+    """What every process of worlds of two and of three found."""
+    return {size: run_world(size, all_checks, config) for size in (2, 3)}
+
+
+Found = dict[int, list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_number_of_processes_reaches_the_weights_of_one(
+    accumulation: int, two_and_three: Found, config: Config
+) -> None:
+    """T21, where no batch norm sees the size of a part; the counts of all processes add up to one process's."""
+    model = network(config)
+    alone = trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 1))
+    tally = alone.take_tally().tolist()
+    for ranks in two_and_three.values():
+        found = ranks[0][f"none-{accumulation}"]
+        assert_close({name: torch.from_numpy(value) for name, value in found["weights"].items()}, weights(model))
+        np.testing.assert_allclose(found["tally"], tally, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["none-1", "none-2", "batch-1", "batch-2"])
+def test_all_processes_hold_the_first_ones_weights(case: str, two_and_three: Found) -> None:
+    """T26: parameters stay equal by themselves, running statistics only once the first process's are copied."""
+    for ranks in two_and_three.values():
+        assert len({rank[case]["parameters"] for rank in ranks}) == 1
+        assert len({rank[case]["after"] for rank in ranks}) == 1
+        if case.startswith("batch"):
+            assert len({rank[case]["buffers"] for rank in ranks}) == len(ranks), "the trap is not there to be seen"
+
+
+def test_replicating_leaves_no_trace(two_and_three: Found) -> None:
+    for rank in itertools.chain(*two_and_three.values()):
+        assert rank["untouched"]
+        assert rank["training"]
+        assert rank["gradients"] == []
+
+
+def test_one_process_needs_no_replica(config: Config) -> None:
+    model = network(config)
+    assert replicate(model, ALONE, torch.zeros(1, 3, 16, 16), Precision.fp32) is model
+
+
+def test_reductions_over_processes(two_and_three: Found) -> None:
+    for size, ranks in two_and_three.items():
+        assert [rank["sum"] for rank in ranks] == [[size, sum(range(size))]] * size
+        assert [rank["gather"] for rank in ranks] == [[10 * rank for rank in range(size)], *[None] * (size - 1)]
+        assert [rank["first"] for rank in ranks] == [{"rank": 0}] * size

@@ -1,0 +1,29 @@
+"""Processed data -> weights in a run directory: python train.py experiment=demo"""
+
+import hydra
+from omegaconf import DictConfig
+
+from recipe.composition import composed_config, run_command
+from recipe.distributed import launch
+from recipe.document.render import check_document, write_document
+from recipe.errors import one_clear_sentence
+from recipe.run import Run, recorded_path, shown_path
+from recipe.training.loop import train
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    """Train the experiment, or continue it, and write its document."""
+    with one_clear_sentence():
+        config = composed_config(composed)
+        run = Run(config.run_dir)
+        check_document(run)
+        record = launch(train, config)
+        if record is not None:  # the first process
+            write_document(run, recorded_path(config.run_dir))
+            print(f"finished after {record.schedule.steps} steps; wrote {shown_path(run.document)}")
+            print(f"weights_sha256 {record.outputs['weights']}")
+
+
+if __name__ == "__main__":
+    run_command(main)
