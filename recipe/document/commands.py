@@ -1,0 +1,59 @@
+"""The commands of the document: how to run a recipe again, and what fills a section that is not there yet."""
+
+from __future__ import annotations
+
+import shlex
+
+from recipe.document.facts import Facts
+from recipe.records import Provenance
+
+
+def again(facts: Facts) -> list[str]:
+    """A shell script from a bare machine to the result: the code as it was, the set-up, the stages as recorded.
+
+    The code is fetched anew wherever a stage ran on other code than the stage before it.
+    """
+    lines = ['git clone "$REPOSITORY" recipe && cd recipe']
+    code_before: list[str] | None = None
+    for record in (facts.preprocessing, facts.training, facts.evaluation):
+        if record is not None:
+            code = code_of(record.provenance)
+            lines += code if code != code_before else []
+            lines.append(record.provenance.command)
+            code_before = code
+    return lines
+
+
+def code_of(provenance: Provenance) -> list[str]:
+    """Bring the working tree to the state in which a stage began."""
+    setup = "make setup && . .venv/bin/activate"
+    if provenance.commit is None:
+        return [f"# no commit was recorded: take the code with source SHA-256 {provenance.source_sha256}", setup]
+    lines = [f"git checkout --force --detach {shlex.quote(provenance.commit)}"]
+    if patch := provenance.tree_at_start.patch_sha256:
+        lines.append(f'git apply "$DOCUMENT"/records/patches/{shlex.quote(patch[:16])}.patch')
+    return [*lines, setup]
+
+
+def to_preprocess(facts: Facts) -> str:
+    """What fills the Data chapter."""
+    return f"python preprocess.py {experiment(facts)}"
+
+
+def to_train(facts: Facts) -> str:
+    """What fills the Training chapter: the arguments of preprocess.py, which named the experiment."""
+    if facts.config is None and facts.preprocessing is not None:
+        _, _, arguments = facts.preprocessing.provenance.command.partition("preprocess.py")
+        return f"python train.py{arguments}"
+    return f"python train.py {experiment(facts)}"
+
+
+def to_evaluate(facts: Facts) -> str:
+    """What fills the performance metrics: the run's pinned configuration says the rest."""
+    return f"python evaluate.py run_dir={shlex.quote(facts.run_dir)}"
+
+
+def experiment(facts: Facts) -> str:
+    """The arguments that name this run; the directory goes without saying where it is the usual one."""
+    usual = facts.run_dir == f"runs/{facts.name}"
+    return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" run_dir={shlex.quote(facts.run_dir)}")
