@@ -1,0 +1,274 @@
+"""The commands as a user types them, in processes of their own and in a directory of their own."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recipe.run import CHECKOUT
+from tests.conftest import SMALL_DEMO
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+FASTER = ["optimization.batch_size=24"]
+
+
+@pytest.fixture
+def run_command(data_directory: Path, tmp_path: Path) -> Command:
+    """Run a script of the checkout from an empty directory, on the small data set."""
+
+    def run(
+        script: str,
+        *words: str,
+        launcher: tuple[str, ...] = (sys.executable,),
+        data: bool = True,
+        experiment: str = "smoke",
+        code: int = 0,
+    ) -> subprocess.CompletedProcess[str]:
+        common = [f"data.directory={data_directory}"] if data else []
+        if script != "evaluate.py":
+            common += [f"experiment={experiment}", *SMALL_DEMO, *FASTER]
+        done = subprocess.run(
+            [*launcher, str(CHECKOUT / script), *flags(words), *common, *settings(words)],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def flags(words: tuple[str, ...]) -> list[str]:
+    """Hydra wants these before the values."""
+    return [word for word in words if word.startswith("-")]
+
+
+def settings(words: tuple[str, ...]) -> list[str]:
+    """The values; later ones win."""
+    return [word for word in words if not word.startswith("-")]
+
+
+def last_hash(done: subprocess.CompletedProcess[str]) -> str:
+    """The weights hash, which training prints last."""
+    name, value = done.stdout.strip().splitlines()[-1].split()
+    assert name == "weights_sha256"
+    return value
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_two_processes_by_either_launch_give_the_same_weights_and_leave_nothing_else(
+    run_command: Command, tmp_path: Path
+) -> None:
+    ours = run_command("train.py", "trainer.accelerator=cpu", "trainer.gpus=2", "run_dir=A")
+    torchs = run_command("train.py", "trainer.accelerator=cpu", "run_dir=B", launcher=(*TORCHRUN, "--nproc-per-node=2"))
+    assert last_hash(ours) == last_hash(torchs)
+    assert names(tmp_path) == {"A", "B", "runs"}
+    known = {
+        "config.yaml",
+        "records",
+        "metrics.jsonl",
+        "checkpoints",
+        "figures",
+        "tensorboard",
+        "recipe.md",
+        "recipe.json",
+        "lock",
+    }
+    assert names(tmp_path / "A") == names(tmp_path / "B") == known
+    assert "torchrun --nnodes=1 --nproc-per-node=2 train.py" in (tmp_path / "B" / "recipe.md").read_text()
+    assert "python train.py" in (tmp_path / "A" / "recipe.md").read_text()
+
+
+def test_a_multirun_gets_a_directory_for_each_value(run_command: Command, tmp_path: Path) -> None:
+    run_command("train.py", "-m", "seed=1,2", "optimization.epochs=1")
+    assert names(tmp_path) == {"runs"}
+    assert names(tmp_path / "runs") == {"smoke-seed-1", "smoke-seed-2", "journal.jsonl", "multirun"}
+    assert (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").exists()
+
+
+def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command, tmp_path: Path) -> None:
+    run_command("train.py", "run_dir=x", "optimization.epochs=1")
+    plain = run_command("evaluate.py", "run_dir=x")
+    assert "resize28-crop24-bilinear" in plain.stdout
+    other = run_command("evaluate.py", "run_dir=x", "evaluation.resize_pixels=24", "evaluation.checkpoint=best")
+    assert "resize24-crop24-bilinear-best" in other.stdout
+    assert "stale" not in (tmp_path / "x" / "recipe.md").read_text()
+    refused = run_command("evaluate.py", "run_dir=x", "optimization.epochs=7", code=2)
+    assert "optimization.epochs: 1 -> 7" in refused.stderr
+    refused = run_command("evaluate.py", "run_dir=x", "experiment=demo", code=2)
+    assert "experiment=smoke" in refused.stderr
+    assert one_sentence(refused)
+
+
+def test_a_run_killed_after_an_epoch_ends_with_the_uninterrupted_weights(
+    run_command: Command, data_directory: Path, tmp_path: Path
+) -> None:
+    whole = run_command("train.py", "run_dir=whole", "optimization.epochs=6")
+    words = [
+        "experiment=smoke",
+        *SMALL_DEMO,
+        *FASTER,
+        f"data.directory={data_directory}",
+        "run_dir=cut",
+        "optimization.epochs=6",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), *words],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: any((tmp_path / "cut" / "checkpoints").glob("*.sha256")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "records" / "training.json").exists()
+    continued = run_command("train.py", "run_dir=cut", "optimization.epochs=6")
+    assert "continuing at epoch" in continued.stderr
+    assert last_hash(continued) == last_hash(whole)
+    again = run_command("train.py", "run_dir=cut", "optimization.epochs=6")
+    assert last_hash(again) == last_hash(whole)
+    assert "epoch 1/6" not in again.stdout
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> bool:
+    """Whether all that was said is one line, without a traceback."""
+    lines = done.stderr.strip().splitlines()
+    return len(lines) == 1 and lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "named", "code"),
+    [
+        ("train.py", ["data.directory=nowhere"], "python preprocess.py", 2),
+        (
+            "train.py",
+            ["optimization.batch_size=25", "trainer.max_images_per_process=10"],
+            "nearest that does: 24 or 27",
+            2,
+        ),
+        ("train.py", ["optimization.batch_size=1000"], "optimization.batch_size=1000", 2),
+        ("train.py", ["trainer.accelerator=auto", "trainer.gpus=8"], "trainer.gpus=8, but torch", 2),
+        ("train.py", ["trainer.accelerator=cuda"], "trainer.accelerator=cuda, but torch", 2),
+        ("train.py", ["data.images_per_shard=7"], "images_per_shard: 40 -> 7", 2),
+        ("train.py", ["run_dir=/dev/null/run"], "cannot write", 74),
+        ("train.py", ["+trainer.foo=1"], "trainer.foo", 2),
+        ("train.py", ["trainer.gpsu=8"], "did you mean trainer.gpus?", 2),
+        ("train.py", ["trainer.gpus=many"], "trainer.gpus=many", 2),
+        ("train.py", ["experiment=nope"], "resnet50_imagenet", 2),
+        ("train.py", ["trainer"], "trainer", 2),
+        ("train.py", ["model=torchvision", "model.name=resnet51"], "model.name=resnet51", 2),
+        ("evaluate.py", ["run_dir=nowhere"], "python train.py", 2),
+        ("preprocess.py", ["data=imagenet", "data.directory=new", "data.raw_dir=nowhere"], "nowhere", 2),
+        ("preprocess.py", ["data=imagenet", "data.directory=new"], "data.raw_dir", 2),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    run_command: Command, script: str, words: list[str], named: str, code: int
+) -> None:
+    done = run_command(script, *words, code=code, data=not any("data.directory" in word for word in words))
+    assert named in done.stderr
+    assert one_sentence(done), done.stderr
+
+
+def test_a_full_disk_is_said_in_one_sentence(run_command: Command, data_directory: Path, tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "import os; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    done = run_command("train.py", "run_dir=full", launcher=(sys.executable, "-c", program), code=74)
+    assert "cannot write" in done.stderr
+    assert not list((tmp_path / "full").rglob("*.tmp-*"))
+
+
+def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, tmp_path: Path) -> None:
+    words = [
+        "experiment=smoke",
+        *SMALL_DEMO,
+        *FASTER,
+        f"data.directory={data_directory}",
+        "run_dir=x",
+        "optimization.epochs=200",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), *words],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_until(lambda: any((tmp_path / "x" / "checkpoints").glob("*.sha256")))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to continue" in errors
+    assert "Traceback" not in errors
+
+
+def test_no_file_of_a_run_names_a_path_a_host_or_a_user(run_command: Command, tmp_path: Path) -> None:
+    run_command("preprocess.py", "run_dir=x")
+    run_command("train.py", "run_dir=x", "optimization.epochs=1")
+    run_command("evaluate.py", "run_dir=x")
+    forbidden = [str(tmp_path), str(CHECKOUT), str(Path.home()), socket.gethostname(), sys.prefix]
+    for path in (tmp_path / "x").rglob("*"):
+        if path.is_file() and path.suffix != ".patch":  # a patch is the text of somebody's own files
+            content = path.read_bytes()
+            assert not [word for word in forbidden if len(word) > 5 and word.encode() in content], path
+            assert socket.gethostname() not in path.name
+
+
+def test_a_first_try_that_stopped_before_training_can_be_corrected(run_command: Command) -> None:
+    run_command("train.py", "run_dir=x", "optimization.batch_size=1000", code=2)
+    run_command("train.py", "run_dir=x", "optimization.epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "named"),
+    [
+        ("seed: 0", "seed: zero", "seed"),
+        ("seed: 0", "seed: 0\nfoo: 1", "foo is unknown"),
+        ("seed: 0", "", "seed is missing"),
+        ("name: smoke", "name: ../x", "name"),
+    ],
+)
+def test_a_damaged_configuration_is_refused_in_one_sentence(
+    run_command: Command, tmp_path: Path, line: str, changed: str, named: str
+) -> None:
+    run_command("train.py", "run_dir=x", "optimization.epochs=1")
+    config = tmp_path / "x" / "config.yaml"
+    config.write_text(config.read_text().replace(line, changed, 1))
+    refused = run_command("evaluate.py", "run_dir=x", code=2)
+    assert named in refused.stderr
+    assert one_sentence(refused), refused.stderr
+
+
+def test_a_failure_of_one_process_of_two_is_one_sentence(run_command: Command, tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "import os; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    done = run_command("train.py", "run_dir=x", "trainer.gpus=2", launcher=(sys.executable, "-c", program), code=74)
+    assert "cannot write" in done.stderr
+    assert one_sentence(done), done.stderr

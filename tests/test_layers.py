@@ -1,0 +1,60 @@
+"""Imports point one way: the layers as a table, checked against the source."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from recipe.run import CHECKOUT
+
+# A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
+GROUND = ["errors", "config", "records", "run", "provenance"]
+ALLOWED = {
+    "errors": [],
+    "config": ["errors"],
+    "records": ["errors"],
+    "run": ["errors", "records"],
+    "provenance": ["records", "run"],
+    "composition": GROUND,
+    "distributed": GROUND,
+    "model": [*GROUND, "checkpoint"],
+    "checkpoint": GROUND,
+    "data": [*GROUND, "distributed", "data"],
+    "evaluation": [*GROUND, "distributed", "model", "data"],
+    "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation"],
+    "training": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "training"],
+    "document": [*GROUND, "document"],
+}
+MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
+
+
+def imported_modules(source: str) -> set[str]:
+    """The second names of everything imported from this package: `recipe.data.shards` -> `data`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("recipe.")}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_imports_point_one_way(path: object) -> None:
+    relative = path.relative_to(CHECKOUT / "recipe")  # type: ignore[attr-defined]
+    if relative.name == "__init__.py":
+        return
+    layer = relative.parts[0].removesuffix(".py")
+    assert layer in ALLOWED, f"{relative} belongs to no layer: add it to this table"
+    wrong = imported_modules(path.read_text()) - set(ALLOWED[layer])  # type: ignore[attr-defined]
+    assert not wrong, f"{relative} imports {wrong}"
+
+
+def test_no_module_is_named_for_nothing() -> None:
+    assert not {"utils", "common", "helpers", "misc"} & {path.stem for path in MODULES}
+
+
+@pytest.mark.parametrize("module", [*GROUND, "composition", "document.render", "data.processing", "data.demo"])
+def test_the_ground_floor_and_the_document_need_no_torch(module: str) -> None:
+    program = f"import sys; sys.modules['torch'] = None; import recipe.{module}"
+    subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, check=True)

@@ -1,0 +1,113 @@
+"""The two tables of traps and contradictions: whole, counted right, and pointing at tests that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+
+from recipe.run import CHECKOUT
+
+TESTS = CHECKOUT / "tests"
+CITED = re.compile(r"`([\w/]+\.py)::(\w+)`")
+REASON = re.compile(r"(later|not applicable): \w.{10,}")
+TABLES = {"TRAPS.md": [f"T{number}" for number in range(1, 43)], "CONTRADICTIONS.md": [str(n) for n in range(1, 23)]}
+TRAPS_COUNTED = re.compile(
+    r"^Of 42 traps, (\d+) are tested, (\d+) are tested as far as they exist here and the rest comes later, "
+    r"(\d+) come later, (\d+) does not apply\.$",
+    re.MULTILINE,
+)
+CONTRADICTIONS_COUNTED = re.compile(
+    r"^Of 22 contradictions, (\d+) are impossible in what the program writes, (\d+) are made visible but can still "
+    r"happen, (\d+) belongs to a part that comes later\.$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    cells: tuple[str, ...]
+
+    @property
+    def tests(self) -> list[tuple[str, str]]:
+        """(path, function) of each test that stands behind it."""
+        return CITED.findall(self.cells[-1])
+
+    @property
+    def reason(self) -> str:
+        """What is said where a test is missing: its first words, or nothing."""
+        (*_, last) = self.cells[-1].split("<br>")
+        return "" if CITED.fullmatch(last) else last
+
+    @property
+    def kind(self) -> str:
+        if not self.reason:
+            return "tested"
+        return "partly" if self.tests else self.reason.partition(":")[0]
+
+
+def text_of(table: str) -> str:
+    return (TESTS / table).read_text(encoding="utf-8")
+
+
+def rows(table: str) -> list[Row]:
+    lines = re.findall(r"^\| (.*) \|$", text_of(table), re.MULTILINE)
+    assert lines
+    return [Row(tuple(line.split(" | "))) for line in lines[1:]]  # the first one is the header
+
+
+@cache
+def functions(path: str) -> set[str]:
+    """The test functions of a file, as pytest would find them: at the top of the module."""
+    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_is_there_once_and_in_order(table: str) -> None:
+    found = rows(table)
+    assert [row.cells[0] for row in found] == TABLES[table]
+    assert len({len(row.cells) for row in found}) == 1
+    assert all(cell.strip() for row in found for cell in row.cells)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_test_that_is_cited_exists(table: str) -> None:
+    cited = [test for row in rows(table) for test in row.tests]
+    assert len(cited) == text_of(table).count(".py::"), "a test is cited outside its column, or not as `path::function`"
+    missing = [f"{path}::{name}" for path, name in cited if not (TESTS / path).is_file() or name not in functions(path)]
+    assert missing == []
+    assert all(len(row.tests) == len(set(row.tests)) for row in rows(table))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_row_without_a_test_gives_a_reason(table: str) -> None:
+    for row in rows(table):
+        assert row.tests or row.reason, row.cells[0]
+        assert not row.reason or REASON.fullmatch(row.reason), row.cells[0]
+
+
+def test_the_traps_are_counted_right() -> None:
+    (said,) = TRAPS_COUNTED.findall(text_of("TRAPS.md"))
+    kinds = Counter(row.kind for row in rows("TRAPS.md"))
+    assert [int(number) for number in said] == [kinds[kind] for kind in ("tested", "partly", "later", "not applicable")]
+    assert kinds.total() == sum(int(number) for number in said) == 42
+
+
+def test_the_contradictions_are_counted_right() -> None:
+    (said,) = CONTRADICTIONS_COUNTED.findall(text_of("CONTRADICTIONS.md"))
+    verdicts = Counter(row.cells[2] for row in rows("CONTRADICTIONS.md"))
+    assert [int(number) for number in said] == [verdicts[verdict] for verdict in ("impossible", "visible", "later")]
+    assert verdicts.total() == sum(int(number) for number in said) == 22
+
+
+def test_impossible_needs_a_test_and_later_a_reason() -> None:
+    for row in rows("CONTRADICTIONS.md"):
+        assert row.cells[2] == "later" or row.tests, row.cells[0]
+        assert row.cells[2] != "later" or row.reason, row.cells[0]
