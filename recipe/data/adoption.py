@@ -48,7 +48,9 @@ def bring_record(run: Run, directory: Path, record: PreprocessingRecord) -> None
 def _record(directory: Path, digest: str) -> PreprocessingRecord:
     path = directory / RECORD
     if not path.exists():
-        raise UserError(f"{shown_path(path)} is missing: run `python preprocess.py` again, which writes it in seconds")
+        raise UserError(
+            f"{shown_path(path)} is missing: run `python preprocess.py` again, which makes the data set anew"
+        )
     record = from_json(path.read_bytes(), PreprocessingRecord, shown_path(path))
     if record.outputs.get("manifest") != digest:
         raise UserError(

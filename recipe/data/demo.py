@@ -24,9 +24,12 @@ from scipy.io import savemat
 
 from recipe.data.imagenet import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from recipe.data.painting import CLASS_NAMES, VERSION, jpeg
-from recipe.run import temporary_sibling
+from recipe.errors import UserError
+from recipe.run import shown_path, temporary_sibling
 
 MARKER = "demo.json"
+DRAWING = b"being drawn"
+ARCHIVES = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE, DEVKIT_ARCHIVE)
 
 _TRAIN, _VALIDATION, _SHUFFLE = range(3)  # first word of the seeds
 
@@ -122,11 +125,20 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _is_current(directory: Path, marker: str) -> bool:
-    """The marker is removed before and written after the archives, so it vouches for all three."""
+    """The marker gets its text after the archives, so it vouches for all three."""
     path = directory / MARKER
-    archives = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE, DEVKIT_ARCHIVE)
-    complete = path.is_file() and all((directory / name).is_file() for name in archives)
+    complete = path.is_file() and all((directory / name).is_file() for name in ARCHIVES)
     return complete and path.read_text() == marker
+
+
+def _refuse_foreign_archives(directory: Path) -> None:
+    """Drawn archives bear the names of the real ones, which must never be written over."""
+    present = [name for name in ARCHIVES if (directory / name).exists()]
+    if present and not (directory / MARKER).exists():
+        raise UserError(
+            f"data.raw_dir={shown_path(directory)} holds {present[0]}, which the demo did not draw and would "
+            "overwrite; leave data.raw_dir (RAW_DIR=) out, or name what it is for: experiment=resnet50_imagenet"
+        )
 
 
 def _draw(directory: Path, train_count: int, validation_count: int) -> None:
@@ -152,7 +164,9 @@ def write_demo_archives(directory: Path, train_images_per_class: int, validation
     if _is_current(directory, marker):
         return
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / MARKER).unlink(missing_ok=True)
+    _refuse_foreign_archives(directory)
+    with _replacing(directory / MARKER) as stream:
+        stream.write(DRAWING)  # vouches for nothing, but says whose files these are
     _draw(directory, train_images_per_class, validation_images_per_class)
     with _replacing(directory / MARKER) as stream:
         stream.write(marker.encode())

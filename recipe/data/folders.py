@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -23,20 +24,30 @@ IMAGE_NAME = re.compile(r"^(.+)\.(jpg|jpeg|png)$", re.IGNORECASE | re.DOTALL)
 UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 LABEL_CONVENTION = "position among the sorted names of the class folders, counted from 0"
 IMAGENETTE_FOLDER = "imagenette2"
+VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 
 def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
-    """raw_dir/{train,val}/<class>/<image>, or raw_dir/<class>/<image> with a validation set drawn by hash."""
+    """raw_dir/{train,val}/<class>/<image>, or raw_dir/<class>/<image> with a validation set drawn by hash.
+
+    The folder of validation images may also be called valid or validation.
+    """
     has_train = (raw_dir / "train").is_dir() and bool(class_folders(raw_dir / "train"))
     root = raw_dir / "train" if has_train else raw_dir
+    if not has_train and (raw_dir / "train").is_dir():
+        raise UserError(f"{shown_path(raw_dir / 'train')} holds no class folders: make one for each class")
+    given = [raw_dir / name for name in VALIDATION_FOLDERS if has_train and (raw_dir / name).is_dir()]
+    if len(given) > 1:
+        raise UserError(f"{shown_path(raw_dir)} holds {given[0].name}/ and {given[1].name}/; leave one of them")
     raw = Raw("class folders", LABEL_CONVENTION, "given with the raw data, in val/", keeps_png=True)
     train = Listing(raw)
     raw.class_ids = list_class_folders(root, train, folder_keys)
     rows = train.sorted_rows(shown_path(root))
-    if has_train and (raw_dir / "val").is_dir():
+    if given:
         validation = Listing(raw)
-        list_class_folders(raw_dir / "val", validation, folder_keys, raw.class_ids)
-        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(raw_dir / "val"))}
+        list_class_folders(given[0], validation, folder_keys, raw.class_ids)
+        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(given[0]))}
+        raw.validation_split = f"given with the raw data, in {given[0].name}/"
         return raw
     raw.rows = split_by_hash(rows, validation_fraction)
     raw.validation_split = f"held out by the SHA-256 of the keys, a fraction of {validation_fraction:g}"
@@ -70,6 +81,7 @@ def fetch_imagenette(raw_dir: Path) -> None:
 
     archive, unpacking = raw_dir / f"{IMAGENETTE_FOLDER}.tgz", raw_dir / "unpacking"
     unpacking.mkdir(exist_ok=True)
+    shutil.rmtree(unpacking / IMAGENETTE_FOLDER, ignore_errors=True)  # torchvision takes half of it for the whole
     if archive.is_file() and not (unpacking / archive.name).exists():
         (unpacking / archive.name).symlink_to(archive.resolve())
     try:
@@ -98,9 +110,16 @@ def percent_encoded(name: str) -> str:
 
 
 def split_by_hash(rows: Rows, validation_fraction: float) -> dict[str, Rows]:
-    """Hold out each image by its own key, so that adding images moves none from one side to the other."""
+    """Hold out each image by its own key, so that adding images moves none from one side to the other.
+
+    But for one of a class whose images would all be held out: the one with the largest hash stays.
+    """
     digests = b"".join(hashlib.sha256(key).digest()[:8] for key in rows["key"].tolist())
-    is_validation = np.frombuffer(digests, dtype=">u8") < validation_fraction * 2.0**64
+    numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+    is_validation = numbers < validation_fraction * 2.0**64
+    for label in np.setdiff1d(rows["label"][is_validation], rows["label"][~is_validation]):
+        of_class = np.flatnonzero(rows["label"] == label)
+        is_validation[of_class[np.argmax(numbers[of_class])]] = False
     if is_validation.all() or not is_validation.any():
         raise UserError(
             f"data.validation_fraction={validation_fraction:g} of {len(rows)} images leaves "

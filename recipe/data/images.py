@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 PIXELS_MAX = 50_000_000  # the largest image of ILSVRC2012 has 37 million; Pillow's own limit is 179 million
 FILE_BYTES_MAX = 4 * PIXELS_MAX  # an uncompressed picture of that size
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view behind it, which readers of JPEG ignore
+JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"  # inside a scan 0xFF is followed by 0 or a restart marker
 ORIENTATION_TAG = 0x0112
 PNG_BIT_DEPTH = 24  # byte of the file; libpng's colour type follows
 PNG_PLAIN_COLOUR_TYPES = (0, 2)  # grey, RGB
@@ -91,6 +92,8 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
 def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
     """What is unusual about an image, by its header; None for one that keeps its bytes."""
     if image.format in JPEG_FORMATS:
+        if content.rfind(JPEG_END) < content.rfind(JPEG_SCAN):
+            return "JPEG without an end marker"  # Pillow reads it, TorchCodec does not
         return None if image.mode in ("RGB", "L") else f"{image.mode} JPEG"
     depth, colour_type = content[PNG_BIT_DEPTH], content[PNG_BIT_DEPTH + 1]
     if image.mode == "P":

@@ -21,7 +21,8 @@ from recipe.data.images import FILE_BYTES_MAX
 from recipe.errors import UserError
 from recipe.run import shown_path
 
-Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset, changed_ns (u8)
+Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset (u8), changed_ns (i8)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 Naming = Callable[[str, list[str]], dict[str, str]]  # (class, file names) -> accepted file name -> key
 Labeller = Callable[[str], int]  # key -> label
 
@@ -86,6 +87,10 @@ class Listing:
             if facts is not None and facts.st_size > FILE_BYTES_MAX:
                 raise UserError(f"{shown_path(folder / name)} has {facts.st_size:,} bytes; no image is that large")
         keys = naming(class_id, sorted(name for name, facts in files.items() if facts is not None))
+        for name in naming(class_id, sorted(name for name, facts in files.items() if facts is None)):
+            raise UserError(f"{shown_path(folder / name)} is named like an image but is no file that can be read")
+        for name in (name for name, facts in files.items() if facts is None and (folder / name).is_dir()):
+            refuse_hidden_images(folder / name)
         self.other_files.update(suffix(name) for name in files if name not in keys)
         self.add(
             Entry(key, label_of(key), number, os.fsencode(name), 0, facts.st_size, facts.st_mtime_ns)
@@ -120,12 +125,18 @@ def packed(entries: list[Entry]) -> Rows:
             ("name", f"S{max(names.dtype.itemsize, 1)}"),
             ("offset", "<u8"),
             ("bytes", "<u4"),
-            ("changed_ns", "<u8"),
+            ("changed_ns", "<i8"),
         ],
     )
 
 
 # ---- folders of class folders -----------------------------------------------------------------------
+
+
+def refuse_hidden_images(folder: Path) -> None:
+    """Images one level deeper would be left out without a word."""
+    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in os.listdir(folder)):
+        raise UserError(f"{shown_path(folder)} holds images inside a class folder; move them up into the class folder")
 
 
 def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: list[str] | None = None) -> list[str]:

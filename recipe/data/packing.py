@@ -1,8 +1,9 @@
 """The unit of work of preprocessing: one shard, from its rows of the raw listing to a tar and a note beside it.
 
 Everything here runs in worker processes, which import neither torch nor a raw layout. A shard is finished when its note
-(`work/train-00000.json`) exists: it is written last, and carries the hash of the plan (settings, versions and rows), so
-that a run that was killed continues with every shard whose note still fits. The parent merges nothing but notes.
+(`.recipe-work/train-00000.json`) exists: it is written last, and carries the hash of the plan (settings, versions and
+rows), so that a run that was killed continues with every shard whose note still fits. The parent merges nothing but
+notes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from recipe.errors import UserError
 from recipe.records import Oddity, Record, from_json, to_json
 from recipe.run import shown_path, write_atomically
 
-WORK = "work"  # the folder of notes, gone when all is finished
+WORK = ".recipe-work"  # the folder of notes, gone when all is finished
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Packer:
 
     def pack(self) -> Note:
         """Write the tar, then the note."""
+        note_path(self.place.directory, self.task).unlink(missing_ok=True)  # it may vouch for another plan's shard
         shard, places = write_shard(self.place.directory / self.task.name, self.images())
         note = Note(
             plan_sha256=self.task.plan_sha256,

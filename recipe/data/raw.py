@@ -22,18 +22,25 @@ def find_raw(data: DataConfig) -> Raw:
     """The listing of the raw images of `data`; raises `UserError` with what is looked for and where to get it."""
     raw_dir = given_raw_dir(data)
     fill(raw_dir, data)
-    if data.source is Source.folder:
-        raw = list_folder_data_set(raw_dir, data.validation_fraction)
-    elif data.source is Source.imagenette:
-        raw = list_imagenette(raw_dir)
-    elif (raw_dir / KAGGLE_IMAGES).is_dir():
-        raw = list_kaggle(raw_dir)
-    else:
-        raw = list_ilsvrc(raw_dir)
+    try:
+        raw = listed(raw_dir, data)
+    except OSError as error:  # a folder without permission, a link to itself
+        raise UserError(f"cannot read {shown_path(error.filename or raw_dir)}: {error.strerror}") from error
     if data.source is Source.demo:
         raw.layout, raw.validation_split = f"drawn, in the layout of {raw.layout}", DRAWN_SPLIT
     require_every_class(raw)
     return raw
+
+
+def listed(raw_dir: Path, data: DataConfig) -> Raw:
+    """By the layout that is found."""
+    if data.source is Source.folder:
+        return list_folder_data_set(raw_dir, data.validation_fraction)
+    if data.source is Source.imagenette:
+        return list_imagenette(raw_dir)
+    if (raw_dir / KAGGLE_IMAGES).is_dir():
+        return list_kaggle(raw_dir)
+    return list_ilsvrc(raw_dir)
 
 
 def given_raw_dir(data: DataConfig) -> Path:

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 from recipe.data import demo
+from recipe.errors import UserError
 
 TRAIN_COUNT, VALIDATION_COUNT = 4, 3
 ARCHIVES = (demo.TRAIN_ARCHIVE, demo.VALIDATION_ARCHIVE, demo.DEVKIT_ARCHIVE)
@@ -169,7 +170,7 @@ def test_a_current_set_is_left_alone_and_any_other_is_redrawn(tmp_path: Path) ->
     assert len(train_images(tmp_path)) == 2 * len(demo.CLASS_NAMES)
 
 
-@pytest.mark.parametrize("lost", [*ARCHIVES, demo.MARKER])
+@pytest.mark.parametrize("lost", ARCHIVES)
 def test_a_missing_file_is_drawn_again(tmp_path: Path, lost: str) -> None:
     demo.write_demo_archives(tmp_path, 1, 1)
     before = (tmp_path / lost).read_bytes()
@@ -189,7 +190,19 @@ def test_an_interrupted_redraw_leaves_no_marker_and_no_partial_file(
     monkeypatch.setattr(demo, "_validation_images", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         demo.write_demo_archives(tmp_path, 2, 1)
-    assert {path.name for path in tmp_path.iterdir()} == set(ARCHIVES)
+    assert {path.name for path in tmp_path.iterdir()} == {*ARCHIVES, demo.MARKER}
+    monkeypatch.undo()
+    demo.write_demo_archives(tmp_path, 2, 1)  # and is continued, since the files are known to be ours
+    assert len(train_images(tmp_path)) == 2 * len(demo.CLASS_NAMES)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_of_somebody_else_are_never_overwritten(tmp_path: Path, name: str) -> None:
+    """`make preprocess RAW_DIR=/data/ilsvrc2012` with the experiment forgotten."""
+    (tmp_path / name).write_bytes(b"the real one")
+    with pytest.raises(UserError, match=rf"holds {name}, which the demo did not draw"):
+        demo.write_demo_archives(tmp_path, 1, 1)
+    assert (tmp_path / name).read_bytes() == b"the real one"
 
 
 def test_the_marker_tells_what_was_drawn(archives: Path) -> None:

@@ -335,6 +335,56 @@ def test_a_validation_class_without_training_images(tmp_path: Path) -> None:
         find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_validation_folder_may_have_three_names(tmp_path: Path, name: str) -> None:
+    for folder in ("train", name):
+        write_folder(tmp_path / folder, {"a": {"1.jpg": b"x"}, "b": {"2.jpg": b"x"}})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert raw.validation_split == f"given with the raw data, in {name}/"
+    assert len(raw.rows["train"]) == len(raw.rows["val"]) == 2
+
+
+def hide_images_one_level_deeper(root: Path) -> None:
+    write_folder(root / "a", {"more": {"1.jpg": b"x"}})
+
+
+def leave_a_dangling_link(root: Path) -> None:
+    (root / "a" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+
+
+def put_images_flat_into_train(root: Path) -> None:
+    (root / "train").mkdir()
+    (root / "train" / "1.jpg").write_bytes(b"x")
+
+
+def make_a_class_a_link_to_itself(root: Path) -> None:
+    (root / "a" / "self.jpg").symlink_to(root / "a" / "self.jpg")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (hide_images_one_level_deeper, r"a/more holds images inside a class folder"),
+        (leave_a_dangling_link, r"gone.jpg is named like an image but is no file"),
+        (put_images_flat_into_train, r"train holds no class folders"),
+        (make_a_class_a_link_to_itself, r"self.jpg"),
+    ],
+)
+def test_no_image_is_left_out_without_a_word(tmp_path: Path, spoil: Callable[[Path], None], sentence: str) -> None:
+    write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(30)}, "b": {f"{n}.jpg": b"x" for n in range(30)}})
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+
+
+def test_a_class_never_loses_all_its_images_to_the_validation_set(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"c{n:02d}": {"only.jpg": b"x"} for n in range(40)})
+    write_folder(tmp_path, {"many": {f"{n}.jpg": b"x" for n in range(60)}})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert set(raw.rows["train"]["label"].tolist()) == set(range(41))
+    assert len(raw.rows["val"])
+
+
 # ---- Imagenette (its host cannot be reached from here: a generated archive stands in) -----------------
 
 IMAGENETTE = ("n01440764", "n03445777")
@@ -384,6 +434,15 @@ def test_imagenette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str)
     assert [path.name for path in raw.archives] == ["imagenette2.tgz"]
     monkeypatch.setattr("torchvision.datasets.utils.download_url", None)
     assert listed(find_raw(settings)) == listed(raw)
+
+
+def test_an_interrupted_unpacking_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_generated_imagenette(monkeypatch, imagenette_archive())
+    half = tmp_path / "unpacking" / "imagenette2" / "train" / IMAGENETTE[0]
+    half.mkdir(parents=True)
+    (half / f"{IMAGENETTE[0]}_1.JPEG").write_bytes(jpeg("x"))
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.imagenette))
+    assert len(raw.rows["train"]) == len(raw.rows["val"]) == len(IMAGENETTE)
 
 
 def test_imagenette_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
