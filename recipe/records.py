@@ -26,7 +26,8 @@ class TreeState(Record, frozen=True, kw_only=True):
     """The working tree: `clean`, `untracked` files only, `modified`, or `no git`."""
 
     state: str
-    untracked: list[str] = []
+    untracked: list[str] = []  # at most 50
+    untracked_files: int = 0
     patch_sha256: str | None = None  # of records/patches/<hash>.patch beside the record
 
 
@@ -200,6 +201,8 @@ class Session(Record, frozen=True, kw_only=True):
     processes: int
     is_exact: bool | None  # None: the first session; else whether the continuation can be bit-exact
     note: str
+    source: str  # the first digits of the hash of the code
+    images_per_batch_norm: int
 
 
 class TrainingRecord(Record, frozen=True, kw_only=True):
@@ -237,10 +240,34 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     selection: str
 
 
+class ClassName(Record, frozen=True, kw_only=True):
+    """One class; its label is its place in the list."""
+
+    id: str
+    name: str
+
+
+class Interface(Record, frozen=True, kw_only=True):
+    """What somebody needs who has nothing but the weights: how pixels are made, and what the outputs mean.
+
+    It travels inside each checkpoint and each exported model.
+    """
+
+    classes: list[ClassName]  # output k is the logit of class k
+    label_convention: str
+    resize_pixels: int  # of the short side
+    crop_pixels: int  # centre crop
+    interpolation: str
+    antialias: bool
+    mean: list[float]  # RGB in [0, 1]
+    std: list[float]
+
+
 class Protocol(Record, frozen=True, kw_only=True):
     """How a metric was measured, read back from the live transform."""
 
     name: str
+    backend: str  # torch, or onnxruntime with the provider that computed
     transform: dict[str, Setting]
     transform_sha256: str  # over the pixels that it makes of a fixed image
     decoder: str
@@ -277,11 +304,116 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
     correct_top1: int
     correct_top5: int
     loss: float
+    published: dict[str, float]  # what others measured of these weights, as they published it; mostly empty
     per_class: list[ClassCounts]
     runs: int = 1
     processes: int
     evaluation_seconds: float
     images_per_second: float
+
+
+class Flip(Record, frozen=True, kw_only=True):
+    """An image that the exported model puts into another class than the eager one."""
+
+    key: str
+    label: int
+    eager_class: int
+    exported_class: int
+    eager_margin: float  # best logit less the second best, of the eager model
+
+
+class VariantFacts(Record, frozen=True, kw_only=True):
+    """One exported file, and how it compares with the eager model on every validation image."""
+
+    variant: str
+    file: str
+    bytes: int
+    sha256: str
+    nodes: dict[str, int]  # operator -> count, as in the file
+    conversion: dict[str, Setting]  # how it was made from the fp32 graph
+    relative_logit_error: float  # largest difference of a logit / largest logit, over all images
+    limit: str  # what the gate allowed
+    correct_top1: int
+    correct_top5: int
+    flips: int
+    flip_examples: list[Flip]  # those with the largest margin, at most 20; the predictions file holds all images
+    images_per_second: float
+
+
+class SerializationRecord(Record, frozen=True, kw_only=True):
+    """The Serialization section: files that passed the gate, each compared with the eager model image by image."""
+
+    format: str = "serialization/1"
+    config_sha256: str
+    settings: dict[str, Setting]
+    provenance: Provenance
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    checkpoint: str
+    protocol: str
+    provider: str  # of onnxruntime
+    opset: int
+    input_shape: list[str]
+    images: int
+    largest_logit: float  # of the eager model, absolute
+    eager_correct_top1: int  # fp32 on the CPU, the reference of the gate
+    eager_correct_top5: int
+    eager_images_per_second: float
+    evaluated_correct_top1: int  # as the evaluation record has it
+    variants: list[VariantFacts]
+    properties: list[str]  # names of the metadata inside each file
+
+
+class Guess(Record, frozen=True, kw_only=True):
+    """One of the best classes for one image."""
+
+    index: int
+    class_id: str
+    name: str
+    probability: float
+
+
+class Latency(Record, frozen=True, kw_only=True):
+    """One cell of the timing table; a percentile that too few repeats support is absent."""
+
+    backend: str
+    precision: str
+    what: str  # preprocessing, model, or both
+    batch_size: int
+    repeats: int
+    p50_milliseconds: float | None
+    p90_milliseconds: float | None
+    p99_milliseconds: float | None
+    images_per_second: float  # at the median
+    noise: float  # relative difference of the medians of two interleaved halves: the same thing, measured twice
+    histogram_milliseconds: list[float]  # quantiles at 0, 2, ..., 100 %, for the figure
+
+
+class Absent(Record, frozen=True, kw_only=True):
+    """A backend that could not run, and why."""
+
+    backend: str
+    reason: str
+
+
+class TimingRecord(Record, frozen=True, kw_only=True):
+    """The Timing information of one machine."""
+
+    format: str = "timing/1"
+    config_sha256: str
+    settings: dict[str, Setting]
+    provenance: Provenance
+    inputs: dict[str, str]
+    machine: str  # names the file: a rerun on this machine replaces these rows only
+    threads: int
+    image: str  # what preprocessing was measured on
+    image_sha256: str
+    image_pixels: list[int]  # width, height
+    crop_pixels: int
+    clock: dict[str, Setting]  # driver, clocks and power of the accelerator as they were
+    noise_floor: float  # median of the cells' noise
+    cells: list[Latency]
+    absent: list[Absent]
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -24,6 +24,8 @@ from recipe.records import (
     EvaluationRecord,
     PreprocessingRecord,
     Record,
+    SerializationRecord,
+    TimingRecord,
     TrainingRecord,
     from_json,
     to_json,
@@ -35,6 +37,7 @@ RECORD_FILES: dict[type[Record], str] = {
     PreprocessingRecord: "preprocessing.json",
     TrainingRecord: "training.json",
     EvaluationRecord: "evaluation.json",
+    SerializationRecord: "serialization.json",
 }
 
 
@@ -54,6 +57,8 @@ class Run:
         self.checkpoints = self.directory / "checkpoints"
         self.figures = self.directory / "figures"
         self.tensorboard = self.directory / "tensorboard"
+        self.timing = self.records / "timing"  # one file per machine
+        self.other_evaluations = self.records / "evaluations"  # one file per protocol
         self.document = self.directory / "recipe.md"
         self.twin = self.directory / "recipe.json"
         self.lock_file = self.directory / "lock"
@@ -66,6 +71,22 @@ class Run:
         """The stored record of this kind, or None where the stage has not run."""
         path = self.records / RECORD_FILES[kind]
         return from_json(path.read_bytes(), kind, shown_path(path)) if path.exists() else None
+
+    def onnx_file(self, variant: str) -> Path:
+        """The exported model of a variant: fp32, fp16 or int8."""
+        return self.directory / "onnx" / f"model-{variant}.onnx"
+
+    def write_timing(self, record: TimingRecord) -> None:
+        """Store the latencies of one machine; those of others stay."""
+        write_atomically(self.timing / f"{record.machine}.json", to_json(record))
+
+    def write_other_evaluation(self, record: EvaluationRecord) -> None:
+        """Store an evaluation of something else than the run's own network in torch."""
+        write_atomically(self.other_evaluations / f"{record.protocol.name}.json", to_json(record))
+
+    def read_all(self, directory: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
+        """Every record of a folder, in the order of the files' names."""
+        return [from_json(path.read_bytes(), kind, shown_path(path)) for path in sorted(directory.glob("*.json"))]
 
     def write_config(self, pinned: Mapping[str, Any]) -> None:
         """Pin the configuration: later stages read this file and compose nothing but their own group."""
@@ -114,6 +135,9 @@ class Run:
                 raise UserError(
                     f"{shown_path(self.directory)} is in use by another process; wait for it or give another run_dir"
                 ) from None
+            except OSError as error:
+                where = shown_path(self.directory)
+                raise UserError(f"{where} lies on a file system without locks ({error.strerror})") from error
             yield
 
     def directory_exists(self) -> None:

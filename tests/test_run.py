@@ -22,6 +22,7 @@ from recipe.records import (
     Protocol,
     Provenance,
     Record,
+    SerializationRecord,
     TrainingRecord,
     TreeState,
     from_json,
@@ -247,6 +248,7 @@ def evaluation_record() -> EvaluationRecord:
         environment={},
     )
     protocol = Protocol(
+        backend="torch",
         arithmetic={},
         epochs_completed=1,
         epochs=1,
@@ -261,6 +263,7 @@ def evaluation_record() -> EvaluationRecord:
     )
     counts = ClassCounts(index=0, class_id="n0", name="\u00e9\u6f22", images=3, correct_top1=1, correct_top5=2)
     return EvaluationRecord(
+        published={},
         config_sha256="0",
         provenance=provenance,
         inputs={"weights": "1"},
@@ -290,7 +293,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_a_file_of_its_own() -> None:
-    kinds = (PreprocessingRecord, TrainingRecord, EvaluationRecord)
+    kinds = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord)
     assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
     assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
 

@@ -44,7 +44,6 @@ from recipe.data.reporting import record_of
 from recipe.data.shards import (
     MANIFEST,
     SPLITS,
-    ClassName,
     Manifest,
     ManifestSplit,
     Shard,
@@ -56,7 +55,7 @@ from recipe.data.shards import (
 )
 from recipe.errors import UserError
 from recipe.provenance import Stage, machine, usable_cores
-from recipe.records import Archive, PreprocessingRecord, from_json, to_json
+from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
 from recipe.run import disk_errors, shown_path, write_atomically
 
 RECORD = "preprocessing.json"
@@ -70,7 +69,7 @@ def preprocess(config: Config) -> PreprocessingRecord:
     done = finished_record(data, directory)
     if done is not None:
         return done
-    given_raw_dir(data)  # before anything is created
+    refuse_foreign_directory(directory, given_raw_dir(data), data)  # before anything is created
     with sole_writer(directory):
         done = finished_record(data, directory)  # another process may have finished while this one was starting
         if done is None:
@@ -144,6 +143,22 @@ def all_problems(directory: Path, manifest: Manifest) -> Iterator[str]:
         yield from problems(directory, manifest, name)
 
 
+def refuse_foreign_directory(directory: Path, raw_dir: Path, data: DataConfig) -> None:
+    """What is left over in a data directory is removed, so it must be new, empty, or of our own making."""
+    processed, raw = directory.absolute().resolve(), raw_dir.absolute().resolve()
+    if raw.is_relative_to(processed) or (data.source is Source.folder and processed.is_relative_to(raw)):
+        raise UserError(
+            f"data.directory={shown_path(directory)} and data.raw_dir={shown_path(raw_dir)} lie inside one another; "
+            "give data.directory= a place of its own"
+        )
+    is_ours = any((directory / name).exists() for name in (MANIFEST, RECORD, WORK))
+    if directory.is_dir() and any(directory.iterdir()) and not is_ours:
+        raise UserError(
+            f"data.directory={shown_path(directory)} holds files that preprocess.py did not write, and some of them "
+            "could be lost; give a new or an empty folder"
+        )
+
+
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
     """One writer per data directory; what a killed one left half written is removed."""
@@ -158,6 +173,10 @@ def sole_writer(directory: Path) -> Iterator[None]:
                 f"{shown_path(directory)} is being written by another process; wait for it or give another "
                 "data.directory"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"{shown_path(directory)} lies on a file system without locks ({error.strerror})"
+            ) from error
         with disk_errors(directory):
             for leftover in (*directory.glob("*.tmp-*"), *(directory / WORK).glob("*.tmp-*")):
                 leftover.unlink(missing_ok=True)
@@ -207,6 +226,7 @@ def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord
     parts = packed(workplace(data, directory, raw), damaged, process_count(data, damaged))
     for name, part in parts.items():
         if part.shard != shards[name]:
+            (directory / name).unlink()  # of the right size perhaps, but not what the manifest names
             raise UserError(
                 f"{name} was made again but is not what it was: the raw images or Pillow changed; delete "
                 f"{shown_path(directory / MANIFEST)} to make the whole data set again"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.errors import UserError
-from recipe.records import Oddity, Record, Setting, from_json
+from recipe.records import ClassName, Oddity, Record, Setting, from_json
 from recipe.run import disk_errors, shown_path, temporary_sibling
 
 SPLITS = ("train", "val")
@@ -43,13 +44,7 @@ INDEX = np.dtype(
 )
 MANIFEST = "manifest.json"
 TAR_RECORD_BYTES = tarfile.RECORDSIZE
-
-
-class ClassName(Record, frozen=True, kw_only=True):
-    """One class; its label is its place in the list."""
-
-    id: str
-    name: str
+OTHER_OPEN_FILES = 512  # beside shards: libraries, sockets, pipes, logs
 
 
 class Shard(Record, frozen=True, kw_only=True):
@@ -261,7 +256,22 @@ def open_split(directory: str | Path, name: str) -> Split:
     assert name in manifest.splits, f"{name} is none of {list(manifest.splits)}"
     for problem in problems(directory, manifest, name):
         raise UserError(f"{problem}; repair it with `python preprocess.py` and the same experiment")
+    allow_open_files(sum(len(split.shards) for split in manifest.splits.values()))
     return Split(directory, name, manifest.splits[name].shards)
+
+
+def allow_open_files(shards: int) -> None:
+    """Shards stay open, one descriptor each, and the usual limit of 1,024 is less than ImageNet's 1,332."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = shards + OTHER_OPEN_FILES
+    if soft in (resource.RLIM_INFINITY,) or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UserError(
+            f"the data set has {shards} shards, but this system allows {hard} open files: raise it with "
+            f"`ulimit -n {wanted}`, or preprocess with more data.images_per_shard"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def problems(directory: Path, manifest: Manifest, name: str) -> Iterator[str]:

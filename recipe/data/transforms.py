@@ -128,12 +128,16 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
 
-    def facts(self) -> dict[str, Setting]:
+    def values(self) -> dict[str, list[float]]:
         """Mean and deviation in [0, 1], read back from the tensors that are applied."""
         return {
             name: [round(value / 255, 6) for value in tensor.flatten().tolist()]
             for name, tensor in (("mean", self.mean), ("std", self.std))
         }
+
+    def facts(self) -> dict[str, Setting]:
+        """The same, for the record."""
+        return {name: list(values) for name, values in self.values().items()}
 
 
 def fixed_image(height: int, width: int) -> Tensor:

@@ -25,12 +25,14 @@ import pytest
 import webdataset
 from PIL import Image
 
-from recipe.config import Corrupt, Expectation, Source
+from recipe.config import Corrupt, Decoder, Expectation, Source
 from recipe.data import packing, processing
 from recipe.data.demo import write_demo_archives
 from recipe.data.images import DamagedImageError, Rules, store
 from recipe.data.processing import preprocess
+from recipe.data.raw import find_raw
 from recipe.data.shards import open_split, read_manifest
+from recipe.data.transforms import build_decoder
 from recipe.errors import DiskError, UserError
 from recipe.records import PreprocessingRecord
 from recipe.run import CHECKOUT
@@ -190,6 +192,7 @@ from pathlib import Path
 sys.path.insert(0, {checkout!r})
 from recipe.data import packing
 from recipe.data.processing import preprocess
+from recipe.data.raw import find_raw
 from tests.data.layouts import config
 
 original = packing.store
@@ -225,13 +228,14 @@ from pathlib import Path
 sys.path.insert(0, {checkout!r})
 from recipe.data import packing, processing
 from recipe.data.processing import preprocess
+from recipe.data.raw import find_raw
 from tests.data.layouts import config
 
 out = Path({out!r})
 original = packing.store
 
 def slow(*arguments):
-    if len(list(out.glob("work/*-*.json"))) >= {shards}:
+    if len(list(out.glob(".recipe-work/*-*.json"))) >= {shards}:
         time.sleep({pause_seconds})
     return original(*arguments)
 
@@ -258,7 +262,9 @@ def start_slowly(raw: Path, out: Path, shards: int, pause_seconds: float = 0.5) 
         SCRIPT.format(checkout=str(CHECKOUT), raw=str(raw), out=str(out), shards=shards, pause_seconds=pause_seconds)
     )
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, text=True, stderr=subprocess.PIPE)
-    while process.poll() is None and (len(list(out.glob("work/*-*.json"))) < shards or not (out / "lock").exists()):
+    while process.poll() is None and (
+        len(list(out.glob(".recipe-work/*-*.json"))) < shards or not (out / "lock").exists()
+    ):
         time.sleep(0.005)
     return process
 
@@ -291,7 +297,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = len(list(out.glob("work/*-*.json")))
+    done = len(list(out.glob(".recipe-work/*-*.json")))
     assert done >= shards
     assert not (out / "manifest.json").exists()
     (out / "train-00000.tar.tmp-123").write_bytes(b"half a shard")
@@ -384,7 +390,7 @@ def test_a_damaged_data_set_is_repaired(
     preprocess(config(official, out))
     assert content_of(out) == content_of(finished[0])
     assert (out / "preprocessing.json").exists()
-    assert not (out / "work").exists()
+    assert not (out / ".recipe-work").exists()
     if "shard" in damage:
         assert (out / "train-00000.tar").stat().st_mtime_ns == kept
 
@@ -393,8 +399,54 @@ def test_a_repair_from_other_images_is_refused(finished: tuple[Path, Preprocessi
     out = copy_of(finished, tmp_path / "out")
     (out / "train-00001.tar").unlink()
     other = {key: jpeg(key + "x") for key in train_images()}
-    with pytest.raises(UserError, match=r"train-00001.tar was made again but is not what it was"):
-        preprocess(config(write_official(tmp_path / "raw", train=other), out))
+    raw = write_official(tmp_path / "raw", train=other)
+    for _ in range(2):  # a wrong shard of the right size must not pass for the old one at the second try
+        with pytest.raises(UserError, match=r"train-00001.tar was made again but is not what it was"):
+            preprocess(config(raw, out))
+
+
+def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_path: Path) -> None:
+    out = tmp_path / "home"
+    (out / "work").mkdir(parents=True)
+    for name in ("train-00007.tar", "notes.tmp-1", "work/thesis.txt"):
+        (out / name).write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that preprocess\.py did not write"):
+        preprocess(config(official, out))
+    assert sorted(path.name for path in out.rglob("*")) == ["notes.tmp-1", "thesis.txt", "train-00007.tar", "work"]
+
+
+def test_raw_and_processed_data_do_not_lie_in_one_another(official: Path, tmp_path: Path) -> None:
+    inside = write_official(tmp_path / "data" / "raw")
+    with pytest.raises(UserError, match="lie inside one another"):
+        preprocess(config(inside, tmp_path / "data"))
+    assert not (tmp_path / "data" / "lock").exists()
+
+
+def test_the_note_goes_before_its_shard_is_written_anew(official: Path, tmp_path: Path) -> None:
+    """Else the note of one plan could vouch for a shard that another one wrote before it died."""
+    data = config(official, tmp_path / "out")
+    preprocess(data)
+    place = processing.workplace(data.data, tmp_path / "out", find_raw(data.data))
+    task = processing.planned(data.data, find_raw(data.data), [])[0]
+    note = packing.note_path(tmp_path / "out", task)
+    note.parent.mkdir()
+    note.write_text("of another plan")
+    seen: list[bool] = []
+    packer = packing.Packer(task, place, packing.RawReader(place.containers), Never(lambda: seen.append(note.exists())))
+    packer.pack()
+    assert seen
+    assert not any(seen)
+
+
+class Never:
+    """An event that never comes; looks whenever it is asked."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
+
+    def is_set(self) -> bool:
+        self.look()
+        return False
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -420,12 +472,13 @@ def test_a_disk_that_fills_up_is_one_sentence_and_continues(
 
 def test_a_disk_error_of_a_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out/train-00000.tar").mkdir(parents=True)
+    (tmp_path / "out" / packing.WORK).mkdir()
     with pytest.raises(DiskError, match=r"cannot write .*train-00000.tar: Is a directory"):
         preprocess(config(official, tmp_path / "out"))
 
 
 def test_a_second_writer_is_refused(official: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / packing.WORK).mkdir(parents=True)
     with (tmp_path / "out" / "lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="is being written by another process"):
@@ -518,6 +571,26 @@ def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
         assert pixels_of(stored[key]).tobytes() == pixels_of(odd[key]).tobytes()
     samples = webdataset_samples([str(tmp_path / "out" / shard.name) for shard in split.shards])
     assert {sample["__key__"] for sample in samples if "png" in sample} == {"n01440764_5", "n02085620_5"}
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0\0", b"\r\n\r\n\r\n", bytes(64)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_no_jpeg_without_its_end_keeps_its_bytes(tail: bytes, progressive: bool) -> None:
+    """Pillow reads some of these, TorchCodec does not: training would stop at them."""
+    whole = encoded(pixels("end", 200, 150), progressive=progressive)
+    assert store(whole + b"whatever follows", False, KEEP).oddity is None
+    try:
+        stored = store(whole.removesuffix(b"\xff\xd9") + tail, False, KEEP)
+    except DamagedImageError:
+        return
+    assert (stored.oddity, stored.extension) == ("JPEG without an end marker", "png")
+    for decoder in Decoder:
+        assert np.array_equal(build_decoder(decoder)(stored.content).permute(1, 2, 0).numpy(), pixels_of(whole))
+
+
+def test_a_jpeg_that_only_pillow_reads_is_stored_losslessly() -> None:
+    content = encoded(pixels("end", 200, 150)).removesuffix(b"\xff\xd9") + b"\r\n\r\n\r\n"
+    assert store(content, False, KEEP).oddity == "JPEG without an end marker"
 
 
 def pixels_of(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -707,7 +780,7 @@ def is_worker(pid: int) -> bool:
 
 
 def test_notes_of_other_code_are_ignored(official: Path, tmp_path: Path) -> None:
-    (tmp_path / "out/work").mkdir(parents=True)
-    (tmp_path / "out/work/train-00000.json").write_text("{}")
+    (tmp_path / "out/.recipe-work").mkdir(parents=True)
+    (tmp_path / "out/.recipe-work/train-00000.json").write_text("{}")
     assert preprocess(config(official, tmp_path / "out")).continued_shards == 0
     assert packing.WORK not in {path.name for path in (tmp_path / "out").iterdir()}

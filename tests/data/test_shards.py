@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +27,18 @@ from recipe.data.shards import (
 )
 from recipe.errors import DiskError, UserError
 from recipe.records import to_json
+from recipe.run import CHECKOUT
 
+LIMITED = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+from recipe.data.shards import open_split
+split = open_split(Path(sys.argv[1]), "train")
+for number in range(len(split)):
+    split.read(number)
+print(len(split))
+"""
 IMAGES = [("n01440764_1", "jpg", b"first" * 200, 0), ("a/b%2Ec", "png", b"second", 7), ("x" * 180, "jpg", b"", 999)]
 
 
@@ -145,3 +158,46 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path: Path, mon
     with pytest.raises(DiskError, match=r"cannot write .*s.tar: No space left on device; free some space"):
         write_shard(tmp_path / "s.tar", IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+def write_many_shards(directory: Path, shards: int) -> None:
+    """A data set of one image in each shard."""
+    index = np.zeros(shards, dtype=INDEX)
+    written = []
+    for number in range(shards):
+        shard, (place,) = write_shard(directory / f"train-{number:05d}.tar", [(f"k{number}", "jpg", b"x", 0)])
+        index[number] = (number, place.offset, place.bytes, 0, 1, 1)
+        written.append(shard)
+    keys = np.array([f"k{number}".encode() for number in range(shards)])
+    contents = {"index": npy_bytes(index), "keys": npy_bytes(keys)}
+    for name, content in contents.items():
+        (directory / f"train.{name}.npy").write_bytes(content)
+    split = ManifestSplit(
+        images=shards,
+        index_sha256=hashlib.sha256(contents["index"]).hexdigest(),
+        keys_sha256=hashlib.sha256(contents["keys"]).hexdigest(),
+        shards=written,
+        grey_images=[],
+        rotated_images=[],
+    )
+    manifest = Manifest(
+        name="many",
+        settings={},
+        is_ilsvrc2012=False,
+        label_convention="",
+        classes=[],
+        splits={"train": split},
+        oddities=[],
+        rejected=[],
+    )
+    (directory / "manifest.json").write_bytes(to_json(manifest))
+
+
+@pytest.mark.parametrize(("hard_limit", "expected"), [(4096, "100"), (128, "allows 128 open files")])
+def test_more_shards_than_the_usual_limit_of_open_files(tmp_path: Path, hard_limit: int, expected: str) -> None:
+    """ImageNet has 1,332 shards and `ulimit -n` is usually 1,024: here 100 and 64."""
+    write_many_shards(tmp_path, 100)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), str(hard_limit)], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert expected in (done.stdout if hard_limit == 4096 else done.stderr), done.stderr
