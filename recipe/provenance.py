@@ -23,6 +23,7 @@ from recipe.run import CHECKOUT, now, recorded_path, without_paths, write_atomic
 
 PACKAGES = ("torch", "torchvision", "torchcodec", "pillow", "numpy", "hydra-core", "omegaconf", "msgspec")
 PATCHES = Path("records", "patches")  # below a stage's directory
+NAMED_MAX = 50  # untracked files in a record
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -93,10 +94,11 @@ def shown_argument(argument: str) -> str:
 def git(*arguments: str, accepted: tuple[int, ...] = (0,)) -> str | None:
     """The output of a git command in the checkout, or None where it fails or there is no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout if done.returncode in accepted else None
+    # Names and patches may hold any bytes: escaped, they come back out as they were.
+    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode in accepted else None
 
 
 def commit() -> str | None:
@@ -121,9 +123,14 @@ def tree_state(outputs: Path) -> TreeState:
         return TreeState(state="clean")
     return TreeState(
         state="modified" if is_modified else "untracked",
-        untracked=untracked,
+        untracked=[_printable(name) for name in untracked[:NAMED_MAX]],
+        untracked_files=len(untracked),
         patch_sha256=_keep_patch(outputs, untracked),
     )
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _is_inside(name: str, directory: Path) -> bool:
@@ -138,7 +145,7 @@ def _keep_patch(outputs: Path, untracked: list[str]) -> str | None:
         for name in untracked
         if name in sources
     ]
-    patch = "".join([git("diff", "--binary", "HEAD", "--", ".") or "", *new]).encode()
+    patch = "".join([git("diff", "--binary", "HEAD", "--", ".") or "", *new]).encode("utf-8", "surrogateescape")
     if not patch:
         return None
     digest = hashlib.sha256(patch).hexdigest()

@@ -79,7 +79,7 @@ def test_a_clean_tree_is_clean(repository: Path) -> None:
 
 def test_untracked_files_are_named_and_only_source_makes_a_patch(repository: Path) -> None:
     (repository / "notes.txt").write_text("mine")
-    assert tree_state(outputs(repository)) == TreeState(state="untracked", untracked=["notes.txt"])
+    assert tree_state(outputs(repository)) == TreeState(state="untracked", untracked=["notes.txt"], untracked_files=1)
     (repository / "recipe" / "new.py").write_text("x = 1\n")
     state = tree_state(outputs(repository))
     assert (state.state, state.untracked) == ("untracked", ["notes.txt", "recipe/new.py"])
