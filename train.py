@@ -17,7 +17,8 @@ def main(composed: DictConfig) -> None:
     with one_clear_sentence():
         config = composed_config(composed)
         run = Run(config.run_dir)
-        check_document(run)
+        if not config.trainer.restart:  # which moves the document aside as it is
+            check_document(run)
         record = launch(train, config)
         if record is not None:  # the first process
             write_document(run, recorded_path(config.run_dir))

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from recipe.errors import DiskError, UserError
+from recipe.records import Interface
 from recipe.run import shown_path, write_atomically
 
 State = dict[str, Any]
@@ -62,6 +64,14 @@ def released_weights(state: State) -> dict[str, Tensor]:
     average = state["average"]
     weights: dict[str, Tensor] = state["model"] if average is None else average["model"]
     return weights
+
+
+def interface_of(state: State, where: str) -> Interface:
+    """How the pixels of these weights are made and what their outputs mean; raises `UserError` where it is not said."""
+    try:
+        return msgspec.convert(state["interface"], Interface)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise UserError(f"{where} does not say how its pixels are made and what its classes are ({error})") from error
 
 
 def newest_checkpoint(directory: Path) -> State | None:

@@ -90,6 +90,13 @@ def swept_suffix() -> str:
     )
 
 
+def measured_config(composed: DictConfig) -> Config:
+    """The configuration of evaluate.py: the run's own; published weights can be measured without any run."""
+    if composed.evaluation.weights is not None and Run(composed.run_dir).read_config() is None:
+        return composed_config(composed)
+    return pinned_config(own_group="evaluation")
+
+
 def pinned_config(own_group: str) -> Config:
     """The configuration of a stage after training: the run's own, with `own_group` and machine facts from here.
 
@@ -103,7 +110,7 @@ def pinned_config(own_group: str) -> Config:
             f"{shown_path(run.directory)} holds no run: train it first, with `python train.py "
             f"run_dir={shown_path(run.directory)}` and the experiment that you want"
         )
-    composed = compose("config", [*_experiment(pinned["name"]), *_without_experiment(given, pinned["name"])])
+    composed = compose("config", [*_experiment(given, pinned["name"]), *_without_experiment(given, pinned["name"])])
     mine = {key for key in _keys(given, composed) if key in MACHINE_FACTS or key.startswith(f"{own_group}.")}
     _refuse_contradictions(_keys(given, composed) - mine, composed, pinned)
     _must_be_whole(pinned, composed, shown_path(run.config))
@@ -130,10 +137,12 @@ def _must_be_whole(stored: dict[str, Any], composed: DictConfig, where: str) -> 
         )
 
 
-def _experiment(name: str) -> list[str]:
+def _experiment(given: list[str], name: str) -> list[str]:
     """The experiment's file, for the machine facts that it suggests; a run may also have a name of its own."""
+    words = zip(given, _parsed(given), strict=True)
+    named = [word for word, override in words if override.key_or_group == "experiment"]
     known = GlobalHydra.instance().config_loader().get_group_options("experiment")
-    return [f"experiment={name}"] if name in known else []
+    return named or ([f"experiment={name}"] if name in known else [])
 
 
 def _run_dir(given: list[str]) -> str:
@@ -147,7 +156,7 @@ def _parsed(overrides: list[str]) -> list[Override]:
 def _without_experiment(given: list[str], pinned_name: str) -> list[str]:
     """The other overrides; an experiment may be named again, but not another one."""
     for override in _parsed(given):
-        if override.key_or_group == "experiment" and override.value() != pinned_name:
+        if override.key_or_group == "experiment" and compose("config", given).name != pinned_name:
             raise UserError(
                 f"this run is of experiment={pinned_name}, not experiment={override.value()}; leave it out "
                 "or give another run_dir"

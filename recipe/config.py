@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -31,6 +32,7 @@ MACHINE_FACTS = (
     "data.directory",
     "data.processes",
     "model.weights",
+    "evaluation.weights",
     "trainer.gpus",
     "trainer.accelerator",
     "trainer.max_images_per_process",
@@ -101,6 +103,29 @@ class Accelerator(str, Enum):
     auto = "auto"
     cuda = "cuda"
     cpu = "cpu"
+
+
+class Backend(str, Enum):
+    """What computes the logits of an evaluation."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
+class Variant(str, Enum):
+    """The arithmetic of an exported model."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class TimedBackend(str, Enum):
+    """What a latency is measured of."""
+
+    eager = "eager"
+    compiled = "compiled"
+    onnxruntime = "onnxruntime"
 
 
 @dataclass
@@ -250,10 +275,10 @@ class OptimizationConfig:
             "between 0 and 1",
         )
         require(
-            self.step_epochs == sorted(self.step_epochs),
+            self.step_epochs == sorted(self.step_epochs) and min(self.step_epochs, default=1) >= 1,
             "optimization.step_epochs",
             self.step_epochs,
-            "in rising order",
+            "epochs in rising order, each 1 or more",
         )
         require(
             not self.nesterov or self.momentum > 0,
@@ -336,6 +361,9 @@ class EvaluationConfig:
     interpolation: Interpolation
     batch_size: int  # images per forward pass; another shape can change the last digits of logits
     checkpoint: str  # last, best, or the name of a file in the run's checkpoints/
+    backend: Backend  # onnx: an exported model of the run
+    variant: Variant  # of the onnx backend
+    weights: str | None  # instead of a run's: a name of torchvision (IMAGENET1K_V2) or a file
 
     def __post_init__(self) -> None:
         require(self.crop_pixels >= 8, "evaluation.crop_pixels", self.crop_pixels, "8 or more")
@@ -346,11 +374,65 @@ class EvaluationConfig:
             f"at least evaluation.crop_pixels={self.crop_pixels}",
         )
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "1 or more")
+        require(
+            self.weights is None or self.backend is Backend.torch,
+            "evaluation.weights",
+            self.weights,
+            "null where evaluation.backend=onnx, which evaluates an exported model of a run",
+        )
+
+
+@dataclass(kw_only=True)
+class SerializationConfig:
+    """Which files are exported, and how far each may be from the eager model before it gets its name."""
+
+    variants: list[Variant]
+    fp32_tolerance: float  # largest difference of a logit / largest logit, over all validation images
+    fp16_accuracy_drop_max: float  # of top-1, as a fraction
+    int8_accuracy_drop_max: float
+    int8_calibration_images: int  # training images, never validation ones
+    int8_reduce_range: bool  # 7 bits for weights: no saturation on processors without VNNI
+    batch_size: int  # images per forward pass of the comparison
+
+    def __post_init__(self) -> None:
+        require(
+            Variant.fp32 in self.variants and len(set(self.variants)) == len(self.variants),
+            "serialization.variants",
+            [variant.value for variant in self.variants],
+            "a list without repetition that holds fp32, from which the others are made",
+        )
+        for name in ("fp32_tolerance", "fp16_accuracy_drop_max", "int8_accuracy_drop_max"):
+            require(
+                0 <= getattr(self, name) < 1, f"serialization.{name}", getattr(self, name), "at least 0 and below 1"
+            )
+        for name in ("int8_calibration_images", "batch_size"):
+            require(getattr(self, name) >= 1, f"serialization.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(kw_only=True)
+class TimingConfig:
+    """What the latency table measures, and for how long."""
+
+    seconds_per_cell: float
+    batch_sizes: list[int]
+    compiled_batch_sizes: list[int]  # each one is compiled anew, which takes up to a minute
+    backends: list[TimedBackend]
+
+    def __post_init__(self) -> None:
+        require(self.seconds_per_cell > 0, "timing.seconds_per_cell", self.seconds_per_cell, "above 0")
+        for name in ("batch_sizes", "compiled_batch_sizes"):
+            sizes = getattr(self, name)
+            require(
+                all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
+                f"timing.{name}",
+                sizes,
+                "different numbers, each 1 or more",
+            )
 
 
 @dataclass(kw_only=True)
 class Config:
-    """One recipe: everything that `preprocess.py`, `train.py` and `evaluate.py` do follows from it."""
+    """One recipe: everything that the scripts do follows from it."""
 
     name: str  # of the experiment: the file in conf/experiment/ and the folder under runs/
     run_dir: str
@@ -362,6 +444,8 @@ class Config:
     augmentation: AugmentationConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
+    serialization: SerializationConfig
+    timing: TimingConfig
 
     def __post_init__(self) -> None:
         require(NAME.match(self.name), "name", self.name, "letters, digits, '.', '_' and '-'")
@@ -381,7 +465,10 @@ def typed(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     assert isinstance(config, Config)
-    unknown = leaves(OmegaConf.to_container(composed)).keys() - leaves(untyped(config)).keys()  # type: ignore[arg-type]
+    values = leaves(untyped(config))
+    for key, value in values.items():
+        require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
+    unknown = leaves(OmegaConf.to_container(composed)).keys() - values.keys()  # type: ignore[arg-type]
     require(not unknown, "the key", ", ".join(sorted(unknown)), "one that `python train.py --cfg job` prints")
     return config
 

@@ -78,8 +78,12 @@ def _started_worker(worker: Callable[[Config], Result], config: Config) -> Resul
         _leave_reason(str(error))
         raise SystemExit(error.exit_code) from None
     except Exception:
-        _leave_reason(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}")
+        _leave_reason(_traceback_of_rank())
         raise SystemExit(1) from None
+
+
+def _traceback_of_rank() -> str:
+    return f"rank {os.environ.get('RANK', 0)} failed:\n{traceback.format_exc()}"
 
 
 def _leave_reason(message: str) -> None:
@@ -234,6 +238,8 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     )
     _check_device(trainer, device)
     _choose_arithmetic(trainer, world)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
     if size > 1:
         dist.init_process_group(
             world.backend,
@@ -243,11 +249,15 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     try:
         yield world
     except UserError as error:
-        _leave_reason(str(error))  # before leaving the group, which breaks the others
+        _leave_reason(str(error))
         raise
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    except Exception:
+        _leave_reason(_traceback_of_rank())
+        raise
+    # After a failure the group is left to the end of the process: with NCCL, leaving it waits for the others, who wait
+    # for this one in a collective until the time-out.
+    if size > 1:
+        dist.destroy_process_group()
 
 
 def _check_device(trainer: TrainerConfig, device: torch.device) -> None:

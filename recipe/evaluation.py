@@ -88,11 +88,11 @@ def predictor(
 
 def evaluate(predict: Predict, batches: Iterable[Batch]) -> Predictions:
     """Predict every batch of this process; no collective operation runs in here."""
-    return concatenate([_predict_batch(predict, batch) for batch in batches])
+    return concatenate([predictions_of(predict(batch.images), batch) for batch in batches])
 
 
-def _predict_batch(predict: Predict, batch: Batch) -> Predictions:
-    logits = predict(batch.images)
+def predictions_of(logits: Tensor, batch: Batch) -> Predictions:
+    """What the logits of one batch, [N, classes], say."""
     labels = batch.labels.to(logits.device)
     values, classes = logits.topk(min(5, logits.shape[1]), dim=1)
     losses = functional.cross_entropy(logits, labels, reduction="none")

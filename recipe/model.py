@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recipe.checkpoint import FORMAT, released_weights
+from recipe.checkpoint import FORMAT, State, interface_of, released_weights
 from recipe.config import Config, ModelConfig, canonical_json
 from recipe.errors import UserError
 from recipe.records import ModelFacts, Setting
@@ -40,7 +40,17 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
     else:
         model = _torchvision_model(config, classes)
     if config.weights is not None:
-        load_weights(model, Path(config.weights))
+        path = Path(config.weights)
+        load_state(model, read_weights(path), f"model.weights={shown_path(path)}")
+    return model
+
+
+def restored_model(state: State, where: str) -> nn.Module:
+    """The network of a checkpoint on the CPU, with the weights that count; the checkpoint alone says which network."""
+    values = state["config"]["model"]
+    config = ModelConfig(name=values["name"], norm=values["norm"], zero_init_last_norm=values["zero_init_last_norm"])
+    model = build_model(config, len(interface_of(state, where).classes), seed=0)
+    load_state(model, released_weights(state), where)
     return model
 
 
@@ -114,33 +124,31 @@ def _norm(kind: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, key: str = "model.weights") -> dict[str, Tensor]:
     """The tensors of a state dictionary or a checkpoint (.pt, .pth); nothing but plain tensors is unpickled."""
     try:
         found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"model.weights={shown_path(path)} cannot be read: {error.strerror}") from error
+        raise UserError(f"{key}={shown_path(path)} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises pickle, zip, runtime and attribute errors for a damaged or hostile file
         raise UserError(
-            f"model.weights={shown_path(path)} is no file of plain tensors: "
+            f"{key}={shown_path(path)} is no file of plain tensors: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     state = found
     if isinstance(found, dict) and found.get("format") == FORMAT:
         state = released_weights(found)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"model.weights={shown_path(path)} holds no dictionary of tensors")
+        raise UserError(f"{key}={shown_path(path)} holds no dictionary of tensors")
     return state
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Give `model` the weights of a file; every name and shape must fit."""
+def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Give `model` these weights; every name and shape must fit."""
     try:
-        model.load_state_dict(read_weights(path))
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(
-            f"model.weights={shown_path(path)} does not fit the model: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise UserError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from error
 
 
 def with_known_weights(config: Config) -> Config:

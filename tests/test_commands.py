@@ -238,6 +238,23 @@ def test_no_file_of_a_run_names_a_path_a_host_or_a_user(run_command: Command, tm
             assert socket.gethostname() not in path.name
 
 
+def test_a_run_with_a_name_of_its_own_is_evaluated_by_the_same_words(run_command: Command) -> None:
+    words = ("name=mine", "run_dir=x", "optimization.epochs=1")
+    run_command("train.py", *words)
+    done = run_command("evaluate.py", "experiment=smoke", *SMALL_DEMO, *FASTER, *words)
+    assert "top-1" in done.stdout
+
+
+def test_a_restart_moves_an_edited_document_aside(run_command: Command, tmp_path: Path) -> None:
+    run_command("train.py", "run_dir=x", "optimization.epochs=1")
+    document = tmp_path / "x" / "recipe.md"
+    edited = document.read_text().replace("## Training", "## My training")
+    document.write_text(edited)
+    run_command("train.py", "run_dir=x", "optimization.epochs=1", code=2)
+    run_command("train.py", "run_dir=x", "optimization.epochs=1", "trainer.restart=true")
+    assert (tmp_path / "x.old-1" / "recipe.md").read_text() == edited
+
+
 def test_a_first_try_that_stopped_before_training_can_be_corrected(run_command: Command) -> None:
     run_command("train.py", "run_dir=x", "optimization.batch_size=1000", code=2)
     run_command("train.py", "run_dir=x", "optimization.epochs=1")

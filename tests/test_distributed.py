@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,37 @@ def second_fails(config: Config) -> None:
         raise DiskError("cannot write runs/x: the disk is full")
     with start_world(config.trainer):
         pass
+
+
+def second_fails_inside(config: Config) -> None:
+    """Rank 1 fails inside the group while the first one waits for it in a collective operation.
+
+    Leaving the group would wait for the others, as NCCL does; gloo does not, so here it is made to.
+    """
+    torch.distributed.destroy_process_group = lambda: time.sleep(100)  # type: ignore[assignment]
+    with start_world(config.trainer) as found:
+        if not found.is_first:
+            raise DiskError("shard x is damaged") if config.seed == 0 else RuntimeError("out of memory")
+        found.barrier()
+
+
+@pytest.mark.parametrize(("seed", "sentence"), [(0, "shard x is damaged"), (1, "out of memory")])
+def test_a_process_that_fails_among_others_does_not_wait_for_them(tmp_path: Path, seed: int, sentence: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=sentence):
+        launch(second_fails_inside, replace(two_processes(tmp_path), seed=seed))
+    assert time.monotonic() - started < 60
+
+
+def different_data(config: Config) -> None:
+    """Two nodes, two data sets."""
+    with start_world(config.trainer) as found:
+        found.must_agree("the data set's manifest", str(found.rank))
+
+
+def test_processes_that_see_different_data_stop(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="the data set's manifest differs between processes"):
+        launch(different_data, two_processes(tmp_path))
 
 
 def test_launch_gives_the_first_processs_result(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 
 from recipe.checkpoint import State
-from recipe.config import Config, config_sha256, pinned
+from recipe.config import Config, pinned
 from recipe.data.adoption import adopt_data_set
+from recipe.data.interface import interface_from
 from recipe.data.loading import DecodingThreads, EvaluationBatches, TrainingBatches, derive_layout
 from recipe.data.shards import Manifest, open_split
 from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.model import build_model, model_facts
-from recipe.provenance import Stage, source_sha256, versions
+from recipe.provenance import Stage, processor_name, source_sha256, versions
 from recipe.records import ModelFacts
 from recipe.run import Run
 from recipe.training.augmentation import Augmentation, build_augmentation
@@ -27,6 +29,8 @@ from recipe.training.journal import DataWait, Journal
 from recipe.training.optimization import Stepper, build_loss, build_optimizer, replicate
 from recipe.training.schedule import LearningRate, build_schedule
 from recipe.training.state import Progress, TrainingState, saved_state
+
+CPU_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_", "DNNL_", "MKL_")  # choose instructions, and so the last digits
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None) 
     """
     with world.first_decides():
         manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
+    world.must_agree("the data set's manifest", manifest_hash)
     model = build_model(config.model, len(manifest.classes), config.seed)
     facts = model_facts(model, config.model, len(manifest.classes))
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
@@ -79,7 +84,8 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None) 
             average=average,
             stepper=stepper,
             progress=Progress(),
-            config_sha256=config_sha256(pinned(config)),
+            config=pinned(config),
+            interface=interface_from(validation.transform, stepper.normalisation, manifest),
             manifest_sha256=manifest_hash,
             circumstances=_circumstances(config, world, batches),
         )
@@ -169,11 +175,15 @@ def _stepped(model: nn.Module, config: Config, world: World, batches: TrainingBa
 def _circumstances(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
     """What must be equal in two sessions for the second to continue the first bit by bit."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    arithmetic = {name: value for name, value in os.environ.items() if name.startswith(CPU_ARITHMETIC)}
     return (
         versions()
         | device_versions(world)
         | {
             "the device": device,
+            "the processor": processor_name(),
+            "its instructions": torch.backends.cpu.get_cpu_capability(),
+            "its libraries' settings": ", ".join(f"{name}={value}" for name, value in sorted(arithmetic.items())),
             "the number of processes": world.size,
             "images per forward pass": batches.layout.images_per_forward,
             "CPU threads": threads_per_process(config.trainer.cpu_threads, world),

@@ -54,7 +54,8 @@ class LearningRate:
         """The steps on either side of each fall."""
         if self.kind is ScheduleKind.cosine:
             return []
-        return [epoch * self.steps_per_epoch + side for epoch in self.step_epochs for side in (-1, 0)]
+        sides = (epoch * self.steps_per_epoch + side for epoch in self.step_epochs for side in (-1, 0))
+        return [step for step in sides if step >= 0]
 
 
 def build_schedule(config: OptimizationConfig, steps_per_epoch: int) -> LearningRate:

@@ -10,12 +10,14 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from recipe.checkpoint import State, newest_checkpoint, prune_checkpoints, save_checkpoint
+from recipe.config import config_sha256
 from recipe.errors import NonFiniteError, UserError
-from recipe.records import Epoch, Session
+from recipe.records import Epoch, Interface, Session
 from recipe.run import Run, now
 from recipe.training.averaging import WeightAverage
 from recipe.training.optimization import Stepper
@@ -58,9 +60,15 @@ class TrainingState:
     average: WeightAverage
     stepper: Stepper
     progress: Progress
-    config_sha256: str
+    config: dict[str, Any]  # the pinned one
+    interface: Interface
     manifest_sha256: str
     circumstances: dict[str, Any]
+
+    @property
+    def config_sha256(self) -> str:
+        """Identifies the pinned configuration."""
+        return config_sha256(self.config)
 
     def save(self, keep: int) -> None:
         """Write a checkpoint, then delete those that are no longer needed; refuses weights that are not finite."""
@@ -71,7 +79,9 @@ class TrainingState:
                 "the last one is kept"
             )
         state: State = {
+            "config": self.config,
             "config_sha256": self.config_sha256,
+            "interface": msgspec.to_builtins(self.interface),
             "manifest_sha256": self.manifest_sha256,
             "circumstances": self.circumstances,
             "progress": asdict(self.progress),
@@ -119,6 +129,8 @@ class TrainingState:
                 "processes": processes,
                 "is_exact": is_exact,
                 "note": note,
+                "source": self.circumstances["the source"],
+                "images_per_batch_norm": self.circumstances["images per forward pass"],
             }
         )
 
