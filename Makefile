@@ -12,7 +12,7 @@ INSTALLED := .venv/installed-$(subst /,-,$(CONSTRAINTS))
 OVERRIDES = experiment=$(EXPERIMENT) $(if $(RAW_DIR),data.raw_dir=$(RAW_DIR)) $(ARGS)
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
-.PHONY: help setup preprocess train evaluate test check clean
+.PHONY: help setup preprocess train evaluate serialize test check clean
 .NOTPARALLEL:  # a stage reads what the one before it wrote
 .DEFAULT_GOAL := help
 
@@ -38,6 +38,9 @@ train: setup  ## shards -> weights in runs/
 
 evaluate: setup  ## weights -> top-1 and top-5 over the whole validation set
 	$(BIN)/python evaluate.py $(OVERRIDES) $(PROCESSES)
+
+serialize: setup  ## evaluated weights -> ONNX files that agree with them
+	$(BIN)/python serialize.py $(OVERRIDES)
 
 test: setup  ## every test, on a CPU
 	$(BIN)/python -m pytest

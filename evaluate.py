@@ -3,19 +3,22 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import pinned_config, run_command
+from recipe.composition import measured_config, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.errors import one_clear_sentence
 from recipe.performance import evaluate_run
+from recipe.published import published_config
 from recipe.run import Run, recorded_path, shown_path
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(_composed: DictConfig) -> None:
-    """Evaluate the run's checkpoint and add the metrics to its document."""
+def main(composed: DictConfig) -> None:
+    """Evaluate the run's checkpoint, an exported model or published weights, and add the metrics to the document."""
     with one_clear_sentence():
-        config = pinned_config(own_group="evaluation")
+        config = measured_config(composed)
+        if config.evaluation.weights is not None:
+            config = published_config(config)
         run = Run(config.run_dir)
         check_document(run)
         record = launch(evaluate_run, config)
@@ -23,7 +26,9 @@ def main(_composed: DictConfig) -> None:
             write_document(run, recorded_path(config.run_dir))
             for within, correct in ((1, record.correct_top1), (5, record.correct_top5)):
                 share = f"{correct / record.images:.2%} ({correct} of {record.images})"
-                print(f"top-{within} {share}, {record.protocol.name}")
+                published = record.published.get(f"top{within}_accuracy")
+                beside = "" if published is None else f"; published {published:.3%}"
+                print(f"top-{within} {share}, {record.protocol.name}{beside}")
             print(f"wrote {shown_path(run.document)}")
 
 

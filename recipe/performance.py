@@ -1,7 +1,8 @@
-"""The Performance metrics section: a run's checkpoint on the whole validation set, and the record of it.
+"""The Performance metrics section: a network on the whole validation set, and the record of it.
 
-`evaluate_run` is what `evaluate.py` calls in every process. The configuration is the run's own; only the `evaluation`
-group and facts of the machine can be given anew, and the protocol's name says so.
+`evaluate_run` is what `evaluate.py` calls in every process. What is measured is a checkpoint of the run, one of its
+exported models, or published weights; all go through one evaluator. The configuration is the run's own; only the
+`evaluation` group and facts of the machine can be given anew, and the protocol's name says so.
 """
 
 from __future__ import annotations
@@ -13,19 +14,29 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released_weights
-from recipe.config import Config, config_sha256
+from recipe.config import Backend, Config, config_sha256, pinned
 from recipe.data.adoption import adopt_data_set
+from recipe.data.interface import transform_of
 from recipe.data.loading import DecodingThreads, EvaluationBatches
 from recipe.data.shards import Manifest, open_split
-from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform, fixed_image, pixels_sha256
+from recipe.data.transforms import (
+    EvaluationTransform,
+    Normalisation,
+    build_decoder,
+    build_evaluation_transform,
+    fixed_image,
+    pixels_sha256,
+)
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
 from recipe.evaluation import (
+    Predict,
     Predictions,
     class_table,
     collect,
@@ -34,8 +45,10 @@ from recipe.evaluation import (
     predictor,
     protocol_name,
 )
-from recipe.model import build_model, weights_sha256
+from recipe.inference.onnx_file import OnnxModel, read_onnx
+from recipe.model import build_model, load_state, restored_model, weights_sha256
 from recipe.provenance import Stage
+from recipe.published import published_accuracy, published_weights
 from recipe.records import EvaluationRecord, Protocol
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
 
@@ -50,38 +63,51 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         if stage is not None:
             append_to_journal(run, "evaluate", "started")
         manifest, manifest_hash = adopt_data_set(config.data)
-        subject = load_subject(run, config, world, len(manifest.classes), manifest_hash)
+        subject = chosen_subject(run, config, world, manifest, manifest_hash)
         measured = _measure(config, world, subject)
         if stage is None or measured.predictions is None:
             return None
         record = _record(run, world, stage, manifest, subject, measured)
-        run.write(record)
+        (run.write if subject.is_the_runs_own else run.write_other_evaluation)(record)
         append_to_journal(
             run, "evaluate", "ended", protocol=record.protocol.name, top1_accuracy=record.correct_top1 / record.images
         )
         return record
 
 
-def pinned_by_training(run: Run) -> dict[str, object]:
-    """The run's configuration as training wrote it, whatever this evaluation changed."""
-    stored = run.read_config()
-    assert stored is not None, "evaluate.py reads the configuration before it calls this"
-    return stored
+def measured_config(run: Run, config: Config) -> dict[str, Any]:
+    """The configuration as training pinned it, whatever this evaluation changed; published weights have none."""
+    return run.read_config() or pinned(config)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated."""
+    """What is evaluated, and how its pixels are made."""
 
-    model: nn.Module
-    weights_sha256: str
-    manifest_sha256: str  # of the data set that they were trained on
+    predict: Predict
+    transform: EvaluationTransform
+    normalisation: dict[str, list[float]]  # mean and deviation, wherever they are applied
+    backend: str
+    precision: str
+    suffix: str  # of the protocol's name
+    inputs: dict[str, str]  # name -> sha256
     checkpoint: str
     epochs_completed: int
-    is_average: bool
+    epochs: int
+    weights: str  # in words
+    is_the_runs_own: bool = False  # in torch: the record that the recipe's result is taken from
 
 
-def load_subject(run: Run, config: Config, world: World, classes: int, manifest_hash: str) -> Subject:
+def chosen_subject(run: Run, config: Config, world: World, manifest: Manifest, manifest_hash: str) -> Subject:
+    """What the configuration asks for."""
+    if config.evaluation.weights is not None:
+        return published_subject(config, world, manifest, manifest_hash)
+    if config.evaluation.backend is Backend.onnx:
+        return onnx_subject(run, config, manifest_hash)
+    return checkpoint_subject(run, config, world, manifest_hash)
+
+
+def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: str) -> Subject:
     """The network with the weights of the asked checkpoint: the moving average where the run keeps one."""
     found: tuple[str, State] | None = None
     with world.first_decides():
@@ -94,15 +120,92 @@ def load_subject(run: Run, config: Config, world: World, classes: int, manifest_
             f"{name} was trained on another data set (manifest {state['manifest_sha256'][:16]}) than "
             f"{shown_path(config.data.directory)} holds ({manifest_hash[:16]}); give data.directory= of the right one"
         )
-    model = build_model(replace(config.model, weights=None), classes, config.seed)
-    model.load_state_dict(released_weights(state))
+    is_average = state["average"] is not None
+    predict, normalisation = _torch_predict(restored_model(state, name), config, world)
     return Subject(
-        model=model,
-        weights_sha256=weights_sha256(released_weights(state)),
-        manifest_sha256=manifest_hash,
+        predict=predict,
+        transform=build_evaluation_transform(config.evaluation),
+        normalisation=normalisation.values(),
+        backend="torch",
+        precision=config.trainer.precision.value,
+        suffix=protocol_name("", is_average, config.evaluation.checkpoint.removesuffix(".pt")),
+        inputs={"weights": weights_sha256(released_weights(state)), "manifest": manifest_hash},
         checkpoint=name,
         epochs_completed=state["progress"]["epoch"],
-        is_average=state["average"] is not None,
+        epochs=config.optimization.epochs,
+        weights="moving average" if is_average else "as trained",
+        is_the_runs_own=True,
+    )
+
+
+def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Predict, Normalisation]:
+    """The network on this process's device, in the arithmetic of the run."""
+    normalisation = Normalisation(config.data.mean, config.data.std, world.device)
+    model = model.to(world.device).to(memory_format=memory_format(config.trainer))
+    trainer = config.trainer
+    return predictor(model, normalisation, trainer.precision, world.device, trainer.channels_last), normalisation
+
+
+def onnx_subject(run: Run, config: Config, manifest_hash: str) -> Subject:
+    """An exported model of the run, with the pixels that the file itself asks for."""
+    variant = config.evaluation.variant
+    path = run.onnx_file(variant.value)
+    where = shown_path(path)
+    if not path.exists():
+        raise UserError(
+            f"{where} does not exist: make it with `python serialize.py run_dir={shown_path(run.directory)}`"
+        )
+    content = read_onnx(path, where)
+    model = OnnxModel(content, where)
+    told = model.metadata
+    if told.manifest_sha256 != manifest_hash:
+        raise UserError(f"{where} was trained on another data set than {shown_path(config.data.directory)} holds")
+    return Subject(
+        predict=model.predict,
+        transform=transform_of(told.interface, where),
+        normalisation={"mean": told.interface.mean, "std": told.interface.std},
+        backend=f"onnxruntime {model.provider}",
+        precision=variant.value,
+        suffix=f"-onnx-{variant.value}",
+        inputs={
+            path.name: hashlib.sha256(content).hexdigest(),
+            "weights": told.weights_sha256,
+            "manifest": manifest_hash,
+        },
+        checkpoint=path.name,
+        epochs_completed=config.optimization.epochs,
+        epochs=config.optimization.epochs,
+        weights=f"exported, {variant.value}",
+    )
+
+
+def published_subject(config: Config, world: World, manifest: Manifest, manifest_hash: str) -> Subject:
+    """Weights that others published, by their name in torchvision or from a file."""
+    asked = config.evaluation.weights
+    assert asked is not None, "the caller looked"
+    found: dict[str, Tensor] = {}
+    with world.first_decides():
+        if world.is_first:
+            found = published_weights(config.model.name, asked)
+    state = world.from_first(found)
+    model = build_model(
+        replace(config.model, weights=None, zero_init_last_norm=False), len(manifest.classes), config.seed
+    )
+    load_state(model, state, f"evaluation.weights={shown_path(asked)}")
+    predict, normalisation = _torch_predict(model, config, world)
+    name = Path(asked).stem
+    return Subject(
+        predict=predict,
+        transform=build_evaluation_transform(config.evaluation),
+        normalisation=normalisation.values(),
+        backend="torch",
+        precision=config.trainer.precision.value,
+        suffix=f"-{config.model.name}-{name}",
+        inputs={"weights": weights_sha256(state), "manifest": manifest_hash},
+        checkpoint=Path(asked).name,
+        epochs_completed=0,
+        epochs=0,
+        weights=f"published, {name}",
     )
 
 
@@ -133,24 +236,19 @@ class Measured:
 
     config: Config
     batches: EvaluationBatches
-    normalisation: Normalisation
     predictions: Predictions | None  # on the first process
     seconds: float  # wall time
 
 
 def _measure(config: Config, world: World, subject: Subject) -> Measured:
     """Predict every image of the validation set."""
-    normalisation = Normalisation(config.data.mean, config.data.std, world.device)
-    model = subject.model.to(world.device).to(memory_format=memory_format(config.trainer))
-    predict = predictor(model, normalisation, config.trainer.precision, world.device, config.trainer.channels_last)
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
     with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
-        transform = build_evaluation_transform(config.evaluation)
-        batches = EvaluationBatches(threads, transform, config.evaluation.batch_size, world)
+        batches = EvaluationBatches(threads, subject.transform, config.evaluation.batch_size, world)
         shown = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
-        predictions = collect(evaluate(predict, shown), world, len(split))
-    return Measured(config, batches, normalisation, predictions, time.perf_counter() - started)
+        predictions = collect(evaluate(subject.predict, shown), world, len(split))
+    return Measured(config, batches, predictions, time.perf_counter() - started)
 
 
 def _record(
@@ -163,15 +261,16 @@ def _record(
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
     write_atomically(run.predictions / f"{protocol.name}.npz", content)
     return EvaluationRecord(
-        config_sha256=config_sha256(pinned_by_training(run)),
+        config_sha256=config_sha256(measured_config(run, measured.config)),
         provenance=stage.finish(hardware(world), device_versions(world)),
-        inputs={"weights": subject.weights_sha256, "manifest": subject.manifest_sha256},
+        inputs=subject.inputs,
         outputs={f"predictions/{protocol.name}.npz": hashlib.sha256(content).hexdigest()},
         protocol=protocol,
         images=predictions.images,
         correct_top1=int(predictions.correct(1).sum()),
         correct_top5=int(predictions.correct(5).sum()),
         loss=predictions.loss,
+        published=published_accuracy(measured.config.model.name, measured.config.evaluation.weights),
         per_class=class_table(predictions, [(entry.id, entry.name) for entry in manifest.classes]),
         processes=world.size,
         evaluation_seconds=round(measured.seconds, 3),
@@ -181,18 +280,19 @@ def _record(
 
 def _protocol(subject: Subject, measured: Measured) -> Protocol:
     """How the metric was measured, read back from what measured it."""
-    transform, config = measured.batches.transform, measured.config
+    transform = measured.batches.transform
     fixed = [fixed_image(*size) for size in ((300, 400), (40, 30), (512, 256))]
     return Protocol(
-        name=protocol_name(transform.name, subject.is_average, config.evaluation.checkpoint.removesuffix(".pt")),
-        transform=transform.facts() | measured.normalisation.facts(),
+        name=transform.name + subject.suffix,
+        backend=subject.backend,
+        transform=transform.facts() | dict(subject.normalisation),
         transform_sha256=pixels_sha256([transform(image) for image in fixed]),
         decoder=measured.batches.threads.decoder_name,
-        precision=config.trainer.precision.value,
+        precision=subject.precision,
         arithmetic=arithmetic_switches(),
         batch_size=measured.batches.batch_size,
         checkpoint=subject.checkpoint,
         epochs_completed=subject.epochs_completed,
-        epochs=config.optimization.epochs,
-        weights="moving average" if subject.is_average else "as trained",
+        epochs=subject.epochs,
+        weights=subject.weights,
     )

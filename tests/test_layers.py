@@ -22,7 +22,9 @@ ALLOWED = {
     "checkpoint": GROUND,
     "data": [*GROUND, "distributed", "data"],
     "evaluation": [*GROUND, "distributed", "model", "data"],
-    "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation"],
+    "published": [*GROUND, "model"],
+    "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
+    "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "published", "inference"],
     "training": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "training"],
     "document": [*GROUND, "document"],
 }

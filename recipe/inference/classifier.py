@@ -1,0 +1,84 @@
+"""One class for whoever has a model and a picture: `Classifier.load(path)("puppy.jpg", top=5)`.
+
+A checkpoint and an exported file are used alike. Each says itself how its pixels are made and what its classes are
+called, so nothing has to be repeated and no list of names can be off by one. An exported file needs none of the code
+that builds networks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recipe.data.interface import transform_of
+from recipe.errors import UserError
+from recipe.evaluation import Predict
+from recipe.inference.onnx_file import OnnxModel, read_onnx
+from recipe.inference.pictures import Picture, pixels_of
+from recipe.records import Guess, Interface
+from recipe.run import shown_path
+
+ONNX_SUFFIX, CHECKPOINT_SUFFIX = ".onnx", ".pt"
+
+
+class Classifier:
+    """Pictures in, the best classes with their names and probabilities out."""
+
+    def __init__(self, predict: Predict, interface: Interface, where: str, apply_orientation: bool = True) -> None:
+        self.predict = predict
+        self.interface = interface
+        self.transform = transform_of(interface, where)
+        self.apply_orientation = apply_orientation
+
+    @classmethod
+    def load(cls, path: str | Path, apply_orientation: bool = True, device: str = "cpu") -> Classifier:
+        """From `model-fp32.onnx` or `step-00000222.pt`; raises `UserError` for anything else, damaged or hostile.
+
+        `apply_orientation` turns photographs upright as their EXIF says, which training never did; `device` is for
+        checkpoints.
+        """
+        path = Path(path)
+        where = shown_path(path)
+        if path.suffix == ONNX_SUFFIX:
+            model = OnnxModel(read_onnx(path, where), where)
+            return cls(model.predict, model.metadata.interface, where, apply_orientation)
+        if path.suffix == CHECKPOINT_SUFFIX:
+            return cls(*_from_checkpoint(path, where, device), where, apply_orientation)
+        raise UserError(f"{where} is neither an exported model (.onnx) nor a checkpoint (.pt)")
+
+    def __call__(self, picture: Picture, top: int = 5) -> list[Guess]:
+        """The best `top` classes of one picture, best first."""
+        (logits,) = self.predict(self.pixels(picture)[None]).double()
+        if len(logits) != len(self.interface.classes):
+            raise UserError(f"the model has {len(logits)} outputs, but {len(self.interface.classes)} classes are named")
+        probabilities, indices = logits.softmax(dim=0).topk(min(top, len(logits)))
+        return [
+            Guess(
+                index=index,
+                class_id=self.interface.classes[index].id,
+                name=self.interface.classes[index].name,
+                probability=probability,
+            )
+            for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def pixels(self, picture: Picture) -> Tensor:
+        """What the network sees: uint8 [3, crop, crop], as in evaluation."""
+        return self.transform(pixels_of(picture, self.apply_orientation))
+
+
+def _from_checkpoint(path: Path, where: str, device: str) -> tuple[Predict, Interface]:
+    from recipe.checkpoint import interface_of, load_checkpoint
+    from recipe.config import Precision
+    from recipe.data.transforms import Normalisation
+    from recipe.evaluation import predictor
+    from recipe.model import restored_model  # here: an exported file needs no code of networks
+
+    state = load_checkpoint(path)
+    interface = interface_of(state, where)
+    place = torch.device(device)
+    normalisation = Normalisation(interface.mean, interface.std, place)
+    model = restored_model(state, where).to(place)
+    return predictor(model, normalisation, Precision.fp32, place, channels_last=False), interface

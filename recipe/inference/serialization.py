@@ -1,0 +1,321 @@
+"""The Serialization section: a run's evaluated checkpoint -> ONNX files that passed the gate, and their record.
+
+Files are made and compared in memory, so that nothing lies on the disk under any name before it has passed. What is
+exported is the checkpoint that the evaluation record measured: a file without a known accuracy helps nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from recipe.checkpoint import interface_of, load_checkpoint, released_weights
+from recipe.config import Accelerator, Config, Precision, Variant, untyped
+from recipe.data.adoption import adopt_data_set
+from recipe.data.interface import transform_of
+from recipe.data.loading import DecodingThreads, EvaluationBatches
+from recipe.data.shards import Split, open_split
+from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.distributed import World, device_versions, hardware, start_world
+from recipe.errors import UserError
+from recipe.evaluation import Predictions, predictions_file, predictor
+from recipe.inference.export import (
+    OPSET,
+    export_fp32,
+    fp16_facts,
+    int8_facts,
+    to_fp16,
+    to_int8,
+    with_properties,
+)
+from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, TrainingCode, to_properties
+from recipe.inference.parity import Comparison, compare, limit_of, require_any_batch, require_parity
+from recipe.model import restored_model, weights_sha256
+from recipe.provenance import Stage
+from recipe.records import EvaluationRecord, Interface, SerializationRecord, Setting, TrainingRecord, VariantFacts
+from recipe.run import CHECKOUT, Run, append_to_journal, shown_path, write_atomically
+
+CALIBRATION_STREAM = 4  # keeps this choice of images apart from the order's and the augmentation's draws
+EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The evaluated checkpoint and everything that is known about it."""
+
+    run: Run
+    config: Config
+    model: nn.Module  # eager, on the CPU
+    interface: Interface
+    weights_sha256: str
+    manifest_sha256: str
+    training: TrainingRecord
+    evaluation: EvaluationRecord
+
+
+def serialize_run(config: Config) -> SerializationRecord:
+    """Export the run's evaluated checkpoint; raises `ParityError` and leaves no file where one does not agree."""
+    trainer = replace(config.trainer, accelerator=Accelerator.cpu, precision=Precision.fp32, gpus=None)
+    config = replace(config, trainer=trainer)
+    with start_world(trainer) as world:
+        run = Run(config.run_dir)
+        stage = Stage(run.directory)
+        append_to_journal(run, "serialize", "started")
+        subject = load_subject(run, config)
+        files = exported(subject, world)
+        split = open_split(config.data.directory, "val")
+        comparisons = compared_with_eager(subject, files, split, world)
+        record = record_of(subject, world, stage, files, comparisons, split)
+        run.write(record)
+        append_to_journal(run, "serialize", "ended", variants=[entry.variant for entry in record.variants])
+        return record
+
+
+def load_subject(run: Run, config: Config) -> Subject:
+    """The checkpoint that was evaluated; raises `UserError` with the command that is missing."""
+    here = shown_path(run.directory)
+    training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
+    if training is None:
+        raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
+    if evaluation is None:
+        raise UserError(
+            f"{here} holds no evaluation, and an exported model carries its accuracy: "
+            f"run `python evaluate.py run_dir={here}` first"
+        )
+    path = run.checkpoints / evaluation.protocol.checkpoint
+    state = load_checkpoint(path)
+    weights = weights_sha256(released_weights(state))
+    if weights != evaluation.inputs.get("weights"):
+        raise UserError(
+            f"{shown_path(path)} holds other weights than those that were evaluated: "
+            f"run `python evaluate.py run_dir={here}` again"
+        )
+    _, manifest_hash = adopt_data_set(config.data)
+    if manifest_hash != state["manifest_sha256"]:
+        raise UserError(
+            f"{shown_path(config.data.directory)} is another data set than the run was trained on; "
+            "give data.directory= of the right one"
+        )
+    where = shown_path(path)
+    return Subject(
+        run=run,
+        config=config,
+        model=restored_model(state, where).eval(),
+        interface=interface_of(state, where),
+        weights_sha256=weights,
+        manifest_sha256=manifest_hash,
+        training=training,
+        evaluation=evaluation,
+    )
+
+
+# ---- making the files -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file in memory."""
+
+    variant: Variant
+    content: bytes
+    model: OnnxModel
+    conversion: dict[str, Setting]
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        """Operator -> count, as in the file."""
+        graph = onnx.load_model_from_string(self.content).graph
+        return dict(sorted(Counter(node.op_type for node in graph.node).items()))
+
+
+def exported(subject: Subject, world: World) -> list[ExportedFile]:
+    """Every variant that the configuration asks for, fp32 first: the others are made from its graph."""
+    tell("exporting fp32")
+    graph = export_fp32(subject.model, subject.interface)
+    made = {Variant.fp32: graph}
+    conversion: dict[Variant, dict[str, Setting]] = {Variant.fp32: {"method": "torch.onnx.export, dynamo"}}
+    config = subject.config.serialization
+    if Variant.fp16 in config.variants:
+        tell("converting to fp16")
+        made[Variant.fp16], conversion[Variant.fp16] = to_fp16(graph), fp16_facts()
+    if Variant.int8 in config.variants:
+        count = min(config.int8_calibration_images, len(open_split(subject.config.data.directory, "train")))
+        tell(f"calibrating int8 on {count} training images")
+        with closing(calibration_images(subject, world, count)) as images:
+            made[Variant.int8] = to_int8(graph, images, config.int8_reduce_range)
+        conversion[Variant.int8] = int8_facts(count, config.int8_reduce_range)
+    return [_as_file(subject, variant, made[variant], conversion[variant]) for variant in made]
+
+
+def _as_file(
+    subject: Subject, variant: Variant, graph: onnx.ModelProto, conversion: dict[str, Setting]
+) -> ExportedFile:
+    """Add the metadata, look for what must not be in the file, and open it as a user would."""
+    content = with_properties(graph, to_properties(metadata(subject, variant)))
+    for path in (str(CHECKOUT), str(Path.home()), sys.prefix):
+        assert len(path) < 4 or path.encode() not in content, f"the exported file holds the path {path}"
+    return ExportedFile(variant, content, OnnxModel(content, f"the exported {variant.value} model"), conversion)
+
+
+def metadata(subject: Subject, variant: Variant) -> Metadata:
+    """What the file says about itself: of training and evaluation, nothing of this export but versions."""
+    training, evaluation = subject.training, subject.evaluation
+    return Metadata(
+        name=subject.config.name,
+        variant=variant.value,
+        interface=subject.interface,
+        config_sha256=training.config_sha256,
+        recipe_id=training.recipe_id,
+        weights_sha256=subject.weights_sha256,
+        manifest_sha256=subject.manifest_sha256,
+        training=TrainingCode(
+            commit=training.provenance.commit,
+            tree=training.provenance.tree_at_start.state,
+            source_sha256=training.provenance.source_sha256,
+        ),
+        accuracy=MeasuredAccuracy(
+            protocol=evaluation.protocol.name,
+            precision=evaluation.protocol.precision,
+            images=evaluation.images,
+            correct_top1=evaluation.correct_top1,
+            correct_top5=evaluation.correct_top5,
+        ),
+        licence=subject.config.data.description.licence,
+        versions=exporting_versions(),
+    )
+
+
+def exporting_versions() -> dict[str, str]:
+    """The packages that shape the file."""
+    return {package: version(package) for package in EXPORTING_PACKAGES}
+
+
+def calibration_images(subject: Subject, world: World, count: int) -> Generator[Tensor, None, None]:
+    """Single training images in the view of the evaluation; a choice that depends on the seed alone."""
+    config = subject.config
+    split = open_split(config.data.directory, "train")
+    chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
+    transform = transform_of(subject.interface, "the checkpoint")
+    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+        parts = (np.array([index], dtype=np.int64) for index in chosen)
+        for batch in threads.batches(parts, lambda image, _: transform(image), transform.crop_pixels):
+            yield batch.images
+
+
+# ---- the gate ---------------------------------------------------------------------------------------
+
+
+def compared_with_eager(
+    subject: Subject, files: list[ExportedFile], split: Split, world: World
+) -> dict[Variant, Comparison]:
+    """Every variant over the whole validation set; returns only if all pass."""
+    config = subject.config
+    normalisation = Normalisation(config.data.mean, config.data.std, world.device)
+    eager = predictor(subject.model, normalisation, Precision.fp32, world.device, channels_last=False)
+    told = files[0].model.metadata.interface  # the file's own words about pixels, not the configuration's
+    views = (build_evaluation_transform(config.evaluation), transform_of(told, "the exported model"))
+    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+        ours, theirs = (EvaluationBatches(threads, view, config.serialization.batch_size, world) for view in views)
+        comparisons = compare(eager, {file.variant: file.model.predict for file in files}, ours, theirs, len(split))
+    require_parity(comparisons, config.serialization, split.key)
+    for file in files:
+        require_any_batch(file.model.predict, noise_images(told.crop_pixels))
+    return comparisons
+
+
+def noise_images(pixels: int) -> Tensor:
+    """Eight pictures of nothing, the same on every machine."""
+    return torch.randint(0, 256, (8, 3, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the record -------------------------------------------------------------------------------------
+
+
+def record_of(
+    subject: Subject,
+    world: World,
+    stage: Stage,
+    files: list[ExportedFile],
+    comparisons: dict[Variant, Comparison],
+    split: Split,
+) -> SerializationRecord:
+    """Give the files and their predictions their names, and describe them."""
+    first = comparisons[Variant.fp32]
+    written = [leave(subject, file, comparisons[file.variant].exported, split) for file in files]
+    return SerializationRecord(
+        config_sha256=subject.training.config_sha256,
+        settings=untyped(subject.config.serialization),
+        provenance=stage.finish(hardware(world), exporting_versions() | device_versions(world)),
+        inputs={"weights": subject.weights_sha256, "manifest": subject.manifest_sha256},
+        outputs={name: sha256 for entry in written for name, sha256 in entry.items()},
+        checkpoint=subject.evaluation.protocol.checkpoint,
+        protocol=subject.evaluation.protocol.name,
+        provider=files[0].model.provider,
+        opset=OPSET,
+        input_shape=["batch", "3", *[str(subject.interface.crop_pixels)] * 2],
+        images=first.eager.images,
+        largest_logit=first.largest_logit,
+        eager_correct_top1=int(first.eager.correct(1).sum()),
+        eager_correct_top5=int(first.eager.correct(5).sum()),
+        eager_images_per_second=round(first.eager_images_per_second, 2),
+        evaluated_correct_top1=subject.evaluation.correct_top1,
+        variants=[facts_of(subject, file, comparisons[file.variant], split) for file in files],
+        properties=sorted(to_properties(files[0].model.metadata)),
+    )
+
+
+def leave(subject: Subject, file: ExportedFile, predictions: Predictions, split: Split) -> dict[str, str]:
+    """Write the file and what it predicted; returns their hashes by name."""
+    run = subject.run
+    target = run.onnx_file(file.variant.value)
+    beside = run.predictions / f"{onnx_protocol(subject.evaluation.protocol.name, file.variant)}.npz"
+    contents = {
+        target: file.content,
+        beside: predictions_file(predictions, [split.key(index) for index in range(len(split))]),
+    }
+    for path, content in contents.items():
+        write_atomically(path, content)
+    return {
+        path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()
+        for path, content in contents.items()
+    }
+
+
+def onnx_protocol(eager: str, variant: Variant) -> str:
+    """The name of the metric of an exported model."""
+    return f"{eager}-onnx-{variant.value}"
+
+
+def facts_of(subject: Subject, file: ExportedFile, found: Comparison, split: Split) -> VariantFacts:
+    """One file beside the eager model."""
+    return VariantFacts(
+        variant=file.variant.value,
+        file=subject.run.onnx_file(file.variant.value).relative_to(subject.run.directory).as_posix(),
+        bytes=len(file.content),
+        sha256=hashlib.sha256(file.content).hexdigest(),
+        nodes=file.nodes,
+        conversion=file.conversion,
+        relative_logit_error=found.relative_logit_error,
+        limit=limit_of(file.variant, subject.config.serialization),
+        correct_top1=int(found.exported.correct(1).sum()),
+        correct_top5=int(found.exported.correct(5).sum()),
+        flips=len(found.flips),
+        flip_examples=found.flip_examples(split.key),
+        images_per_second=round(found.exported_images_per_second, 2),
+    )
+
+
+def tell(what: str) -> None:
+    """A line about a step that takes some seconds."""
+    print(f"{what} ...", file=sys.stderr, flush=True)

@@ -1,0 +1,331 @@
+"""Timing information: how long a picture takes, with its distribution, on the machine at hand.
+
+Three things are timed for each batch size: preprocessing (from a file's bytes to pixels), the model (from pixels to
+logits), and both together; for the eager network, the compiled one and every provider of onnxruntime that is there.
+Cells are visited in rounds, so that a machine that slows down slows all of them down, and each cell is measured as two
+interleaved halves: what these differ by is noise, and a difference below it means nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from recipe.checkpoint import interface_of, load_checkpoint
+from recipe.config import Config, Precision, TimedBackend, Variant, untyped
+from recipe.data.progress import Progress
+from recipe.data.transforms import Normalisation
+from recipe.distributed import World, device_versions, hardware
+from recipe.errors import UserError
+from recipe.evaluation import Predict, predictor
+from recipe.inference.classifier import Classifier
+from recipe.inference.onnx_file import OnnxModel, read_onnx
+from recipe.model import restored_model
+from recipe.provenance import Stage
+from recipe.records import Absent, EvaluationRecord, Hardware, Interface, Latency, Setting, TimingRecord, TrainingRecord
+from recipe.run import Run, shown_path
+
+ROUNDS = 4  # even ones against odd ones: the same thing, measured twice
+WARMUP_CALLS = 3
+REPEATS_BEYOND = 5  # at least so many lie beyond a percentile, or it is left out
+QUANTILES = 51  # kept for the figure
+NO_PROVIDERS = ("AzureExecutionProvider",)  # a remote service, not hardware
+PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"
+CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "pstate")
+
+
+@dataclass
+class Cell:
+    """One entry of the table: something to call, and how long each call took."""
+
+    backend: str
+    precision: str
+    what: str
+    batch_size: int
+    call: Callable[[], object]
+    on_gpu: bool = False
+    rounds: list[list[float]] = field(default_factory=list)  # milliseconds
+
+    def measure(self, seconds: float) -> None:
+        """One more round: calls for as long as this, at least one."""
+        taken: list[float] = []
+        until = time.perf_counter() + seconds
+        while not taken or time.perf_counter() < until:
+            taken.append(milliseconds_on_gpu(self.call) if self.on_gpu else milliseconds(self.call))
+        self.rounds.append(taken)
+
+    def latency(self) -> Latency:
+        """What the calls say."""
+        every = np.array([value for taken in self.rounds for value in taken])
+        median = float(np.median(every))
+        return Latency(
+            backend=self.backend,
+            precision=self.precision,
+            what=self.what,
+            batch_size=self.batch_size,
+            repeats=len(every),
+            p50_milliseconds=percentile(every, 0.50),
+            p90_milliseconds=percentile(every, 0.90),
+            p99_milliseconds=percentile(every, 0.99),
+            images_per_second=round(1000 * self.batch_size / median, 2),
+            noise=round(self.noise(), 4),
+            histogram_milliseconds=[round(float(v), 4) for v in np.quantile(every, np.linspace(0, 1, QUANTILES))],
+        )
+
+    def noise(self) -> float:
+        """How far the medians of the even and of the odd rounds lie apart, as a share."""
+        even, odd = (statistics.median(value for taken in self.rounds[start::2] for value in taken) for start in (0, 1))
+        return abs(even - odd) / min(even, odd)
+
+
+def percentile(values: np.ndarray, share: float) -> float | None:
+    """None where fewer than five repeats lie beyond it: such a number would be one outlier's."""
+    if len(values) * (1 - share) < REPEATS_BEYOND - 1e-9:
+        return None
+    return round(float(np.quantile(values, share)), 4)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """By the wall clock; what is called returns its result on the host."""
+    started = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - started)
+
+
+def milliseconds_on_gpu(call: Callable[[], object]) -> float:
+    """By the device's own events, from an idle device to an idle device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+# ---- what is measured -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The subject of all cells: a run's evaluated network and exported files, and one picture."""
+
+    run: Run
+    config: Config
+    world: World
+    interface: Interface
+    model: nn.Module
+    classifier: Classifier  # for its preprocessing
+    content: bytes  # of the picture's file
+    absent: list[Absent] = field(default_factory=list)
+
+    def pixels(self, batch_size: int) -> Tensor:
+        """A batch as preprocessing makes it from the file's bytes, one picture after the other."""
+        return torch.stack([self.classifier.pixels(self.content) for _ in range(batch_size)])
+
+
+def measure_timing(run: Run, config: Config, world: World, picture: Path) -> TimingRecord:
+    """Fill every cell that this machine can; what cannot run is listed with its reason."""
+    stage = Stage(run.directory)
+    bench = _bench(run, config, world, picture)
+    cells = [cell for cell in _cells(bench) if _warmed_up(cell, bench.absent)]
+    with Progress("measuring latency", ROUNDS * len(cells), "cells") as progress:
+        for _ in range(ROUNDS):
+            for cell in cells:
+                cell.measure(config.timing.seconds_per_cell / ROUNDS)
+                progress.add(1)
+    return _record(bench, stage, cells, picture)
+
+
+def _bench(run: Run, config: Config, world: World, picture: Path) -> Bench:
+    """Open the evaluated checkpoint; raises `UserError` with the command that is missing."""
+    evaluation = run.read(EvaluationRecord)
+    if evaluation is None:
+        here = shown_path(run.directory)
+        raise UserError(f"{here} holds no evaluation: run `python evaluate.py run_dir={here}` first")
+    path = run.checkpoints / evaluation.protocol.checkpoint
+    state = load_checkpoint(path)
+    where = shown_path(path)
+    model = restored_model(state, where).eval().to(world.device)
+    interface = interface_of(state, where)
+    classifier = Classifier(lambda images: images, interface, where)
+    return Bench(run, config, world, interface, model, classifier, picture.read_bytes())
+
+
+def _cells(bench: Bench) -> Iterator[Cell]:
+    """Preprocessing, then every backend; the reference, which is what torchvision's users write, at the end."""
+    for size in bench.config.timing.batch_sizes:
+        yield Cell("Pillow, torchvision", "uint8", PREPROCESSING, size, lambda size=size: bench.pixels(size))  # type: ignore[misc]
+    wanted = bench.config.timing.backends
+    if TimedBackend.eager in wanted:
+        for precision in _precisions(bench):
+            yield from _pair(bench, "eager", precision.value, _eager(bench, bench.model, precision))
+    if TimedBackend.compiled in wanted:
+        yield from _compiled(bench)
+    if TimedBackend.onnxruntime in wanted:
+        yield from _onnxruntime(bench)
+    yield Cell("torchvision's own way, eager", "fp32", BOTH, 1, _torchvisions_own_way(bench))
+
+
+def _precisions(bench: Bench) -> list[Precision]:
+    """fp32, and on a GPU that of the training as well."""
+    trained = bench.config.trainer.precision
+    return [Precision.fp32] + ([trained] if bench.world.device.type == "cuda" and trained != Precision.fp32 else [])
+
+
+def _eager(bench: Bench, model: nn.Module, precision: Precision) -> Predict:
+    device = bench.world.device
+    normalisation = Normalisation(bench.interface.mean, bench.interface.std, device)
+    predict = predictor(model, normalisation, precision, device, channels_last=device.type == "cuda")
+    return predict if device.type == "cpu" else lambda images: predict(images).cpu()
+
+
+def _pair(
+    bench: Bench, backend: str, precision: str, predict: Predict, sizes: list[int] | None = None
+) -> Iterator[Cell]:
+    """The model alone, and with preprocessing, for every batch size."""
+    on_gpu = bench.world.device.type == "cuda" and "onnxruntime" not in backend
+    for size in sizes if sizes is not None else bench.config.timing.batch_sizes:
+        ready = bench.pixels(size)
+        yield Cell(backend, precision, MODEL, size, lambda ready=ready: predict(ready), on_gpu)  # type: ignore[misc]
+        yield Cell(backend, precision, BOTH, size, lambda size=size: predict(bench.pixels(size)))  # type: ignore[misc]
+
+
+def _compiled(bench: Bench) -> Iterator[Cell]:
+    """torch.compile; every batch size is compiled anew, so there are few."""
+    model: nn.Module = torch.compile(bench.model, dynamic=False)  # type: ignore[assignment]
+    sizes = bench.config.timing.compiled_batch_sizes
+    yield from _pair(bench, "compiled", "fp32", _eager(bench, model, Precision.fp32), sizes)
+
+
+def _onnxruntime(bench: Bench) -> Iterator[Cell]:
+    """Every exported file on every provider that this onnxruntime brings."""
+    providers = [name for name in onnxruntime.get_available_providers() if name not in NO_PROVIDERS]
+    for variant in Variant:
+        path = bench.run.onnx_file(variant.value)
+        if not path.exists():
+            here = shown_path(bench.run.directory)
+            missing = f"{path.name} is not there: `python serialize.py run_dir={here}` makes it"
+            bench.absent.append(Absent(backend=f"onnxruntime, {variant.value}", reason=missing))
+            continue
+        for provider in providers:
+            yield from _provider_cells(bench, path, provider, variant.value)
+
+
+def _provider_cells(bench: Bench, path: Path, provider: str, variant: str) -> Iterator[Cell]:
+    backend = f"onnxruntime {provider.removesuffix('ExecutionProvider')}"
+    try:
+        model = OnnxModel(read_onnx(path, path.name), path.name, provider, torch.get_num_threads())
+    except UserError as error:
+        bench.absent.append(Absent(backend=f"{backend}, {variant}", reason=str(error)))
+        return
+    if model.provider != provider:
+        bench.absent.append(
+            Absent(backend=f"{backend}, {variant}", reason="onnxruntime lists this provider but fell back to another")
+        )
+        return
+    yield from _pair(bench, backend, variant, model.predict)
+
+
+def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
+    """What a user of torchvision writes: Pillow, the preset of `ResNet50_Weights`, the eager network, one picture."""
+    from torchvision.transforms._presets import ImageClassification
+
+    preset = ImageClassification(
+        crop_size=bench.interface.crop_pixels,
+        resize_size=bench.interface.resize_pixels,
+        mean=tuple(bench.interface.mean),
+        std=tuple(bench.interface.std),
+    )
+    device = bench.world.device
+
+    def classify() -> Tensor:
+        with torch.inference_mode(), Image.open(io.BytesIO(bench.content)) as image:
+            logits: Tensor = bench.model(preset(image.convert("RGB"))[None].to(device)).softmax(1).cpu()
+        return logits
+
+    return classify
+
+
+def _warmed_up(cell: Cell, absent: list[Absent]) -> bool:
+    """A few calls that do not count: caches, cuDNN's choice, compilation. A backend that fails is listed."""
+    try:
+        for _ in range(WARMUP_CALLS):
+            cell.call()
+    except Exception as error:  # a compiler that is missing, a provider without its libraries: anything can come
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        absent.append(Absent(backend=f"{cell.backend}, {cell.precision}, batch {cell.batch_size}", reason=reason))
+        return False
+    return True
+
+
+# ---- the record -------------------------------------------------------------------------------------
+
+
+def _record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> TimingRecord:
+    training, machine = bench.run.read(TrainingRecord), hardware(bench.world)
+    assert training is not None, "there is an evaluation, so there was a training"
+    latencies = [cell.latency() for cell in cells]
+    with Image.open(picture) as image:
+        size = list(image.size)
+    return TimingRecord(
+        config_sha256=training.config_sha256,
+        settings=untyped(bench.config.timing),
+        provenance=stage.finish(machine, {"onnxruntime": onnxruntime.__version__} | device_versions(bench.world)),
+        inputs={"weights": training.outputs["weights"], **_file_hashes(bench)},
+        machine=machine_name(machine),
+        threads=torch.get_num_threads(),
+        image=picture.name,
+        image_sha256=hashlib.sha256(bench.content).hexdigest(),
+        image_pixels=size,
+        crop_pixels=bench.interface.crop_pixels,
+        clock=clock_facts(bench.world),
+        noise_floor=round(statistics.median(latency.noise for latency in latencies), 4),
+        cells=latencies,
+        absent=bench.absent,
+    )
+
+
+def _file_hashes(bench: Bench) -> dict[str, str]:
+    paths = [path for variant in Variant if (path := bench.run.onnx_file(variant.value)).exists()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def machine_name(machine: Hardware) -> str:
+    """A file name for a kind of machine: the accelerator, or the processor with its usable cores."""
+    name = machine.accelerator or f"{machine.processor} {machine.cores} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64] or "unknown"
+
+
+def clock_facts(world: World) -> dict[str, Setting]:
+    """Driver, clocks and power as they were; the clock of a processor core as the system tells it."""
+    if world.device.type == "cuda":
+        return gpu_clock_facts(world.local_rank)
+    found = re.search(r"^cpu MHz\s*:\s*([\d.]+)", _text_of(Path("/proc/cpuinfo")), re.MULTILINE)
+    return {"processor_mhz_at_the_end": round(float(found[1]))} if found else {}
+
+
+def gpu_clock_facts(index: int) -> dict[str, Setting]:
+    """As nvidia-smi says; empty where it cannot be asked."""
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(CLOCKS, (word.strip() for word in done.stdout.split(",")), strict=False))
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""

@@ -1,0 +1,32 @@
+"""A run's evaluated weights -> ONNX files that agree with them: python serialize.py run_dir=runs/demo"""
+
+import hydra
+from omegaconf import DictConfig
+
+from recipe.composition import pinned_config, run_command
+from recipe.document.render import check_document, write_document
+from recipe.errors import one_clear_sentence
+from recipe.inference.serialization import serialize_run
+from recipe.run import Run, recorded_path, shown_path
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(_composed: DictConfig) -> None:
+    """Export the variants, hold each to the eager model, and add the result to the run's document."""
+    with one_clear_sentence():
+        config = pinned_config(own_group="serialization")
+        run = Run(config.run_dir)
+        check_document(run)
+        record = serialize_run(config)
+        write_document(run, recorded_path(config.run_dir))
+        for entry in record.variants:
+            print(
+                f"{entry.variant}: top-1 {entry.correct_top1 / record.images:.2%} (eager "
+                f"{record.eager_correct_top1 / record.images:.2%}), {entry.flips} of {record.images} images change "
+                f"their class, logits within {entry.relative_logit_error:.1e} of the largest; {entry.file}"
+            )
+        print(f"wrote {shown_path(run.document)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
