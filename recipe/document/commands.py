@@ -6,6 +6,9 @@ import shlex
 
 from recipe.document.facts import Facts
 from recipe.records import Provenance
+from recipe.run import CHECKOUT
+
+EXPERIMENTS = CHECKOUT / "conf" / "experiment"
 
 
 def again(facts: Facts) -> list[str]:
@@ -15,7 +18,7 @@ def again(facts: Facts) -> list[str]:
     """
     lines = ['git clone "$REPOSITORY" recipe && cd recipe']
     code_before: list[str] | None = None
-    for record in (facts.preprocessing, facts.training, facts.evaluation):
+    for record in (facts.preprocessing, facts.training, facts.evaluation, facts.serialization):
         if record is not None:
             code = code_of(record.provenance)
             lines += code if code != code_before else []
@@ -41,16 +44,22 @@ def to_preprocess(facts: Facts) -> str:
 
 
 def to_train(facts: Facts) -> str:
-    """What fills the Training chapter: the arguments of preprocess.py, which named the experiment."""
-    if facts.config is None and facts.preprocessing is not None:
-        _, _, arguments = facts.preprocessing.provenance.command.partition("preprocess.py")
-        return f"python train.py{arguments}"
+    """What fills the Training chapter; before it, the words of preprocess.py name an experiment that has no file."""
+    if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
+        _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
+        words = [word for word in given.split(" ") if word and not word.startswith("run_dir=")]
+        return " ".join(["python train.py", *words, f"run_dir={shlex.quote(facts.run_dir)}"])
     return f"python train.py {experiment(facts)}"
 
 
 def to_evaluate(facts: Facts) -> str:
     """What fills the performance metrics: the run's pinned configuration says the rest."""
     return f"python evaluate.py run_dir={shlex.quote(facts.run_dir)}"
+
+
+def to_serialize(facts: Facts) -> str:
+    """What fills the Serialization section; it needs the evaluation."""
+    return f"python serialize.py run_dir={shlex.quote(facts.run_dir)}"
 
 
 def experiment(facts: Facts) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from recipe.config import config_sha256
 from recipe.document.dynamics import MetricRow
-from recipe.records import EvaluationRecord, PreprocessingRecord, Provenance, TrainingRecord
+from recipe.records import EvaluationRecord, PreprocessingRecord, Provenance, SerializationRecord, TrainingRecord
 from recipe.run import Run
 
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
@@ -29,6 +29,8 @@ class Facts:
     training: TrainingRecord | None
     evaluation: EvaluationRecord | None
     metrics: Sequence[MetricRow]
+    serialization: SerializationRecord | None = None
+    other_evaluations: Sequence[EvaluationRecord] = ()  # of exported models and of published weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         training=run.read(TrainingRecord),
         evaluation=run.read(EvaluationRecord),
         metrics=run.metric_rows(),
+        serialization=run.read(SerializationRecord),
+        other_evaluations=run.read_all(run.other_evaluations, EvaluationRecord),
     )
 
 
@@ -66,7 +70,7 @@ def sections(facts: Facts) -> dict[str, Section]:
         "performance_metrics": section(facts.evaluation, evaluation_reasons(facts)),
         "inference_code": Section(NOT_MEASURED),
         "timing_information": Section(NOT_MEASURED),
-        "serialization": Section(NOT_MEASURED),
+        "serialization": section(facts.serialization, serialization_reasons(facts)),
     }
 
 
@@ -102,14 +106,26 @@ def evaluation_reasons(facts: Facts) -> list[str]:
     return reasons + data_reasons(facts, facts.evaluation) + config_reasons(facts, facts.evaluation)
 
 
-def data_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord) -> list[str]:
+def serialization_reasons(facts: Facts) -> list[str]:
+    """Why the exported files no longer belong to the weights that were evaluated."""
+    if facts.serialization is None:
+        return []
+    reasons = []
+    if facts.evaluation is not None:
+        used, now = facts.serialization.inputs.get("weights"), facts.evaluation.inputs.get("weights")
+        if used != now:
+            reasons.append(f"it exported the weights {short(used)}, the evaluation has since measured {short(now)}")
+    return reasons + data_reasons(facts, facts.serialization) + config_reasons(facts, facts.serialization)
+
+
+def data_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | SerializationRecord) -> list[str]:
     if facts.preprocessing is None:
         return []
     used, now = record.inputs.get("manifest"), facts.preprocessing.outputs.get("manifest")
     return [] if used == now else [f"it used data with manifest {short(used)}, the data set now has {short(now)}"]
 
 
-def config_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord) -> list[str]:
+def config_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | SerializationRecord) -> list[str]:
     if facts.config is None:
         return ["its configuration, config.yaml, is missing"]
     used, now = record.config_sha256, config_sha256(facts.config)

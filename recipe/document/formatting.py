@@ -172,7 +172,7 @@ def tree(provenance: Provenance) -> Markdown:
 def untracked(state: TreeState, most: int = 5) -> Markdown:
     """The first untracked files by name, the others by number."""
     names = ", ".join(code(name) for name in state.untracked[:most])
-    rest = len(state.untracked) - most
+    rest = max(state.untracked_files, len(state.untracked)) - most
     return Markdown(f"{names} and {rest:,} more" if rest > 0 else names)
 
 

@@ -211,7 +211,12 @@ def recipe_json(facts: Facts) -> Markdown:
 
 def twin(facts: Facts) -> bytes:
     """The machine-readable twin of the document: the same facts, sorted keys."""
-    records = {"preprocessing": facts.preprocessing, "training": facts.training, "evaluation": facts.evaluation}
+    records = {
+        "preprocessing": facts.preprocessing,
+        "training": facts.training,
+        "evaluation": facts.evaluation,
+        "serialization": facts.serialization,
+    }
     content = {
         **identity(facts),
         "name": facts.name,

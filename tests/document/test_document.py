@@ -162,6 +162,11 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
     return PreprocessingRecord(description={"licence": "MIT"}, **{**values, **changes})
 
 
+def session(**changes: Any) -> Session:
+    known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "images_per_batch_norm": 32}
+    return Session(started="2026-11-23T21:00:00Z", first_step=0, processes=1, **(known | changes))
+
+
 def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> TrainingRecord:
     steps = EPOCHS * STEPS_PER_EPOCH
     values: dict[str, Any] = {
@@ -226,7 +231,7 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
         "precision": {"autocast": "fp32", "channels_last": True, "compile": False, "tf32": False},
         "processes": 1,
         "backend": "none",
-        "sessions": [Session(started="2026-11-23T21:00:00Z", first_step=0, processes=1, is_exact=None, note="")],
+        "sessions": [session()],
         "epochs": [
             Epoch(
                 epoch=epoch,
@@ -278,7 +283,9 @@ def evaluation_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Evalua
         "provenance": provenance("python evaluate.py run_dir=runs/demo", seconds=6.2),
         "inputs": {"manifest": sha("manifest"), "weights": sha("weights")},
         "outputs": {"predictions": sha("predictions")},
+        "published": {},
         "protocol": Protocol(
+            backend="torch",
             arithmetic={"deterministic_algorithms": True},
             epochs_completed=90,
             epochs=90,
@@ -463,14 +470,14 @@ def test_a_missing_stage_names_its_command(missing: str, block_id: str, command:
 
 
 def test_later_chapters_say_that_this_release_lacks_them() -> None:
-    assert "Not measured yet: this release has no `serialize.py`." in document()
+    assert "Not measured yet: run `python serialize.py run_dir=" in document()
 
 
 def test_only_the_data_chapter_after_preprocessing_alone() -> None:
     text = document(config=None, training=None, evaluation=None, metrics=[], run_dir="runs/x", name="x")
     assert text.splitlines()[2] == "# Data set demo (not ILSVRC2012)"
     assert "| train | 1,200 | 12 |" in section(text, "raw_data")
-    assert "`python train.py experiment=demo`" in section(text, "optimization_methods")
+    assert "`python train.py experiment=demo run_dir=runs/x`" in section(text, "optimization_methods")
     assert "figures/" not in text
 
 
