@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from recipe.errors import DiskError, NonFiniteError, UserError
+from recipe.inference.parity import ParityError
 from recipe.run import CHECKOUT, RECORD_FILES, Run
 from tests.conftest import compose_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"]
-SCRIPTS = ("preprocess.py", "train.py", "evaluate.py")
+SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python \S+\.py|make) ?[^`]*)`")
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
@@ -148,10 +149,11 @@ def test_published_numbers_are_those_of_the_experiments() -> None:
 
 def test_exit_codes_are_those_of_the_code() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", text_of("README.md"), re.MULTILINE))
-    assert rows.keys() == {"0", "2", "65", "74", "75", "130"}
+    assert rows.keys() == {"0", "2", "65", "70", "74", "75", "130"}
     assert "bad input" in rows[str(UserError.exit_code)]
     assert "not finite" in rows[str(NonFiniteError.exit_code)]
     assert "written" in rows[str(DiskError.exit_code)]
+    assert "does not agree" in rows[str(ParityError.exit_code)]
     assert "reserved" in rows["75"]
 
 
