@@ -76,9 +76,9 @@ def command() -> str:
     words = " ".join([shlex.quote(Path(script).name), *(shown_argument(argument) for argument in arguments)])
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     if processes is None or multiprocessing.parent_process() is not None:
-        return f"python {words}"
+        return _printable(f"python {words}")
     nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
-    return f"torchrun --nnodes={nodes} --nproc-per-node={processes} {words}"
+    return _printable(f"torchrun --nnodes={nodes} --nproc-per-node={processes} {words}")
 
 
 def shown_argument(argument: str) -> str:
@@ -130,6 +130,7 @@ def tree_state(outputs: Path) -> TreeState:
 
 
 def _printable(name: str) -> str:
+    """Bytes that are no UTF-8 as \\xff: JSON holds text only."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -166,7 +167,7 @@ def source_sha256() -> str:
     digest = hashlib.sha256()
     for path in source_files():
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(CHECKOUT).as_posix()} {content}\n".encode())
+        digest.update(os.fsencode(f"{path.relative_to(CHECKOUT).as_posix()} {content}\n"))  # a name may be any bytes
     return digest.hexdigest()
 
 
@@ -184,7 +185,7 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """The white list of environment variables that change a run; nothing else is ever recorded."""
     names = (name for name in sorted(os.environ) if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES))
-    return {name: without_paths(os.environ[name]) for name in names}
+    return {_printable(name): _printable(without_paths(os.environ[name])) for name in names}
 
 
 def processor_name() -> str:

@@ -136,8 +136,10 @@ class Run:
                     f"{shown_path(self.directory)} is in use by another process; wait for it or give another run_dir"
                 ) from None
             except OSError as error:
-                where = shown_path(self.directory)
-                raise UserError(f"{where} lies on a file system without locks ({error.strerror})") from error
+                raise UserError(
+                    f"the file system of {shown_path(self.directory)} cannot lock files ({error.strerror}); give a "
+                    "run_dir on another one"
+                ) from error
             yield
 
     def directory_exists(self) -> None:

@@ -20,7 +20,7 @@ from recipe.records import TreeState, to_json
 
 
 def git(repository: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=repository, check=True, capture_output=True, text=True).stdout
+    return os.fsdecode(subprocess.run(["git", *arguments], cwd=repository, check=True, capture_output=True).stdout)
 
 
 @pytest.fixture
@@ -103,6 +103,35 @@ def test_commit_and_patch_together_are_the_code_that_ran(
     clone = applied(repository, kept_patch(repository, state), tmp_path)
     monkeypatch.setattr(provenance, "CHECKOUT", clone)
     assert source_sha256() == ran
+
+
+@pytest.mark.parametrize("before", [b"a = 'caf\xe9'\r\nb = 1\r\n", b"\x00\xff binary", "é\r\n\n\r".encode()])
+def test_a_patch_is_kept_byte_by_byte(
+    before: bytes, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latin-1, Windows' line ends, bytes that are no text at all: in a changed file and in a new one."""
+    changed, new = repository / "recipe" / "model.py", repository / "recipe" / os.fsdecode(b"caf\xe9.py")
+    changed.write_bytes(before)
+    git(repository, "add", "-A")
+    git(repository, "-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "odd bytes")
+    changed.write_bytes(before + b"c = '\xe9'\r\n")
+    new.write_bytes(before + b"\r")
+    state, ran = tree_state(outputs(repository)), source_sha256()
+    assert state.untracked == ["recipe/caf\\xe9.py"]
+    assert b"caf\\\\xe9" in to_json(state)
+    clone = applied(repository, kept_patch(repository, state), tmp_path)
+    monkeypatch.setattr(provenance, "CHECKOUT", clone)
+    assert source_sha256() == ran
+
+
+def test_many_untracked_files_are_counted_and_few_are_named(repository: Path) -> None:
+    for number in range(120):
+        (repository / f"note-{number:03d}.txt").write_text("")
+    (repository / "recipe" / "new.py").write_text("x = 1\n")
+    state = tree_state(outputs(repository))
+    assert state.untracked_files == 121
+    assert state.untracked == [f"note-{number:03d}.txt" for number in range(50)]
+    assert b"recipe/new.py" in kept_patch(repository, state)
 
 
 def test_a_modified_file_is_modified_whether_staged_or_not(repository: Path) -> None:
@@ -218,6 +247,12 @@ def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         "python train.py experiment=demo optimization.epochs=2"
     )
     assert typed(monkeypatch, "train.py", "a='b c'", "d=[1,2]") == """python train.py 'a='"'"'b c'"'"'' 'd=[1,2]'"""
+
+
+def test_a_command_of_any_bytes_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = typed(monkeypatch, "train.py", os.fsdecode(b"name=caf\xe9"))
+    assert shown == "python train.py 'name=caf\\xe9'"
+    assert shown.encode("utf-8")
 
 
 def test_the_command_names_no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:

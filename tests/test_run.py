@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -121,6 +122,18 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
         with Run(tmp_path / "other").lock():
             pass
     with again.lock():
+        pass
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(UserError, match=r"file system of .*run cannot lock files \(No locks.*; give a run_dir on"),
+        Run(tmp_path / "run").lock(),
+    ):
         pass
 
 

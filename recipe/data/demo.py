@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import savemat
 
-from recipe.data.imagenet import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from recipe.data.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from recipe.data.painting import CLASS_NAMES, VERSION, jpeg
 from recipe.errors import UserError
 from recipe.run import shown_path, temporary_sibling
@@ -30,6 +30,7 @@ from recipe.run import shown_path, temporary_sibling
 MARKER = "demo.json"
 DRAWING = b"being drawn"
 ARCHIVES = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE, DEVKIT_ARCHIVE)
+REAL_DATA = (*ARCHIVES, DEVKIT_FOLDER, "train", "val", "ILSVRC")  # what a raw_dir of the real images holds
 
 _TRAIN, _VALIDATION, _SHUFFLE = range(3)  # first word of the seeds
 
@@ -131,14 +132,21 @@ def _is_current(directory: Path, marker: str) -> bool:
     return complete and path.read_text() == marker
 
 
-def _refuse_foreign_archives(directory: Path) -> None:
-    """Drawn archives bear the names of the real ones, which must never be written over."""
-    present = [name for name in ARCHIVES if (directory / name).exists()]
-    if present and not (directory / MARKER).exists():
+def _refuse_real_data(directory: Path) -> None:
+    """Drawn archives bear the names of the real ones, which must never be written over, nor be taken for them."""
+    present = [name for name in REAL_DATA if (directory / name).exists()]
+    if present and not _is_ours(directory / MARKER):
         raise UserError(
             f"data.raw_dir={shown_path(directory)} holds {present[0]}, which the demo did not draw and would "
-            "overwrite; leave data.raw_dir (RAW_DIR=) out, or name what it is for: experiment=resnet50_imagenet"
+            "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name what it is "
+            "for: experiment=resnet50_imagenet"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is a marker of a finished or an interrupted drawing."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content == DRAWING or b'"train_images_per_class"' in content
 
 
 def _draw(directory: Path, train_count: int, validation_count: int) -> None:
@@ -164,7 +172,7 @@ def write_demo_archives(directory: Path, train_images_per_class: int, validation
     if _is_current(directory, marker):
         return
     directory.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign_archives(directory)
+    _refuse_real_data(directory)
     with _replacing(directory / MARKER) as stream:
         stream.write(DRAWING)  # vouches for nothing, but says whose files these are
     _draw(directory, train_images_per_class, validation_images_per_class)

@@ -25,6 +25,7 @@ UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 LABEL_CONVENTION = "position among the sorted names of the class folders, counted from 0"
 IMAGENETTE_FOLDER = "imagenette2"
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+SPLIT_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
 
 
 def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
@@ -32,26 +33,62 @@ def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
 
     The folder of validation images may also be called valid or validation.
     """
-    has_train = (raw_dir / "train").is_dir() and bool(class_folders(raw_dir / "train"))
-    root = raw_dir / "train" if has_train else raw_dir
-    if not has_train and (raw_dir / "train").is_dir():
-        raise UserError(f"{shown_path(raw_dir / 'train')} holds no class folders: make one for each class")
-    given = [raw_dir / name for name in VALIDATION_FOLDERS if has_train and (raw_dir / name).is_dir()]
-    if len(given) > 1:
-        raise UserError(f"{shown_path(raw_dir)} holds {given[0].name}/ and {given[1].name}/; leave one of them")
-    raw = Raw("class folders", LABEL_CONVENTION, "given with the raw data, in val/", keeps_png=True)
+    root, given = split_folders(raw_dir)
+    raw = Raw("class folders", LABEL_CONVENTION, "", keeps_png=True)
     train = Listing(raw)
     raw.class_ids = list_class_folders(root, train, folder_keys)
+    used = raw.class_ids if root == raw_dir else [folder.name for folder in (root, given) if folder]
+    raw.left_aside = left_aside(raw_dir, used)
     rows = train.sorted_rows(shown_path(root))
     if given:
         validation = Listing(raw)
-        list_class_folders(given[0], validation, folder_keys, raw.class_ids)
-        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(given[0]))}
-        raw.validation_split = f"given with the raw data, in {given[0].name}/"
+        list_class_folders(given, validation, folder_keys, raw.class_ids)
+        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(given))}
+        raw.validation_split = f"given with the raw data, in {given.name}/"
         return raw
-    raw.rows = split_by_hash(rows, validation_fraction)
-    raw.validation_split = f"held out by the SHA-256 of the keys, a fraction of {validation_fraction:g}"
+    raw.rows, saved = split_by_hash(rows, validation_fraction)
+    raw.validation_split = f"held out by the SHA-256 of the keys, a fraction of {validation_fraction:g}" + (
+        f"; {saved} classes that would have lost all their images keep one for training" if saved else ""
+    )
     return raw
+
+
+def split_folders(raw_dir: Path) -> tuple[Path, Path | None]:
+    """The folder of the training classes, and that of the validation classes where there is one."""
+    names = class_folders(raw_dir)
+    if "train" not in names or train_is_a_class(raw_dir, names):
+        if not names:
+            refuse_flat_images(raw_dir)
+        return raw_dir, None
+    given = [raw_dir / name for name in VALIDATION_FOLDERS if name in names]
+    if len(given) > 1:
+        raise UserError(f"{shown_path(raw_dir)} holds {given[0].name}/ and {given[1].name}/; leave one of them")
+    for folder in (raw_dir / "train", *given):
+        refuse_flat_images(folder)
+    return raw_dir / "train", given[0] if given else None
+
+
+def train_is_a_class(raw_dir: Path, names: list[str]) -> bool:
+    """A folder train/ of images beside other classes holds pictures of trains."""
+    return bool(set(names) - set(SPLIT_FOLDERS)) and not class_folders(raw_dir / "train")
+
+
+def refuse_flat_images(folder: Path) -> None:
+    """Images beside or instead of class folders are of no class, and would be left out without a word."""
+    flat = sorted(name for name in os.listdir(folder) if IMAGE_NAME.match(name))
+    if flat:
+        raise UserError(
+            f"{shown_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
+            "folder of its class"
+        )
+
+
+def left_aside(raw_dir: Path, used: list[str]) -> list[str]:
+    """Folders such as test/ and images that belong to no split, by name."""
+    with os.scandir(raw_dir) as entries:
+        folders = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+    others = sorted(folders.keys() - set(used))
+    return [f"{name}/" if folders[name] else name for name in others if folders[name] or IMAGE_NAME.match(name)]
 
 
 def list_imagenette(raw_dir: Path) -> Raw:
@@ -109,15 +146,17 @@ def percent_encoded(name: str) -> str:
     return UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], os.fsencode(name)).decode("ascii")
 
 
-def split_by_hash(rows: Rows, validation_fraction: float) -> dict[str, Rows]:
+def split_by_hash(rows: Rows, validation_fraction: float) -> tuple[dict[str, Rows], int]:
     """Hold out each image by its own key, so that adding images moves none from one side to the other.
 
-    But for one of a class whose images would all be held out: the one with the largest hash stays.
+    But for one of a class whose images would all be held out: the one with the largest hash stays for training. Also
+    returns the number of such classes.
     """
     digests = b"".join(hashlib.sha256(key).digest()[:8] for key in rows["key"].tolist())
     numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
     is_validation = numbers < validation_fraction * 2.0**64
-    for label in np.setdiff1d(rows["label"][is_validation], rows["label"][~is_validation]):
+    lost = np.setdiff1d(rows["label"][is_validation], rows["label"][~is_validation])
+    for label in lost:
         of_class = np.flatnonzero(rows["label"] == label)
         is_validation[of_class[np.argmax(numbers[of_class])]] = False
     if is_validation.all() or not is_validation.any():
@@ -125,4 +164,4 @@ def split_by_hash(rows: Rows, validation_fraction: float) -> dict[str, Rows]:
             f"data.validation_fraction={validation_fraction:g} of {len(rows)} images leaves "
             f"{int(is_validation.sum())} for validation; give another fraction or a val/ folder"
         )
-    return {"train": rows[~is_validation], "val": rows[is_validation]}
+    return {"train": rows[~is_validation], "val": rows[is_validation]}, len(lost)

@@ -69,9 +69,11 @@ def surprises(found: Iterable[tuple[str, str, str]]) -> list[str]:
     png = sorted(key for _, key, kind in odd if kind.startswith("PNG"))
     cmyk_validation = sorted(key for split, key, kind in odd if split == "val" and kind.startswith("CMYK"))
     cmyk_training = sum(split == "train" and kind.startswith("CMYK") for split, _, kind in odd)
+    others = sorted(f"{key}: {kind}" for _, key, kind in odd if not kind.startswith(("PNG", "CMYK")))
     expectations: list[tuple[str, object, object]] = [
         ("PNG files named .JPEG", png, list(KNOWN_PNG)),
         ("CMYK validation images", cmyk_validation, list(KNOWN_CMYK_VALIDATION)),
         ("CMYK training images", cmyk_training, KNOWN_CMYK_TRAINING_IMAGES),
+        ("images that are odd otherwise", others, []),
     ]
     return [f"{what}: found {here}, known are {known}" for what, here, known in expectations if here != known]

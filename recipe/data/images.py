@@ -1,9 +1,9 @@
 """One image: is it sound, and in which bytes is it stored?
 
 An image keeps its original bytes where every decoder reads them alike: a JPEG or PNG of 8-bit RGB or grey. Everything
-else (CMYK, palettes, transparency, 16 bits, a PNG called .JPEG) is decoded once, here, and stored as lossless RGB PNG,
-so that no decoder's opinion can change a result later. EXIF orientation is never applied: training on ImageNet never
-did, and 1 in 1,000 of its images carries one.
+else (CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG that does not end) is decoded once, here, and
+stored as lossless RGB PNG, so that no decoder's opinion can change a result later. EXIF orientation is never applied:
+training on ImageNet never did, and 1 in 1,000 of its images carries one.
 
 Images come from strangers: the header is read first and pixels are capped, only two formats are tried, and a truncated
 file is an error, never a grey-filled picture.

@@ -6,6 +6,7 @@ What follows knows no layouts. A row is a fixed-size record in a numpy array, so
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -53,6 +54,7 @@ class Raw:
     containers: list[Path] = field(default_factory=list)
     archives: list[Path] = field(default_factory=list)  # files whose hashes identify the raw data as a whole
     other_files: Counter[str] = field(default_factory=Counter)  # what lay beside the images: suffix -> count
+    left_aside: list[str] = field(default_factory=list)  # folders and images that no split takes, such as test/
 
 
 class Listing:
@@ -89,8 +91,9 @@ class Listing:
         keys = naming(class_id, sorted(name for name, facts in files.items() if facts is not None))
         for name in naming(class_id, sorted(name for name, facts in files.items() if facts is None)):
             raise UserError(f"{shown_path(folder / name)} is named like an image but is no file that can be read")
-        for name in (name for name, facts in files.items() if facts is None and (folder / name).is_dir()):
-            refuse_hidden_images(folder / name)
+        for name in (name for name, facts in files.items() if facts is None and not name.startswith(".")):
+            if (folder / name).is_dir():
+                refuse_images_below(folder / name)
         self.other_files.update(suffix(name) for name in files if name not in keys)
         self.add(
             Entry(key, label_of(key), number, os.fsencode(name), 0, facts.st_size, facts.st_mtime_ns)
@@ -130,13 +133,35 @@ def packed(entries: list[Entry]) -> Rows:
     )
 
 
+def listing_sha256(rows: Mapping[str, Rows]) -> str:
+    """Identifies which raw images were meant: the lines `split key label bytes`, no time of change and no path.
+
+    Cheap enough to be made again whenever somebody asks for a finished data set, which a hash of all bytes is not.
+    """
+    digest = hashlib.sha256()
+    for split, listed in rows.items():
+        columns = (listed[name].tolist() for name in ("key", "label", "bytes"))
+        for key, label, size in zip(*columns, strict=True):
+            digest.update(b"%s %s %d %d\n" % (split.encode(), key, label, size))
+    return digest.hexdigest()
+
+
 # ---- folders of class folders -----------------------------------------------------------------------
 
 
-def refuse_hidden_images(folder: Path) -> None:
-    """Images one level deeper would be left out without a word."""
-    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in os.listdir(folder)):
-        raise UserError(f"{shown_path(folder)} holds images inside a class folder; move them up into the class folder")
+def refuse_images_below(folder: Path) -> None:
+    """Images in a folder inside a class folder, however deep, would be left out without a word."""
+    for place, _, names in os.walk(folder, onerror=reraised):
+        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+            raise UserError(
+                f"{shown_path(place)} holds images inside a class folder; flatten it: move them up into "
+                f"{shown_path(folder.parent)}, or name the folders of the splits train/ and val/"
+            )
+
+
+def reraised(error: OSError) -> None:
+    """`os.walk` would leave out a folder that it cannot read."""
+    raise error
 
 
 def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: list[str] | None = None) -> list[str]:

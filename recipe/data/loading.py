@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import OptimizationConfig, TrainerConfig
+from recipe.config import Decoder, OptimizationConfig, TrainerConfig
 from recipe.data.shards import Split
 from recipe.data.transforms import Decode, EvaluationTransform
 from recipe.distributed import World, threads_per_process
@@ -139,11 +139,17 @@ class DecodingThreads:
         try:
             return self.decode(content)
         except Exception as error:  # each decoder raises its own kinds
-            raise UserError(
-                f"{self.split.where(index)} cannot be decoded any more "
-                f"({' '.join(str(error).split())[:120]}): the shard is damaged; delete that file and "
-                "run `python preprocess.py` again"
-            ) from error
+            raise UserError(self._refusal(index, " ".join(str(error).split())[:120])) from error
+
+    def _refusal(self, index: int, reason: str) -> str:
+        """Why an image cannot be decoded: making a sound shard again would only lead back to this sentence."""
+        what = f"{self.split.where(index)} cannot be decoded ({reason})"
+        if not self.split.is_intact(index):
+            return f"{what}: the shard is damaged; delete that file and run `python preprocess.py` again"
+        sound = f"{what}, but the shard is as preprocessing wrote it"
+        if self.decoder_name == Decoder.pillow.value:
+            return f"{sound}: another Pillow read this image then; install the version that the Data chapter names"
+        return f"{sound}: {self.decoder_name} refuses an image that Pillow could read; data.decoder=pillow reads it"
 
 
 class Started(NamedTuple):

@@ -35,11 +35,11 @@ from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.images import Rules
-from recipe.data.listing import Raw, Rows
+from recipe.data.listing import Raw, Rows, listing_sha256
 from recipe.data.merging import Merged, Part, merge, part_of
 from recipe.data.packing import WORK, Note, Task, Workplace, finished, run_task, start_worker
 from recipe.data.progress import Progress
-from recipe.data.raw import find_raw, given_raw_dir
+from recipe.data.raw import find_raw, given_raw_dir, read_errors
 from recipe.data.reporting import record_of
 from recipe.data.shards import (
     MANIFEST,
@@ -110,6 +110,7 @@ def finished_record(data: DataConfig, directory: Path) -> PreprocessingRecord | 
             f"{shown_path(directory)} holds a finished data set of other settings ({'; '.join(changed)}); give another "
             "data.directory or delete that one"
         )
+    require_same_listing(data, directory, manifest)
     for problem in all_problems(directory, manifest):
         print(f"{problem}; it will be made again", file=sys.stderr)
         return None
@@ -119,6 +120,30 @@ def finished_record(data: DataConfig, directory: Path) -> PreprocessingRecord | 
     images = ", ".join(f"{split.images:,} {name}" for name, split in manifest.splits.items())
     print(f"{shown_path(directory)} is finished ({images} images): nothing to do", file=sys.stderr)
     return record
+
+
+def require_same_listing(data: DataConfig, directory: Path, manifest: Manifest) -> None:
+    """A folder of one's own grows and shrinks: a finished data set of other images than it holds now stops.
+
+    The other sources are fixed sets. Where the raw images are gone, or their disk is not mounted, there is no question.
+    """
+    if data.source is not Source.folder or data.raw_dir is None:
+        return
+    raw_dir = Path(data.raw_dir)
+    with read_errors(raw_dir):
+        if not (raw_dir.is_dir() and any(raw_dir.iterdir())):
+            return
+    rows = find_raw(data).rows
+    if listing_sha256(rows) == manifest.listing_sha256:
+        return
+    before = sum(split.images for split in manifest.splits.values()) + len(manifest.rejected)
+    now = sum(len(split) for split in rows.values())
+    what = f"{before:,} images, now there are {now:,}"
+    raise UserError(
+        f"{shown_path(directory)} was made when data.raw_dir={shown_path(raw_dir)} held "
+        f"{what if now != before else f'other images (as many as now: {now:,})'}; "
+        "give another data.name or data.directory, or delete that one"
+    )
 
 
 def stored_record(directory: Path) -> PreprocessingRecord | None:
@@ -152,7 +177,8 @@ def refuse_foreign_directory(directory: Path, raw_dir: Path, data: DataConfig) -
             "give data.directory= a place of its own"
         )
     is_ours = any((directory / name).exists() for name in (MANIFEST, RECORD, WORK))
-    if directory.is_dir() and any(directory.iterdir()) and not is_ours:
+    holds_others = directory.is_dir() and any(path.name != LOCK for path in directory.iterdir())
+    if holds_others and not is_ours:
         raise UserError(
             f"data.directory={shown_path(directory)} holds files that preprocess.py did not write, and some of them "
             "could be lost; give a new or an empty folder"
@@ -175,7 +201,8 @@ def sole_writer(directory: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise UserError(
-                f"{shown_path(directory)} lies on a file system without locks ({error.strerror})"
+                f"the file system of {shown_path(directory)} cannot lock files ({error.strerror}); give a "
+                "data.directory on another one"
             ) from error
         with disk_errors(directory):
             for leftover in (*directory.glob("*.tmp-*"), *(directory / WORK).glob("*.tmp-*")):
@@ -196,6 +223,7 @@ def made(data: DataConfig, directory: Path, raw: Raw, stage: Stage) -> Preproces
     parts |= packed(workplace(data, directory, raw), fresh, processes)
     images_per_second = sum(len(task.rows) for task in fresh) / (time.perf_counter() - clock)
     merged = {name: merge([parts[task.name] for task in tasks if task.split == name]) for name in SPLITS}
+    require_images_left(raw, merged)
     write_data_set(data, directory, raw, merged)
     record = record_of(
         data,
@@ -223,15 +251,18 @@ def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord
     damaged = [task for task in tasks if task.name in shards and is_damaged(directory, shards[task.name])]
     if not damaged or {task.name for task in tasks} != set(shards):
         return None
-    parts = packed(workplace(data, directory, raw), damaged, process_count(data, damaged))
-    for name, part in parts.items():
-        if part.shard != shards[name]:
-            (directory / name).unlink()  # of the right size perhaps, but not what the manifest names
-            raise UserError(
-                f"{name} was made again but is not what it was: the raw images or Pillow changed; delete "
-                f"{shown_path(directory / MANIFEST)} to make the whole data set again"
-            )
-    shutil.rmtree(directory / WORK)
+    # In the work folder: one that is not what the manifest names, but of the right size, must never get its name.
+    parts = packed(workplace(data, directory / WORK, raw), damaged, process_count(data, damaged))
+    wrong = sorted(name for name, part in parts.items() if part.shard != shards[name])
+    with disk_errors(directory):
+        for name in parts.keys() - wrong:
+            (directory / WORK / name).replace(directory / name)
+        shutil.rmtree(directory / WORK)
+    if wrong:
+        raise UserError(
+            f"{wrong[0]} was made again but is not what it was: the raw images or Pillow changed; delete "
+            f"{shown_path(directory / MANIFEST)} to make the whole data set again"
+        )
     return finished_record(data, directory)
 
 
@@ -241,7 +272,8 @@ def verified_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archi
     if data.expect is Expectation.ilsvrc2012:
         require_ilsvrc2012(raw)
     published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo only borrows the names
-    archives = digests(raw.archives, published, directory / WORK / "archives.json")
+    with read_errors(given_raw_dir(data)):
+        archives = digests(raw.archives, published, directory / WORK / "archives.json")
     if data.expect is Expectation.ilsvrc2012:
         require_published_md5(archives, imagenet.PUBLISHED_MD5)
     return archives
@@ -251,8 +283,11 @@ def listing_line(raw: Raw) -> str:
     """What was found, and what else lay there."""
     images = ", ".join(f"{len(rows):,} {name}" for name, rows in raw.rows.items())
     others = ", ".join(f"{count:,} {kind}" for kind, count in raw.other_files.most_common(5))
-    return f"found {raw.layout}: {images} images of {len(raw.class_ids):,} classes" + (
-        f"; left aside, no images: {others}" if others else ""
+    aside = ", ".join(raw.left_aside[:5]) + (f" and {len(raw.left_aside) - 5:,} more" if raw.left_aside[5:] else "")
+    return (
+        f"found {raw.layout}: {images} images of {len(raw.class_ids):,} classes"
+        + (f"; left aside, no images: {others}" if others else "")
+        + (f"; left aside, of no split: {aside}" if aside else "")
     )
 
 
@@ -350,6 +385,22 @@ def is_damaged(directory: Path, shard: Shard) -> bool:
     return size_of(directory / shard.name) != shard.bytes
 
 
+def require_images_left(raw: Raw, merged: dict[str, Merged]) -> None:
+    """data.corrupt=skip may leave out images, but neither a whole split nor all training images of a class."""
+    for name, split in merged.items():
+        if not len(split.index):
+            raise UserError(
+                f"all {len(raw.rows[name]):,} {name} images are corrupt, such as {split.rejected[0].key}: "
+                f"{split.rejected[0].what}; replace them"
+            )
+    lost = sorted(set(range(len(raw.class_ids))) - set(merged["train"].index["label"].tolist()))
+    if lost:
+        raise UserError(
+            f"all training images of class {raw.class_ids[lost[0]]!r} are corrupt ({len(lost)} of "
+            f"{len(raw.class_ids)} classes lose theirs): replace them, or remove the class"
+        )
+
+
 def write_data_set(data: DataConfig, directory: Path, raw: Raw, merged: dict[str, Merged]) -> None:
     """Index files, then the manifest that names them by hash: its presence says that the data set is complete."""
     for name, split in merged.items():
@@ -358,6 +409,7 @@ def write_data_set(data: DataConfig, directory: Path, raw: Raw, merged: dict[str
     manifest = Manifest(
         name=data.name,
         settings=data_settings(data),
+        listing_sha256=listing_sha256(raw.rows),
         is_ilsvrc2012=data.expect is Expectation.ilsvrc2012 and not any(split.rejected for split in merged.values()),
         label_convention=raw.label_convention,
         classes=[ClassName(id=class_id, name=raw.class_names.get(class_id, class_id)) for class_id in raw.class_ids],

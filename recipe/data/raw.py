@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,24 @@ def find_raw(data: DataConfig) -> Raw:
     """The listing of the raw images of `data`; raises `UserError` with what is looked for and where to get it."""
     raw_dir = given_raw_dir(data)
     fill(raw_dir, data)
-    try:
+    with read_errors(raw_dir):
         raw = listed(raw_dir, data)
-    except OSError as error:  # a folder without permission, a link to itself
-        raise UserError(f"cannot read {shown_path(error.filename or raw_dir)}: {error.strerror}") from error
     if data.source is Source.demo:
         raw.layout, raw.validation_split = f"drawn, in the layout of {raw.layout}", DRAWN_SPLIT
     require_every_class(raw)
     return raw
+
+
+@contextmanager
+def read_errors(raw_dir: Path) -> Iterator[None]:
+    """Turn what a folder without permission, a link to itself or a failing disk says into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = shown_path(error.filename or raw_dir)
+        raise UserError(
+            f"cannot read {where}: {error.strerror or error}; mend it, or give another data.raw_dir"
+        ) from error
 
 
 def listed(raw_dir: Path, data: DataConfig) -> Raw:
@@ -50,7 +62,9 @@ def given_raw_dir(data: DataConfig) -> Path:
     if data.raw_dir is None:
         raise UserError(f"data.raw_dir is not given: name the folder that holds {wanted}")
     raw_dir = Path(data.raw_dir)
-    if data.source not in DRAWN_OR_DOWNLOADED and not raw_dir.is_dir():
+    with read_errors(raw_dir):
+        is_there = data.source in DRAWN_OR_DOWNLOADED or raw_dir.is_dir()
+    if not is_there:
         raise UserError(f"data.raw_dir={shown_path(raw_dir)} is no folder: it should hold {wanted}")
     return raw_dir
 

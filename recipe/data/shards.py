@@ -73,6 +73,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     format: str = "manifest/1"
     name: str
     settings: dict[str, Setting]  # all that shaped the bytes
+    listing_sha256: str  # of the raw images' names, labels and sizes
     is_ilsvrc2012: bool
     label_convention: str
     classes: list[ClassName]
@@ -194,6 +195,14 @@ class Split:
         """Image i for an error message."""
         return f"shard {self.shards[int(self.index[i]['shard'])].name}, image {self.key(i)}"
 
+    def is_intact(self, i: int) -> bool:
+        """Whether the shard of image i still is what the manifest names; reads all of it."""
+        shard = self.shards[int(self.index[i]["shard"])]
+        try:
+            return is_file_with(self.directory / shard.name, shard.sha256)
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Close the shards; the next `read` opens them again."""
         with self._opening:
@@ -264,7 +273,7 @@ def allow_open_files(shards: int) -> None:
     """Shards stay open, one descriptor each, and the usual limit of 1,024 is less than ImageNet's 1,332."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = shards + OTHER_OPEN_FILES
-    if soft in (resource.RLIM_INFINITY,) or wanted <= soft:
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
     if hard != resource.RLIM_INFINITY and wanted > hard:
         raise UserError(

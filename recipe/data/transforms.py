@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,9 @@ def decode_with_pillow(content: bytes) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-JPEG_START, EXIF_SEGMENT, SCAN_SEGMENT = b"\xff\xd8", 0xE1, 0xDA
+JPEG_START, EXIF_SEGMENT = b"\xff\xd8", 0xE1
+SCAN, END, FILL = 0xDA, 0xD9, 0xFF
+WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xD8))  # stuffing, TEM, restart markers: no segment follows
 
 
 def without_exif(content: bytes) -> bytes:
@@ -69,16 +71,30 @@ def without_exif(content: bytes) -> bytes:
 
     TorchCodec applies the orientation that stands there and cannot be told not to; the pixels stay the same.
     """
-    kept, position = [content[:2]], 2
-    while position + 4 <= len(content) and content[position] == 0xFF and content[position + 1] != SCAN_SEGMENT:
-        if content[position + 1] == 0xFF:  # a fill byte
-            position += 1
+    kept, copied = [], 0
+    for marker, start, end in header_segments(content):
+        if marker == EXIF_SEGMENT and content[start + 4 : start + 10] == b"Exif\x00\x00":
+            kept.append(content[copied:start])
+            copied = end
+    return b"".join([*kept, content[copied:]])
+
+
+def header_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment before the first scan, found as libjpeg's next_marker() does.
+
+    It skips whatever stands between two segments (stray bytes, restart markers, fill bytes), so they hide no EXIF.
+    """
+    position = len(JPEG_START)
+    while (position := content.find(b"\xff", position)) >= 0 and position + 4 <= len(content):
+        marker = content[position + 1]
+        if marker in (SCAN, END):
+            return
+        if marker == FILL or marker in WITHOUT_LENGTH:
+            position += 1 if marker == FILL else 2
             continue
         end = position + 2 + int.from_bytes(content[position + 2 : position + 4])
-        if not (content[position + 1] == EXIF_SEGMENT and content[position + 4 : position + 10] == b"Exif\x00\x00"):
-            kept.append(content[position:end])
+        yield marker, position, end
         position = end
-    return b"".join([*kept, content[position:]])
 
 
 @dataclass(frozen=True)

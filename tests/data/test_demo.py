@@ -196,13 +196,17 @@ def test_an_interrupted_redraw_leaves_no_marker_and_no_partial_file(
     assert len(train_images(tmp_path)) == 2 * len(demo.CLASS_NAMES)
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_archives_of_somebody_else_are_never_overwritten(tmp_path: Path, name: str) -> None:
-    """`make preprocess RAW_DIR=/data/ilsvrc2012` with the experiment forgotten."""
+@pytest.mark.parametrize("marker", [None, "{}", "notes on a demo"])
+@pytest.mark.parametrize("name", [*ARCHIVES, "train", "ILSVRC"])
+def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, marker: str | None) -> None:
+    """`make preprocess RAW_DIR=/data/ilsvrc2012` with the experiment forgotten, in any layout."""
     (tmp_path / name).write_bytes(b"the real one")
-    with pytest.raises(UserError, match=rf"holds {name}, which the demo did not draw"):
+    if marker is not None:
+        (tmp_path / demo.MARKER).write_text(marker)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=rf"holds {name}, which the demo did not draw.*experiment=resnet50_imagenet"):
         demo.write_demo_archives(tmp_path, 1, 1)
-    assert (tmp_path / name).read_bytes() == b"the real one"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_marker_tells_what_was_drawn(archives: Path) -> None:

@@ -29,3 +29,7 @@ def test_the_known_odd_images_are_no_surprise() -> None:
     assert imagenet.surprises(known) == []
     assert imagenet.surprises(known[1:]) == ["CMYK training images: found 21, known are 22"]
     assert len(imagenet.surprises([])) == 3
+    endless = ("val", "ILSVRC2012_val_00000001", "JPEG without an end marker")
+    assert imagenet.surprises([*known, endless]) == [
+        "images that are odd otherwise: found ['ILSVRC2012_val_00000001: JPEG without an end marker'], known are []"
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -265,8 +265,33 @@ def test_a_damaged_image_stops_with_its_name_and_its_shard(data_directory: Path,
         real_pixels(copy, 2, BatchLayout(36, 1, 1))
     assert shard in str(stopped.value)
     assert split.key(victim) in str(stopped.value)
-    assert "python preprocess.py" in str(stopped.value)
+    assert "the shard is damaged; delete that file and run `python preprocess.py` again" in str(stopped.value)
     assert "\n" not in str(stopped.value)
+
+
+def refused_image(data_directory: Path, decode: Callable[[bytes], Tensor]) -> str:
+    """What is said when a decoder refuses the images of sound shards."""
+    pool = DecodingThreads(open_split(data_directory, "train"), decode, settings(24)[1], world())
+    with closing(pool), pytest.raises(UserError) as stopped:
+        list(EvaluationBatches(pool, VIEW, 4, world()))
+    return str(stopped.value)
+
+
+def test_a_decoder_that_refuses_a_sound_image_does_not_send_people_in_a_loop(data_directory: Path) -> None:
+    """Making the shard again would give the same bytes, and the same refusal."""
+
+    def decode_with_torchcodec(content: bytes) -> Tensor:
+        raise RuntimeError("no end\nof the image")
+
+    def decode_with_pillow(content: bytes) -> Tensor:
+        raise OSError("unknown kind")
+
+    said = refused_image(data_directory, decode_with_torchcodec)
+    assert "torchcodec refuses an image that Pillow could read; data.decoder=pillow reads it" in said
+    assert "(no end of the image)" in said
+    other = refused_image(data_directory, decode_with_pillow)
+    assert "install the version that the Data chapter names" in other
+    assert not any("delete" in text or "damaged" in text for text in (said, other))
 
 
 def test_a_loader_that_is_left_early_closes_at_once(trainer: TrainerConfig) -> None:

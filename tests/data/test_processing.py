@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -403,6 +404,37 @@ def test_a_repair_from_other_images_is_refused(finished: tuple[Path, Preprocessi
     for _ in range(2):  # a wrong shard of the right size must not pass for the old one at the second try
         with pytest.raises(UserError, match=r"train-00001.tar was made again but is not what it was"):
             preprocess(config(raw, out))
+    (out / "manifest.json").unlink()  # the way out that the sentence names
+    assert preprocess(config(raw, out)).continued_shards == 0
+
+
+def test_no_wrong_shard_of_a_repair_gets_its_name(
+    finished: tuple[Path, PreprocessingRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the second of two wrong ones nor one whose repair was interrupted."""
+    out = copy_of(finished, tmp_path / "out")
+    lost = ["train-00000.tar", "train-00001.tar"]
+    for name in (*lost, "val-00000.tar"):
+        (out / name).unlink()
+    raw = write_official(tmp_path / "raw", train={key: jpeg(key + "x") for key in train_images()})
+    with monkeypatch.context() as patch:
+        patch.setattr(processing, "packed", interrupted_when_done)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(config(raw, out))
+        assert not [name for name in lost if (out / name).exists()]
+    with pytest.raises(UserError, match=r"train-00000.tar was made again but is not what it was"):
+        preprocess(config(raw, out))
+    assert not [name for name in lost if (out / name).exists()]
+    assert (out / "val-00000.tar").exists()
+
+
+def interrupted_when_done(place: packing.Workplace, tasks: list[packing.Task], processes: int) -> None:
+    """Ctrl-C after the last shard was written."""
+    PACKED(place, tasks, processes)
+    raise KeyboardInterrupt
+
+
+PACKED = processing.packed
 
 
 def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_path: Path) -> None:
@@ -420,6 +452,36 @@ def test_raw_and_processed_data_do_not_lie_in_one_another(official: Path, tmp_pa
     with pytest.raises(UserError, match="lie inside one another"):
         preprocess(config(inside, tmp_path / "data"))
     assert not (tmp_path / "data" / "lock").exists()
+
+
+def test_a_folder_data_set_does_not_lie_among_its_own_classes(tmp_path: Path) -> None:
+    """It would be listed as a class at the next run."""
+    write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
+    for inside in ("raw", "raw/out", "raw/cat/out", "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "raw")
+        with pytest.raises(UserError, match="lie inside one another"):
+            preprocess(config(tmp_path / "raw", tmp_path / inside, source=Source.folder))
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["cat"]
+
+
+def test_a_folder_with_our_lock_alone_is_not_of_somebody_else(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").touch()
+    preprocess(config(official, tmp_path / "out"))
+
+
+def refuse_to_lock(*_: object) -> None:
+    """What a file system without locks says."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_file_system_without_locks_is_one_sentence(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse_to_lock)
+    with pytest.raises(UserError, match=r"file system of .* cannot lock files \(No locks.*; give a data.directory"):
+        preprocess(config(official, tmp_path / "out"))
 
 
 def test_the_note_goes_before_its_shard_is_written_anew(official: Path, tmp_path: Path) -> None:
@@ -712,6 +774,25 @@ def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> No
     assert [split.labels[i] for i in range(10)] == [WNIDS.index(split.key(i)[:9]) for i in range(10)]
 
 
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ([key for key in train_images() if key.startswith("n02085620")], "all training images of class 'n02085620'"),
+        (list(validation_images()), r"all 6 val images are corrupt, such as ILSVRC2012_val_00000001: it is empty"),
+        (list(train_images()), "all 12 train images are corrupt"),
+    ],
+)
+def test_neither_a_class_nor_a_split_may_lose_all_its_images(tmp_path: Path, bad: list[str], sentence: str) -> None:
+    empty = dict.fromkeys(bad, b"")
+    train, validation = (
+        {k: empty.get(k, v) for k, v in images().items()} for images in (train_images, validation_images)
+    )
+    raw = write_official(tmp_path / "raw", train=train, validation=validation)
+    with pytest.raises(UserError, match=sentence):
+        preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 # ---- resizing ---------------------------------------------------------------------------------------
 
 
@@ -763,6 +844,65 @@ def test_a_folder_data_set_end_to_end(tmp_path: Path) -> None:
     assert found["cat/a%2Epng"] == (encoded(pixels("cat"), "PNG"), 0)
     assert found["dog%2Ev2/a%2Ejpg"] == (jpeg("dog.v2"), 1)
     assert len(found) == 28
+
+
+def write_animals(raw: Path) -> dict[str, Any]:
+    """A folder of one's own, and what to say for it."""
+    for name in ("cat", "dog"):
+        write_files(raw / name, {f"{n}": jpeg(f"{name}{n}") for n in range(20)})
+    return {"source": Source.folder, "validation_fraction": 0.25}
+
+
+def remove_an_image(raw: Path) -> None:
+    (raw / "cat" / "7.JPEG").unlink()
+
+
+def add_a_class(raw: Path) -> None:
+    write_files(raw / "eel", {"1": jpeg("eel"), "2": jpeg("eel")})
+
+
+def change_a_size(raw: Path) -> None:
+    (raw / "cat" / "7.JPEG").write_bytes(jpeg("another picture"))
+
+
+def move_an_image(raw: Path) -> None:
+    (raw / "cat" / "7.JPEG").rename(raw / "dog" / "seven.JPEG")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (remove_an_image, "held 40 images, now there are 39; give another data.name or data.directory"),
+        (add_a_class, "held 40 images, now there are 42;"),
+        (change_a_size, r"held other images \(as many as now: 40\);"),
+        (move_an_image, r"held other images \(as many as now: 40\);"),
+    ],
+)
+def test_a_finished_folder_data_set_of_other_images_is_refused(
+    tmp_path: Path, change: Callable[[Path], None], sentence: str
+) -> None:
+    changes = write_animals(tmp_path / "raw")
+    preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
+    change(tmp_path / "raw")
+    before = content_of(tmp_path / "out")
+    with pytest.raises(UserError, match=sentence):
+        preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
+    assert content_of(tmp_path / "out") == before
+
+
+def test_a_finished_folder_data_set_needs_neither_its_raw_images_nor_their_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder may be gone, or be the empty place of a disk that is not mounted."""
+    changes = write_animals(tmp_path / "raw")
+    record = preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
+    os.utime(tmp_path / "raw" / "cat" / "7.JPEG", (1, 1))
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    (tmp_path / "empty").mkdir()
+    for place in ("moved", "empty", "gone"):
+        capsys.readouterr()
+        assert preprocess(config(tmp_path / place, tmp_path / "out", **changes)) == record
+        assert "nothing to do" in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.folders import folder_keys
 from recipe.data.ilsvrc import read_devkit
-from recipe.data.listing import Raw, Rows
+from recipe.data.listing import Raw, Rows, listing_sha256
 from recipe.data.packing import RawReader
+from recipe.data.processing import listing_line
 from recipe.data.raw import find_raw
 from recipe.errors import UserError
 from tests.data.layouts import (
@@ -352,9 +353,37 @@ def leave_a_dangling_link(root: Path) -> None:
     (root / "a" / "gone.jpg").symlink_to(root / "nowhere.jpg")
 
 
-def put_images_flat_into_train(root: Path) -> None:
-    (root / "train").mkdir()
-    (root / "train" / "1.jpg").write_bytes(b"x")
+def hide_images_two_levels_deeper(root: Path) -> None:
+    write_folder(root / "a" / "batch 1", {"more": {"1.PNG": b"x"}})
+
+
+def put_an_image_beside_the_classes_of_train(root: Path) -> None:
+    write_files(root / "train", {"1.jpg": b"x"}, "")
+    for name in ("a", "b"):
+        (root / name).rename(root / "train" / name)
+
+
+def put_an_image_beside_the_classes_of_val(root: Path) -> None:
+    put_an_image_beside_the_classes_of_train(root)
+    write_folder(root, {"val/a": {"1.jpg": b"x"}})
+    (root / "train" / "1.jpg").rename(root / "val" / "flat.jpg")
+
+
+def put_all_images_flat(root: Path) -> None:
+    for name, split in (("a", "train"), ("b", "val")):
+        (root / name).rename(root / split)
+
+
+def put_all_images_into_the_root(root: Path) -> None:
+    (root / "a" / "1.jpg").rename(root / "1.jpg")
+    for name in ("a", "b"):
+        (root / name).rename(root / f".{name}")
+
+
+def bring_two_validation_folders(root: Path) -> None:
+    put_an_image_beside_the_classes_of_train(root)
+    (root / "train" / "1.jpg").unlink()
+    write_folder(root, {"val/a": {"1.jpg": b"x"}, "valid/a": {"1.jpg": b"x"}})
 
 
 def make_a_class_a_link_to_itself(root: Path) -> None:
@@ -364,10 +393,18 @@ def make_a_class_a_link_to_itself(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (hide_images_one_level_deeper, r"a/more holds images inside a class folder"),
+        (hide_images_one_level_deeper, r"a/more holds images inside a class folder; flatten it"),
+        (hide_images_two_levels_deeper, r"a/batch 1/more holds images inside a class folder; flatten it"),
         (leave_a_dangling_link, r"gone.jpg is named like an image but is no file"),
-        (put_images_flat_into_train, r"train holds no class folders"),
-        (make_a_class_a_link_to_itself, r"self.jpg"),
+        (put_an_image_beside_the_classes_of_train, r"train itself holds images, such as '1.jpg' \(1 in all\)"),
+        (put_an_image_beside_the_classes_of_val, r"val itself holds images, such as 'flat.jpg'"),
+        (
+            put_all_images_flat,
+            r"train itself holds .* \(30 in all\): move each into a folder of its class",
+        ),
+        (put_all_images_into_the_root, r" itself holds images, such as '1.jpg'"),
+        (bring_two_validation_folders, r"holds val/ and valid/; leave one of them"),
+        (make_a_class_a_link_to_itself, r"cannot read .*self.jpg: .*symbolic links"),
     ],
 )
 def test_no_image_is_left_out_without_a_word(tmp_path: Path, spoil: Callable[[Path], None], sentence: str) -> None:
@@ -377,11 +414,78 @@ def test_no_image_is_left_out_without_a_word(tmp_path: Path, spoil: Callable[[Pa
         find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
+@pytest.mark.parametrize("split", ["", "test"])
+def test_a_class_may_be_called_train(tmp_path: Path, split: str) -> None:
+    write_folder(tmp_path, {name: {f"{n}.jpg": b"x" for n in range(30)} for name in ("bus", "train", *split.split())})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert raw.class_ids == sorted(["bus", "train", *split.split()])
+
+
+def test_what_no_split_takes_is_said(tmp_path: Path) -> None:
+    classes = {name: {f"{n}.jpg": b"x" for n in range(30)} for name in ("a", "b")}
+    write_folder(tmp_path / "train", classes)
+    write_folder(tmp_path / "test", classes)
+    write_files(tmp_path, {"overview.png": b"x", "README.md": b"x", ".DS_Store": b""}, "")
+    settings = data_config(tmp_path, tmp_path / "out", source=Source.folder)
+    raw = find_raw(settings)
+    assert sum(len(rows) for rows in raw.rows.values()) == 60
+    assert raw.validation_split.startswith("held out by the SHA-256 of the keys")
+    assert listing_line(raw).endswith("left aside, of no split: overview.png, test/")
+    write_folder(tmp_path / "valid", classes)
+    assert find_raw(settings).left_aside == ["overview.png", "test/"]
+
+
+def test_hidden_folders_and_links_that_name_no_image_are_left_alone(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(60)}, "a/.ipynb_checkpoints": {"1.jpg": b"x"}})
+    (tmp_path / "a" / "notes").symlink_to(tmp_path / "nowhere")
+    assert find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder)).class_ids == ["a"]
+
+
+@pytest.mark.parametrize("seconds", [-1_000_000_000, -1, 0, 4_000_000_000])
+def test_files_may_be_older_than_the_clock(tmp_path: Path, seconds: int) -> None:
+    write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(60)}})
+    os.utime(tmp_path / "a" / "7.jpg", (seconds, seconds))
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert seconds * 10**9 in np.concatenate([rows["changed_ns"] for rows in raw.rows.values()])
+
+
+def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched, since the tests may run as root, who may read everything."""
+    write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(60)}})
+
+    def forbidden(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("os.scandir", "pathlib.Path.is_dir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, forbidden)
+            with pytest.raises(UserError, match=r"cannot read .*: Permission denied"):
+                find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+
+
+def test_the_listing_hash_sees_names_labels_and_sizes_only(tmp_path: Path) -> None:
+    before = listing_sha256(find_raw(data_config(write_extracted(tmp_path / "extracted"), tmp_path)).rows)
+    write_official(tmp_path)
+    assert listing_sha256(find_raw(data_config(tmp_path, tmp_path)).rows) == before
+    lines = [
+        f"{split} {key} {label} {len(content)}\n"
+        for split, images in expected().items()
+        for key, (label, content) in sorted(images.items())
+    ]
+    assert before == sha256("".join(lines).encode()).hexdigest()
+
+
 def test_a_class_never_loses_all_its_images_to_the_validation_set(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"c{n:02d}": {"only.jpg": b"x"} for n in range(40)})
     write_folder(tmp_path, {"many": {f"{n}.jpg": b"x" for n in range(60)}})
     raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
     assert set(raw.rows["train"]["label"].tolist()) == set(range(41))
+    alone = [f"c{n:02d}/only".encode() for n in range(40)]
+    lost = [key for key in alone if int(sha256(key).hexdigest()[:16], 16) / 2**64 < 0.1]
+    assert raw.validation_split == (
+        f"held out by the SHA-256 of the keys, a fraction of 0.1; {len(lost)} classes that would have lost all their "
+        "images keep one for training"
+    )
     assert len(raw.rows["val"])
 
 

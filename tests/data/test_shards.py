@@ -58,6 +58,7 @@ def write_data_set(directory: Path) -> Manifest:
     manifest = Manifest(
         name="x",
         settings={},
+        listing_sha256="",
         is_ilsvrc2012=False,
         label_convention="",
         classes=[],
@@ -183,6 +184,7 @@ def write_many_shards(directory: Path, shards: int) -> None:
     manifest = Manifest(
         name="many",
         settings={},
+        listing_sha256="",
         is_ilsvrc2012=False,
         label_convention="",
         classes=[],

@@ -202,6 +202,17 @@ def test_exif_behind_fill_bytes_goes_too(torchcodec: Callable[[bytes], Tensor]) 
     assert decode_with_pillow(marked).shape == torchcodec(marked).shape
 
 
+@pytest.mark.parametrize(
+    "between", [b"\x00", b"stray", b"\xff\x00", b"\xff\xd0", b"\xff\xff\xff", b"\x00\xff\xd7\xff\x01 \xff\x00\xff"]
+)
+def test_exif_behind_stray_bytes_goes_too(between: bytes, torchcodec: Callable[[bytes], Tensor]) -> None:
+    """libjpeg searches for the next marker and takes restart markers for nothing, so what it finds has to go."""
+    plain = jpeg(smooth_picture(40, 64))
+    marked = plain[:2] + segment(0xFE, b"a comment") + between + segment(0xE1, exif(6).tobytes()) + plain[2:]
+    assert b"Exif" not in without_exif(marked)
+    assert torch.equal(torchcodec(marked), torchcodec(plain))
+
+
 def test_without_exif_the_bytes_stay_as_they_are() -> None:
     content = jpeg(smooth_picture(40, 64))
     assert without_exif(content) == content
