@@ -241,6 +241,8 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
     if size > 1:
+        if dist.is_initialized():  # what a world that failed in this process left
+            dist.destroy_process_group()
         dist.init_process_group(
             world.backend,
             timeout=timedelta(seconds=trainer.timeout_seconds),

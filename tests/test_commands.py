@@ -132,7 +132,7 @@ def test_a_run_killed_after_an_epoch_ends_with_the_uninterrupted_weights(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_until(lambda: any((tmp_path / "cut" / "checkpoints").glob("*.sha256")))
+    wait_until(lambda: any((tmp_path / "cut" / "checkpoints").glob("step-*.pt")))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "records" / "training.json").exists()
