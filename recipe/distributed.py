@@ -33,6 +33,7 @@ from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
 
 Result = TypeVar("Result")
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names, in a process that was launched, where its reason is looked for
 
 
 def launch(worker: Callable[[Config], Result], config: Config) -> Result:
@@ -88,7 +89,7 @@ def _traceback_of_rank() -> str:
 
 def _leave_reason(message: str) -> None:
     """Write the elastic engine's error file; it reports the earliest of all processes."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    file = os.environ.get(ERROR_FILE)
     if file is not None:
         with open(file, "w") as handle:
             json.dump({"message": message, "timestamp": str(int(time.time()))}, handle)
@@ -241,8 +242,6 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
     if size > 1:
-        if dist.is_initialized():  # what a world that failed in this process left
-            dist.destroy_process_group()
         dist.init_process_group(
             world.backend,
             timeout=timedelta(seconds=trainer.timeout_seconds),
@@ -250,15 +249,20 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
         )
     try:
         yield world
-    except UserError as error:
-        _leave_reason(str(error))
+    except BaseException as error:
+        if isinstance(error, Exception):  # before leaving the group, which breaks the others
+            _leave_reason(str(error) if isinstance(error, UserError) else _traceback_of_rank())
+        _leave_group(world, has_failed=True)
         raise
-    except Exception:
-        _leave_reason(_traceback_of_rank())
-        raise
-    # After a failure the group is left to the end of the process: with NCCL, leaving it waits for the others, who wait
-    # for this one in a collective until the time-out.
-    if size > 1:
+    _leave_group(world, has_failed=False)
+
+
+def _leave_group(world: World, has_failed: bool) -> None:
+    """A launched process that failed does not leave: it ends, and the launcher ends the others.
+
+    With NCCL, leaving waits for the others, who wait for this one in a collective until the time-out.
+    """
+    if world.size > 1 and not (has_failed and ERROR_FILE in os.environ):
         dist.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from recipe import distributed
 from recipe.config import Config, TrainerConfig
 from recipe.distributed import (
     World,
@@ -211,23 +212,36 @@ def second_fails(config: Config) -> None:
 
 
 def second_fails_inside(config: Config) -> None:
-    """Rank 1 fails inside the group while the first one waits for it in a collective operation.
-
-    Leaving the group would wait for the others, as NCCL does; gloo does not, so here it is made to.
-    """
-    torch.distributed.destroy_process_group = lambda: time.sleep(100)  # type: ignore[assignment]
+    """Rank 1 fails inside the group while the first one waits for it in a collective operation."""
     with start_world(config.trainer) as found:
         if not found.is_first:
             raise DiskError("shard x is damaged") if config.seed == 0 else RuntimeError("out of memory")
         found.barrier()
 
 
-@pytest.mark.parametrize(("seed", "sentence"), [(0, "shard x is damaged"), (1, "out of memory")])
+@pytest.mark.parametrize(("seed", "sentence"), [(0, "shard x is damaged"), (1, "rank . failed")])
 def test_a_process_that_fails_among_others_does_not_wait_for_them(tmp_path: Path, seed: int, sentence: str) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerError, match=sentence):
         launch(second_fails_inside, replace(two_processes(tmp_path), seed=seed))
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("is_launched", "has_failed", "leaves"),
+    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
+)
+def test_a_launched_process_that_failed_does_not_wait_for_the_others_to_leave(
+    monkeypatch: pytest.MonkeyPatch, is_launched: bool, has_failed: bool, leaves: bool
+) -> None:
+    if is_launched:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "somewhere")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    left: list[bool] = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    distributed._leave_group(World(0, 2, 0, 2, torch.device("cpu"), "nccl"), has_failed)
+    assert bool(left) == leaves
 
 
 def different_data(config: Config) -> None:
