@@ -21,7 +21,7 @@ from recipe.data.images import FILE_BYTES_MAX, PIXELS_MAX, as_rgb
 from recipe.errors import UserError
 from recipe.run import shown_path
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PAPER = (255, 255, 255)  # what shows through where a picture is transparent
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -34,7 +34,8 @@ def pixels_of(picture: Picture, apply_orientation: bool) -> Tensor:
     if isinstance(picture, Tensor):
         return checked(picture, "the tensor")
     if isinstance(picture, np.ndarray):
-        return checked(torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1), "the array")
+        pixels = torch.from_numpy(np.array(picture))  # a copy: torch wants memory that may be written to
+        return checked(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels, "the array")
     if isinstance(picture, Image.Image):
         return pixels_of_image(picture, apply_orientation)
     content, where = bytes_of(picture)
