@@ -29,7 +29,7 @@ def rgb_of(content: bytes, apply_orientation: bool = False) -> np.ndarray[Any, n
     return pixels_of(content, apply_orientation).permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_an_ordinary_picture_is_what_pillow_shows(form: str) -> None:
     content = saved(pixels("picture"), form)
     with Image.open(io.BytesIO(content)) as image:
