@@ -185,6 +185,13 @@ class World:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def read_by_first(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns on the first process, on every process; if it fails there, every process stops."""
+        found = None
+        with self.first_decides():
+            found = read() if self.is_first else None
+        return self.from_first(found)
+
     def copy_from_first(self, module: nn.Module) -> None:
         """Make parameters and buffers equal to the first process's, which are the truth."""
         if self.size > 1:

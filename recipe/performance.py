@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released_weights
 from recipe.config import Backend, Config, config_sha256, pinned
-from recipe.data.adoption import adopt_data_set
+from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
 from recipe.data.loading import DecodingThreads, EvaluationBatches
 from recipe.data.shards import Manifest, open_split
@@ -30,8 +30,6 @@ from recipe.data.transforms import (
     Normalisation,
     build_decoder,
     build_evaluation_transform,
-    fixed_image,
-    pixels_sha256,
 )
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
@@ -45,7 +43,7 @@ from recipe.evaluation import (
     predictor,
     protocol_name,
 )
-from recipe.inference.onnx_file import OnnxModel, read_onnx
+from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.model import build_model, load_state, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.published import published_accuracy, published_weights
@@ -75,7 +73,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         return record
 
 
-def measured_config(run: Run, config: Config) -> dict[str, Any]:
+def config_of_run(run: Run, config: Config) -> dict[str, Any]:
     """The configuration as training pinned it, whatever this evaluation changed; published weights have none."""
     return run.read_config() or pinned(config)
 
@@ -89,7 +87,7 @@ class Subject:
     normalisation: dict[str, list[float]]  # mean and deviation, wherever they are applied
     backend: str
     precision: str
-    suffix: str  # of the protocol's name
+    protocol: str  # the name of the metric
     inputs: dict[str, str]  # name -> sha256
     checkpoint: str
     epochs_completed: int
@@ -109,26 +107,23 @@ def chosen_subject(run: Run, config: Config, world: World, manifest: Manifest, m
 
 def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: str) -> Subject:
     """The network with the weights of the asked checkpoint: the moving average where the run keeps one."""
-    found: tuple[str, State] | None = None
-    with world.first_decides():
-        if world.is_first:
-            path = chosen_checkpoint(run, config.evaluation.checkpoint)
-            found = path.name, load_checkpoint(path)
-    name, state = world.from_first(found)  # one process reads: a training that goes on may save another one meanwhile
-    if state["manifest_sha256"] != manifest_hash:
-        raise UserError(
-            f"{name} was trained on another data set (manifest {state['manifest_sha256'][:16]}) than "
-            f"{shown_path(config.data.directory)} holds ({manifest_hash[:16]}); give data.directory= of the right one"
-        )
+
+    def read() -> tuple[str, State]:
+        path = chosen_checkpoint(run, config.evaluation.checkpoint)
+        return path.name, load_checkpoint(path)
+
+    name, state = world.read_by_first(read)  # a training that goes on may save another one meanwhile
+    require_same_data_set(name, state["manifest_sha256"], manifest_hash, config.data)
     is_average = state["average"] is not None
     predict, normalisation = _torch_predict(restored_model(state, name), config, world)
+    transform = build_evaluation_transform(config.evaluation)
     return Subject(
         predict=predict,
-        transform=build_evaluation_transform(config.evaluation),
+        transform=transform,
         normalisation=normalisation.values(),
         backend="torch",
         precision=config.trainer.precision.value,
-        suffix=protocol_name("", is_average, config.evaluation.checkpoint.removesuffix(".pt")),
+        protocol=protocol_name(transform.name, is_average, config.evaluation.checkpoint.removesuffix(".pt")),
         inputs={"weights": weights_sha256(released_weights(state)), "manifest": manifest_hash},
         checkpoint=name,
         epochs_completed=state["progress"]["epoch"],
@@ -158,23 +153,22 @@ def onnx_subject(run: Run, config: Config, manifest_hash: str) -> Subject:
     content = read_onnx(path, where)
     model = OnnxModel(content, where)
     told = model.metadata
-    if told.manifest_sha256 != manifest_hash:
-        raise UserError(f"{where} was trained on another data set than {shown_path(config.data.directory)} holds")
+    require_same_data_set(where, told.manifest_sha256, manifest_hash, config.data)
     return Subject(
-        predict=model.predict,
+        predict=model,
         transform=transform_of(told.interface, where),
         normalisation={"mean": told.interface.mean, "std": told.interface.std},
         backend=f"onnxruntime {model.provider}",
         precision=variant.value,
-        suffix=f"-onnx-{variant.value}",
+        protocol=onnx_protocol(told.accuracy.protocol, variant.value),
         inputs={
             path.name: hashlib.sha256(content).hexdigest(),
             "weights": told.weights_sha256,
             "manifest": manifest_hash,
         },
         checkpoint=path.name,
-        epochs_completed=config.optimization.epochs,
-        epochs=config.optimization.epochs,
+        epochs_completed=told.accuracy.epochs_completed,
+        epochs=told.accuracy.epochs,
         weights=f"exported, {variant.value}",
     )
 
@@ -183,24 +177,20 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
     """Weights that others published, by their name in torchvision or from a file."""
     asked = config.evaluation.weights
     assert asked is not None, "the caller looked"
-    found: dict[str, Tensor] = {}
-    with world.first_decides():
-        if world.is_first:
-            found = published_weights(config.model.name, asked)
-    state = world.from_first(found)
+    state = world.read_by_first(lambda: published_weights(config.model.name, asked))
     model = build_model(
         replace(config.model, weights=None, zero_init_last_norm=False), len(manifest.classes), config.seed
     )
     load_state(model, state, f"evaluation.weights={shown_path(asked)}")
     predict, normalisation = _torch_predict(model, config, world)
-    name = Path(asked).stem
+    name, transform = Path(asked).stem, build_evaluation_transform(config.evaluation)
     return Subject(
         predict=predict,
-        transform=build_evaluation_transform(config.evaluation),
+        transform=transform,
         normalisation=normalisation.values(),
         backend="torch",
         precision=config.trainer.precision.value,
-        suffix=f"-{config.model.name}-{name}",
+        protocol=f"{transform.name}-{config.model.name}-{name}",
         inputs={"weights": weights_sha256(state), "manifest": manifest_hash},
         checkpoint=Path(asked).name,
         epochs_completed=0,
@@ -261,7 +251,7 @@ def _record(
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
     write_atomically(run.predictions / f"{protocol.name}.npz", content)
     return EvaluationRecord(
-        config_sha256=config_sha256(measured_config(run, measured.config)),
+        config_sha256=config_sha256(config_of_run(run, measured.config)),
         provenance=stage.finish(hardware(world), device_versions(world)),
         inputs=subject.inputs,
         outputs={f"predictions/{protocol.name}.npz": hashlib.sha256(content).hexdigest()},
@@ -281,12 +271,11 @@ def _record(
 def _protocol(subject: Subject, measured: Measured) -> Protocol:
     """How the metric was measured, read back from what measured it."""
     transform = measured.batches.transform
-    fixed = [fixed_image(*size) for size in ((300, 400), (40, 30), (512, 256))]
     return Protocol(
-        name=transform.name + subject.suffix,
+        name=subject.protocol,
         backend=subject.backend,
         transform=transform.facts() | dict(subject.normalisation),
-        transform_sha256=pixels_sha256([transform(image) for image in fixed]),
+        transform_sha256=transform.fingerprint(),
         decoder=measured.batches.threads.decoder_name,
         precision=subject.precision,
         arithmetic=arithmetic_switches(),

@@ -35,6 +35,15 @@ def adopt_data_set(data: DataConfig, run: Run | None = None) -> tuple[Manifest, 
     return manifest, digest
 
 
+def require_same_data_set(what: str, trained_on: str, found: str, data: DataConfig) -> None:
+    """Weights are measured on the data set that they were trained on; both are given as hashes of manifests."""
+    if trained_on != found:
+        raise UserError(
+            f"{what} was trained on another data set (manifest {trained_on[:16]}) than "
+            f"{shown_path(data.directory)} holds ({found[:16]}); give data.directory= of the right one"
+        )
+
+
 def bring_record(run: Run, directory: Path, record: PreprocessingRecord) -> None:
     """Copy the Data chapter's record into a run, with the patches that it names."""
     run.write(record)

@@ -119,6 +119,10 @@ class EvaluationTransform:
         """The part of a metric's name that says how pixels were made."""
         return f"resize{self.resize_pixels}-crop{self.crop_pixels}-{self.interpolation.value}"
 
+    def fingerprint(self) -> str:
+        """Identifies what this object does by the pixels it makes of fixed pictures."""
+        return pixels_sha256([self(fixed_image(*size)) for size in ((300, 400), (40, 30), (512, 256))])
+
     def facts(self) -> dict[str, Setting]:
         """What this object does, for the record."""
         return {

@@ -43,7 +43,7 @@ class Classifier:
         where = shown_path(path)
         if path.suffix == ONNX_SUFFIX:
             model = OnnxModel(read_onnx(path, where), where)
-            return cls(model.predict, model.metadata.interface, where, apply_orientation)
+            return cls(model, model.metadata.interface, where, apply_orientation)
         if path.suffix == CHECKPOINT_SUFFIX:
             return cls(*_from_checkpoint(path, where, device), where, apply_orientation)
         raise UserError(f"{where} is neither an exported model (.onnx) nor a checkpoint (.pt)")

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from recipe.config import canonical_json
 from recipe.errors import UserError
-from recipe.evaluation import Predict
 from recipe.records import Interface, Record
 
 INPUT, OUTPUT = "images", "logits"
@@ -39,6 +38,8 @@ class MeasuredAccuracy(Record, frozen=True, kw_only=True):
 
     protocol: str
     precision: str
+    epochs_completed: int  # by these weights
+    epochs: int  # of the whole training
     images: int
     correct_top1: int
     correct_top5: int
@@ -87,7 +88,7 @@ def from_properties(properties: dict[str, str], where: str) -> Metadata:
 
 
 class OnnxModel:
-    """A file in a session of onnxruntime: images in, logits out, and what it says about itself."""
+    """A file in a session of onnxruntime: a `Predict`, and what it says about itself."""
 
     def __init__(self, content: bytes, where: str, provider: str = CPU_PROVIDER, threads: int | None = None) -> None:
         options = onnxruntime.SessionOptions()
@@ -107,10 +108,10 @@ class OnnxModel:
         (logits,) = self.session.run([OUTPUT], {INPUT: np.ascontiguousarray(images.numpy())})
         return torch.from_numpy(logits)
 
-    @property
-    def predict(self) -> Predict:
-        """As the evaluator wants it."""
-        return self.__call__
+
+def onnx_protocol(eager: str, variant: str) -> str:
+    """The name of an exported model's metric, from that of the eager one."""
+    return f"{eager}-onnx-{variant}"
 
 
 def read_onnx(path: Path, where: str) -> bytes:

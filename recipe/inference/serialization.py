@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from recipe.checkpoint import interface_of, load_checkpoint, released_weights
 from recipe.config import Accelerator, Config, Precision, Variant, untyped
-from recipe.data.adoption import adopt_data_set
+from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
 from recipe.data.loading import DecodingThreads, EvaluationBatches
 from recipe.data.shards import Split, open_split
@@ -30,6 +29,7 @@ from recipe.data.transforms import Normalisation, build_decoder, build_evaluatio
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
+from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.export import (
     OPSET,
     export_fp32,
@@ -39,11 +39,10 @@ from recipe.inference.export import (
     to_int8,
     with_properties,
 )
-from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, TrainingCode, to_properties
+from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, TrainingCode, onnx_protocol, to_properties
 from recipe.inference.parity import Comparison, compare, limit_of, require_any_batch, require_parity
-from recipe.model import restored_model, weights_sha256
 from recipe.provenance import Stage
-from recipe.records import EvaluationRecord, Interface, SerializationRecord, Setting, TrainingRecord, VariantFacts
+from recipe.records import SerializationRecord, Setting, VariantFacts
 from recipe.run import CHECKOUT, Run, append_to_journal, shown_path, write_atomically
 
 CALIBRATION_STREAM = 4  # keeps this choice of images apart from the order's and the augmentation's draws
@@ -52,16 +51,11 @@ EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Subject:
-    """The evaluated checkpoint and everything that is known about it."""
+    """What is exported, and by which settings."""
 
     run: Run
     config: Config
-    model: nn.Module  # eager, on the CPU
-    interface: Interface
-    weights_sha256: str
-    manifest_sha256: str
-    training: TrainingRecord
-    evaluation: EvaluationRecord
+    checkpoint: Evaluated
 
 
 def serialize_run(config: Config) -> SerializationRecord:
@@ -83,41 +77,17 @@ def serialize_run(config: Config) -> SerializationRecord:
 
 
 def load_subject(run: Run, config: Config) -> Subject:
-    """The checkpoint that was evaluated; raises `UserError` with the command that is missing."""
-    here = shown_path(run.directory)
-    training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
-    if training is None:
-        raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
-    if evaluation is None:
-        raise UserError(
-            f"{here} holds no evaluation, and an exported model carries its accuracy: "
-            f"run `python evaluate.py run_dir={here}` first"
-        )
-    path = run.checkpoints / evaluation.protocol.checkpoint
-    state = load_checkpoint(path)
-    weights = weights_sha256(released_weights(state))
-    if weights != evaluation.inputs.get("weights"):
-        raise UserError(
-            f"{shown_path(path)} holds other weights than those that were evaluated: "
-            f"run `python evaluate.py run_dir={here}` again"
-        )
+    """The checkpoint that was evaluated by its own protocol; raises `UserError` with the command that is missing."""
+    checkpoint = load_evaluated(run)
     _, manifest_hash = adopt_data_set(config.data)
-    if manifest_hash != state["manifest_sha256"]:
+    require_same_data_set(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
+    measured, own = checkpoint.evaluation.protocol, transform_of(checkpoint.interface, checkpoint.where)
+    if measured.transform_sha256 != own.fingerprint():
         raise UserError(
-            f"{shown_path(config.data.directory)} is another data set than the run was trained on; "
-            "give data.directory= of the right one"
+            f"{checkpoint.where} was evaluated by the protocol {measured.name}, but its own is {own.name}, which the "
+            f"exported model carries: run `python evaluate.py run_dir={shown_path(run.directory)}` without other values"
         )
-    where = shown_path(path)
-    return Subject(
-        run=run,
-        config=config,
-        model=restored_model(state, where).eval(),
-        interface=interface_of(state, where),
-        weights_sha256=weights,
-        manifest_sha256=manifest_hash,
-        training=training,
-        evaluation=evaluation,
-    )
+    return Subject(run, config, checkpoint)
 
 
 # ---- making the files -------------------------------------------------------------------------------
@@ -142,7 +112,7 @@ class ExportedFile:
 def exported(subject: Subject, world: World) -> list[ExportedFile]:
     """Every variant that the configuration asks for, fp32 first: the others are made from its graph."""
     tell("exporting fp32")
-    graph = export_fp32(subject.model, subject.interface)
+    graph = export_fp32(subject.checkpoint.model, subject.checkpoint.interface)
     made = {Variant.fp32: graph}
     conversion: dict[Variant, dict[str, Setting]] = {Variant.fp32: {"method": "torch.onnx.export, dynamo"}}
     config = subject.config.serialization
@@ -170,15 +140,15 @@ def _as_file(
 
 def metadata(subject: Subject, variant: Variant) -> Metadata:
     """What the file says about itself: of training and evaluation, nothing of this export but versions."""
-    training, evaluation = subject.training, subject.evaluation
+    training, evaluation = subject.checkpoint.training, subject.checkpoint.evaluation
     return Metadata(
         name=subject.config.name,
         variant=variant.value,
-        interface=subject.interface,
+        interface=subject.checkpoint.interface,
         config_sha256=training.config_sha256,
         recipe_id=training.recipe_id,
-        weights_sha256=subject.weights_sha256,
-        manifest_sha256=subject.manifest_sha256,
+        weights_sha256=subject.checkpoint.weights_sha256,
+        manifest_sha256=subject.checkpoint.manifest_sha256,
         training=TrainingCode(
             commit=training.provenance.commit,
             tree=training.provenance.tree_at_start.state,
@@ -187,6 +157,8 @@ def metadata(subject: Subject, variant: Variant) -> Metadata:
         accuracy=MeasuredAccuracy(
             protocol=evaluation.protocol.name,
             precision=evaluation.protocol.precision,
+            epochs_completed=evaluation.protocol.epochs_completed,
+            epochs=evaluation.protocol.epochs,
             images=evaluation.images,
             correct_top1=evaluation.correct_top1,
             correct_top5=evaluation.correct_top5,
@@ -206,7 +178,7 @@ def calibration_images(subject: Subject, world: World, count: int) -> Generator[
     config = subject.config
     split = open_split(config.data.directory, "train")
     chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
-    transform = transform_of(subject.interface, "the checkpoint")
+    transform = transform_of(subject.checkpoint.interface, "the checkpoint")
     with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
         parts = (np.array([index], dtype=np.int64) for index in chosen)
         for batch in threads.batches(parts, lambda image, _: transform(image), transform.crop_pixels):
@@ -222,15 +194,15 @@ def compared_with_eager(
     """Every variant over the whole validation set; returns only if all pass."""
     config = subject.config
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
-    eager = predictor(subject.model, normalisation, Precision.fp32, world.device, channels_last=False)
+    eager = predictor(subject.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     told = files[0].model.metadata.interface  # the file's own words about pixels, not the configuration's
     views = (build_evaluation_transform(config.evaluation), transform_of(told, "the exported model"))
     with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
         ours, theirs = (EvaluationBatches(threads, view, config.serialization.batch_size, world) for view in views)
-        comparisons = compare(eager, {file.variant: file.model.predict for file in files}, ours, theirs, len(split))
+        comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
     require_parity(comparisons, config.serialization, split.key)
     for file in files:
-        require_any_batch(file.model.predict, noise_images(told.crop_pixels))
+        require_any_batch(file.model, noise_images(told.crop_pixels))
     return comparisons
 
 
@@ -254,22 +226,22 @@ def record_of(
     first = comparisons[Variant.fp32]
     written = [leave(subject, file, comparisons[file.variant].exported, split) for file in files]
     return SerializationRecord(
-        config_sha256=subject.training.config_sha256,
+        config_sha256=subject.checkpoint.training.config_sha256,
         settings=untyped(subject.config.serialization),
         provenance=stage.finish(hardware(world), exporting_versions() | device_versions(world)),
-        inputs={"weights": subject.weights_sha256, "manifest": subject.manifest_sha256},
+        inputs={"weights": subject.checkpoint.weights_sha256, "manifest": subject.checkpoint.manifest_sha256},
         outputs={name: sha256 for entry in written for name, sha256 in entry.items()},
-        checkpoint=subject.evaluation.protocol.checkpoint,
-        protocol=subject.evaluation.protocol.name,
+        checkpoint=subject.checkpoint.evaluation.protocol.checkpoint,
+        protocol=subject.checkpoint.evaluation.protocol.name,
         provider=files[0].model.provider,
         opset=OPSET,
-        input_shape=["batch", "3", *[str(subject.interface.crop_pixels)] * 2],
+        input_shape=["batch", "3", *[str(subject.checkpoint.interface.crop_pixels)] * 2],
         images=first.eager.images,
         largest_logit=first.largest_logit,
         eager_correct_top1=int(first.eager.correct(1).sum()),
         eager_correct_top5=int(first.eager.correct(5).sum()),
         eager_images_per_second=round(first.eager_images_per_second, 2),
-        evaluated_correct_top1=subject.evaluation.correct_top1,
+        evaluated_correct_top1=subject.checkpoint.evaluation.correct_top1,
         variants=[facts_of(subject, file, comparisons[file.variant], split) for file in files],
         properties=sorted(to_properties(files[0].model.metadata)),
     )
@@ -279,7 +251,7 @@ def leave(subject: Subject, file: ExportedFile, predictions: Predictions, split:
     """Write the file and what it predicted; returns their hashes by name."""
     run = subject.run
     target = run.onnx_file(file.variant.value)
-    beside = run.predictions / f"{onnx_protocol(subject.evaluation.protocol.name, file.variant)}.npz"
+    beside = run.predictions / f"{onnx_protocol(subject.checkpoint.evaluation.protocol.name, file.variant.value)}.npz"
     contents = {
         target: file.content,
         beside: predictions_file(predictions, [split.key(index) for index in range(len(split))]),
@@ -290,11 +262,6 @@ def leave(subject: Subject, file: ExportedFile, predictions: Predictions, split:
         path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()
         for path, content in contents.items()
     }
-
-
-def onnx_protocol(eager: str, variant: Variant) -> str:
-    """The name of the metric of an exported model."""
-    return f"{eager}-onnx-{variant.value}"
 
 
 def facts_of(subject: Subject, file: ExportedFile, found: Comparison, split: Split) -> VariantFacts:

@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from recipe.checkpoint import interface_of, load_checkpoint
 from recipe.config import Config, Precision, TimedBackend, Variant, untyped
 from recipe.data.progress import Progress
 from recipe.data.transforms import Normalisation
@@ -32,10 +31,10 @@ from recipe.distributed import World, device_versions, hardware
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
 from recipe.inference.classifier import Classifier
+from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.onnx_file import OnnxModel, read_onnx
-from recipe.model import restored_model
 from recipe.provenance import Stage
-from recipe.records import Absent, EvaluationRecord, Hardware, Interface, Latency, Setting, TimingRecord, TrainingRecord
+from recipe.records import Absent, Hardware, Latency, Setting, TimingRecord
 from recipe.run import Run, shown_path
 
 ROUNDS = 4  # even ones against odd ones: the same thing, measured twice
@@ -125,8 +124,8 @@ class Bench:
     run: Run
     config: Config
     world: World
-    interface: Interface
-    model: nn.Module
+    subject: Evaluated
+    model: nn.Module  # on this process's device
     classifier: Classifier  # for its preprocessing
     content: bytes  # of the picture's file
     absent: list[Absent] = field(default_factory=list)
@@ -150,18 +149,10 @@ def measure_timing(run: Run, config: Config, world: World, picture: Path) -> Tim
 
 
 def _bench(run: Run, config: Config, world: World, picture: Path) -> Bench:
-    """Open the evaluated checkpoint; raises `UserError` with the command that is missing."""
-    evaluation = run.read(EvaluationRecord)
-    if evaluation is None:
-        here = shown_path(run.directory)
-        raise UserError(f"{here} holds no evaluation: run `python evaluate.py run_dir={here}` first")
-    path = run.checkpoints / evaluation.protocol.checkpoint
-    state = load_checkpoint(path)
-    where = shown_path(path)
-    model = restored_model(state, where).eval().to(world.device)
-    interface = interface_of(state, where)
-    classifier = Classifier(lambda images: images, interface, where)
-    return Bench(run, config, world, interface, model, classifier, picture.read_bytes())
+    """Open the evaluated checkpoint and the picture."""
+    subject = load_evaluated(run)
+    classifier = Classifier(lambda images: images, subject.interface, subject.where)
+    return Bench(run, config, world, subject, subject.model.to(world.device), classifier, picture.read_bytes())
 
 
 def _cells(bench: Bench) -> Iterator[Cell]:
@@ -187,7 +178,7 @@ def _precisions(bench: Bench) -> list[Precision]:
 
 def _eager(bench: Bench, model: nn.Module, precision: Precision) -> Predict:
     device = bench.world.device
-    normalisation = Normalisation(bench.interface.mean, bench.interface.std, device)
+    normalisation = Normalisation(bench.subject.interface.mean, bench.subject.interface.std, device)
     predict = predictor(model, normalisation, precision, device, channels_last=device.type == "cuda")
     return predict if device.type == "cpu" else lambda images: predict(images).cpu()
 
@@ -236,7 +227,7 @@ def _provider_cells(bench: Bench, path: Path, provider: str, variant: str) -> It
             Absent(backend=f"{backend}, {variant}", reason="onnxruntime lists this provider but fell back to another")
         )
         return
-    yield from _pair(bench, backend, variant, model.predict)
+    yield from _pair(bench, backend, variant, model)
 
 
 def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
@@ -244,10 +235,10 @@ def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
     from torchvision.transforms._presets import ImageClassification
 
     preset = ImageClassification(
-        crop_size=bench.interface.crop_pixels,
-        resize_size=bench.interface.resize_pixels,
-        mean=tuple(bench.interface.mean),
-        std=tuple(bench.interface.std),
+        crop_size=bench.subject.interface.crop_pixels,
+        resize_size=bench.subject.interface.resize_pixels,
+        mean=tuple(bench.subject.interface.mean),
+        std=tuple(bench.subject.interface.std),
     )
     device = bench.world.device
 
@@ -275,22 +266,21 @@ def _warmed_up(cell: Cell, absent: list[Absent]) -> bool:
 
 
 def _record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> TimingRecord:
-    training, machine = bench.run.read(TrainingRecord), hardware(bench.world)
-    assert training is not None, "there is an evaluation, so there was a training"
+    machine = hardware(bench.world)
     latencies = [cell.latency() for cell in cells]
     with Image.open(picture) as image:
         size = list(image.size)
     return TimingRecord(
-        config_sha256=training.config_sha256,
+        config_sha256=bench.subject.training.config_sha256,
         settings=untyped(bench.config.timing),
         provenance=stage.finish(machine, {"onnxruntime": onnxruntime.__version__} | device_versions(bench.world)),
-        inputs={"weights": training.outputs["weights"], **_file_hashes(bench)},
+        inputs={"weights": bench.subject.weights_sha256, **_file_hashes(bench)},
         machine=machine_name(machine),
         threads=torch.get_num_threads(),
         image=picture.name,
         image_sha256=hashlib.sha256(bench.content).hexdigest(),
         image_pixels=size,
-        crop_pixels=bench.interface.crop_pixels,
+        crop_pixels=bench.subject.interface.crop_pixels,
         clock=clock_facts(bench.world),
         noise_floor=round(statistics.median(latency.noise for latency in latencies), 4),
         cells=latencies,

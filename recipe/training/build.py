@@ -156,10 +156,7 @@ def _open_journal(
 
 def _newest_state(run: Run, world: World) -> State | None:
     """The newest valid checkpoint as the first process finds it, on every process."""
-    found = None
-    with world.first_decides():
-        found = saved_state(run) if world.is_first else None
-    state: State | None = world.from_first(found)
+    state: State | None = world.read_by_first(lambda: saved_state(run))
     return state
 
 

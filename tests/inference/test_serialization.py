@@ -254,6 +254,25 @@ def test_without_an_evaluation_the_command_is_named(config: Config, tmp_path: Pa
         serialize_run(mine)
 
 
+def test_another_protocol_than_the_models_own_is_not_carried(config: Config, tmp_path: Path) -> None:
+    mine = fp32_only(config, tmp_path / "run")
+    evaluate_run(replace(mine, evaluation=replace(mine.evaluation, resize_pixels=40)))
+    with pytest.raises(UserError, match=r"evaluated by the protocol resize40-.* its own is resize28-"):
+        serialize_run(mine)
+
+
+def test_the_best_checkpoint_keeps_its_name_and_its_epoch(config: Config, tmp_path: Path) -> None:
+    """T11: what was selected on the reported images says so, exported as well."""
+    mine = fp32_only(config, tmp_path / "run")
+    best = evaluate_run(replace(mine, evaluation=replace(mine.evaluation, checkpoint="best")))
+    assert best is not None
+    assert serialize_run(mine).protocol == "resize28-crop24-bilinear-best"
+    found = evaluate_run(replace(mine, evaluation=replace(mine.evaluation, backend=Backend.onnx)))
+    assert found is not None
+    assert found.protocol.name == "resize28-crop24-bilinear-best-onnx-fp32"
+    assert found.protocol.epochs_completed == best.protocol.epochs_completed
+
+
 # ---- the classifier ---------------------------------------------------------------------------------
 
 

@@ -1,0 +1,55 @@
+"""The checkpoint that the evaluation record measured: what is exported and timed, since its accuracy is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from recipe.checkpoint import interface_of, load_checkpoint, released_weights
+from recipe.errors import UserError
+from recipe.model import restored_model, weights_sha256
+from recipe.records import EvaluationRecord, Interface, TrainingRecord
+from recipe.run import Run, shown_path
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The network with its weights on the CPU, and everything that is known about it."""
+
+    where: str  # the checkpoint's file
+    model: nn.Module  # in evaluation mode
+    interface: Interface
+    weights_sha256: str
+    manifest_sha256: str  # of the data set that it was trained on
+    training: TrainingRecord
+    evaluation: EvaluationRecord
+
+
+def load_evaluated(run: Run) -> Evaluated:
+    """Raises `UserError` with the command that is missing, or that has to be run again."""
+    here = shown_path(run.directory)
+    training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
+    if training is None:
+        raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
+    if evaluation is None:
+        raise UserError(
+            f"{here} holds no evaluation, and nobody should use a model of unknown accuracy: "
+            f"run `python evaluate.py run_dir={here}` first"
+        )
+    path = run.checkpoints / evaluation.protocol.checkpoint
+    where, state = shown_path(path), load_checkpoint(path)
+    weights = weights_sha256(released_weights(state))
+    if weights != evaluation.inputs.get("weights"):
+        raise UserError(
+            f"{where} holds other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"
+        )
+    return Evaluated(
+        where=where,
+        model=restored_model(state, where).eval(),
+        interface=interface_of(state, where),
+        weights_sha256=weights,
+        manifest_sha256=state["manifest_sha256"],
+        training=training,
+        evaluation=evaluation,
+    )
