@@ -128,18 +128,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """One writer per run directory; a second one is refused at once."""
         self.directory_exists()
-        with self.lock_file.open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{shown_path(self.directory)} is in use by another process; wait for it or give another run_dir"
-                ) from None
-            except OSError as error:
-                raise UserError(
-                    f"the file system of {shown_path(self.directory)} cannot lock files ({error.strerror}); give a "
-                    "run_dir on another one"
-                ) from error
+        with locked(self.lock_file, "in use", "run_dir"):
             yield
 
     def directory_exists(self) -> None:
@@ -154,6 +143,29 @@ class Run:
             number += 1
         self.directory.rename(aside)
         return aside
+
+
+@contextmanager
+def locked(file: Path, busy: str, key: str) -> Iterator[None]:
+    """Hold `file` alone; a second process is refused at once, and so is a file system without locks.
+
+    `busy` says what the other one does with the folder, `key` which setting chooses another.
+    """
+    with disk_errors(file):
+        handle = file.open("a")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{shown_path(file.parent)} is {busy} by another process; wait for it or give another {key}"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"the file system of {shown_path(file.parent)} cannot lock files ({error.strerror}); give a {key} on "
+                "another one"
+            ) from error
+        yield
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from recipe.data import imagenet
-from recipe.data.listing import Listing, Raw, Rows, class_folders, list_class_folders
+from recipe.data.listing import IMAGE_SUFFIXES, Listing, Raw, Rows, class_folders, list_class_folders
 from recipe.errors import UserError
 from recipe.run import shown_path
 
-IMAGE_NAME = re.compile(r"^(.+)\.(jpg|jpeg|png)$", re.IGNORECASE | re.DOTALL)
+IMAGE_NAME = re.compile(rf"^(.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE | re.DOTALL)
 UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 LABEL_CONVENTION = "position among the sorted names of the class folders, counted from 0"
 IMAGENETTE_FOLDER = "imagenette2"

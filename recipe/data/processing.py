@@ -11,7 +11,6 @@ whoever reads shards one after another meets well-mixed classes; validation imag
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
 import shutil
@@ -56,7 +55,7 @@ from recipe.data.shards import (
 from recipe.errors import UserError
 from recipe.provenance import Stage, machine, usable_cores
 from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
-from recipe.run import disk_errors, shown_path, write_atomically
+from recipe.run import disk_errors, locked, shown_path, write_atomically
 
 RECORD = "preprocessing.json"
 LOCK = "lock"
@@ -190,20 +189,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """One writer per data directory; what a killed one left half written is removed."""
     with disk_errors(directory):
         (directory / WORK).mkdir(parents=True, exist_ok=True)
-        handle = (directory / LOCK).open("a")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{shown_path(directory)} is being written by another process; wait for it or give another "
-                "data.directory"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"the file system of {shown_path(directory)} cannot lock files ({error.strerror}); give a "
-                "data.directory on another one"
-            ) from error
+    with locked(directory / LOCK, "being written", "data.directory"):
         with disk_errors(directory):
             for leftover in (*directory.glob("*.tmp-*"), *(directory / WORK).glob("*.tmp-*")):
                 leftover.unlink(missing_ok=True)
