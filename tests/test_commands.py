@@ -118,23 +118,10 @@ def test_a_run_killed_after_an_epoch_ends_with_the_uninterrupted_weights(
     run_command: Command, data_directory: Path, tmp_path: Path
 ) -> None:
     whole = run_command("train.py", "run_dir=whole", "optimization.epochs=6")
-    words = [
-        "experiment=smoke",
-        *SMALL_DEMO,
-        *FASTER,
-        f"data.directory={data_directory}",
-        "run_dir=cut",
-        "optimization.epochs=6",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, str(CHECKOUT / "train.py"), *words],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = started_training(data_directory, tmp_path, "run_dir=cut", "optimization.epochs=6")
     wait_until(lambda: any((tmp_path / "cut" / "checkpoints").glob("step-*.pt")))
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "cut" / "records" / "training.json").exists()
     continued = run_command("train.py", "run_dir=cut", "optimization.epochs=6")
     assert "continuing at epoch" in continued.stderr
@@ -142,6 +129,18 @@ def test_a_run_killed_after_an_epoch_ends_with_the_uninterrupted_weights(
     again = run_command("train.py", "run_dir=cut", "optimization.epochs=6")
     assert last_hash(again) == last_hash(whole)
     assert "epoch 1/6" not in again.stdout
+
+
+def started_training(data_directory: Path, directory: Path, *words: str) -> subprocess.Popen[str]:
+    """A training that is still going on, to be stopped from outside."""
+    common = ["experiment=smoke", *SMALL_DEMO, *FASTER, f"data.directory={data_directory}"]
+    return subprocess.Popen(
+        [sys.executable, str(CHECKOUT / "train.py"), *common, *words],
+        cwd=directory,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -203,21 +202,7 @@ def test_a_full_disk_is_said_in_one_sentence(run_command: Command, data_director
 
 
 def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, tmp_path: Path) -> None:
-    words = [
-        "experiment=smoke",
-        *SMALL_DEMO,
-        *FASTER,
-        f"data.directory={data_directory}",
-        "run_dir=x",
-        "optimization.epochs=200",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, str(CHECKOUT / "train.py"), *words],
-        cwd=tmp_path,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = started_training(data_directory, tmp_path, "run_dir=x", "optimization.epochs=200")
     wait_until(lambda: any((tmp_path / "x" / "checkpoints").glob("*.sha256")))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

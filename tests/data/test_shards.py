@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,18 +43,29 @@ print(len(split))
 IMAGES = [("n01440764_1", "jpg", b"first" * 200, 0), ("a/b%2Ec", "png", b"second", 7), ("x" * 180, "jpg", b"", 999)]
 
 
-def write_data_set(directory: Path) -> Manifest:
-    """A data set of one split and one shard, put together by hand."""
-    shard, places = write_shard(directory / "train-00000.tar", IMAGES)
-    index = np.zeros(len(IMAGES), dtype=INDEX)
-    index["offset"], index["bytes"] = [place.offset for place in places], [place.bytes for place in places]
-    index["label"] = [label for *_, label in IMAGES]
-    keys = np.array([key.encode() for key, *_ in IMAGES])
+Image = tuple[str, str, bytes, int]
+
+
+def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)) -> Manifest:
+    """A data set of one split, put together by hand: a shard for each part."""
+    written, index = [], np.zeros(sum(len(part) for part in parts), dtype=INDEX)
+    for number, part in enumerate(parts):
+        shard, places = write_shard(directory / f"train-{number:05d}.tar", part)
+        rows = index[sum(len(before) for before in parts[:number]) :][: len(part)]
+        rows["shard"], rows["label"] = number, [label for *_, label in part]
+        rows["offset"], rows["bytes"] = [place.offset for place in places], [place.bytes for place in places]
+        written.append(shard)
+    keys = np.array([key.encode() for part in parts for key, *_ in part])
     for name, array in (("index", index), ("keys", keys)):
         (directory / f"train.{name}.npy").write_bytes(npy_bytes(array))
     hashes = [hashlib.sha256(npy_bytes(array)).hexdigest() for array in (index, keys)]
     split = ManifestSplit(
-        images=3, index_sha256=hashes[0], keys_sha256=hashes[1], shards=[shard], grey_images=[], rotated_images=[]
+        images=len(index),
+        index_sha256=hashes[0],
+        keys_sha256=hashes[1],
+        shards=written,
+        grey_images=[],
+        rotated_images=[],
     )
     manifest = Manifest(
         name="x",
@@ -161,44 +173,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def write_many_shards(directory: Path, shards: int) -> None:
-    """A data set of one image in each shard."""
-    index = np.zeros(shards, dtype=INDEX)
-    written = []
-    for number in range(shards):
-        shard, (place,) = write_shard(directory / f"train-{number:05d}.tar", [(f"k{number}", "jpg", b"x", 0)])
-        index[number] = (number, place.offset, place.bytes, 0, 1, 1)
-        written.append(shard)
-    keys = np.array([f"k{number}".encode() for number in range(shards)])
-    contents = {"index": npy_bytes(index), "keys": npy_bytes(keys)}
-    for name, content in contents.items():
-        (directory / f"train.{name}.npy").write_bytes(content)
-    split = ManifestSplit(
-        images=shards,
-        index_sha256=hashlib.sha256(contents["index"]).hexdigest(),
-        keys_sha256=hashlib.sha256(contents["keys"]).hexdigest(),
-        shards=written,
-        grey_images=[],
-        rotated_images=[],
-    )
-    manifest = Manifest(
-        name="many",
-        settings={},
-        listing_sha256="",
-        is_ilsvrc2012=False,
-        label_convention="",
-        classes=[],
-        splits={"train": split},
-        oddities=[],
-        rejected=[],
-    )
-    (directory / "manifest.json").write_bytes(to_json(manifest))
-
-
 @pytest.mark.parametrize(("hard_limit", "expected"), [(4096, "100"), (128, "allows 128 open files")])
 def test_more_shards_than_the_usual_limit_of_open_files(tmp_path: Path, hard_limit: int, expected: str) -> None:
     """ImageNet has 1,332 shards and `ulimit -n` is usually 1,024: here 100 and 64."""
-    write_many_shards(tmp_path, 100)
+    write_data_set(tmp_path, [[(f"k{number}", "jpg", b"x", 0)] for number in range(100)])
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), str(hard_limit)], cwd=CHECKOUT, capture_output=True, text=True
     )
