@@ -14,9 +14,12 @@ ground floor, torch
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
                    images, shards, packing, merging, expectation, processing, reporting, progress; adoption;
-                   transforms, loading
+                   transforms, interface, loading
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
-    performance    a run's checkpoint on the whole validation set
+    inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
+                   pictures, classifier: one picture -> the best classes; timing: latencies of this machine
+    published      weights that others published, to check the evaluator with
+    performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, optimization, augmentation, averaging; build, state, pinning; loop, measurement, journal,
                    record
     document       facts, blocks, dynamics, commands, formatting, figures, render: from records to pages, without torch
