@@ -243,10 +243,11 @@ def test_a_damaged_header_in_the_middle_never_ends_the_list(tmp_path: Path) -> N
     "content",
     [
         b"no gzip",
-        gzip.compress(b"no tar" * 1000),
-        gzip.compress(tar_bytes(devkit_members()))[:-500],
-        gzip.compress(tar_bytes((name, b"garbage") for name, _ in devkit_members())),
+        gzip.compress(b"no tar" * 1000, mtime=0),
+        gzip.compress(tar_bytes(devkit_members()), mtime=0)[:-500],
+        gzip.compress(tar_bytes((name, b"garbage") for name, _ in devkit_members()), mtime=0),
     ],
+    ids=["no gzip", "no tar", "cut off", "garbage"],
 )
 def test_a_damaged_devkit_stops(tmp_path: Path, content: bytes) -> None:
     write_official(tmp_path)
