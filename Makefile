@@ -1,4 +1,4 @@
-# The whole pipeline: `make preprocess train evaluate` (sets up .venv first), `make test`, `make help`.
+# The pipeline: `make preprocess train evaluate` (sets up .venv first), `make all`, `make test`, `make help`.
 EXPERIMENT ?= demo
 RAW_DIR ?=
 GPUS ?=
@@ -12,7 +12,7 @@ INSTALLED := .venv/installed-$(subst /,-,$(CONSTRAINTS))
 OVERRIDES = experiment=$(EXPERIMENT) $(if $(RAW_DIR),data.raw_dir=$(RAW_DIR)) $(ARGS)
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
-.PHONY: help setup preprocess train evaluate serialize test check clean
+.PHONY: help setup preprocess train evaluate serialize inference all test check clean
 .NOTPARALLEL:  # a stage reads what the one before it wrote
 .DEFAULT_GOAL := help
 
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@echo "installing into .venv (once; several GB of PyTorch, some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable '.[dev,notebook]'
 	@rm -f .venv/installed-* && touch $@
 
 preprocess: setup  ## raw images -> shards, index and manifest in data/
@@ -42,8 +42,13 @@ evaluate: setup  ## weights -> top-1 and top-5 over the whole validation set
 serialize: setup  ## evaluated weights -> ONNX files that agree with them
 	$(BIN)/python serialize.py $(OVERRIDES)
 
+inference: setup  ## the example notebook on that model: pictures, names, latencies
+	$(BIN)/python -m recipe.notebook $(OVERRIDES)
+
+all: preprocess train evaluate serialize inference  ## the whole recipe
+
 test: setup  ## every test, on a CPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 check: setup  ## linter and type checker
 	$(BIN)/ruff check .

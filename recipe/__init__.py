@@ -22,7 +22,11 @@ chapters
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, optimization, augmentation, averaging; build, state, pinning; loop, measurement, journal,
                    record
-    document       facts, blocks, dynamics, commands, formatting, figures, render: from records to pages, without torch
+    document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
+                   records to pages, without torch
+the example
+    demonstration  what inference.ipynb shows of a run, and leaves in its records
+    notebook       python -m recipe.notebook: runs it without a browser
 """
 
 import os

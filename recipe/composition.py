@@ -10,11 +10,12 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,17 +27,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config import MACHINE_FACTS, Config, leaves, typed
 from recipe.errors import UserError, one_clear_sentence
-from recipe.run import Run, shown_path
+from recipe.run import CHECKOUT, Run, shown_path
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`; what Hydra has to say about a command line becomes one sentence too."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
-    with one_clear_sentence():
-        try:
-            main()
-        except HydraException as error:
-            raise UserError(_explained(error)) from error
+    with one_clear_sentence(), _explaining():
+        main()
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    try:
+        yield
+    except HydraException as error:
+        raise UserError(_explained(error)) from error
 
 
 def _explained(error: HydraException) -> str:
@@ -102,7 +108,19 @@ def pinned_config(own_group: str) -> Config:
 
     Raises `UserError` where the run directory holds none, and where the command line contradicts it.
     """
-    given = list(HydraConfig.get().overrides.task)
+    return _pinned_config(list(HydraConfig.get().overrides.task), own_group)
+
+
+def pinned_config_of(words: list[str], own_group: str) -> Config:
+    """The same outside Hydra's scripts, in a notebook: `words` are what would stand on the command line."""
+    wrong = [word for word in words if word.startswith("-") or "=" not in word]
+    if wrong:
+        raise UserError(f"{wrong[0]!r} is no setting: only key=value can be given here")
+    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
+        return _pinned_config(words, own_group)
+
+
+def _pinned_config(given: list[str], own_group: str) -> Config:
     run = Run(_run_dir(given))
     pinned = run.read_config()
     if pinned is None:

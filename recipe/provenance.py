@@ -39,11 +39,13 @@ SOURCES = ("recipe/**/*.py", "recipe/**/*.j2", "conf/**/*.yaml", "*.py", "constr
 class Stage:
     """Watches one stage from its start to its end; `finish` gives its provenance.
 
-    `outputs` is the stage's own directory: the run's, or the data set's.
+    `outputs` is the stage's own directory: the run's, or the data set's. `command` is what repeats the stage, where it
+    is not this process's command line (a notebook's kernel).
     """
 
-    def __init__(self, outputs: Path) -> None:
+    def __init__(self, outputs: Path, command: str | None = None) -> None:
         self.outputs = outputs
+        self.command = command
         self.started = now()
         self.clock = time.perf_counter()
         self.tree = tree_state(outputs)
@@ -52,7 +54,7 @@ class Stage:
     def finish(self, hardware: Hardware, device_versions: dict[str, str] | None = None) -> Provenance:
         """The provenance of everything since the start, on this hardware."""
         return Provenance(
-            command=command(),
+            command=self.command or command(),
             commit=commit(),
             tree_at_start=self.tree,
             tree_at_end=tree_state(self.outputs),

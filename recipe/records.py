@@ -373,6 +373,28 @@ class Guess(Record, frozen=True, kw_only=True):
     probability: float
 
 
+class ClassifiedPicture(Record, frozen=True, kw_only=True):
+    """What each file of a model says about one picture."""
+
+    picture: str
+    sha256: str  # of its file
+    label: str | None  # the name of its class; None where the picture is not of the data set
+    guesses: dict[str, list[Guess]]  # file of the model -> the best classes, best first
+
+
+class InferenceRecord(Record, frozen=True, kw_only=True):
+    """The Inference / Code section: what the example notebook saw."""
+
+    format: str = "inference/1"
+    config_sha256: str
+    provenance: Provenance
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    class_count: int
+    label_convention: str
+    pictures: list[ClassifiedPicture]  # the given ones first, then samples of the validation set
+
+
 class Latency(Record, frozen=True, kw_only=True):
     """One cell of the timing table; a percentile that too few repeats support is absent."""
 
@@ -410,8 +432,10 @@ class TimingRecord(Record, frozen=True, kw_only=True):
     image_sha256: str
     image_pixels: list[int]  # width, height
     crop_pixels: int
+    arithmetic: dict[str, Setting]  # torch's own switches
     clock: dict[str, Setting]  # driver, clocks and power of the accelerator as they were
     noise_floor: float  # median of the cells' noise
+    reference: str  # the backend that is what torchvision's users write
     cells: list[Latency]
     absent: list[Absent]
 

@@ -22,6 +22,7 @@ from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.records import (
     AnyRecord,
     EvaluationRecord,
+    InferenceRecord,
     PreprocessingRecord,
     Record,
     SerializationRecord,
@@ -38,6 +39,7 @@ RECORD_FILES: dict[type[Record], str] = {
     TrainingRecord: "training.json",
     EvaluationRecord: "evaluation.json",
     SerializationRecord: "serialization.json",
+    InferenceRecord: "inference.json",
 }
 
 
@@ -61,6 +63,7 @@ class Run:
         self.other_evaluations = self.records / "evaluations"  # one file per protocol
         self.document = self.directory / "recipe.md"
         self.twin = self.directory / "recipe.json"
+        self.notebook = self.directory / "inference.ipynb"  # executed
         self.lock_file = self.directory / "lock"
 
     def write(self, record: Record) -> None:

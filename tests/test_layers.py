@@ -27,6 +27,8 @@ ALLOWED = {
     "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "published", "inference"],
     "training": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "training"],
     "document": [*GROUND, "document"],
+    "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
+    "notebook": [*GROUND, "composition", "document"],
 }
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
 

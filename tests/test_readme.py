@@ -10,6 +10,7 @@ import pytest
 
 from recipe.errors import DiskError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
+from recipe.notebook import NOTEBOOK
 from recipe.run import CHECKOUT, RECORD_FILES, Run
 from tests.conftest import compose_config
 
@@ -111,11 +112,11 @@ def section_table() -> list[list[str]]:
 def test_the_section_table_names_scripts_code_configuration_and_records() -> None:
     run = Run("run")
     left = {f"records/{name}" for name in RECORD_FILES.values()}
-    left |= {path.name for path in (run.metrics, run.config, run.twin, run.document)}
+    left |= {"records/timing"} | {path.name for path in (run.metrics, run.config, run.twin, run.document)}
     rows = section_table()
     assert len(rows) >= 7
     for _, script, code, configuration, record in rows:
-        assert script.strip("`") in (*SCRIPTS, "every script")
+        assert script.strip("`") in (*SCRIPTS, NOTEBOOK.name, "every script")
         assert "recipe/" in code
         assert configuration == "–" or "conf/" in configuration
         assert set(re.findall(r"`([^`]+)`", record)) <= left

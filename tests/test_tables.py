@@ -18,12 +18,12 @@ REASON = re.compile(r"(later|not applicable): \w.{10,}")
 TABLES = {"TRAPS.md": [f"T{number}" for number in range(1, 43)], "CONTRADICTIONS.md": [str(n) for n in range(1, 23)]}
 TRAPS_COUNTED = re.compile(
     r"^Of 42 traps, (\d+) are tested, (\d+) are tested as far as they exist here and the rest comes later, "
-    r"(\d+) come later, (\d+) does not apply\.$",
+    r"(\d+) comes? later, (\d+) does not apply\.$",
     re.MULTILINE,
 )
 CONTRADICTIONS_COUNTED = re.compile(
     r"^Of 22 contradictions, (\d+) are impossible in what the program writes, (\d+) are made visible but can still "
-    r"happen, (\d+) belongs to a part that comes later\.$",
+    r"happen, (\d+) belongs? to a part that comes later\.$",
     re.MULTILINE,
 )
 

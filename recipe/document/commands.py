@@ -18,7 +18,8 @@ def again(facts: Facts) -> list[str]:
     """
     lines = ['git clone "$REPOSITORY" recipe && cd recipe']
     code_before: list[str] | None = None
-    for record in (facts.preprocessing, facts.training, facts.evaluation, facts.serialization):
+    stages = (facts.preprocessing, facts.training, facts.evaluation, facts.serialization, facts.inference)
+    for record in stages:
         if record is not None:
             code = code_of(record.provenance)
             lines += code if code != code_before else []
@@ -60,6 +61,11 @@ def to_evaluate(facts: Facts) -> str:
 def to_serialize(facts: Facts) -> str:
     """What fills the Serialization section; it needs the evaluation."""
     return f"python serialize.py run_dir={shlex.quote(facts.run_dir)}"
+
+
+def to_show(facts: Facts) -> str:
+    """What fills Inference / Code and adds this machine to the timing information."""
+    return f"python -m recipe.notebook run_dir={shlex.quote(facts.run_dir)}"
 
 
 def experiment(facts: Facts) -> str:

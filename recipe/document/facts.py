@@ -12,9 +12,18 @@ from typing import Any
 
 from recipe.config import config_sha256
 from recipe.document.dynamics import MetricRow
-from recipe.records import EvaluationRecord, PreprocessingRecord, Provenance, SerializationRecord, TrainingRecord
+from recipe.records import (
+    EvaluationRecord,
+    InferenceRecord,
+    PreprocessingRecord,
+    Provenance,
+    SerializationRecord,
+    TimingRecord,
+    TrainingRecord,
+)
 from recipe.run import Run
 
+LaterRecord = SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
 
 
@@ -31,6 +40,8 @@ class Facts:
     metrics: Sequence[MetricRow]
     serialization: SerializationRecord | None = None
     other_evaluations: Sequence[EvaluationRecord] = ()  # of exported models and of published weights
+    inference: InferenceRecord | None = None
+    timing: Sequence[TimingRecord] = ()  # one for each machine
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         metrics=run.metric_rows(),
         serialization=run.read(SerializationRecord),
         other_evaluations=run.read_all(run.other_evaluations, EvaluationRecord),
+        inference=run.read(InferenceRecord),
+        timing=run.read_all(run.timing, TimingRecord),
     )
 
 
@@ -68,8 +81,8 @@ def sections(facts: Facts) -> dict[str, Section]:
         "dynamics": training,
         "outputs": training,
         "performance_metrics": section(facts.evaluation, evaluation_reasons(facts)),
-        "inference_code": Section(NOT_MEASURED),
-        "timing_information": Section(NOT_MEASURED),
+        "inference_code": section(facts.inference, inference_reasons(facts)),
+        "timing_information": section(facts.timing or None, timing_reasons(facts)),
         "serialization": section(facts.serialization, serialization_reasons(facts)),
     }
 
@@ -110,22 +123,45 @@ def serialization_reasons(facts: Facts) -> list[str]:
     """Why the exported files no longer belong to the weights that were evaluated."""
     if facts.serialization is None:
         return []
-    reasons = []
-    if facts.evaluation is not None:
-        used, now = facts.serialization.inputs.get("weights"), facts.evaluation.inputs.get("weights")
-        if used != now:
-            reasons.append(f"it exported the weights {short(used)}, the evaluation has since measured {short(now)}")
-    return reasons + data_reasons(facts, facts.serialization) + config_reasons(facts, facts.serialization)
+    record = facts.serialization
+    return weights_reasons(facts, record) + data_reasons(facts, record) + config_reasons(facts, record)
 
 
-def data_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | SerializationRecord) -> list[str]:
+def inference_reasons(facts: Facts) -> list[str]:
+    """Why the notebook's answers are no longer those of the evaluated weights."""
+    if facts.inference is None:
+        return []
+    record = facts.inference
+    return weights_reasons(facts, record) + data_reasons(facts, record) + config_reasons(facts, record)
+
+
+def timing_reasons(facts: Facts) -> list[str]:
+    """The machines whose latencies are of other weights."""
+    return [
+        f"on {record.machine}, {reason}"
+        for record in facts.timing
+        for reason in weights_reasons(facts, record) + config_reasons(facts, record)
+    ]
+
+
+def weights_reasons(facts: Facts, record: LaterRecord) -> list[str]:
+    """Why a record of a stage after the evaluation is not of the weights that were evaluated."""
+    if facts.evaluation is None:
+        return []
+    used, now = record.inputs.get("weights"), facts.evaluation.inputs.get("weights")
+    if used == now:
+        return []
+    return [f"it used the weights {short(used)}, the evaluation has since measured {short(now)}"]
+
+
+def data_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
     if facts.preprocessing is None:
         return []
     used, now = record.inputs.get("manifest"), facts.preprocessing.outputs.get("manifest")
     return [] if used == now else [f"it used data with manifest {short(used)}, the data set now has {short(now)}"]
 
 
-def config_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | SerializationRecord) -> list[str]:
+def config_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
     if facts.config is None:
         return ["its configuration, config.yaml, is missing"]
     used, now = record.config_sha256, config_sha256(facts.config)

@@ -8,6 +8,7 @@ state is global, and under matplotlib's default style, whatever the user's own s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from typing import Literal
 
@@ -33,7 +34,10 @@ def draw(training: TrainingRecord | None, metrics: Sequence[MetricRow]) -> dict[
     """File name -> PNG, for every figure that has something to show."""
     if training is None:
         return {}
-    return {f"{name}.png": png(DRAWERS[name], training, metrics) for name in figure_names(training, metrics)}
+    return {
+        f"{name}.png": png(partial(DRAWERS[name], training=training, metrics=metrics))
+        for name in figure_names(training, metrics)
+    }
 
 
 def figure_names(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[str]:
@@ -47,15 +51,12 @@ def figure_names(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list
     return [name for name in DRAWERS if has[name]]
 
 
-def png(
-    drawer: Callable[[Figure, TrainingRecord, Sequence[MetricRow]], None],
-    training: TrainingRecord,
-    metrics: Sequence[MetricRow],
-) -> bytes:
+def png(drawer: Callable[[Figure], None], size_inches: tuple[float, float] = SIZE_INCHES) -> bytes:
+    """What `drawer` draws, as a file's bytes."""
     with style.context("default"):
-        figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
+        figure = Figure(figsize=size_inches, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
-        drawer(figure, training, metrics)
+        drawer(figure)
         content = BytesIO()
         figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()

@@ -12,7 +12,7 @@ import re
 import unicodedata
 
 from recipe.config import leaves
-from recipe.records import Hardware, Provenance, Setting, TreeState
+from recipe.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
 
 NOTHING = "–"
 ESCAPED = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -181,7 +181,23 @@ def patch_path(state: TreeState) -> str:
     return f"records/patches/{(state.patch_sha256 or 'unknown')[:16]}.patch"
 
 
+def latency(cell: Latency | None) -> Markdown:
+    """p50 / p90 / p99 of a cell, in milliseconds."""
+    if cell is None:
+        return Markdown(NOTHING)
+    return Markdown(
+        " / ".join(number(value, 2) for value in (cell.p50_milliseconds, cell.p90_milliseconds, cell.p99_milliseconds))
+    )
+
+
+def guesses(found: list[Guess]) -> Markdown:
+    """The best classes with their probabilities."""
+    return Markdown(", ".join(f"{text(guess.name)} {percent(guess.probability)}" for guess in found))
+
+
 FILTERS = {
+    "latency": latency,
+    "guesses": guesses,
     "markdown": Markdown,
     "text": text,
     "code": code,

@@ -17,7 +17,7 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recipe.config import config_sha256, leaves, recipe_id
-from recipe.document import blocks, commands, dynamics, figures, formatting
+from recipe.document import blocks, commands, dynamics, figures, formatting, inference_figures, latency
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
 from recipe.errors import UserError
@@ -52,7 +52,9 @@ def write_document(run: Run, shown_run_dir: str) -> None:
     """Write recipe.md, recipe.json and the figures of a run; nothing is written where the document refuses."""
     facts = gather(run, shown_run_dir)
     document = render(facts, read_document(run))
-    for name, content in figures.draw(facts.training, facts.metrics).items():
+    drawn = figures.draw(facts.training, facts.metrics)
+    drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
+    for name, content in drawn.items():
         write_atomically(run.figures / name, content)
     write_atomically(run.twin, twin(facts))
     write_atomically(run.document, document.encode())
@@ -132,6 +134,12 @@ def context(facts: Facts) -> dict[str, Any]:
         "rows_shown": ROWS_SHOWN,
         "schedule_rows": dynamics.schedule_rows(training.schedule) if training else [],
         "figures": figures.figure_names(training, facts.metrics) if training else [],
+        "measured_latencies": latency.measured_rows(facts.timing),
+        "published_latencies": latency.published_rows(facts.training.model.name if facts.training else ""),
+        "latency_verdicts": latency.verdicts(facts.timing),
+        "latency_file": inference_figures.latency_file,
+        "machine_title": latency.machine_title,
+        "picture_files": sorted(facts.inference.outputs) if facts.inference else [],
         "class_tables": class_tables(evaluation) if evaluation else {},
         "recipe_json": recipe_json(facts),
     }
@@ -216,11 +224,13 @@ def twin(facts: Facts) -> bytes:
         "training": facts.training,
         "evaluation": facts.evaluation,
         "serialization": facts.serialization,
+        "inference": facts.inference,
     }
     content = {
         **identity(facts),
         "name": facts.name,
         "records": {name: msgspec.to_builtins(record) for name, record in records.items()},
+        "timing": {record.machine: msgspec.to_builtins(record) for record in facts.timing},
         "metrics": metrics_summary(facts),
         "sections": {name: section_json(section) for name, section in sections(facts).items()},
     }

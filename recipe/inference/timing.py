@@ -8,6 +8,7 @@ interleaved halves: what these differ by is noise, and a difference below it mea
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import re
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from recipe.config import Config, Precision, TimedBackend, Variant, untyped
 from recipe.data.progress import Progress
 from recipe.data.transforms import Normalisation
-from recipe.distributed import World, device_versions, hardware
+from recipe.distributed import World, arithmetic_switches, device_versions, hardware
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
 from recipe.inference.classifier import Classifier
@@ -35,13 +36,14 @@ from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.provenance import Stage
 from recipe.records import Absent, Hardware, Latency, Setting, TimingRecord
-from recipe.run import Run, shown_path
+from recipe.run import Run, shown_path, without_paths
 
 ROUNDS = 4  # even ones against odd ones: the same thing, measured twice
 WARMUP_CALLS = 3
 REPEATS_BEYOND = 5  # at least so many lie beyond a percentile, or it is left out
 QUANTILES = 51  # kept for the figure
 NO_PROVIDERS = ("AzureExecutionProvider",)  # a remote service, not hardware
+REFERENCE = "torchvision's own way, eager"
 PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"
 CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "pstate")
 
@@ -135,11 +137,14 @@ class Bench:
         return torch.stack([self.classifier.pixels(self.content) for _ in range(batch_size)])
 
 
-def measure_timing(run: Run, config: Config, world: World, picture: Path) -> TimingRecord:
-    """Fill every cell that this machine can; what cannot run is listed with its reason."""
-    stage = Stage(run.directory)
+def measure_timing(run: Run, config: Config, world: World, picture: Path, command: str | None = None) -> TimingRecord:
+    """Fill every cell that this machine can; what cannot run is listed with its reason.
+
+    `command` repeats the measurement, where this process's own command line does not.
+    """
+    stage = Stage(run.directory, command)
     bench = _bench(run, config, world, picture)
-    cells = [cell for cell in _cells(bench) if _warmed_up(cell, bench.absent)]
+    cells = _warmed_up(list(_cells(bench)), bench.absent)
     with Progress("measuring latency", ROUNDS * len(cells), "cells") as progress:
         for _ in range(ROUNDS):
             for cell in cells:
@@ -152,7 +157,9 @@ def _bench(run: Run, config: Config, world: World, picture: Path) -> Bench:
     """Open the evaluated checkpoint and the picture."""
     subject = load_evaluated(run)
     classifier = Classifier(lambda images: images, subject.interface, subject.where)
-    return Bench(run, config, world, subject, subject.model.to(world.device), classifier, picture.read_bytes())
+    layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
+    model = subject.model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
+    return Bench(run, config, world, subject, model, classifier, picture.read_bytes())
 
 
 def _cells(bench: Bench) -> Iterator[Cell]:
@@ -167,13 +174,15 @@ def _cells(bench: Bench) -> Iterator[Cell]:
         yield from _compiled(bench)
     if TimedBackend.onnxruntime in wanted:
         yield from _onnxruntime(bench)
-    yield Cell("torchvision's own way, eager", "fp32", BOTH, 1, _torchvisions_own_way(bench))
+    yield Cell(REFERENCE, "fp32", BOTH, 1, _torchvisions_own_way(bench))
 
 
 def _precisions(bench: Bench) -> list[Precision]:
-    """fp32, and on a GPU that of the training as well."""
-    trained = bench.config.trainer.precision
-    return [Precision.fp32] + ([trained] if bench.world.device.type == "cuda" and trained != Precision.fp32 else [])
+    """fp32, and on a GPU the half precision that it computes in fastest."""
+    if bench.world.device.type == "cpu":
+        return [Precision.fp32]
+    has_bf16 = torch.cuda.get_device_capability(bench.world.device) >= (8, 0)
+    return [Precision.fp32, Precision.bf16 if has_bf16 else Precision.fp16]
 
 
 def _eager(bench: Bench, model: nn.Module, precision: Precision) -> Predict:
@@ -195,10 +204,12 @@ def _pair(
 
 
 def _compiled(bench: Bench) -> Iterator[Cell]:
-    """torch.compile; every batch size is compiled anew, so there are few."""
-    model: nn.Module = torch.compile(bench.model, dynamic=False)  # type: ignore[assignment]
-    sizes = bench.config.timing.compiled_batch_sizes
-    yield from _pair(bench, "compiled", "fp32", _eager(bench, model, Precision.fp32), sizes)
+    """torch.compile, on a GPU with CUDA graphs; every batch size is compiled anew, so there are few."""
+    mode = "reduce-overhead" if bench.world.device.type == "cuda" else "default"
+    for precision in _precisions(bench):
+        model: nn.Module = torch.compile(bench.model, dynamic=False, mode=mode)  # type: ignore[assignment]
+        sizes = bench.config.timing.compiled_batch_sizes
+        yield from _pair(bench, "compiled", precision.value, _eager(bench, model, precision), sizes)
 
 
 def _onnxruntime(bench: Bench) -> Iterator[Cell]:
@@ -227,6 +238,9 @@ def _provider_cells(bench: Bench, path: Path, provider: str, variant: str) -> It
             Absent(backend=f"{backend}, {variant}", reason="onnxruntime lists this provider but fell back to another")
         )
         return
+    if model.metadata.weights_sha256 != bench.subject.weights_sha256:
+        bench.absent.append(Absent(backend=f"{backend}, {variant}", reason=f"{path.name} is of other weights"))
+        return
     yield from _pair(bench, backend, variant, model)
 
 
@@ -241,25 +255,37 @@ def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
         std=tuple(bench.subject.interface.std),
     )
     device = bench.world.device
+    model = copy.deepcopy(bench.model).to(memory_format=torch.contiguous_format)
 
     def classify() -> Tensor:
         with torch.inference_mode(), Image.open(io.BytesIO(bench.content)) as image:
-            logits: Tensor = bench.model(preset(image.convert("RGB"))[None].to(device)).softmax(1).cpu()
+            logits: Tensor = model(preset(image.convert("RGB"))[None].to(device)).softmax(1).cpu()
         return logits
 
     return classify
 
 
-def _warmed_up(cell: Cell, absent: list[Absent]) -> bool:
-    """A few calls that do not count: caches, cuDNN's choice, compilation. A backend that fails is listed."""
+def _warmed_up(cells: list[Cell], absent: list[Absent]) -> list[Cell]:
+    """The cells that run, after a few calls that do not count: caches, cuDNN's choice, compilation."""
+    ready = []
+    with Progress("warming up and compiling", len(cells), "cells") as progress:
+        for cell in cells:
+            if reason := _reason_not_to_run(cell):
+                named = f"{cell.backend}, {cell.precision}, {cell.what}, batch {cell.batch_size}"
+                absent.append(Absent(backend=named, reason=reason))
+            else:
+                ready.append(cell)
+            progress.add(1)
+    return ready
+
+
+def _reason_not_to_run(cell: Cell) -> str | None:
     try:
         for _ in range(WARMUP_CALLS):
             cell.call()
     except Exception as error:  # a compiler that is missing, a provider without its libraries: anything can come
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        absent.append(Absent(backend=f"{cell.backend}, {cell.precision}, batch {cell.batch_size}", reason=reason))
-        return False
-    return True
+        return without_paths(" ".join(str(error).split()) or type(error).__name__)[:300]
+    return None
 
 
 # ---- the record -------------------------------------------------------------------------------------
@@ -281,8 +307,10 @@ def _record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> Tim
         image_sha256=hashlib.sha256(bench.content).hexdigest(),
         image_pixels=size,
         crop_pixels=bench.subject.interface.crop_pixels,
+        arithmetic=arithmetic_switches(),
         clock=clock_facts(bench.world),
         noise_floor=round(statistics.median(latency.noise for latency in latencies), 4),
+        reference=REFERENCE,
         cells=latencies,
         absent=bench.absent,
     )

@@ -31,37 +31,9 @@ from recipe.model import restored_model
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, Hardware, Interface, SerializationRecord
 from recipe.run import CHECKOUT, Run
-from recipe.training.loop import train
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.conftest import compose_config
 
 Sabotage = Callable[[pytest.MonkeyPatch], None]
-
-
-@pytest.fixture(scope="module")
-def config(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run that was trained and evaluated."""
-    directory = tmp_path_factory.mktemp("exported")
-    config = compose_config(
-        "experiment=smoke",
-        *SMALL_DEMO,
-        f"data.directory={data_directory}",
-        f"run_dir={directory / 'run'}",
-        "optimization.batch_size=24",
-        "optimization.epochs=4",
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        train(config)
-        evaluate_run(config)
-    return config
-
-
-@pytest.fixture(scope="module")
-def record(config: Config, tmp_path_factory: pytest.TempPathFactory) -> SerializationRecord:
-    """Its three exported files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        return serialize_run(config)
 
 
 def fp32_only(config: Config, run_dir: Path) -> Config:

@@ -1,0 +1,118 @@
+"""Latencies side by side: what was measured on each machine, and what others published for a V100.
+
+Published figures are of ResNet-50 at 224 pixels. They are printed for such a model only, marked as published, each
+with its source; they were not measured here and were measured in other ways (means instead of medians, no
+preprocessing, a server in between), which the row says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recipe.records import Latency, TimingRecord
+
+NVIDIA = "NVIDIA DeepLearningExamples, ResNet-50 v1.5"
+BOTH, MODEL = "both", "model"
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """Single pictures on one machine by one backend: the model alone, and from a file's bytes to the answer."""
+
+    record: TimingRecord
+    backend: str
+    precision: str
+    model: Latency | None
+    both: Latency | None
+
+    @property
+    def repeats(self) -> str:
+        """Of each of the two."""
+        return ", ".join(f"{cell.repeats:,}" for cell in (self.model, self.both) if cell is not None)
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """What others measured, in milliseconds for one picture, in their own statistics."""
+
+    hardware: str
+    backend: str
+    precision: str
+    model: str | None
+    both: str | None  # preprocessing included
+    source: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The fastest way from a picture's bytes to the answer beside what torchvision's users write, in the same run."""
+
+    record: TimingRecord
+    reference_milliseconds: float
+    fastest_fp32: Latency | None
+    fastest: Latency | None
+
+
+PUBLISHED = (
+    PublishedRow(
+        "V100 16 GB", "PyTorch, eager", "fp32", "mean 10.37, p95 10.81, p99 11.73", None, f"{NVIDIA} for PyTorch"
+    ),
+    PublishedRow(
+        "V100 16 GB", "PyTorch, eager", "AMP", "mean 12.78, p95 13.27, p99 14.36", None, f"{NVIDIA} for PyTorch"
+    ),
+    PublishedRow("V100 16 GB", "MXNet", "fp16", "mean 3.48, p95 3.68, p99 3.86", None, f"{NVIDIA} for MXNet"),
+    PublishedRow(
+        "V100 32 GB",
+        "onnxruntime with TensorRT, behind a Triton server, its client included",
+        "fp16",
+        "mean 2.84, p95 3.05, p99 3.14",
+        None,
+        f"{NVIDIA} for PyTorch, Triton deployment",
+    ),
+    PublishedRow(
+        "V100",
+        "TensorFlow 1.8, session.run",
+        "fp32",
+        None,
+        "11: mean of 20, rounded to 1 ms",
+        "the example of yahoo/ml-reproducibility-guidelines, 2018",
+    ),
+)
+
+
+def machine_title(record: TimingRecord) -> str:
+    """The machine's own name."""
+    machine = record.provenance.hardware
+    return machine.accelerator or f"{machine.processor}, {machine.cores} cores"
+
+
+def measured_rows(timing: Sequence[TimingRecord]) -> list[MeasuredRow]:
+    """One row for each machine, backend and precision that answered single pictures, in the order of measurement."""
+    rows = []
+    for record in timing:
+        single = {(c.backend, c.precision, c.what): c for c in record.cells if c.batch_size == 1}
+        for backend, precision in dict.fromkeys((b, p) for b, p, what in single if what in (MODEL, BOTH)):
+            model, both = (single.get((backend, precision, what)) for what in (MODEL, BOTH))
+            rows.append(MeasuredRow(record, backend, precision, model, both))
+    return rows
+
+
+def published_rows(model: str) -> tuple[PublishedRow, ...]:
+    """Published figures that may stand beside this model's."""
+    return PUBLISHED if model == "resnet50" else ()
+
+
+def verdicts(timing: Sequence[TimingRecord]) -> list[Verdict]:
+    """One for each machine on which the reference was measured."""
+    found = []
+    for record in timing:
+        single = [c for c in record.cells if c.what == BOTH and c.batch_size == 1 and c.p50_milliseconds is not None]
+        reference = next((c.p50_milliseconds for c in single if c.backend == record.reference), None)
+        if reference is not None:
+            ours = sorted(
+                (c for c in single if c.backend != record.reference), key=lambda cell: cell.p50_milliseconds or 0.0
+            )
+            fp32 = next((c for c in ours if c.precision == "fp32"), None)
+            found.append(Verdict(record, reference, fp32, ours[0] if ours else None))
+    return found

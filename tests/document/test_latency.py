@@ -1,0 +1,172 @@
+"""The Timing information: machines side by side, published figures marked, missing numbers left out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from recipe.document import latency
+from recipe.document.facts import sections
+from recipe.document.formatting import latency as as_text
+from recipe.document.inference_figures import draw_inference
+from recipe.document.render import generated_blocks, twin
+from recipe.records import Absent, ClassifiedPicture, Guess, Hardware, InferenceRecord, Latency, TimingRecord
+from tests.document.test_document import facts as facts_of_a_run
+from tests.document.test_document import provenance, sha
+
+REFERENCE = "torchvision's own way, eager"
+
+
+def cell(backend: str, what: str, median: float | None, precision: str = "fp32", batch_size: int = 1) -> Latency:
+    return Latency(
+        backend=backend,
+        precision=precision,
+        what=what,
+        batch_size=batch_size,
+        repeats=200 if median else 4,
+        p50_milliseconds=median,
+        p90_milliseconds=median and 1.5 * median,
+        p99_milliseconds=None,
+        images_per_second=100.0,
+        noise=0.012,
+        histogram_milliseconds=[1.0, 2.0, 3.0],
+    )
+
+
+def timing(machine: str = "nvidia-h200", weights: str = "weights", **changes: Any) -> TimingRecord:
+    hardware = Hardware(processor="AMD EPYC", cores=2, memory_gib=16.0, accelerator="NVIDIA H200", accelerators=1)
+    if machine != "nvidia-h200":
+        hardware = Hardware(processor="Intel | Core", cores=8, memory_gib=16.0)
+    values: dict[str, Any] = {
+        "config_sha256": facts_of_a_run().training.config_sha256,  # type: ignore[union-attr]
+        "settings": {"seconds_per_cell": 2.0},
+        "provenance": provenance("python -m recipe.notebook run_dir=runs/demo", hardware=hardware),
+        "inputs": {"weights": facts_of_a_run().evaluation.inputs["weights"] if weights == "weights" else weights},  # type: ignore[union-attr]
+        "machine": machine,
+        "threads": 2,
+        "image": "puppy.jpg",
+        "image_sha256": sha("puppy"),
+        "image_pixels": [480, 400],
+        "crop_pixels": 64,
+        "arithmetic": {"tf32_convolution": True},
+        "clock": {"driver_version": "580.1"},
+        "noise_floor": 0.012,
+        "reference": REFERENCE,
+        "cells": [
+            cell("Pillow, torchvision", "preprocessing", 2.0),
+            cell("eager", "model", 8.0),
+            cell("eager", "both", 10.0),
+            cell("onnxruntime CPU", "model", 3.0),
+            cell("onnxruntime CPU", "both", 5.0),
+            cell("onnxruntime CPU", "both", 4.0, "int8"),
+            cell("eager", "both", None, batch_size=32),
+            cell(REFERENCE, "both", 12.5),
+        ],
+        "absent": [Absent(backend="compiled, fp32", reason="no compiler | here")],
+    }
+    return TimingRecord(**{**values, **changes})
+
+
+def chapter(*records: TimingRecord) -> str:
+    return generated_blocks(replace(facts_of_a_run(), timing=records))["inference"]
+
+
+def test_machines_stand_side_by_side() -> None:
+    page = chapter(timing(), timing("intel-core-8-cores"))
+    assert "| NVIDIA H200 | 64 | eager | fp32 | 8.00 / 12.00 / – | 10.00 / 15.00 / – | 200, 200 | *measured* |" in page
+    assert re.search(r"\| Intel \\\| Core, 8 cores \| 64 \| eager", page), "a name cannot open a cell of the table"
+    assert page.count("<details>") >= 2
+    assert "no compiler \\| here" in page
+
+
+def test_the_verdict_is_the_ratio_to_the_reference_of_the_same_machine() -> None:
+    (verdict,) = latency.verdicts([timing()])
+    assert verdict.reference_milliseconds == 12.5
+    assert verdict.fastest_fp32 is not None
+    assert verdict.fastest is not None
+    assert (verdict.fastest_fp32.backend, verdict.fastest_fp32.p50_milliseconds) == ("onnxruntime CPU", 5.0)
+    assert (verdict.fastest.precision, verdict.fastest.p50_milliseconds) == ("int8", 4.0)
+    page = " ".join(chapter(timing()).split())
+    assert "12.50 ms (p50) from a picture's bytes to the answer" in page
+    assert "takes 5.00 ms, 0.40 of it" in page
+    assert "4.00 ms, 0.32 of it" in page
+
+
+def test_without_a_reference_nothing_is_compared() -> None:
+    alone = timing(cells=[cell("eager", "both", 10.0), cell(REFERENCE, "both", None)])
+    assert latency.verdicts([alone]) == []
+    assert "10.00 / 15.00" in chapter(alone)
+
+
+def test_a_missing_percentile_is_a_dash() -> None:
+    assert as_text(cell("eager", "both", None)) == "– / – / –"
+    assert as_text(None) == "–"
+    assert as_text(cell("eager", "both", 1.0)) == "1.00 / 1.50 / –"
+
+
+def test_published_figures_are_marked_with_their_source_and_only_beside_their_own_model() -> None:
+    page = chapter(timing())
+    published = [line for line in page.splitlines() if "*published*" in line]
+    assert len(published) == len(latency.PUBLISHED) == 5
+    assert all("V100" in line and "| 224 |" in line and "*measured*" not in line for line in published)
+    assert "mean 10.37, p95 10.81, p99 11.73" in page
+    assert latency.published_rows("small") == ()
+
+
+def test_latencies_of_other_weights_are_stale_by_machine() -> None:
+    facts = replace(facts_of_a_run(), timing=(timing(), timing("laptop", weights="0" * 64)))
+    section = sections(facts)["timing_information"]
+    assert section.state == "stale"
+    (reason,) = section.reasons
+    assert reason.startswith("on laptop, it used the weights 000000000000")
+    assert "Timing information (stale)" in generated_blocks(facts)["inference"]
+
+
+def test_no_record_no_number() -> None:
+    page = generated_blocks(facts_of_a_run())["inference"]
+    assert page.count("Not measured yet: run `python -m recipe.notebook run_dir=") == 2
+    assert "published" not in page
+
+
+def test_each_machine_has_a_figure_with_equal_bytes_for_equal_records() -> None:
+    records = (timing(), timing("laptop", cells=[cell("eager", "model", 1.0)]))
+    drawn = draw_inference(None, records)
+    assert list(drawn) == ["latency-nvidia-h200.png"], "no figure where single pictures were not measured"
+    assert drawn == draw_inference(None, records)
+
+
+def test_the_twin_holds_the_records_by_machine() -> None:
+    content = msgspec.json.decode(twin(replace(facts_of_a_run(), timing=(timing(),))))
+    assert content["timing"]["nvidia-h200"]["cells"][1]["p50_milliseconds"] == 8.0
+    assert content["sections"]["timing_information"] == {"state": "present", "reasons": []}
+
+
+def picture(name: str, label: str | None) -> ClassifiedPicture:
+    guess = Guess(index=0, class_id="n1", name="zebra | $stripes$", probability=0.25)
+    return ClassifiedPicture(
+        picture=name, sha256=sha(name), label=label, guesses={"step.pt": [guess], "m.onnx": [guess]}
+    )
+
+
+@pytest.mark.parametrize("label", [None, "zebra | $stripes$"])
+def test_names_from_outside_stay_names(label: str | None) -> None:
+    facts = facts_of_a_run()
+    assert facts.training is not None
+    record = InferenceRecord(
+        config_sha256=facts.training.config_sha256,
+        provenance=provenance("python -m recipe.notebook"),
+        inputs={"weights": sha("w")},
+        outputs={},
+        class_count=1,
+        label_convention="sorted",
+        pictures=[picture("a|b.jpg", label)],
+    )
+    page = generated_blocks(replace(facts, inference=record))["inference"]
+    assert "zebra \\| \\$stripes\\$ 25.00 %" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| ") and "b.jpg" in line]
+    assert len(re.findall(r"(?<!\\)\|", row)) == (4 if label is None else 5), "no name opens a cell"
+    assert draw_inference(record, ())["guesses.png"].startswith(b"\x89PNG")
