@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
-from recipe.config import Config, typed, untyped
+from recipe.config import Config, typed
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
@@ -289,16 +290,18 @@ def report(
     """The table as text and as JSON, by machine."""
     machine = hardware(world)
     name = f"step-{machine_name(machine)}-{arguments.batch}x{arguments.pixels}"
+    with TemporaryDirectory() as nowhere:  # where the patch of a modified tree would go
+        tree = tree_state(Path(nowhere)).state
     facts: dict[str, Any] = {
         "command": f"python benchmarks/step.py --batch {arguments.batch} --pixels {arguments.pixels}",
         "time": now(),
         "commit": commit(),
-        "tree": tree_state(RESULTS).state,
+        "tree": tree,
         "hardware": msgspec.to_builtins(machine),
         "versions": versions() | device_versions(world),
         "arithmetic": arithmetic_switches(),
         "clock": clock_facts(world),
-        "arguments": untyped({k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}),
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "results"},
         "floors": floors,
         "contestants": [
             {
