@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,26 @@ FASTER = ["optimization.batch_size=24"]
 @pytest.fixture
 def run_command(data_directory: Path, tmp_path: Path) -> Command:
     """Run a script of the checkout from an empty directory, on the small data set."""
+    return command_in(tmp_path, data_directory)
+
+
+@pytest.fixture(scope="session")
+def trained_once(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which `train.py` has left the run `x`."""
+    directory = tmp_path_factory.mktemp("trained")
+    command_in(directory, data_directory)("train.py", "run_dir=x", "optimization.epochs=1")
+    return directory
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy of that run, `x` in the test's own directory."""
+    shutil.copytree(trained_once / "x", tmp_path / "x")
+    return tmp_path / "x"
+
+
+def command_in(directory: Path, data_directory: Path) -> Command:
+    """Runs scripts as a user who stands in `directory`."""
 
     def run(
         script: str,
@@ -37,7 +58,7 @@ def run_command(data_directory: Path, tmp_path: Path) -> Command:
             common += [f"experiment={experiment}", *SMALL_DEMO, *FASTER]
         done = subprocess.run(
             [*launcher, str(CHECKOUT / script), *flags(words), *common, *settings(words)],
-            cwd=tmp_path,
+            cwd=directory,
             text=True,
             capture_output=True,
             timeout=240,
@@ -100,13 +121,12 @@ def test_a_multirun_gets_a_directory_for_each_value(run_command: Command, tmp_pa
     assert (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").exists()
 
 
-def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command, tmp_path: Path) -> None:
-    run_command("train.py", "run_dir=x", "optimization.epochs=1")
+def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command, trained: Path) -> None:
     plain = run_command("evaluate.py", "run_dir=x")
     assert "resize28-crop24-bilinear" in plain.stdout
     other = run_command("evaluate.py", "run_dir=x", "evaluation.resize_pixels=24", "evaluation.checkpoint=best")
     assert "resize24-crop24-bilinear-best" in other.stdout
-    assert "stale" not in (tmp_path / "x" / "recipe.md").read_text()
+    assert "stale" not in (trained / "recipe.md").read_text()
     refused = run_command("evaluate.py", "run_dir=x", "optimization.epochs=7", code=2)
     assert "optimization.epochs: 1 -> 7" in refused.stderr
     refused = run_command("evaluate.py", "run_dir=x", "experiment=demo", code=2)
@@ -230,9 +250,8 @@ def test_a_run_with_a_name_of_its_own_is_evaluated_by_the_same_words(run_command
     assert "top-1" in done.stdout
 
 
-def test_a_restart_moves_an_edited_document_aside(run_command: Command, tmp_path: Path) -> None:
-    run_command("train.py", "run_dir=x", "optimization.epochs=1")
-    document = tmp_path / "x" / "recipe.md"
+def test_a_restart_moves_an_edited_document_aside(run_command: Command, trained: Path, tmp_path: Path) -> None:
+    document = trained / "recipe.md"
     edited = document.read_text().replace("## Training", "## My training")
     document.write_text(edited)
     run_command("train.py", "run_dir=x", "optimization.epochs=1", code=2)
@@ -255,10 +274,9 @@ def test_a_first_try_that_stopped_before_training_can_be_corrected(run_command: 
     ],
 )
 def test_a_damaged_configuration_is_refused_in_one_sentence(
-    run_command: Command, tmp_path: Path, line: str, changed: str, named: str
+    run_command: Command, trained: Path, line: str, changed: str, named: str
 ) -> None:
-    run_command("train.py", "run_dir=x", "optimization.epochs=1")
-    config = tmp_path / "x" / "config.yaml"
+    config = trained / "config.yaml"
     config.write_text(config.read_text().replace(line, changed, 1))
     refused = run_command("evaluate.py", "run_dir=x", code=2)
     assert named in refused.stderr
