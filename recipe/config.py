@@ -82,6 +82,14 @@ class Interpolation(str, Enum):
     bicubic = "bicubic"
 
 
+class PolicyKind(str, Enum):
+    """A random choice of image operations for every training image."""
+
+    none = "none"
+    trivial_augment = "trivial_augment"
+    rand_augment = "rand_augment"
+
+
 class ScheduleKind(str, Enum):
     """The shape of the learning rate after the warm-up."""
 
@@ -289,6 +297,94 @@ class OptimizationConfig:
 
 
 @dataclass(kw_only=True)
+class PolicyConfig:
+    """Automatic augmentation; all but the kind belongs to rand_augment."""
+
+    kind: PolicyKind
+    operations: int  # for each image
+    strength: float  # share of each operation's range; torchvision's magnitude 9 of 30 is 0.3, timm's m6 of 10 is 0.6
+    strength_std: float  # of a normal distribution around it, cut off at 0 and 1
+    operation_probability: float  # that a chosen operation is applied at all
+
+    def __post_init__(self) -> None:
+        require(self.operations >= 1, "augmentation.policy.operations", self.operations, "1 or more")
+        require(self.strength_std >= 0, "augmentation.policy.strength_std", self.strength_std, "0 or more")
+        for name in ("strength", "operation_probability"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"augmentation.policy.{name}", value, "between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class ErasingConfig:
+    """Random erasing: a rectangle of the normalised image becomes zero, which is the data set's mean colour."""
+
+    probability: float
+    scale_min: float  # share of the image's area
+    scale_max: float
+    ratio_min: float  # height / width
+    ratio_max: float
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, "augmentation.erasing.probability", self.probability, "between 0 and 1")
+        require(
+            0 < self.scale_min <= self.scale_max <= 1,
+            "augmentation.erasing.scale_min",
+            self.scale_min,
+            f"above 0 and at most augmentation.erasing.scale_max={self.scale_max}, which is at most 1",
+        )
+        require(
+            0 < self.ratio_min <= self.ratio_max,
+            "augmentation.erasing.ratio_min",
+            self.ratio_min,
+            f"above 0 and at most augmentation.erasing.ratio_max={self.ratio_max}",
+        )
+
+
+@dataclass(kw_only=True)
+class MixingConfig:
+    """Mixup and cutmix; an alpha of 0 switches either off. Images are paired inside groups of the global batch."""
+
+    mixup_alpha: float
+    cutmix_alpha: float
+    cutmix_share: float  # of the groups that are mixed, where both are on
+    probability: float  # that a group is mixed at all
+    group_images: int  # share one draw; must divide the images of one forward pass
+
+    def __post_init__(self) -> None:
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            require(getattr(self, name) >= 0, f"augmentation.mixing.{name}", getattr(self, name), "0 or more")
+        for name in ("cutmix_share", "probability"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"augmentation.mixing.{name}", value, "between 0 and 1")
+        require(self.group_images >= 2, "augmentation.mixing.group_images", self.group_images, "2 or more")
+
+
+@dataclass(kw_only=True)
+class ProgressiveConfig:
+    """Training images grow from `first_pixels` to `augmentation.crop_pixels`; null: they have one size."""
+
+    first_pixels: int | None
+    start_epoch: float  # epochs completed when growing begins
+    end_epoch: float  # and ends
+    multiple: int  # sizes are rounded to multiples of this
+
+    def __post_init__(self) -> None:
+        require(
+            self.first_pixels is None or self.first_pixels >= 8,
+            "augmentation.progressive.first_pixels",
+            self.first_pixels,
+            "8 or more, or null",
+        )
+        require(
+            0 <= self.start_epoch <= self.end_epoch,
+            "augmentation.progressive.start_epoch",
+            self.start_epoch,
+            f"at least 0 and at most augmentation.progressive.end_epoch={self.end_epoch}",
+        )
+        require(self.multiple >= 1, "augmentation.progressive.multiple", self.multiple, "1 or more")
+
+
+@dataclass(kw_only=True)
 class AugmentationConfig:
     """What happens to a training image; each draw is a function of (seed, epoch, image)."""
 
@@ -299,9 +395,15 @@ class AugmentationConfig:
     ratio_max: float
     flip_probability: float
     interpolation: Interpolation
+    policy: PolicyConfig
+    erasing: ErasingConfig
+    mixing: MixingConfig
+    progressive: ProgressiveConfig
+    repeats: int  # differently augmented copies of an image in one global batch
 
     def __post_init__(self) -> None:
         require(self.crop_pixels >= 8, "augmentation.crop_pixels", self.crop_pixels, "8 or more")
+        require(self.repeats >= 1, "augmentation.repeats", self.repeats, "1 or more")
         require(
             0 < self.scale_min <= self.scale_max <= 1,
             "augmentation.scale_min",

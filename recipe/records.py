@@ -172,7 +172,8 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
     """How batches are made, read back from the live loader."""
 
     images_per_epoch: int
-    images_left_out_per_epoch: int  # of the last, incomplete batch; other ones in every epoch
+    unique_images_per_epoch: int  # fewer where an epoch holds several copies of an image
+    images_left_out_per_epoch: int  # other ones in every epoch
     global_batch_size: int
     images_per_forward: int  # in one process
     images_per_batch_norm: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -19,6 +20,24 @@ def compose_config(*overrides: str) -> Config:
     """The configuration that these command-line words give."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
         return typed(compose("config", list(overrides)))
+
+
+class PlainViews:
+    """No augmentation: the upper left corner of an image, one copy, nothing on the device."""
+
+    repeats = 1
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Any, epoch: int, index: int, copy: int) -> Any:
+        return image[:, : self.size, : self.size]
+
+    def pixels(self, epoch: int) -> int:
+        return self.size
+
+    def draws(self, *place: Any) -> None:
+        return None
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ from recipe.training.augmentation import build_augmentation
 from recipe.training.optimization import Stepper
 from recipe.training.schedule import build_schedule
 from recipe.training.state import TrainingState
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.conftest import SMALL_DEMO, PlainViews, compose_config
 
 Words = Callable[..., list[str]]
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -299,7 +299,7 @@ def augmented(data_directory: Path, epoch: int, processes: int, threads: int) ->
         split, decode = open_split(data_directory, "train"), build_decoder(Decoder.torchcodec)
         with closing(DecodingThreads(split, decode, config.trainer, ALONE)) as pool:
             layout = BatchLayout(36, processes, 1)
-            for (batch,) in TrainingBatches(pool, augmentation, augmentation.crop_pixels, layout, rank, 3).epoch(epoch):
+            for (batch,) in TrainingBatches(pool, augmentation, layout, rank, 3).epoch(epoch):
                 for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
                     assert index not in found
                     found[index] = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
@@ -349,9 +349,7 @@ def delivered_orders(config: Config, epochs: int) -> list[list[int]]:
     """The indices that the live loader hands out."""
     split, decode = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
     with closing(DecodingThreads(split, decode, config.trainer, ALONE)) as pool:
-        batches = TrainingBatches(
-            pool, lambda image, epoch, index: image[:, :8, :8], 8, BatchLayout(24, 1, 1), 0, config.seed
-        )
+        batches = TrainingBatches(pool, PlainViews(8), BatchLayout(24, 1, 1), 0, config.seed)
         return [
             [index for (batch,) in batches.epoch(epoch) for index in batch.indices.tolist()] for epoch in range(epochs)
         ]
@@ -371,7 +369,7 @@ def test_a_loader_that_forgets_the_epoch_changes_the_record(
     """The record is to be read back from the batches that are handed out."""
     config = compose_config("experiment=smoke")
     with closing(DecodingThreads(open_split(data_directory, "train"), lambda _: None, config.trainer, ALONE)) as pool:  # type: ignore[arg-type, return-value]
-        batches = TrainingBatches(pool, lambda image, epoch, index: image, 8, BatchLayout(24, 1, 1), 0, 0)
+        batches = TrainingBatches(pool, PlainViews(8), BatchLayout(24, 1, 1), 0, 0)
         before = batches.facts().order_sha256
         original = TrainingBatches._parts
         monkeypatch.setattr(TrainingBatches, "_parts", lambda self, epoch, *others: original(self, 0, *others))
@@ -466,9 +464,7 @@ def test_train_rows_come_from_training_batches_and_validation_rows_from_validati
         for name in ("train", "val")
     ]
     with closing(pools[0]), closing(pools[1]):
-        training = TrainingBatches(
-            pools[0], augmentation, augmentation.crop_pixels, BatchLayout(24, 1, 1), 0, config.seed
-        )
+        training = TrainingBatches(pools[0], augmentation, BatchLayout(24, 1, 1), 0, config.seed)
         expected = {
             "train": mean_loss_and_hits(model, training.epoch(0), config, smoothing=0.1),
             "validation": mean_loss_and_hits(

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,12 +34,59 @@ ORDER_STREAM = 1  # keeps the generator of the order apart from that of the augm
 Item = TypeVar("Item")
 
 
+class DeviceDraws(NamedTuple):
+    """What the device does to the images of a batch; tensors of length 0 where it does nothing of the kind."""
+
+    erased: Tensor  # int64 [N, 4]: top, left, bottom, right
+    share: Tensor  # float32 [N], of an image's own pixels outside its rectangle
+    rectangle: Tensor  # int64 [N, 4], taken from the partner
+    weight: Tensor  # float32 [N], of an image's own label
+    partner: Tensor  # int64 [N], position in the batch
+
+    def to(self, device: torch.device) -> DeviceDraws:
+        """The same on a device."""
+        return DeviceDraws(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def pinned(self) -> DeviceDraws:
+        """The same in memory from which copies to a GPU need not be waited for."""
+        return DeviceDraws(*(tensor.pin_memory() for tensor in self))
+
+
 class Batch(NamedTuple):
     """Images of one forward pass."""
 
     images: Tensor  # uint8 [N, 3, H, W], channels last in memory
     labels: Tensor  # int64 [N]
     indices: Tensor  # int64 [N], positions in the split
+    draws: DeviceDraws | None = None
+
+
+class Order(NamedTuple):
+    """A batch to be made: which images, in which view of them, and what goes along."""
+
+    indices: NDArray[np.int64]
+    view: Callable[[Tensor, int], Tensor]  # (image, place in the batch) -> uint8 [3, pixels, pixels]
+    pixels: int
+    draws: Callable[[], DeviceDraws | None] | None = None
+
+
+class Views(Protocol):
+    """What the loader asks of an augmentation."""
+
+    @property
+    def repeats(self) -> int:
+        """Copies of an image in a global batch."""
+
+    def __call__(self, image: Tensor, epoch: int, index: int, copy: int) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, pixels, pixels]."""
+
+    def pixels(self, epoch: int) -> int:
+        """The size of the views of an epoch."""
+
+    def draws(
+        self, epoch: int, batch: int, first: int, indices: NDArray[np.int64], copies: NDArray[np.int64]
+    ) -> DeviceDraws | None:
+        """What the device does to these images, of which the first has position `first` in global batch `batch`."""
 
 
 @dataclass(frozen=True)
@@ -110,28 +157,27 @@ class DecodingThreads:
         """Drop what is queued and wait for what is being decoded."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def batches(
-        self, parts: Iterable[NDArray[np.int64]], view: Callable[[Tensor, int], Tensor], pixels: int
-    ) -> Iterator[Batch]:
-        """A batch for each part, in order, decoded ahead; `view(image, index)` gives uint8 [3, pixels, pixels]."""
-        yield from ahead((self._start(part, view, pixels) for part in parts), self.prefetch_batches)
+    def batches(self, orders: Iterable[Order]) -> Iterator[Batch]:
+        """A batch for each order, in order, decoded ahead."""
+        yield from ahead((self._start(order) for order in orders), self.prefetch_batches)
 
-    def _start(self, indices: NDArray[np.int64], view: Callable[[Tensor, int], Tensor], pixels: int) -> Started:
+    def _start(self, order: Order) -> Started:
         images = torch.empty(
-            (len(indices), 3, pixels, pixels), dtype=torch.uint8, pin_memory=self.pin, memory_format=torch.channels_last
+            (len(order.indices), 3, order.pixels, order.pixels),
+            dtype=torch.uint8,
+            pin_memory=self.pin,
+            memory_format=torch.channels_last,
         )
+        draws = self.pool.submit(order.draws) if order.draws is not None else None
         tasks = [
-            self.pool.submit(self._fill, images, indices, first, view)
-            for first in range(0, len(indices), IMAGES_PER_TASK)
+            self.pool.submit(self._fill, images, order, first)
+            for first in range(0, len(order.indices), IMAGES_PER_TASK)
         ]
-        return Started(images, indices, self.labels, tasks)
+        return Started(images, order.indices, self.labels, tasks, draws)
 
-    def _fill(
-        self, images: Tensor, indices: NDArray[np.int64], first: int, view: Callable[[Tensor, int], Tensor]
-    ) -> None:
-        for place in range(first, min(first + IMAGES_PER_TASK, len(indices))):
-            index = int(indices[place])
-            images[place] = view(self._decoded(index), index)
+    def _fill(self, images: Tensor, order: Order, first: int) -> None:
+        for place in range(first, min(first + IMAGES_PER_TASK, len(order.indices))):
+            images[place] = order.view(self._decoded(int(order.indices[place])), place)
 
     def _decoded(self, index: int) -> Tensor:
         """One image; a failure names the image and its shard, since it was readable when it was stored."""
@@ -159,19 +205,24 @@ class Started(NamedTuple):
     indices: NDArray[np.int64]
     labels: Tensor
     tasks: list[Future[None]]
+    draws: Future[DeviceDraws | None] | None
 
     def result(self) -> Batch:
         """Wait for the last image; raises what a thread raised."""
         for task in self.tasks:
             task.result()
         indices = torch.from_numpy(self.indices)
-        labels = self.labels[indices]
-        return Batch(self.images, labels.pin_memory() if self.images.is_pinned() else labels, indices)
+        labels, draws = self.labels[indices], None if self.draws is None else self.draws.result()
+        if self.images.is_pinned():
+            labels, draws = labels.pin_memory(), None if draws is None else draws.pinned()
+        return Batch(self.images, labels, indices, draws)
 
     def cancel(self) -> None:
         """Leave out what no thread has begun."""
         for task in self.tasks:
             task.cancel()
+        if self.draws is not None:
+            self.draws.cancel()
 
 
 def ahead(started: Iterator[Started], depth: int) -> Iterator[Batch]:
@@ -189,6 +240,15 @@ def ahead(started: Iterator[Started], depth: int) -> Iterator[Batch]:
             batch.cancel()
 
 
+class Part(NamedTuple):
+    """The images of one forward pass of one process."""
+
+    batch: int  # of the epoch
+    first: int  # position of the first image in the global batch
+    indices: NDArray[np.int64]
+    copies: NDArray[np.int64]  # which copy of its image each one is
+
+
 class TrainingBatches:
     """The training set, cut into global batches in an order of its own for every epoch.
 
@@ -198,15 +258,13 @@ class TrainingBatches:
     def __init__(
         self,
         threads: DecodingThreads,
-        augmentation: Callable[[Tensor, int, int], Tensor],
-        pixels: int,
+        augmentation: Views,
         layout: BatchLayout,
         rank: int,
         seed: int,
     ) -> None:
         self.threads = threads
         self.augmentation = augmentation
-        self.pixels = pixels
         self.layout = layout
         self.rank = rank
         self.seed = seed
@@ -217,41 +275,59 @@ class TrainingBatches:
                 f"optimization.batch_size={layout.global_batch_size} is more than the {self.images} "
                 "training images; make it smaller"
             )
+        if layout.global_batch_size % augmentation.repeats:
+            raise UserError(
+                f"augmentation.repeats={augmentation.repeats} does not divide "
+                f"optimization.batch_size={layout.global_batch_size}; give a divisor of it"
+            )
 
     @property
     def images_per_epoch(self) -> int:
-        """Images that an epoch trains on, over all processes."""
+        """Images that an epoch trains on, over all processes, each copy counted."""
         return self.batches_per_epoch * self.layout.global_batch_size
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[list[Batch]]:
         """For each optimizer step of `epoch` (from 0), the batches of this process's forward passes."""
+        orders = (self._order_of(epoch, part) for part in self._parts(epoch, first_batch, self.rank))
+        yield from in_groups(self.threads.batches(orders), self.layout.accumulation_steps)
 
-        def view(image: Tensor, index: int) -> Tensor:
-            return self.augmentation(image, epoch, index)
+    def _order_of(self, epoch: int, part: Part) -> Order:
+        def view(image: Tensor, place: int) -> Tensor:
+            return self.augmentation(image, epoch, int(part.indices[place]), int(part.copies[place]))
 
-        batches = self.threads.batches(self._parts(epoch, first_batch, self.rank), view, self.pixels)
-        yield from in_groups(batches, self.layout.accumulation_steps)
+        def draws() -> DeviceDraws | None:
+            return self.augmentation.draws(epoch, part.batch, part.first, part.indices, part.copies)
 
-    def _parts(self, epoch: int, first_batch: int, rank: int) -> Iterator[NDArray[np.int64]]:
+        return Order(part.indices, view, self.augmentation.pixels(epoch), draws)
+
+    def _parts(self, epoch: int, first_batch: int, rank: int) -> Iterator[Part]:
+        """This process's forward passes, in order.
+
+        A global batch holds its images once after the other and then all of them again for every further copy, so that
+        neighbours, which are mixed with one another, are different images.
+        """
         order = epoch_order(self.seed, epoch, self.images)
-        layout = self.layout
+        layout, repeats = self.layout, self.augmentation.repeats
+        images, per_forward = layout.global_batch_size // repeats, layout.images_per_forward
+        copies = np.repeat(np.arange(repeats), images)
         for batch in range(first_batch, self.batches_per_epoch):
-            start = batch * layout.global_batch_size
-            whole = order[start : start + layout.global_batch_size]
-            parts = whole.reshape(layout.accumulation_steps, layout.processes, layout.images_per_forward)
-            yield from parts[:, rank]
+            whole = np.tile(order[batch * images : (batch + 1) * images], repeats)
+            for step in range(layout.accumulation_steps):
+                first = (step * layout.processes + rank) * per_forward
+                yield Part(batch, first, whole[first : first + per_forward], copies[first : first + per_forward])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """All images of an epoch as they are handed out, put together from the parts of all processes."""
         ranks = (self._parts(epoch, 0, rank) for rank in range(self.layout.processes))
-        return np.concatenate([part for parts in zip(*ranks, strict=True) for part in parts])
+        return np.concatenate([part.indices for parts in zip(*ranks, strict=True) for part in parts])
 
     def facts(self) -> LoaderFacts:
         """How batches are made, for the record."""
         orders = [self._order(epoch).astype("<i8") for epoch in range(2)]
         return LoaderFacts(
             images_per_epoch=self.images_per_epoch,
-            images_left_out_per_epoch=self.images % self.layout.global_batch_size,
+            unique_images_per_epoch=len(np.unique(orders[0])),
+            images_left_out_per_epoch=self.images - len(np.unique(orders[0])),
             global_batch_size=self.layout.global_batch_size,
             images_per_forward=self.layout.images_per_forward,
             images_per_batch_norm=self.layout.images_per_forward,
@@ -284,7 +360,13 @@ class EvaluationBatches:
         images = len(self.threads.split)
         starts = range(self.rank * self.batch_size, images, self.processes * self.batch_size)
         parts = (np.arange(start, min(start + self.batch_size, images), dtype=np.int64) for start in starts)
-        yield from self.threads.batches(parts, lambda image, _: self.transform(image), self.transform.crop_pixels)
+        yield from self.threads.batches(evaluation_orders(parts, self.transform))
+
+
+def evaluation_orders(parts: Iterable[NDArray[np.int64]], transform: EvaluationTransform) -> Iterator[Order]:
+    """Batches in the view of an evaluation."""
+    for part in parts:
+        yield Order(part, lambda image, _: transform(image), transform.crop_pixels)
 
 
 def in_groups(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from recipe.config import Accelerator, Config, Precision, Variant, untyped
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
-from recipe.data.loading import DecodingThreads, EvaluationBatches
+from recipe.data.loading import DecodingThreads, EvaluationBatches, evaluation_orders
 from recipe.data.shards import Split, open_split
 from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
 from recipe.distributed import World, device_versions, hardware, start_world
@@ -181,7 +181,7 @@ def calibration_images(subject: Subject, world: World, count: int) -> Generator[
     transform = transform_of(subject.checkpoint.interface, "the checkpoint")
     with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
         parts = (np.array([index], dtype=np.int64) for index in chosen)
-        for batch in threads.batches(parts, lambda image, _: transform(image), transform.crop_pixels):
+        for batch in threads.batches(evaluation_orders(parts, transform)):
             yield batch.images
 
 

@@ -8,19 +8,23 @@ sample can be drawn again at any time to look at it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from recipe.config import AugmentationConfig
+from recipe.config import AugmentationConfig, ProgressiveConfig
+from recipe.data.loading import DeviceDraws
 from recipe.data.transforms import INTERPOLATIONS, fixed_image, pixels_sha256
 from recipe.records import Setting
+from recipe.training.mixing import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
+from recipe.training.policies import Policy, build_policy
 
-AUGMENTATION_STREAM = 2  # keeps these draws apart from the order's
+AUGMENTATION_STREAM, POLICY_STREAM = 2, 5  # keep these draws apart from one another and from the order's
 ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
 
 
@@ -35,8 +39,25 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Sizes of training images by epoch: a line between two epochs, rounded to multiples (FFCV's ImageNet recipes)."""
+
+    first_pixels: int | None = None  # None: one size throughout
+    start_epoch: float = 0.0
+    end_epoch: float = 0.0
+    multiple: int = 1
+
+    def pixels(self, epoch: int, last_pixels: int) -> int:
+        """The size in an epoch, counted from 0: a pure function, so that a continued run sees the same."""
+        if self.first_pixels is None or epoch >= self.end_epoch:
+            return last_pixels
+        between = np.interp(epoch, [self.start_epoch, self.end_epoch], [self.first_pixels, last_pixels])
+        return int(np.round(between / self.multiple)) * self.multiple
+
+
+@dataclass(frozen=True)
 class Augmentation:
-    """Crops a random part of random shape, resizes it to a square, flips it sideways."""
+    """Crops a random part of random shape, resizes it to a square, flips it sideways; then what else is on."""
 
     seed: int
     crop_pixels: int
@@ -45,25 +66,46 @@ class Augmentation:
     flip_probability: float
     interpolation: InterpolationMode
     antialias: bool = True
+    policy: Policy = field(default_factory=Policy)
+    growth: Growth = field(default_factory=Growth)
+    mixing: Mixing = field(default_factory=Mixing)
+    erasing: Erasing = field(default_factory=Erasing)
+    repeats: int = 1
 
-    def __call__(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, crop_pixels, crop_pixels]; the same for any thread, process or restart."""
-        view = self.view(epoch, index, image.shape[-2], image.shape[-1])
+    def __call__(self, image: Tensor, epoch: int, index: int, copy: int = 0) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, pixels, pixels]; the same for any thread, process or restart."""
+        view, pixels = self.view(epoch, index, image.shape[-2], image.shape[-1], copy), self.pixels(epoch)
         cropped: Tensor = functional.resized_crop(
             image,
             view.top,
             view.left,
             view.height,
             view.width,
-            [self.crop_pixels, self.crop_pixels],
+            [pixels, pixels],
             interpolation=self.interpolation,
             antialias=self.antialias,
         )
-        return cropped.flip(-1) if view.flip else cropped
+        flipped = cropped.flip(-1) if view.flip else cropped
+        if not self.policy.is_on:
+            return flipped
+        generator = np.random.default_rng((POLICY_STREAM, self.seed, epoch, index, copy))
+        return self.policy.apply(flipped, self.policy.draw(generator, pixels))
 
-    def view(self, epoch: int, index: int, height: int, width: int) -> View:
-        """Draw for sample `index` of `epoch`; the distribution is that of torchvision's RandomResizedCrop."""
-        generator = np.random.default_rng((AUGMENTATION_STREAM, self.seed, epoch, index))
+    def pixels(self, epoch: int) -> int:
+        """The size of the views of an epoch, counted from 0."""
+        return self.growth.pixels(epoch, self.crop_pixels)
+
+    def draws(
+        self, epoch: int, batch: int, first: int, indices: NDArray[np.int64], copies: NDArray[np.int64]
+    ) -> DeviceDraws | None:
+        """What the device does to these images, of which the first has position `first` in global batch `batch`."""
+        place = BatchPlace(epoch, batch, first, self.pixels(epoch))
+        return device_draws(self.mixing, self.erasing, place, indices, copies)
+
+    def view(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> View:
+        """Draw for copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
+        sample = (index, copy) if copy else (index,)
+        generator = np.random.default_rng((AUGMENTATION_STREAM, self.seed, epoch, *sample))
         flip = bool(generator.random() < self.flip_probability)
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for _ in range(ATTEMPTS):
@@ -85,16 +127,24 @@ class Augmentation:
             crop_width = round(height * self.ratio[1])
         return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
-    def facts(self) -> dict[str, Setting]:
-        """What this object does, for the record."""
-        return {
-            "random_resized_crop_pixels": self.crop_pixels,
+    def facts(self, epochs: int) -> dict[str, Setting]:
+        """What this object does over a training of so many epochs, for the record."""
+        view: dict[str, Setting] = {
+            "random_resized_crop_pixels": self._sizes(epochs),
             "scale": list(self.scale),
             "ratio": list(self.ratio),
             "interpolation": self.interpolation.value,
             "antialias": self.antialias,
             "horizontal_flip_probability": self.flip_probability,
         }
+        repeats: dict[str, Setting] = {"repeats_in_a_global_batch": self.repeats} if self.repeats > 1 else {}
+        return view | self.policy.facts() | repeats | self.erasing.facts() | self.mixing.facts()
+
+    def _sizes(self, epochs: int) -> Setting:
+        """One size, or each with the epoch, counted from 1, in which it begins."""
+        sizes = [self.pixels(epoch) for epoch in range(epochs)]
+        begins = [epoch for epoch in range(epochs) if epoch == 0 or sizes[epoch] != sizes[epoch - 1]]
+        return sizes[0] if len(begins) <= 1 else [f"{sizes[epoch]} from epoch {epoch + 1}" for epoch in begins]
 
     def fingerprint(self) -> str:
         """Identifies what this object does by the pixels it makes of 16 samples of fixed pictures."""
@@ -113,4 +163,14 @@ def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
         ratio=(config.ratio_min, config.ratio_max),
         flip_probability=config.flip_probability,
         interpolation=INTERPOLATIONS[config.interpolation],
+        policy=build_policy(config.policy),
+        growth=build_growth(config.progressive),
+        mixing=build_mixing(config.mixing, seed),
+        erasing=build_erasing(config.erasing, seed),
+        repeats=config.repeats,
     )
+
+
+def build_growth(config: ProgressiveConfig) -> Growth:
+    """The sizes that the configuration describes."""
+    return Growth(config.first_pixels, config.start_epoch, config.end_epoch, config.multiple)

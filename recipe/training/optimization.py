@@ -16,6 +16,7 @@ from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
 from recipe.model import NORMS
 from recipe.records import ParameterGroup, Setting
+from recipe.training.mixing import blended, heavier_labels, soft_targets
 
 
 def build_loss(config: OptimizationConfig) -> nn.CrossEntropyLoss:
@@ -138,10 +139,11 @@ class Stepper:
     def _forward(self, batch: Batch) -> Tensor:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self.layout)
         labels = batch.labels.to(self.device, non_blocking=True)
+        draws = None if batch.draws is None else batch.draws.to(self.device)
         with autocast(self.precision, self.device):
-            logits = self.model(self.normalisation(images))
-            loss: Tensor = self.loss(logits, labels)
-        self._count(loss.detach(), logits.detach(), labels)
+            logits = self.model(blended(self.normalisation(images), draws))
+            loss: Tensor = self.loss(logits, soft_targets(labels, draws, logits.shape[1]))
+        self._count(loss.detach(), logits.detach(), heavier_labels(labels, draws))
         return loss
 
     @torch.no_grad()

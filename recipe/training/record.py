@@ -31,7 +31,7 @@ def training_record(training: Training) -> TrainingRecord:
         optimizer=type(training.stepper.optimizer).__name__,
         parameter_groups=optimizer_facts(training.stepper.optimizer),
         schedule=training.learning_rate.facts(),
-        augmentation=training.augmentation.facts() | training.stepper.normalisation.facts(),
+        augmentation=training.augmentation.facts(config.optimization.epochs) | training.stepper.normalisation.facts(),
         augmentation_sha256=training.augmentation.fingerprint(),
         averaging=training.average.facts(),
         loader=training.batches.facts(),

@@ -31,7 +31,7 @@ from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.training.augmentation import build_augmentation
 from recipe.training.schedule import build_schedule
-from tests.conftest import compose_config
+from tests.conftest import PlainViews, compose_config
 
 VIEW = EvaluationTransform(8, 8, InterpolationMode.BILINEAR)
 
@@ -78,7 +78,7 @@ def training_batches(
 ) -> Iterator[TrainingBatches]:
     """Batches of `Numbers`, unaugmented."""
     with closing(DecodingThreads(Numbers(images), grey_square, trainer, world())) as threads:  # type: ignore[arg-type]
-        yield TrainingBatches(threads, lambda image, epoch, index: image, 8, layout, rank, seed)
+        yield TrainingBatches(threads, PlainViews(8), layout, rank, seed)
 
 
 def part_indices(layout: BatchLayout, trainer: TrainerConfig) -> list[list[list[int]]]:
@@ -99,7 +99,7 @@ def same_batches(one: list[list[Batch]], other: list[list[Batch]]) -> bool:
         torch.equal(a, b)
         for mine, theirs in zip(one, other, strict=True)
         for left, right in zip(mine, theirs, strict=True)
-        for a, b in zip(left, right, strict=True)
+        for a, b in zip(left[:3], right[:3], strict=True)
     )
 
 
@@ -233,7 +233,7 @@ def real_pixels(data_directory: Path, threads: int, layout: BatchLayout, rank: i
     pool = DecodingThreads(open_split(data_directory, "train"), decode, config.trainer, world())
     with closing(pool):
         augmentation = build_augmentation(config.augmentation, 3)
-        return list(TrainingBatches(pool, augmentation, augmentation.crop_pixels, layout, rank, 3).epoch(1))
+        return list(TrainingBatches(pool, augmentation, layout, rank, 3).epoch(1))
 
 
 def test_pixels_are_the_same_for_any_number_of_threads(data_directory: Path) -> None:

@@ -218,6 +218,7 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
         "averaging": {"decay": 0.0},
         "loader": LoaderFacts(
             images_per_epoch=1184,
+            unique_images_per_epoch=1184,
             images_left_out_per_epoch=16,
             global_batch_size=32,
             images_per_forward=32,

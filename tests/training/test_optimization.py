@@ -83,7 +83,7 @@ def parts_of(batch: Batch, layout: BatchLayout, rank: int = 0) -> list[Batch]:
     """The forward passes of one process."""
     size = layout.images_per_forward
     return [
-        Batch(*(tensor[part * size : (part + 1) * size] for tensor in batch))
+        Batch(*(tensor[part * size : (part + 1) * size] for tensor in batch[:3]))
         for part in range(rank, layout.processes * layout.accumulation_steps, layout.processes)
     ]
 

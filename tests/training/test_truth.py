@@ -72,7 +72,7 @@ def other_schedule(self: schedule.LearningRate, step: int) -> float:
     return self.peak / (1 + step)
 
 
-def other_view(self: augmentation.Augmentation, image: Tensor, epoch: int, index: int) -> Tensor:
+def other_view(self: augmentation.Augmentation, image: Tensor, epoch: int, index: int, copy: int = 0) -> Tensor:
     return torch.zeros(3, self.crop_pixels, self.crop_pixels, dtype=torch.uint8)
 
 

@@ -1,0 +1,197 @@
+"""Automatic augmentation: TrivialAugment and RandAugment, where every draw comes from the sample's own generator.
+
+The operations and their ranges are those of torchvision's `TrivialAugmentWide` and `RandAugment`, whose classes draw
+from a global generator that threads share. Strength 0.3 is torchvision's RandAugment magnitude 9 of 30.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from recipe.config import PolicyConfig, PolicyKind
+from recipe.records import Setting
+
+TRIVIAL_STEPS = 31  # strengths that TrivialAugmentWide draws from, the ends included
+FILL = [0.0, 0.0, 0.0]  # what comes in from outside of the image
+
+
+class Operation(NamedTuple):
+    """One operation with its value, in the operation's own unit."""
+
+    name: str
+    value: float
+
+
+class Range(NamedTuple):
+    """What strength 1 means, and whether the value's sign is drawn."""
+
+    largest: float
+    is_signed: bool
+
+
+TRIVIAL_RANGES = {
+    "identity": Range(0.0, False),
+    "shear_x": Range(0.99, True),
+    "shear_y": Range(0.99, True),
+    "translate_x": Range(32.0, True),  # pixels
+    "translate_y": Range(32.0, True),
+    "rotate": Range(135.0, True),  # degrees
+    "brightness": Range(0.99, True),
+    "color": Range(0.99, True),
+    "contrast": Range(0.99, True),
+    "sharpness": Range(0.99, True),
+    "posterize": Range(6.0, False),  # bits that go
+    "solarize": Range(1.0, False),  # how far the threshold sinks
+    "autocontrast": Range(0.0, False),
+    "equalize": Range(0.0, False),
+}
+TRANSLATION_SHARE = 150.0 / 331.0  # of the image's side, for RandAugment
+RAND_RANGES = TRIVIAL_RANGES | {
+    "shear_x": Range(0.3, True),
+    "shear_y": Range(0.3, True),
+    "rotate": Range(30.0, True),
+    "brightness": Range(0.9, True),
+    "color": Range(0.9, True),
+    "contrast": Range(0.9, True),
+    "sharpness": Range(0.9, True),
+    "posterize": Range(4.0, False),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Chooses operations for a sample, and applies them."""
+
+    kind: PolicyKind = PolicyKind.none
+    operations: int = 1
+    strength: float = 0.0
+    strength_std: float = 0.0
+    operation_probability: float = 1.0
+    interpolation: InterpolationMode = InterpolationMode.NEAREST  # torchvision's own default for both
+
+    @property
+    def is_on(self) -> bool:
+        return self.kind is not PolicyKind.none
+
+    def draw(self, generator: np.random.Generator, pixels: int) -> list[Operation]:
+        """The operations for one square image of `pixels`, in the order in which they are applied."""
+        if self.kind is PolicyKind.trivial_augment:
+            strength = int(generator.integers(TRIVIAL_STEPS)) / (TRIVIAL_STEPS - 1)
+            return [_operation(generator, TRIVIAL_RANGES, strength)]
+        ranges = RAND_RANGES | {
+            name: Range(TRANSLATION_SHARE * pixels, True) for name in ("translate_x", "translate_y")
+        }
+        drawn = [_operation(generator, ranges, self._strength(generator)) for _ in range(self.operations)]
+        return [operation for operation in drawn if generator.random() < self.operation_probability]
+
+    def _strength(self, generator: np.random.Generator) -> float:
+        if self.strength_std == 0:
+            return self.strength
+        return min(1.0, max(0.0, float(generator.normal(self.strength, self.strength_std))))
+
+    def apply(self, image: Tensor, operations: list[Operation]) -> Tensor:
+        """uint8 [3, H, W] -> the same."""
+        for operation in operations:
+            image = OPERATIONS[operation.name](image, operation.value, self.interpolation)
+        return image
+
+    def facts(self) -> dict[str, Setting]:
+        """What this object does, for the record."""
+        if not self.is_on:
+            return {}
+        if self.kind is PolicyKind.trivial_augment:
+            return {"policy": "TrivialAugment, wide"}
+        return {
+            "policy": "RandAugment",
+            "policy_operations": self.operations,
+            "policy_strength": self.strength,
+            "policy_strength_std": self.strength_std,
+            "policy_operation_probability": self.operation_probability,
+        }
+
+
+def _operation(generator: np.random.Generator, ranges: dict[str, Range], strength: float) -> Operation:
+    """One of the operations, all equally likely, at this share of its range."""
+    name = list(ranges)[int(generator.integers(len(ranges)))]
+    largest, is_signed = ranges[name]
+    sign = -1.0 if is_signed and generator.random() < 0.5 else 1.0
+    return Operation(name, sign * largest * strength)
+
+
+def build_policy(config: PolicyConfig) -> Policy:
+    """The policy that the configuration describes."""
+    return Policy(config.kind, config.operations, config.strength, config.strength_std, config.operation_probability)
+
+
+# ---- the operations: (image, value, interpolation) -> image -------------------------------------------
+
+
+def _affine(
+    image: Tensor, mode: InterpolationMode, translate: list[int], shear: list[float], centre: list[float] | None
+) -> Tensor:
+    moved: Tensor = functional.affine(
+        image, angle=0.0, translate=translate, scale=1.0, shear=shear, interpolation=mode, fill=FILL, center=centre
+    )
+    return moved
+
+
+def _shear_x(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
+    return _affine(image, mode, [0, 0], [math.degrees(math.atan(value)), 0.0], [0, 0])
+
+
+def _shear_y(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
+    return _affine(image, mode, [0, 0], [0.0, math.degrees(math.atan(value))], [0, 0])
+
+
+def _translate_x(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
+    return _affine(image, mode, [int(value), 0], [0.0, 0.0], None)
+
+
+def _translate_y(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
+    return _affine(image, mode, [0, int(value)], [0.0, 0.0], None)
+
+
+def _rotate(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
+    turned: Tensor = functional.rotate(image, angle=value, interpolation=mode, fill=FILL)
+    return turned
+
+
+def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, InterpolationMode], Tensor]:
+    """Value 0 leaves the image as it is, -0.9 takes nearly all of the property away, 0.9 nearly doubles it."""
+    return lambda image, value, _: adjust(image, 1.0 + value)
+
+
+def _posterize(image: Tensor, value: float, _: InterpolationMode) -> Tensor:
+    kept: Tensor = functional.posterize(image, bits=8 - round(value))
+    return kept
+
+
+def _solarize(image: Tensor, value: float, _: InterpolationMode) -> Tensor:
+    inverted: Tensor = functional.solarize(image, threshold=255 * (1.0 - value))
+    return inverted
+
+
+OPERATIONS: dict[str, Callable[[Tensor, float, InterpolationMode], Tensor]] = {
+    "identity": lambda image, _value, _mode: image,
+    "shear_x": _shear_x,
+    "shear_y": _shear_y,
+    "translate_x": _translate_x,
+    "translate_y": _translate_y,
+    "rotate": _rotate,
+    "brightness": _enhanced(functional.adjust_brightness),
+    "color": _enhanced(functional.adjust_saturation),
+    "contrast": _enhanced(functional.adjust_contrast),
+    "sharpness": _enhanced(functional.adjust_sharpness),
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "autocontrast": lambda image, _value, _mode: functional.autocontrast(image),
+    "equalize": lambda image, _value, _mode: functional.equalize(image),
+}
