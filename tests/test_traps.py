@@ -648,7 +648,8 @@ def test_the_commands_of_the_document_can_be_typed(proven: Proven) -> None:
     write_document(Run(before), "runs/before")
     named += re.findall(r"run `(python [^`]+)`", Run(before).document.read_text())
     for command in named:
-        _, name, *words = shlex.split(command)
+        _, *words = shlex.split(command)
+        name = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
         assert (CHECKOUT / name).is_file()
         compose_config(*[word for word in words if word.startswith(("experiment=", "run_dir="))])
 
