@@ -38,7 +38,9 @@ from recipe.inference.timing import clock_facts, machine_name
 from recipe.model import build_model
 from recipe.provenance import commit, tree_state, versions
 from recipe.run import CHECKOUT, now, write_atomically
-from recipe.training.optimization import Stepper, build_loss, build_optimizer
+from recipe.training.loss import build_loss
+from recipe.training.optimization import Stepper
+from recipe.training.optimizer import build_optimizer
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 CLASSES = 1000

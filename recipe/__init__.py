@@ -9,6 +9,7 @@ ground floor, importable without torch
     composition    from the command line to a Config
 ground floor, torch
     distributed    launch(), World, reductions
+    alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head
     model          ResNet-50 and its sources
     checkpoint     atomic save, verified load
 chapters
@@ -20,8 +21,8 @@ chapters
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       schedule, optimization, augmentation, averaging; build, state, pinning; loop, measurement, journal,
-                   record
+    training       schedule, loss, optimizer, optimization, augmentation, averaging; build, state, pinning; loop,
+                   measurement, journal, record
     document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
                    records to pages, without torch
 the example

@@ -94,7 +94,30 @@ class ScheduleKind(str, Enum):
     """The shape of the learning rate after the warm-up."""
 
     cosine = "cosine"
+    linear = "linear"
     step = "step"
+
+
+class LossKind(str, Enum):
+    """What the logits are compared with."""
+
+    cross_entropy = "cross_entropy"
+    binary_cross_entropy = "binary_cross_entropy"
+
+
+class OptimizerKind(str, Enum):
+    """How a gradient becomes a step."""
+
+    sgd = "sgd"
+    sgd_decoupled = "sgd_decoupled"
+    lamb = "lamb"
+
+
+class AveragingForm(str, Enum):
+    """How a moving average of the weights begins."""
+
+    ramp = "ramp"
+    torchvision = "torchvision"
 
 
 class Precision(str, Enum):
@@ -219,20 +242,26 @@ class ModelConfig:
     name: str
     zero_init_last_norm: bool = False  # the last norm of every residual block starts at zero (arXiv 1706.02677)
     norm: str = "batch"  # of `small` only: batch or none
+    blur_pool: bool = False  # blur what goes into a strided convolution of 16 or more channels (arXiv 1904.11486)
+    stochastic_depth: float = 0.0  # share of images that skip the last residual block; linear from 0 at the first
     weights: str | None = None  # a file of weights to start from; its hash is pinned, not its path
     weights_sha256: str | None = None
     description: ModelDescription = field(default_factory=ModelDescription)
 
     def __post_init__(self) -> None:
         require(self.norm in ("batch", "none"), "model.norm", self.norm, "batch or none")
+        require(
+            0 <= self.stochastic_depth < 1, "model.stochastic_depth", self.stochastic_depth, "at least 0 and below 1"
+        )
 
 
 @dataclass(kw_only=True)
 class AveragingConfig:
     """Exponential moving average of weights and buffers; a decay of 0 switches it off."""
 
-    decay: float = 0.0  # per update
+    decay: float = 0.0  # per update; of the torchvision form before it is rescaled
     every_steps: int = 1
+    form: AveragingForm = AveragingForm.ramp  # torchvision: as references/classification has it
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, "optimization.averaging.decay", self.decay, "at least 0 and below 1")
@@ -246,11 +275,16 @@ class OptimizationConfig:
     epochs: int
     batch_size: int  # images per optimizer step, over all processes
     learning_rate: float  # at the end of the warm-up, for this batch size
-    momentum: float
+    optimizer: OptimizerKind
+    momentum: float  # of lamb: the first of its two betas
     nesterov: bool
-    weight_decay: float
+    weight_decay: float  # of sgd_decoupled: the share of a weight that a step at the full learning rate takes
     decay_norms_and_biases: bool
+    loss: LossKind
     label_smoothing: float
+    binary_sum_classes: bool  # sum over classes and mean over images; false: the mean over both
+    binary_target_threshold: float | None  # a class whose share of a mixed image is above it counts as present
+    binary_head_bias: bool  # the last layer's bias starts at -log(classes)
     schedule: ScheduleKind
     warmup_epochs: float  # linear from warmup_start_factor x learning_rate, per optimizer step
     warmup_start_factor: float
@@ -289,11 +323,30 @@ class OptimizationConfig:
             "epochs in rising order, each 1 or more",
         )
         require(
-            not self.nesterov or self.momentum > 0,
+            not self.nesterov or (self.momentum > 0 and self.optimizer is not OptimizerKind.lamb),
             "optimization.nesterov",
             self.nesterov,
-            "false, or optimization.momentum above 0",
+            "false where optimization.optimizer=lamb or optimization.momentum=0",
         )
+        self._check_binary()
+
+    def _check_binary(self) -> None:
+        """What only binary cross entropy looks at must not be set in vain."""
+        threshold = self.binary_target_threshold
+        require(
+            threshold is None or 0 <= threshold < 1,
+            "optimization.binary_target_threshold",
+            threshold,
+            "at least 0 and below 1, or null",
+        )
+        for name, neutral in (("sum_classes", False), ("target_threshold", None), ("head_bias", False)):
+            value = getattr(self, f"binary_{name}")
+            require(
+                value is neutral or self.loss is LossKind.binary_cross_entropy,
+                f"optimization.binary_{name}",
+                value,
+                f"{'null' if neutral is None else 'false'}, or optimization.loss=binary_cross_entropy",
+            )
 
 
 @dataclass(kw_only=True)
@@ -461,6 +514,7 @@ class EvaluationConfig:
     resize_pixels: int  # of the short side, before the centre crop
     crop_pixels: int
     interpolation: Interpolation
+    flip: bool  # average the logits of an image and of its mirror image
     batch_size: int  # images per forward pass; another shape can change the last digits of logits
     checkpoint: str  # last, best, or the name of a file in the run's checkpoints/
     backend: Backend  # onnx: an exported model of the run
@@ -481,6 +535,12 @@ class EvaluationConfig:
             "evaluation.weights",
             self.weights,
             "null where evaluation.backend=onnx, which evaluates an exported model of a run",
+        )
+        require(
+            not self.flip or self.backend is Backend.torch,
+            "evaluation.flip",
+            self.flip,
+            "false where evaluation.backend=onnx: an exported model sees one view",
         )
 
 
@@ -552,6 +612,12 @@ class Config:
     def __post_init__(self) -> None:
         require(NAME.match(self.name), "name", self.name, "letters, digits, '.', '_' and '-'")
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
+        require(
+            not self.optimization.binary_head_bias or self.model.weights is None,
+            "optimization.binary_head_bias",
+            self.optimization.binary_head_bias,
+            "false where model.weights gives the bias",
+        )
 
 
 def require(condition: object, key: str, value: object, allowed: str) -> None:

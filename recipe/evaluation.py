@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from recipe.config import Precision
 from recipe.data.loading import Batch
-from recipe.data.transforms import Normalisation
+from recipe.data.transforms import EvaluationTransform, Normalisation
 from recipe.distributed import World
 from recipe.records import ClassCounts
 
@@ -58,6 +58,21 @@ class Predictions:
         return int(self.correct(within).sum()) / self.images
 
 
+class FlipAverage:
+    """The mean of the logits of an image and of its mirror image, which costs twice the time."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict = predict
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (self.predict(images) + self.predict(images.flip(-1))) / 2
+
+
+def view_name(transform: EvaluationTransform, flip: bool) -> str:
+    """What the network sees of an image, for the protocol's name."""
+    return transform.name + ("-flip" if flip else "")
+
+
 def protocol_name(view: str, is_average: bool, checkpoint: str = "last") -> str:
     """The name of a metric's protocol: how pixels were made, which weights, which checkpoint (the last goes unsaid)."""
     return view + ("-average" if is_average else "") + ("" if checkpoint == "last" else f"-{checkpoint}")
@@ -71,9 +86,14 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def predictor(
-    model: nn.Module, normalisation: Normalisation, precision: Precision, device: torch.device, channels_last: bool
+    model: nn.Module,
+    normalisation: Normalisation,
+    precision: Precision,
+    device: torch.device,
+    channels_last: bool,
+    flip: bool = False,
 ) -> Predict:
-    """A function from uint8 images to logits that leaves the model in evaluation mode."""
+    """A function from uint8 images to logits that leaves the model in evaluation mode; `flip` averages with mirrors."""
     model.eval()
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -83,7 +103,7 @@ def predictor(
             logits: Tensor = model(normalisation(images))
         return logits.float()
 
-    return predict
+    return FlipAverage(predict) if flip else predict
 
 
 def evaluate(predict: Predict, batches: Iterable[Batch]) -> Predictions:

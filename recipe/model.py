@@ -20,25 +20,31 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recipe.alterations import alteration_facts, blur_strides, drop_branches
 from recipe.checkpoint import FORMAT, State, interface_of, released_weights
 from recipe.config import Config, ModelConfig, canonical_json
 from recipe.errors import UserError
 from recipe.records import ModelFacts, Setting
 from recipe.run import shown_path
 
+ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
 def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
     """The network on the CPU, randomly initialised from `seed`, or with the weights of `config.weights`.
 
-    Raises `UserError` for an unknown name, a network that has no `zero_init_last_norm`, and weights that do not fit.
+    Raises `UserError` for an unknown name, a network that cannot be altered as asked, and weights that do not fit.
     """
     torch.manual_seed(seed)
     if config.name == "small":
         model: nn.Module = SmallResNet(classes, norm=config.norm, zero_init_last_norm=config.zero_init_last_norm)
     else:
         model = _torchvision_model(config, classes)
+    if config.blur_pool:
+        blur_strides(model, config.name)
+    if config.stochastic_depth:
+        drop_branches(model, config.name, config.stochastic_depth)
     if config.weights is not None:
         path = Path(config.weights)
         load_state(model, read_weights(path), f"model.weights={shown_path(path)}")
@@ -48,7 +54,7 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
 def restored_model(state: State, where: str) -> nn.Module:
     """The network of a checkpoint on the CPU, with the weights that count; the checkpoint alone says which network."""
     values = state["config"]["model"]
-    config = ModelConfig(name=values["name"], norm=values["norm"], zero_init_last_norm=values["zero_init_last_norm"])
+    config = ModelConfig(**{name: values[name] for name in ARCHITECTURE})
     model = build_model(config, len(interface_of(state, where).classes), seed=0)
     load_state(model, released_weights(state), where)
     return model
@@ -192,6 +198,7 @@ def model_facts(model: nn.Module, config: ModelConfig, classes: int) -> ModelFac
         modules=dict(Counter(type(module).__name__ for module in model.modules() if not list(module.children()))),
         batch_norm=_batch_norm_settings(norms),
         zero_initialised_norms=sum(_starts_at_zero(norm) for norm in norms),
+        alterations=alteration_facts(model),
         initial_weights="random" if config.weights is None else "given",
         initial_weights_sha256=weights_sha256(model.state_dict()),
     )

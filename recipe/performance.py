@@ -34,6 +34,7 @@ from recipe.data.transforms import (
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
 from recipe.evaluation import (
+    FlipAverage,
     Predict,
     Predictions,
     class_table,
@@ -42,12 +43,13 @@ from recipe.evaluation import (
     predictions_file,
     predictor,
     protocol_name,
+    view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.model import build_model, load_state, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.published import published_accuracy, published_weights
-from recipe.records import EvaluationRecord, Protocol
+from recipe.records import EvaluationRecord, Protocol, Setting
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
@@ -123,7 +125,11 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
         normalisation=normalisation.values(),
         backend="torch",
         precision=config.trainer.precision.value,
-        protocol=protocol_name(transform.name, is_average, config.evaluation.checkpoint.removesuffix(".pt")),
+        protocol=protocol_name(
+            view_name(transform, isinstance(predict, FlipAverage)),
+            is_average,
+            config.evaluation.checkpoint.removesuffix(".pt"),
+        ),
         inputs={"weights": weights_sha256(released_weights(state)), "manifest": manifest_hash},
         checkpoint=name,
         epochs_completed=state["progress"]["epoch"],
@@ -138,7 +144,10 @@ def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Pred
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     trainer = config.trainer
-    return predictor(model, normalisation, trainer.precision, world.device, trainer.channels_last), normalisation
+    predict = predictor(
+        model, normalisation, trainer.precision, world.device, trainer.channels_last, config.evaluation.flip
+    )
+    return predict, normalisation
 
 
 def onnx_subject(run: Run, config: Config, manifest_hash: str) -> Subject:
@@ -178,9 +187,9 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
     asked = config.evaluation.weights
     assert asked is not None, "the caller looked"
     state = world.read_by_first(lambda: published_weights(config.model.name, asked))
-    model = build_model(
-        replace(config.model, weights=None, zero_init_last_norm=False), len(manifest.classes), config.seed
-    )
+    blurs = any(name.endswith(".blur") for name in state)  # the weights say which network they are of
+    network = replace(config.model, weights=None, zero_init_last_norm=False, blur_pool=blurs, stochastic_depth=0.0)
+    model = build_model(network, len(manifest.classes), config.seed)
     load_state(model, state, f"evaluation.weights={shown_path(asked)}")
     predict, normalisation = _torch_predict(model, config, world)
     name, transform = Path(asked).stem, build_evaluation_transform(config.evaluation)
@@ -190,7 +199,7 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
         normalisation=normalisation.values(),
         backend="torch",
         precision=config.trainer.precision.value,
-        protocol=f"{transform.name}-{config.model.name}-{name}",
+        protocol=f"{view_name(transform, isinstance(predict, FlipAverage))}-{config.model.name}-{name}",
         inputs={"weights": weights_sha256(state), "manifest": manifest_hash},
         checkpoint=Path(asked).name,
         epochs_completed=0,
@@ -268,13 +277,18 @@ def _record(
     )
 
 
+def _views(predict: Predict) -> dict[str, Setting]:
+    """How many views of an image its logits come from, where it is not one."""
+    return {"views": "the image and its mirror image, logits averaged"} if isinstance(predict, FlipAverage) else {}
+
+
 def _protocol(subject: Subject, measured: Measured) -> Protocol:
     """How the metric was measured, read back from what measured it."""
     transform = measured.batches.transform
     return Protocol(
         name=subject.protocol,
         backend=subject.backend,
-        transform=transform.facts() | dict(subject.normalisation),
+        transform=transform.facts() | dict(subject.normalisation) | _views(subject.predict),
         transform_sha256=transform.fingerprint(),
         decoder=measured.batches.threads.decoder_name,
         precision=subject.precision,

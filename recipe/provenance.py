@@ -21,7 +21,7 @@ from pathlib import Path
 from recipe.records import Hardware, Provenance, TreeState
 from recipe.run import CHECKOUT, now, recorded_path, without_paths, write_atomically
 
-PACKAGES = ("torch", "torchvision", "torchcodec", "pillow", "numpy", "hydra-core", "omegaconf", "msgspec")
+PACKAGES = ("torch", "torchvision", "torchcodec", "pillow", "numpy", "hydra-core", "omegaconf", "msgspec", "timm")
 PATCHES = Path("records", "patches")  # below a stage's directory
 NAMED_MAX = 50  # untracked files in a record
 ENVIRONMENT = (

@@ -155,6 +155,7 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     modules: dict[str, int]  # class -> count
     batch_norm: dict[str, Setting]
     zero_initialised_norms: int
+    alterations: dict[str, Setting] = {}  # blurred strides, stochastic depth, the bias of the head; empty: none
     initial_weights: str  # "random, seed 0" or the hash of the given ones
     initial_weights_sha256: str
 

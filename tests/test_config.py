@@ -68,6 +68,9 @@ def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) 
         ("optimization.warmup_epochs=91", "optimization.epochs=90"),
         ("optimization.learning_rate=0", "optimization.learning_rate=0"),
         ("optimization.label_smoothing=1", "optimization.label_smoothing=1"),
+        ("model.stochastic_depth=1", "model.stochastic_depth=1"),
+        ("model.stochastic_depth=-0.1", "model.stochastic_depth=-0.1"),
+        ("optimization.binary_head_bias=true", "optimization.binary_head_bias=True"),
         ("optimization.averaging.decay=1.0", "optimization.averaging.decay=1.0"),
         ("optimization.step_epochs=[60,30]", "optimization.step_epochs"),
         ("augmentation.scale_min=1.1", "augmentation.scale_min=1.1"),
@@ -80,6 +83,21 @@ def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) 
 def test_what_cannot_be_is_named(override: str, named: str) -> None:
     with pytest.raises(UserError, match=named.replace("+", r"\+").replace("[", r"\[")):
         compose_config(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["evaluation.flip=true", "evaluation.backend=onnx"], r"evaluation\.flip=True .* an exported model sees one"),
+        (
+            ["optimization.loss=binary_cross_entropy", "optimization.binary_head_bias=true", "model.weights=w.pt"],
+            r"optimization\.binary_head_bias=True .* model\.weights",
+        ),
+    ],
+)
+def test_what_cannot_be_together_is_named(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        compose_config(*overrides)
 
 
 def test_machine_facts_do_not_change_the_recipe() -> None:

@@ -27,6 +27,7 @@ from recipe.evaluation import (
     predictions_file,
     predictor,
     protocol_name,
+    view_name,
 )
 from recipe.model import build_model
 from tests.conftest import compose_config
@@ -176,6 +177,14 @@ def test_a_metrics_name_says_pixels_weights_and_checkpoint() -> None:
     assert protocol_name(view, is_average=True, checkpoint="step-00000012").endswith("-average-step-00000012")
 
 
+def test_flipped_views_name_themselves() -> None:
+    """T10: before the weights and the checkpoint, since it says what the network sees."""
+    view = build_evaluation_transform(compose_config("evaluation.resize_pixels=256").evaluation)
+    assert view_name(view, flip=False) == "resize256-crop224-bilinear"
+    assert protocol_name(view_name(view, flip=True), is_average=False) == "resize256-crop224-bilinear-flip"
+    assert protocol_name(view_name(view, flip=True), True, "best") == "resize256-crop224-bilinear-flip-average-best"
+
+
 # ---- the predictor ----------------------------------------------------------------------------------
 
 
@@ -204,6 +213,19 @@ def test_the_predictor_is_the_model_in_evaluation_mode(precision: Precision, cha
     tolerance = 1e-5 if precision is Precision.fp32 else 0.05
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_flipped_views_are_the_mean_of_both_logits() -> None:
+    model = build_model(replace(compose_config("experiment=smoke").model, zero_init_last_norm=False), 7, 0)
+    normalisation = Normalisation([0.5] * 3, [0.25] * 3, torch.device("cpu"))
+    images = torch.randint(0, 256, (4, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    both = predictor(model, normalisation, Precision.fp32, torch.device("cpu"), channels_last=True, flip=True)
+    mirrored = torch.from_numpy(np.ascontiguousarray(images.numpy()[..., ::-1]))
+    with torch.inference_mode():
+        expected = torch.stack([model(normalisation(views)) for views in (images, mirrored)]).mean(dim=0)
+    torch.testing.assert_close(both(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both(mirrored), both(images), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(model(normalisation(images)), expected, atol=1e-3)
 
 
 def evaluated_in(world: World, config: Config) -> Predictions | None:

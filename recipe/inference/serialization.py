@@ -81,6 +81,7 @@ def load_subject(run: Run, config: Config) -> Subject:
     checkpoint = load_evaluated(run)
     _, manifest_hash = adopt_data_set(config.data)
     require_same_data_set(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
+    _refuse_flip(checkpoint, run)
     measured, own = checkpoint.evaluation.protocol, transform_of(checkpoint.interface, checkpoint.where)
     if measured.transform_sha256 != own.fingerprint():
         raise UserError(
@@ -88,6 +89,16 @@ def load_subject(run: Run, config: Config) -> Subject:
             f"exported model carries: run `python evaluate.py run_dir={shown_path(run.directory)}` without other values"
         )
     return Subject(run, config, checkpoint)
+
+
+def _refuse_flip(checkpoint: Evaluated, run: Run) -> None:
+    """An exported model sees one view, so the accuracy that it carries must be that of one view."""
+    if "views" in checkpoint.evaluation.protocol.transform:
+        raise UserError(
+            f"{checkpoint.where} was evaluated by the protocol {checkpoint.evaluation.protocol.name}, which averages "
+            "two views of an image, but an exported model sees one: run "
+            f"`python evaluate.py run_dir={shown_path(run.directory)} evaluation.flip=false` first"
+        )
 
 
 # ---- making the files -------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """An exponential moving average of weights and buffers, which is then what validation and evaluation see.
 
 The decay grows with the number of updates, min(decay, (1 + n) / (10 + n)), since a fixed one would keep the random
-initial weights for many epochs.
+initial weights for many epochs. torchvision's form copies the weights during the warm-up of the learning rate instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipe.config import AveragingConfig
+from recipe.config import AveragingConfig, AveragingForm, OptimizationConfig
 from recipe.records import Setting
 
 
@@ -30,9 +30,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the model after optimizer step `step` (counted from 1), at every `every_steps`-th."""
-        if not self.is_on or step % self.every_steps:
+        if not self.is_on or not self.is_due(step):
             return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay_now()
         self.updates += 1
         averages, currents = _tensors(self.model), _tensors(self.followed)
         floating = [pair for pair in zip(averages, currents, strict=True) if pair[0].is_floating_point()]
@@ -40,6 +40,14 @@ class WeightAverage:
         for average, current in zip(averages, currents, strict=True):
             if not average.is_floating_point():
                 average.copy_(current)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the average moves after this step."""
+        return step % self.every_steps == 0
+
+    def decay_now(self) -> float:
+        """What the next update keeps of the average."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     def state(self) -> dict[str, Any] | None:
         """What a continuation needs, or None when off."""
@@ -62,6 +70,49 @@ class WeightAverage:
             "every_steps": self.every_steps,
             "updates": self.updates,
         }
+
+
+class TorchvisionAverage(WeightAverage):
+    """As references/classification of torchvision has it, which trained `IMAGENET1K_V2`.
+
+    What is taken of the new weights, 1 - decay, is multiplied by batch size x every_steps / epochs; updates come after
+    the first step of an epoch and every `every_steps` from there; during the warm-up, and at the first update behind
+    it, the average is a copy.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizationConfig, steps_per_epoch: int) -> None:
+        super().__init__(model, config.averaging)
+        taken = (1 - self.decay) * config.batch_size * self.every_steps / config.epochs
+        self.asked_decay, self.decay = self.decay, 1 - min(1.0, taken)
+        self.steps_per_epoch, self.warmup_epochs = steps_per_epoch, config.warmup_epochs
+
+    def update(self, step: int) -> None:
+        """Move, and begin anew with a copy as long as the learning rate warms up."""
+        super().update(step)
+        if (step - 1) // self.steps_per_epoch < self.warmup_epochs:
+            self.updates = 0
+
+    def is_due(self, step: int) -> bool:
+        """Counted within the epoch, from its first step."""
+        return (step - 1) % self.steps_per_epoch % self.every_steps == 0
+
+    def decay_now(self) -> float:
+        """Nothing is kept at the first update."""
+        return self.decay if self.updates else 0.0
+
+    def facts(self) -> dict[str, Setting]:
+        """With the decay that is applied and the one that was asked for."""
+        if not self.is_on:
+            return super().facts()
+        start = f"copies while epoch < {self.warmup_epochs:g}, counted from 0, and at the first update behind it"
+        return super().facts() | {"warm_up": start, "decay_before_rescaling": self.asked_decay}
+
+
+def build_average(model: nn.Module, config: OptimizationConfig, steps_per_epoch: int) -> WeightAverage:
+    """The average that the configuration asks for, which may be the model itself."""
+    if config.averaging.form is AveragingForm.torchvision:
+        return TorchvisionAverage(model, config, steps_per_epoch)
+    return WeightAverage(model, config.averaging)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from recipe.alterations import lower_head
 from recipe.checkpoint import State
 from recipe.config import Config, pinned
 from recipe.data.adoption import adopt_data_set
@@ -24,9 +25,11 @@ from recipe.provenance import Stage, processor_name, source_sha256, versions
 from recipe.records import ModelFacts
 from recipe.run import Run
 from recipe.training.augmentation import Augmentation, build_augmentation
-from recipe.training.averaging import WeightAverage
+from recipe.training.averaging import WeightAverage, build_average
 from recipe.training.journal import DataWait, Journal
-from recipe.training.optimization import Stepper, build_loss, build_optimizer, replicate
+from recipe.training.loss import build_loss
+from recipe.training.optimization import Stepper, replicate
+from recipe.training.optimizer import build_optimizer
 from recipe.training.schedule import LearningRate, build_schedule
 from recipe.training.state import Progress, TrainingState, saved_state
 
@@ -71,12 +74,14 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None) 
         manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
     world.must_agree("the data set's manifest", manifest_hash)
     model = build_model(config.model, len(manifest.classes), config.seed)
+    if config.optimization.binary_head_bias:
+        lower_head(model, config.model.name)
     facts = model_facts(model, config.model, len(manifest.classes))
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     augmentation = build_augmentation(config.augmentation, config.seed)
-    average = WeightAverage(model, config.optimization.averaging)
     with ExitStack() as held:
         batches, validation = _build_batches(config, world, augmentation, held)
+        average = build_average(model, config.optimization, batches.batches_per_epoch)
         stepper = _build_stepper(config, world, model, batches)
         state = TrainingState(
             run=run,

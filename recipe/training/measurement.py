@@ -48,7 +48,12 @@ def validate(training: Training) -> None:
     if training.average.is_on:
         world.copy_from_first(model)
     predict = predictor(
-        model, training.stepper.normalisation, config.trainer.precision, world.device, config.trainer.channels_last
+        model,
+        training.stepper.normalisation,
+        config.trainer.precision,
+        world.device,
+        config.trainer.channels_last,
+        config.evaluation.flip,
     )
     predictions = collect(evaluate(predict, training.validation), world, len(training.validation.threads.split))
     training.model.train()

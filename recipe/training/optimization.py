@@ -1,4 +1,4 @@
-"""Loss, parameter groups, optimizer, and one optimizer step."""
+"""One optimizer step: forward and backward over the parts of a batch, then the update."""
 
 from __future__ import annotations
 
@@ -9,66 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recipe.config import OptimizationConfig, Precision, TrainerConfig
+from recipe.config import Precision, TrainerConfig
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
-from recipe.model import NORMS
-from recipe.records import ParameterGroup, Setting
+from recipe.training.loss import Loss
 from recipe.training.mixing import blended, heavier_labels, soft_targets
-
-
-def build_loss(config: OptimizationConfig) -> nn.CrossEntropyLoss:
-    """Cross entropy; label smoothing is applied here and nowhere else."""
-    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-
-
-def loss_facts(loss: nn.CrossEntropyLoss) -> dict[str, Setting]:
-    """The live loss, for the record."""
-    return {"class": type(loss).__name__, "label_smoothing": loss.label_smoothing, "reduction": loss.reduction}
-
-
-def parameters_by_kind(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(weights, norms and biases), told apart by the type of their module: names such as `downsample.1` mislead."""
-    weights: list[nn.Parameter] = []
-    norms_and_biases: list[nn.Parameter] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_exempt = isinstance(module, NORMS) or name.endswith("bias")
-            (norms_and_biases if is_exempt else weights).append(parameter)
-    return weights, norms_and_biases
-
-
-def build_optimizer(config: OptimizationConfig, model: nn.Module, device: torch.device) -> torch.optim.SGD:
-    """SGD with Nesterov or plain momentum; weight decay leaves norms and biases out unless asked otherwise."""
-    weights, norms_and_biases = parameters_by_kind(model)
-    exempt_decay = config.weight_decay if config.decay_norms_and_biases else 0.0
-    groups = [
-        {"name": "weights", "params": weights, "weight_decay": config.weight_decay},
-        {"name": "norms and biases", "params": norms_and_biases, "weight_decay": exempt_decay},
-    ]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        fused=device.type == "cuda",
-    )
-
-
-def optimizer_facts(optimizer: torch.optim.Optimizer) -> list[ParameterGroup]:
-    """The live parameter groups; the learning rate is left to the schedule."""
-    left_out = ("params", "name", "lr", "initial_lr")
-    return [
-        ParameterGroup(
-            name=group["name"],
-            tensors=len(group["params"]),
-            parameters=sum(parameter.numel() for parameter in group["params"]),
-            settings={key: value for key, value in group.items() if key not in left_out},
-        )
-        for group in optimizer.param_groups
-    ]
 
 
 def replicate(model: nn.Module, world: World, example: Tensor, precision: Precision) -> nn.Module:
@@ -100,7 +47,7 @@ class Stepper:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: nn.CrossEntropyLoss,
+        loss: Loss,
         normalisation: Normalisation,
         trainer: TrainerConfig,
         world: World,

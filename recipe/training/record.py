@@ -7,11 +7,12 @@ import torch
 from recipe.checkpoint import load_checkpoint, released_weights
 from recipe.config import config_sha256, pinned, recipe_id
 from recipe.distributed import arithmetic_switches, device_versions, hardware
-from recipe.evaluation import protocol_name
+from recipe.evaluation import protocol_name, view_name
 from recipe.model import weights_sha256
 from recipe.records import Setting, TrainingRecord
 from recipe.training.build import Training
-from recipe.training.optimization import loss_facts, optimizer_facts
+from recipe.training.loss import loss_facts
+from recipe.training.optimizer import optimizer_facts
 
 
 def training_record(training: Training) -> TrainingRecord:
@@ -45,7 +46,9 @@ def training_record(training: Training) -> TrainingRecord:
         images_seen=progress.images_seen,
         peak_accelerator_memory_gib=round(progress.peak_memory_bytes / 2**30, 2) or None,
         skipped_steps=training.stepper.skipped_steps,
-        validation_protocol=protocol_name(training.validation.transform.name, training.average.is_on),
+        validation_protocol=protocol_name(
+            view_name(training.validation.transform, config.evaluation.flip), training.average.is_on
+        ),
         final=_final(training),
         best_epoch=progress.best_epoch,
         selection="last: the weights after the final epoch",

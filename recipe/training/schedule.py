@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step: nothing to save, nothing to forget at a restart.
 
-Both shapes change at every optimizer step, the warm-up included (stepping once an epoch would make a staircase of it).
+All shapes change at every optimizer step, the warm-up included (stepping once an epoch would make a staircase of it).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RECORDED_POINTS = 100
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up to `peak`, then a cosine to zero or a fall by `step_factor` at each of `step_epochs`."""
+    """Linear warm-up to `peak`, then a cosine or a line to zero, or falls by `step_factor` after `step_epochs`."""
 
     peak: float
     kind: ScheduleKind
@@ -32,9 +32,11 @@ class LearningRate:
         if step < self.warmup_steps:
             start = self.warmup_start_factor
             return self.peak * (start + (1 - start) * step / self.warmup_steps)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         if self.kind is ScheduleKind.cosine:
-            progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
             return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.kind is ScheduleKind.linear:
+            return self.peak * (1 - progress)
         falls = sum(step >= epoch * self.steps_per_epoch for epoch in self.step_epochs)
         return self.peak * self.step_factor**falls
 
@@ -52,7 +54,7 @@ class LearningRate:
 
     def _falls(self) -> list[int]:
         """The steps on either side of each fall."""
-        if self.kind is ScheduleKind.cosine:
+        if self.kind is not ScheduleKind.step:
             return []
         sides = (epoch * self.steps_per_epoch + side for epoch in self.step_epochs for side in (-1, 0))
         return [step for step in sides if step >= 0]

@@ -513,6 +513,13 @@ def test_hyperparameters_come_from_the_record(mutate: dict[str, Any], printed: s
     assert printed in document(training=training_record(**mutate))
 
 
+def test_alterations_of_the_network_are_shown_where_there_are_any() -> None:
+    plain = training_record()
+    altered = msgspec.structs.replace(plain.model, alterations={"blurred_convolutions": 6})
+    assert "| Alterations |" not in document()
+    assert "| Alterations | blurred_convolutions 6 |" in document(training=training_record(model=altered))
+
+
 def test_the_json_block_is_the_pinned_configuration() -> None:
     blocks = re.findall(r"^```json\n(.*?)^```$", document(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1

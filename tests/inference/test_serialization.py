@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.checkpoint import checkpoint_files
+from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config import Backend, Config, Variant
 from recipe.distributed import start_world
 from recipe.errors import UserError
@@ -31,7 +31,8 @@ from recipe.model import restored_model
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, Hardware, Interface, SerializationRecord
 from recipe.run import CHECKOUT, Run
-from tests.conftest import compose_config
+from recipe.training.loop import train
+from tests.conftest import SMALL_DEMO, compose_config
 
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
@@ -233,6 +234,55 @@ def test_another_protocol_than_the_models_own_is_not_carried(config: Config, tmp
         serialize_run(mine)
 
 
+def test_the_accuracy_of_two_views_is_not_carried_by_a_file_that_sees_one(config: Config, tmp_path: Path) -> None:
+    mine = fp32_only(config, tmp_path / "run")
+    flipped = replace(mine, evaluation=replace(mine.evaluation, flip=True))
+    found = evaluate_run(flipped)
+    assert found is not None
+    assert found.protocol.name == "resize28-crop24-bilinear-flip"
+    assert found.protocol.transform["views"] == "the image and its mirror image, logits averaged"
+    with pytest.raises(UserError, match=r"bilinear-flip, which averages .* evaluation\.flip=false` first") as refused:
+        serialize_run(flipped)
+    assert "\n" not in str(refused.value)
+    evaluate_run(mine)
+    assert serialize_run(flipped).protocol == "resize28-crop24-bilinear"
+
+
+def test_an_altered_network_passes_the_gate(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blurred strides, stochastic depth and the recipe around them, from the first step to every exported file."""
+    monkeypatch.chdir(tmp_path)
+    words = (
+        *("model.blur_pool=true", "model.stochastic_depth=0.2", "optimization.averaging.form=torchvision"),
+        *("optimization.averaging.decay=0.99", "optimization.loss=binary_cross_entropy", "evaluation.flip=false"),
+        *("optimization.binary_head_bias=true", "optimization.schedule=linear", "optimization.optimizer=sgd_decoupled"),
+    )
+    mine = compose_config(
+        "experiment=smoke",
+        *SMALL_DEMO,
+        f"data.directory={config.data.directory}",
+        f"run_dir={tmp_path / 'run'}",
+        "optimization.batch_size=24",
+        *words,
+    )
+    trained = train(mine)
+    assert trained is not None
+    assert set(trained.model.alterations) == {
+        *("blurred_convolutions", "blur_filter", "drop_probability_of_each_block", "bias_of_the_last_layer")
+    }
+    evaluate_run(mine)
+    exported = serialize_run(mine)
+    assert [entry.variant for entry in exported.variants] == ["fp32", "fp16", "int8"]
+    assert exported.variants[0].flips == 0
+    path = checkpoint_files(Run(mine.run_dir).checkpoints)[-1]
+    kinds = {type(module).__name__ for module in restored_model(load_checkpoint(path), path.name).modules()}
+    assert {"BlurredConv2d", "BranchEnd"} <= kinds
+    weights_given = replace(mine, evaluation=replace(mine.evaluation, weights=str(path)))
+    again, own = evaluate_run(weights_given), Run(mine.run_dir).read(EvaluationRecord)
+    assert again is not None
+    assert own is not None
+    assert (again.correct_top1, again.inputs["weights"]) == (own.correct_top1, own.inputs["weights"])
+
+
 def test_the_best_checkpoint_keeps_its_name_and_its_epoch(config: Config, tmp_path: Path) -> None:
     """T11: what was selected on the reported images says so, exported as well."""
     mine = fp32_only(config, tmp_path / "run")
@@ -285,8 +335,6 @@ def test_an_exported_file_needs_no_code_of_networks(record: SerializationRecord,
 
 
 def test_a_checkpoint_alone_says_which_network_it_is(config: Config) -> None:
-    from recipe.checkpoint import load_checkpoint
-
     path = checkpoint_files(Run(config.run_dir).checkpoints)[-1]
     state = load_checkpoint(path)
     assert type(restored_model(state, path.name)).__name__ == "SmallResNet"

@@ -88,6 +88,18 @@ def test_a_killed_run_continues_bit_by_bit(smoke: Words, tmp_path: Path) -> None
     assert compare_continued_with_uninterrupted(smoke(*AVERAGED), str(tmp_path)) is True
 
 
+def test_a_killed_run_of_a_published_recipe_continues_bit_by_bit(smoke: Words, tmp_path: Path) -> None:
+    """The draws of stochastic depth, the two moments of LAMB and the start of torchvision's average go on as well."""
+    pytest.importorskip("timm", reason="the extra `lamb` brings timm, which is not installed")
+    words = smoke(
+        *AVERAGED,
+        *("model.blur_pool=true", "model.stochastic_depth=0.5", "optimization.optimizer=lamb"),
+        *("optimization.learning_rate=0.005", "optimization.weight_decay=0.02", "optimization.warmup_epochs=1"),
+        *("optimization.averaging.form=torchvision", "optimization.loss=binary_cross_entropy"),
+    )
+    assert compare_continued_with_uninterrupted(words, str(tmp_path)) is True
+
+
 def test_a_killed_run_of_three_processes_continues_bit_by_bit(smoke: Words, tmp_path: Path) -> None:
     results = run_world(3, compare_continued_with_uninterrupted, smoke(*AVERAGED), str(tmp_path))
     assert results == [True, None, None]

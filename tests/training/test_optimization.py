@@ -19,15 +19,9 @@ from recipe.data.loading import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world
 from recipe.model import build_model, weights_sha256
-from recipe.training.optimization import (
-    Stepper,
-    build_loss,
-    build_optimizer,
-    loss_facts,
-    optimizer_facts,
-    parameters_by_kind,
-    replicate,
-)
+from recipe.training.loss import build_loss, loss_facts
+from recipe.training.optimization import Stepper, replicate
+from recipe.training.optimizer import build_optimizer, optimizer_facts, parameters_by_kind
 from tests.conftest import compose_config
 from tests.worlds import run_world
 

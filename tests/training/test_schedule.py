@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
@@ -50,6 +51,20 @@ def test_step_schedule_is_torchs() -> None:
     milestones = [epoch * STEPS_PER_EPOCH for epoch in (30, 60)]
     expected = torch_curve(90 * STEPS_PER_EPOCH, 0.1, lambda optimizer: MultiStepLR(optimizer, milestones, gamma=0.1))
     assert [rate(step) for step in range(90 * STEPS_PER_EPOCH)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_linear_schedule_is_ffcvs() -> None:
+    """FFCV interpolates between (0, 1e-4 x peak), (2, peak), (16, 0) at epochs, and then between epochs at steps."""
+    words = ("schedule=linear", "epochs=16", "warmup_epochs=2", "warmup_start_factor=1e-4", "learning_rate=1.7")
+    rate = build_schedule(compose_config(*(f"optimization.{word}" for word in words)).optimization, STEPS_PER_EPOCH)
+    at_epochs = np.interp(np.arange(17), [0, 2, 16], [1.7e-4, 1.7, 0])
+    expected = [
+        at_epochs[epoch] + (at_epochs[epoch + 1] - at_epochs[epoch]) * step / STEPS_PER_EPOCH
+        for epoch in range(16)
+        for step in range(STEPS_PER_EPOCH)
+    ]
+    assert [rate(step) for step in range(16 * STEPS_PER_EPOCH)] == pytest.approx(expected, rel=1e-12)
+    assert rate(16 * STEPS_PER_EPOCH) == 0
 
 
 def test_warmup_rises_at_every_step() -> None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from recipe import performance
+from recipe.alterations import blur_strides, drop_branches, lower_head
 from recipe.data import loading, transforms
 from recipe.document.render import write_document
 from recipe.records import Record
 from recipe.run import Run
 from recipe.training import augmentation, averaging, build, loop, schedule
+from recipe.training.loss import BinaryCrossEntropy
 from tests.conftest import compose_config
 
 Words = Callable[..., list[str]]
@@ -84,6 +86,15 @@ def other_model(*arguments: Any) -> nn.Module:
     return model
 
 
+def altered(alter: Callable[..., None], *arguments: Any) -> Callable[..., nn.Module]:
+    def changed(*given: Any) -> nn.Module:
+        model = BUILD_MODEL(*given)
+        alter(model, "small", *arguments)
+        return model
+
+    return changed
+
+
 def other_norms(self: transforms.Normalisation, *arguments: Any) -> None:
     NORMALISE(self, *arguments)
     self.mean, self.std = self.std, self.mean
@@ -92,6 +103,10 @@ def other_norms(self: transforms.Normalisation, *arguments: Any) -> None:
 def other_average(self: averaging.WeightAverage, *arguments: Any) -> None:
     AVERAGE(self, *arguments)
     self.decay = 0.8
+
+
+def named_groups(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"name": "weights", "params": list(model.parameters())}]
 
 
 BUILD_MODEL = build.build_model
@@ -103,6 +118,16 @@ TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "nesterov": (build, "build_optimizer", other_optimizer(nesterov=True)),
     "weight decay": (build, "build_optimizer", other_optimizer(weight_decay=1e-2)),
     "label smoothing": (build, "build_loss", lambda _: nn.CrossEntropyLoss(label_smoothing=0.2)),
+    "loss": (build, "build_loss", lambda _: BinaryCrossEntropy(0.1, sum_classes=False, target_threshold=None)),
+    "optimizer": (build, "build_optimizer", lambda _, model, device: torch.optim.AdamW(named_groups(model))),
+    "blurred strides": (build, "build_model", altered(blur_strides)),
+    "stochastic depth": (build, "build_model", altered(drop_branches, 0.1)),
+    "bias of the head": (build, "build_model", altered(lower_head)),
+    "form of the average": (
+        build,
+        "build_average",
+        lambda model, config, steps: averaging.TorchvisionAverage(model, config, steps),
+    ),
     "schedule": (schedule.LearningRate, "__call__", other_schedule),
     "augmentation, in its body": (augmentation.Augmentation, "__call__", other_view),
     "flip": (build, "build_augmentation", lambda *a: replace(BUILD_AUGMENTATION(*a), flip_probability=0.0)),
@@ -151,3 +176,15 @@ def test_another_evaluation_view_in_the_code_alone_changes_the_recipe(
     assert after is not None
     assert before.protocol.transform == after.protocol.transform
     assert before.protocol.transform_sha256 != after.protocol.transform_sha256
+
+
+def test_flipped_views_in_the_code_alone_change_the_metrics_name(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = smoke(*WORDS)
+    train(words)
+    original = performance.predictor
+    monkeypatch.setattr(performance, "predictor", lambda *arguments: original(*arguments[:5], True))
+    found = performance.evaluate_run(compose_config(*words))
+    assert found is not None
+    assert found.protocol.name == "resize28-crop24-bilinear-flip-average"
+    assert "views" in found.protocol.transform
+    assert "| views |" in document(words)
