@@ -262,10 +262,17 @@ class AveragingConfig:
     decay: float = 0.0  # per update; of the torchvision form before it is rescaled
     every_steps: int = 1
     form: AveragingForm = AveragingForm.ramp  # torchvision: as references/classification has it
+    recalibrate_images: int = 0  # training images on which batch-norm statistics are estimated before each validation
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, "optimization.averaging.decay", self.decay, "at least 0 and below 1")
         require(self.every_steps >= 1, "optimization.averaging.every_steps", self.every_steps, "1 or more")
+        require(
+            self.recalibrate_images >= 0 and (self.decay > 0 or self.recalibrate_images == 0),
+            "optimization.averaging.recalibrate_images",
+            self.recalibrate_images,
+            "0 or more, and 0 where optimization.averaging.decay=0",
+        )
 
 
 @dataclass(kw_only=True)

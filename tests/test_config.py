@@ -71,6 +71,7 @@ def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) 
         ("model.stochastic_depth=1", "model.stochastic_depth=1"),
         ("model.stochastic_depth=-0.1", "model.stochastic_depth=-0.1"),
         ("optimization.binary_head_bias=true", "optimization.binary_head_bias=True"),
+        ("optimization.averaging.recalibrate_images=10", "optimization.averaging.recalibrate_images=10"),
         ("optimization.averaging.decay=1.0", "optimization.averaging.decay=1.0"),
         ("optimization.step_epochs=[60,30]", "optimization.step_epochs"),
         ("augmentation.scale_min=1.1", "augmentation.scale_min=1.1"),

@@ -22,6 +22,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, config: AveragingConfig) -> None:
         self.decay = config.decay
         self.every_steps = config.every_steps
+        self.recalibrate_images = config.recalibrate_images
         self.updates = 0
         self.is_on = config.decay > 0
         self.followed = model
@@ -63,13 +64,16 @@ class WeightAverage:
         """What this object does, for the record."""
         if not self.is_on:
             return {"kind": "none"}
-        return {
+        facts: dict[str, Setting] = {
             "kind": "exponential moving average of parameters and buffers",
             "decay": self.decay,
             "warm_up": "min(decay, (1 + n) / (10 + n)) at update n",
             "every_steps": self.every_steps,
             "updates": self.updates,
         }
+        if self.recalibrate_images:
+            facts["batch_norm_recalibrated_on_training_images"] = self.recalibrate_images
+        return facts
 
 
 class TorchvisionAverage(WeightAverage):

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from recipe.errors import NonFiniteError
-from recipe.evaluation import Predictions, collect, evaluate, predictor
+from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
 from recipe.training.build import Training
 from recipe.training.journal import Row
+from recipe.training.recalibration import RecalibrationBatches, recalibrate
 
 
 def measure_steps(training: Training) -> None:
@@ -45,8 +46,6 @@ def validate(training: Training) -> None:
     config, world, model = training.config, training.world, training.average.model
     started = time.perf_counter()
     world.copy_from_first(training.model)
-    if training.average.is_on:
-        world.copy_from_first(model)
     predict = predictor(
         model,
         training.stepper.normalisation,
@@ -55,12 +54,30 @@ def validate(training: Training) -> None:
         config.trainer.channels_last,
         config.evaluation.flip,
     )
+    if training.average.is_on:
+        _recalibrate_average(training, predict)
+        world.copy_from_first(model)
     predictions = collect(evaluate(predict, training.validation), world, len(training.validation.threads.split))
     training.model.train()
     with world.first_decides():
         if predictions is not None:
             _note_validation(training, predictions, time.perf_counter() - started)
     training.wait.lap()
+
+
+def _recalibrate_average(training: Training, predict: Predict) -> None:
+    """New batch-norm statistics for the averaged weights, if asked for, on the first process."""
+    images, world = training.average.recalibrate_images, training.world
+    with world.first_decides():
+        if images and world.is_first:
+            batches = RecalibrationBatches(
+                threads=training.batches.threads,
+                transform=training.validation.transform,
+                batch_size=training.validation.batch_size,
+                images=images,
+                seed=training.config.seed,
+            )
+            recalibrate(training.average.model, predict, batches)
 
 
 def _note_validation(training: Training, predictions: Predictions, seconds: float) -> None:

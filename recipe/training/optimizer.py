@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recipe.config import OptimizationConfig, OptimizerKind
 from recipe.errors import UserError
 from recipe.model import NORMS
 from recipe.records import ParameterGroup, Setting
 
-NO_SETTINGS = ("params", "name", "lr", "initial_lr")  # of a group; the learning rate is left to the schedule
+NO_SETTINGS = ("params", "name", "lr", "initial_lr", "step")  # the learning rate is left to the schedule
 
 
 def parameters_by_kind(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -98,9 +98,9 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> list[ParameterGroup]:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Setting]:
-    """What JSON can hold of a group: LAMB keeps its count of steps there, a tensor."""
+    """A group without its tensors, its name and what moves from step to step, as JSON has it."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in group.items()
-        if key not in NO_SETTINGS and not isinstance(value, Tensor)
+        if key not in NO_SETTINGS
     }

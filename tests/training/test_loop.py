@@ -95,7 +95,8 @@ def test_a_killed_run_of_a_published_recipe_continues_bit_by_bit(smoke: Words, t
         *AVERAGED,
         *("model.blur_pool=true", "model.stochastic_depth=0.5", "optimization.optimizer=lamb"),
         *("optimization.learning_rate=0.005", "optimization.weight_decay=0.02", "optimization.warmup_epochs=1"),
-        *("optimization.averaging.form=torchvision", "optimization.loss=binary_cross_entropy"),
+        *("optimization.averaging.form=torchvision", "optimization.averaging.recalibrate_images=50"),
+        "optimization.loss=binary_cross_entropy",
     )
     assert compare_continued_with_uninterrupted(words, str(tmp_path)) is True
 
