@@ -21,8 +21,8 @@ chapters
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       schedule, loss, optimizer, optimization, augmentation, averaging, recalibration; build, state,
-                   pinning; loop, measurement, journal, record
+    training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
+                   build, state, pinning; loop, measurement, journal, record
     document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
                    records to pages, without torch
 the example

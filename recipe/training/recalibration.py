@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from recipe.alterations import BranchEnd
-from recipe.data.loading import Batch, DecodingThreads
+from recipe.data.loading import Batch, DecodingThreads, evaluation_orders
 from recipe.data.transforms import EvaluationTransform
 from recipe.errors import UserError
 from recipe.evaluation import Predict
 
-RECALIBRATION_STREAM = 7  # keeps this choice of images apart from other draws
+RECALIBRATION_STREAM = 8  # keeps this choice of images apart from other draws
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RecalibrationBatches:
     seed: int
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self.threads.batches(self.parts(), self._view, self.transform.crop_pixels)
+        yield from self.threads.batches(evaluation_orders(self.parts(), self.transform))
 
     def parts(self) -> list[NDArray[np.int64]]:
         """The indices of each batch."""
@@ -43,9 +43,6 @@ class RecalibrationBatches:
         chosen = generator.permutation(len(self.threads.split))[: self.images]
         size = min(self.batch_size, len(chosen))
         return list(chosen[: len(chosen) // size * size].reshape(-1, size))
-
-    def _view(self, image: Tensor, index: int) -> Tensor:
-        return self.transform(image)
 
 
 def recalibrate(model: nn.Module, predict: Predict, batches: Iterable[Batch]) -> None:
