@@ -31,12 +31,17 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
     torch.save({"format": FORMAT, **state}, buffer)
     content = buffer.getvalue()
     path = directory / f"step-{step:08d}.pt"
-    write_atomically(_checksum_file(path), f"{hashlib.sha256(content).hexdigest()}\n".encode())
+    checksum, new = _checksum_file(path), f"{hashlib.sha256(content).hexdigest()}\n".encode()
+    old = checksum.read_bytes() if path.exists() and checksum.exists() else b""  # of the same step: valid until the end
+    write_atomically(checksum, new + old)
     try:
         write_atomically(path, content)  # last: whoever finds it finds its checksum too
     except DiskError:
-        _checksum_file(path).unlink()
+        if not old:
+            checksum.unlink()
         raise
+    if old:
+        write_atomically(checksum, new)
     return path
 
 
@@ -47,7 +52,7 @@ def load_checkpoint(path: Path) -> State:
     if not _checksum_file(path).exists():
         raise UserError(f"{shown_path(path)} has no checksum beside it: its writing did not finish")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest().encode() != _checksum_file(path).read_bytes().strip():
+    if hashlib.sha256(content).hexdigest().encode() not in _checksum_file(path).read_bytes().split():
         raise UserError(f"{shown_path(path)} is damaged: its SHA-256 is not the one written beside it")
     try:
         state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
