@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from recipe.checkpoint import checkpoint_files
+from recipe.config import Config
 from recipe.distributed import World
 from recipe.records import TrainingRecord
 from recipe.run import Run
@@ -22,7 +23,7 @@ from recipe.training import loop
 from recipe.training.stopping import STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
 from tests.conftest import compose_config
 from tests.training.test_loop import assert_same_tensors, last_state
-from tests.worlds import run_world
+from tests.worlds import meet_elsewhere, run_world
 
 Words = Callable[..., list[str]]
 LONG = [
@@ -30,6 +31,7 @@ LONG = [
     "optimization.epochs=3",
     "optimization.batch_size=12",  # 9 steps an epoch
     "trainer.log_every_steps=4",
+    "trainer.timeout_seconds=60",
 ]
 STEPS_PER_EPOCH = 9
 CUTS = sorted(random.Random(4).sample(range(STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH), 2))  # twice within epoch 2
@@ -45,10 +47,15 @@ def fault(text: str) -> Iterator[None]:
         del os.environ["FAULT"]
 
 
+def train(config: Config) -> TrainingRecord | None:
+    meet_elsewhere()
+    return loop.train(config)
+
+
 def train_stopped(words: list[str], name: str, rank: int, step: int) -> None:
     """Train until that rank alone is told to stop; every process leaves with 75."""
     with fault(f"{name}@{rank}:{step}"), pytest.raises(SystemExit) as end:
-        loop.train(compose_config(*words))
+        train(compose_config(*words))
     assert end.value.code == 75
 
 
@@ -61,11 +68,11 @@ def rows(words: list[str]) -> list[dict[str, Any]]:
 def cut_and_compare(words: list[str], run_dir: str, rank: int, threads: int | None = None) -> TrainingRecord | None:
     """Cut twice within one epoch and once in its validation, continue; compare with an uninterrupted run."""
     whole, cut = [*words, f"run_dir={run_dir}/whole"], [*words, f"run_dir={run_dir}/cut"]
-    loop.train(compose_config(*whole))
+    train(compose_config(*whole))
     for step in CUTS:
         train_stopped(cut, "stop", rank, step)
     train_stopped(cut, "validation", 0, 2 * STEPS_PER_EPOCH)
-    record = loop.train(compose_config(*cut, *([f"trainer.data_threads={threads}"] if threads else [])))
+    record = train(compose_config(*cut, *([f"trainer.data_threads={threads}"] if threads else [])))
     before, after = last_state(whole), last_state(cut)
     for part in ("model", "average", "optimizer"):
         assert_same_tensors(before[part], after[part])
@@ -80,6 +87,7 @@ def exact_and_positions(words: list[str], run_dir: str, rank: int) -> tuple[list
     return [session.is_exact for session in record.sessions], [session.first_step for session in record.sessions]
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_stopped_run_continues_bit_by_bit_on_several_processes(smoke: Words, tmp_path: Path, processes: int) -> None:
     """The last rank alone is told; three processes, because two hide the order of a sum."""
@@ -109,10 +117,10 @@ def images_of(words: list[str], fault_text: str | None) -> list[int]:
     loop._step = noting_step
     try:
         if fault_text is None:
-            loop.train(compose_config(*words))
+            train(compose_config(*words))
         else:
             with fault(fault_text), pytest.raises(SystemExit):
-                loop.train(compose_config(*words))
+                train(compose_config(*words))
     finally:
         loop._step = step
     return seen
@@ -136,7 +144,7 @@ def test_another_number_of_processes_continues_with_the_right_images_and_says_so
 
 def test_checkpoints_inside_an_epoch_come_when_asked_for_and_change_nothing(smoke: Words, tmp_path: Path) -> None:
     for run, words in (("often", ["trainer.save_every_steps=4", "trainer.keep_checkpoints=99"]), ("plain", [])):
-        loop.train(compose_config(*smoke(*LONG, *words, run=run)))
+        train(compose_config(*smoke(*LONG, *words, run=run)))
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint_files(tmp_path / "often" / "checkpoints")]
     assert steps == [4, 8, 9, 12, 16, 18, 20, 24, 27]
     assert rows(smoke(run="often")) == rows(smoke(run="plain"))
