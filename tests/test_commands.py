@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from recipe.errors import SAVED
 from recipe.run import CHECKOUT
 from tests.conftest import SMALL_DEMO
 
@@ -226,7 +227,7 @@ def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, 
     wait_until(lambda: any((tmp_path / "x" / "checkpoints").glob("*.sha256")))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == SAVED
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
 

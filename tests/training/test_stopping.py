@@ -28,7 +28,7 @@ from tests.worlds import meet_elsewhere, run_world
 Words = Callable[..., list[str]]
 LONG = [
     "optimization.averaging.decay=0.9",
-    "optimization.epochs=3",
+    "optimization.epochs=2",
     "optimization.batch_size=12",  # 9 steps an epoch
     "trainer.log_every_steps=4",
     "trainer.timeout_seconds=60",
@@ -102,7 +102,7 @@ def test_a_stopped_run_continues_bit_by_bit_with_other_threads(smoke: Words, tmp
     assert [session.is_exact for session in record.sessions] == [None, True, True, True]
     cost = record.epochs[1]
     assert 0 < cost.images_per_second * cost.seconds == pytest.approx(108, rel=0.02)  # every part of the epoch counts
-    assert record.images_seen == 3 * 108
+    assert record.images_seen == 2 * 108
 
 
 def images_of(words: list[str], fault_text: str | None) -> list[int]:
@@ -146,7 +146,7 @@ def test_checkpoints_inside_an_epoch_come_when_asked_for_and_change_nothing(smok
     for run, words in (("often", ["trainer.save_every_steps=4", "trainer.keep_checkpoints=99"]), ("plain", [])):
         train(compose_config(*smoke(*LONG, *words, run=run)))
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint_files(tmp_path / "often" / "checkpoints")]
-    assert steps == [4, 8, 9, 12, 16, 18, 20, 24, 27]
+    assert steps == [4, 8, 9, 12, 16, 18]
     assert rows(smoke(run="often")) == rows(smoke(run="plain"))
     assert_same_tensors(last_state(smoke(run="often"))["model"], last_state(smoke(run="plain"))["model"])
 
