@@ -2,6 +2,7 @@
 
 ground floor, importable without torch
     errors         what stops a run, each kind with its exit code
+    faults         failures on demand, for tests
     config         typed schema of every knob, cross-field checks, identity of a recipe
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
@@ -20,8 +21,8 @@ chapters
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       schedule, optimization, augmentation, averaging; build, state, pinning; loop, measurement, journal,
-                   record
+    training       schedule, optimization, augmentation, averaging; build, state, pinning; loop, stopping, saving,
+                   measurement, journal, record
     document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
                    records to pages, without torch
 the example

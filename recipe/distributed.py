@@ -66,7 +66,7 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
         max_restarts=config.trainer.max_restarts,
         signals_to_handle=HANDED_ON,
     )
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
     with TemporaryDirectory() as folder:
         return _launched(settings, worker, config, Path(folder, "saved"))

@@ -9,10 +9,8 @@ variable is unset, nothing happens. The names:
     interrupt     the same with SIGINT
     hang          the process sleeps for an hour
     error         an exception that nobody expects
-    nan           the loss of the next step is not a number
-    validation    SIGTERM in the middle of the next validation
-    image         the loader's next image cannot be decoded
-    optimization.learning_rate   the process is started with another value: a stale checkout
+    nan           the weights of this process are no numbers any more
+    validation    SIGTERM as the next validation begins
 """
 
 from __future__ import annotations
@@ -20,6 +18,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
+from typing import Any
 
 VARIABLE = "FAULT"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
@@ -36,11 +36,14 @@ def is_due(name: str, rank: int, step: int) -> bool:
     return fault.rstrip("+") == f"{name}@{rank}:{step}"
 
 
-def strike(rank: int, step: int) -> None:
+def strike(rank: int, step: int, weights: Iterable[Any]) -> None:
     """What befalls a whole process between two steps."""
     for name, number in (("kill", signal.SIGKILL), ("stop", signal.SIGTERM), ("interrupt", signal.SIGINT)):
         if is_due(name, rank, step):
             os.kill(os.getpid(), number)
+    if is_due("nan", rank, step):
+        for tensor in weights:
+            tensor.detach().fill_(float("nan"))
     if is_due("hang", rank, step):
         time.sleep(3600)
     if is_due("error", rank, step):

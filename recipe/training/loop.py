@@ -69,7 +69,7 @@ def fit(training: Training) -> None:
 def _step(training: Training, batches: list[Batch]) -> None:
     """One optimizer step and what follows from it."""
     progress = training.progress
-    faults.strike(training.world.rank, progress.step)
+    faults.strike(training.world.rank, progress.step, training.model.parameters())
     torch.manual_seed(_dropout_seed(training))
     training.stepper.step(batches, training.learning_rate(progress.step))
     progress.step += 1
