@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -69,6 +70,19 @@ def released_weights(state: State) -> dict[str, Tensor]:
     average = state["average"]
     weights: dict[str, Tensor] = state["model"] if average is None else average["model"]
     return weights
+
+
+def write_released_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:
+    """The weights alone, beside the checkpoint of their step, in a format that anybody can read and that runs no code.
+
+    The digest (`model.weights_sha256`) travels with them, since the format itself does not notice a flipped bit.
+    """
+    path = directory / f"step-{step:08d}.safetensors"
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
+    write_atomically(path, safetensors.torch.save(plain, {"weights_sha256": digest}))
+    return path
 
 
 def interface_of(state: State, where: str) -> Interface:

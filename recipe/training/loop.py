@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from recipe import faults
+from recipe.checkpoint import write_released_weights
 from recipe.config import Config, config_sha256, pinned
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
@@ -100,6 +101,8 @@ def _complete_epoch(training: Training) -> None:
 
 def _leave_record(training: Training) -> TrainingRecord:
     record = training_record(training)
+    weights = training.average.model.state_dict()
+    write_released_weights(training.run.checkpoints, training.progress.step, weights, record.outputs["weights"])
     training.run.write(record)
     append_to_journal(training.run, "train", "ended", config_sha256=record.config_sha256, **record.final)
     return record

@@ -23,7 +23,7 @@ from recipe.distributed import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_LOOKS = 16  # of several processes with accelerators: the host waits for the device to look
-ECHO_SECONDS = 1.0  # a terminal's Ctrl-C reaches a launched process twice: directly, and handed on by its launcher
+ECHO_SECONDS = 3.0  # a terminal's Ctrl-C reaches a launched process twice: directly, and handed on by its launcher
 Item = TypeVar("Item")
 
 

@@ -20,7 +20,7 @@ from recipe.distributed import World
 from recipe.records import TrainingRecord
 from recipe.run import Run
 from recipe.training import loop
-from recipe.training.stopping import STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
+from recipe.training.stopping import ECHO_SECONDS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
 from tests.conftest import compose_config
 from tests.training.test_loop import assert_same_tensors, last_state
 from tests.worlds import meet_elsewhere, run_world
@@ -184,7 +184,7 @@ def test_a_launchers_echo_of_ctrl_c_is_no_second_one(monkeypatch: pytest.MonkeyP
     wish.note(signal.SIGINT, None)
     clock[0] += 0.3
     wish.note(signal.SIGINT, None)
-    clock[0] += 1.0
+    clock[0] += ECHO_SECONDS
     with pytest.raises(KeyboardInterrupt):
         wish.note(signal.SIGINT, None)
 
