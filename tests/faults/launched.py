@@ -49,7 +49,6 @@ def finish(process: subprocess.Popen[str], code: int, seconds: float = 120) -> t
     """What it printed, once it has ended with this exit code."""
     output, errors = process.communicate(timeout=seconds)
     assert process.returncode == code, output + errors
-    assert code == 1 or "Traceback" not in errors, errors
     return output, errors
 
 

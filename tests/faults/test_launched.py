@@ -82,6 +82,7 @@ def test_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Pa
     _, errors = finish(process, SAVED, seconds=30)
     assert "saved at step" in errors
     assert "run the same command to continue" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_fault_at_every_start_ends_after_the_restarts(data_directory: Path, tmp_path: Path) -> None:
