@@ -2,6 +2,7 @@
 
 ground floor, importable without torch
     errors         what stops a run, each kind with its exit code
+    faults         failures on demand, for tests
     config         typed schema of every knob, cross-field checks, identity of a recipe
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
@@ -22,7 +23,7 @@ chapters
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
-                   build, state, pinning; loop, measurement, journal, record
+                   build, state, pinning; loop, stopping, saving, measurement, journal, record
     document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
                    records to pages, without torch
 the example

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -31,12 +32,17 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
     torch.save({"format": FORMAT, **state}, buffer)
     content = buffer.getvalue()
     path = directory / f"step-{step:08d}.pt"
-    write_atomically(_checksum_file(path), f"{hashlib.sha256(content).hexdigest()}\n".encode())
+    checksum, new = _checksum_file(path), f"{hashlib.sha256(content).hexdigest()}\n".encode()
+    old = checksum.read_bytes() if path.exists() and checksum.exists() else b""  # of the same step: valid until the end
+    write_atomically(checksum, new + old)
     try:
         write_atomically(path, content)  # last: whoever finds it finds its checksum too
     except DiskError:
-        _checksum_file(path).unlink()
+        if not old:
+            checksum.unlink()
         raise
+    if old:
+        write_atomically(checksum, new)
     return path
 
 
@@ -47,7 +53,7 @@ def load_checkpoint(path: Path) -> State:
     if not _checksum_file(path).exists():
         raise UserError(f"{shown_path(path)} has no checksum beside it: its writing did not finish")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest().encode() != _checksum_file(path).read_bytes().strip():
+    if hashlib.sha256(content).hexdigest().encode() not in _checksum_file(path).read_bytes().split():
         raise UserError(f"{shown_path(path)} is damaged: its SHA-256 is not the one written beside it")
     try:
         state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -64,6 +70,19 @@ def released_weights(state: State) -> dict[str, Tensor]:
     average = state["average"]
     weights: dict[str, Tensor] = state["model"] if average is None else average["model"]
     return weights
+
+
+def write_released_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:
+    """The weights alone, beside the checkpoint of their step, in a format that anybody can read and that runs no code.
+
+    The digest (`model.weights_sha256`) travels with them, since the format itself does not notice a flipped bit.
+    """
+    path = directory / f"step-{step:08d}.safetensors"
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
+    write_atomically(path, safetensors.torch.save(plain, {"weights_sha256": digest}))
+    return path
 
 
 def interface_of(state: State, where: str) -> Interface:

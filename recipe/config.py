@@ -40,6 +40,8 @@ MACHINE_FACTS = (
     "trainer.data_threads",
     "trainer.prefetch_batches",
     "trainer.timeout_seconds",
+    "trainer.save_every_steps",
+    "trainer.max_restarts",
     "trainer.restart",
 )
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -497,11 +499,13 @@ class TrainerConfig:
     prefetch_batches: int
     log_every_steps: int
     keep_checkpoints: int
+    save_every_steps: int | None  # also inside an epoch; None: after each epoch, and when the run is stopped
     timeout_seconds: int  # of a collective operation
+    max_restarts: int  # of all processes, from the newest checkpoint, when one of them dies; of our own launch
     restart: bool  # move an old run aside and begin anew
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "cpu_threads", "data_threads"):
+        for name in ("gpus", "cpu_threads", "data_threads", "save_every_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"trainer.{name}", value, "1 or more, or null")
         for name in (
@@ -512,6 +516,7 @@ class TrainerConfig:
             "timeout_seconds",
         ):
             require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+        require(self.max_restarts >= 0, "trainer.max_restarts", self.max_restarts, "0 or more")
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ the few reductions that the pipeline needs. There is no home-made launcher, rend
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -28,25 +31,30 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from recipe.config import Accelerator, Config, Precision, TrainerConfig
-from recipe.errors import UserError, WorkerError, how_to_continue
+from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
 from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
 
 Result = TypeVar("Result")
+HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # by our launcher to its processes
+GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names, in a process that was launched, where its reason is looked for
 
 
 def launch(worker: Callable[[Config], Result], config: Config) -> Result:
     """Call `worker(config)` once per process and return the first one's result.
 
-    Workers that are started here import the calling script anew, so it must guard its `main`. Raises `WorkerError`
-    with the first failing worker's sentence and exit code.
+    Workers that are started here import the calling script anew, so it must guard its `main`. A signal that reaches the
+    launcher is handed on to all of them. Raises `WorkerError` with the first failing worker's sentence and exit code,
+    and leaves with exit code 75 where they were stopped and saved.
     """
     if dist.is_torchelastic_launched():
         return worker(config)
     processes = processes_per_node(config.trainer)
     if processes == 1:
         return worker(config)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -55,24 +63,40 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=config.trainer.max_restarts,
+        signals_to_handle=HANDED_ON,
     )
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
+    with TemporaryDirectory() as folder:
+        return _launched(settings, worker, config, Path(folder, "saved"))
+
+
+def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
+    """The first process's result; the file `saved` says afterwards whether they left in order."""
     try:
-        results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config)
+        results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config, saved)
     except ChildFailedError as failure:
+        if saved.exists():
+            raise SystemExit(SAVED) from None
         raise _as_worker_error(failure) from None
     except SignalException as stopped:
+        if saved.exists():
+            raise SystemExit(SAVED) from None
         print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
         raise SystemExit(128 + stopped.sigval) from None
     return results[0]
 
 
-def _started_worker(worker: Callable[[Config], Result], config: Config) -> Result:
+def _started_worker(worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
     """Runs in each started process: leaves the reason of a failure where the launcher looks for it."""
+    saved.unlink(missing_ok=True)  # of an earlier attempt
     try:
         return worker(config)
+    except SystemExit as end:
+        if end.code == SAVED:
+            saved.touch()
+        raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except UserError as error:
@@ -228,6 +252,9 @@ class World:
 @contextmanager
 def start_world(trainer: TrainerConfig) -> Iterator[World]:
     """Join the other processes, choose the device and the arithmetic; leave them at the end."""
+    if dist.is_torchelastic_launched():
+        _end_with_launcher()
+        _refuse_stale_addresses()
     processes_per_node(trainer)
     kind = device_type(trainer)
     environment = {
@@ -249,19 +276,56 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
     if size > 1:
-        dist.init_process_group(
-            world.backend,
-            timeout=timedelta(seconds=trainer.timeout_seconds),
-            device_id=device if kind == "cuda" else None,
-        )
+        _join(world, timedelta(seconds=trainer.timeout_seconds))
     try:
         yield world
+    except SystemExit:  # all processes leave together
+        _leave_group(world, has_failed=False)
+        raise
     except BaseException as error:
         if isinstance(error, Exception):  # before leaving the group, which breaks the others
             _leave_reason(str(error) if isinstance(error, UserError) else _traceback_of_rank())
         _leave_group(world, has_failed=True)
         raise
     _leave_group(world, has_failed=False)
+
+
+def _join(world: World, timeout: timedelta) -> None:
+    """Find the other processes through the launcher's store, apart from what those of an earlier attempt left there.
+
+    The store of torch 2.15 outlives a restart and hands out the addresses of the dead (pytorch#167288).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    device = world.device if world.device.type == "cuda" else None
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(world.backend, timeout=timeout, device_id=device)
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = dist.TCPStore(address, port, world.size, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt{attempt}", kept)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        world.backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
+    )
+
+
+def _refuse_stale_addresses() -> None:
+    """On several nodes each counts restarts for itself, so the count cannot tell attempts apart there."""
+    nodes, restarts = (int(os.environ.get(name, "0")) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if nodes > 1 and restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            f"torchrun --max-restarts={restarts} on {nodes} nodes cannot restart with torch {torch.__version__} as it "
+            "is: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, or leave --max-restarts out"
+        )
+
+
+def _end_with_launcher() -> None:
+    """Have the kernel end this process when its launcher is gone (Linux): torchrun leaves orphans when it is killed."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it went in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _leave_group(world: World, has_failed: bool) -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SAVED = 75  # stopped from outside, saved, and continued by the same command (EX_TEMPFAIL)
+
 
 class UserError(ValueError):
     """Something that a person can mend: a wrong value, a missing file, a machine that cannot do what was asked."""

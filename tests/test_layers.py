@@ -9,9 +9,10 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["errors", "config", "records", "run", "provenance"]
+GROUND = ["errors", "faults", "config", "records", "run", "provenance"]
 ALLOWED = {
     "errors": [],
+    "faults": [],
     "config": ["errors"],
     "records": ["errors"],
     "run": ["errors", "records"],

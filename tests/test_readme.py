@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.errors import DiskError, NonFiniteError, UserError
+from recipe.errors import SAVED, DiskError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
 from recipe.notebook import NOTEBOOK
 from recipe.run import CHECKOUT, RECORD_FILES, Run
@@ -155,7 +155,7 @@ def test_exit_codes_are_those_of_the_code() -> None:
     assert "not finite" in rows[str(NonFiniteError.exit_code)]
     assert "written" in rows[str(DiskError.exit_code)]
     assert "does not agree" in rows[str(ParityError.exit_code)]
-    assert "reserved" in rows["75"]
+    assert "saved" in rows[str(SAVED)]
 
 
 def test_the_picture_is_small_and_is_there() -> None:

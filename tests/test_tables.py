@@ -15,7 +15,11 @@ from recipe.run import CHECKOUT
 TESTS = CHECKOUT / "tests"
 CITED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 REASON = re.compile(r"(later|not applicable): \w.{10,}")
-TABLES = {"TRAPS.md": [f"T{number}" for number in range(1, 43)], "CONTRADICTIONS.md": [str(n) for n in range(1, 23)]}
+TABLES = {
+    "TRAPS.md": [f"T{number}" for number in range(1, 43)],
+    "CONTRADICTIONS.md": [str(n) for n in range(1, 23)],
+    "FAULTS.md": [f"F{number}" for number in range(1, 20)],
+}
 TRAPS_COUNTED = re.compile(
     r"^Of 42 traps, (\d+) are tested, (\d+) are tested as far as they exist here and the rest comes later, "
     r"(\d+) comes? later, (\d+) does not apply\.$",

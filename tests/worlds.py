@@ -43,6 +43,12 @@ def _run(rank: int, size: int, port: int, results: Any, worker: Callable[..., An
         results.put((rank, (False, traceback.format_exc())))
 
 
+def meet_elsewhere() -> None:
+    """Before ranks join again in the same processes: the first one's old store may still be there."""
+    if "MASTER_PORT" in os.environ:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -356,6 +356,11 @@ class EvaluationBatches:
         """Batches of this process."""
         return len(range(self.rank, math.ceil(len(self.threads.split) / self.batch_size), self.processes))
 
+    @property
+    def common_batches(self) -> int:
+        """Batches that every process has at least: some have one more."""
+        return math.ceil(len(self.threads.split) / self.batch_size) // self.processes
+
     def __iter__(self) -> Iterator[Batch]:
         images = len(self.threads.split)
         starts = range(self.rank * self.batch_size, images, self.processes * self.batch_size)

@@ -32,8 +32,16 @@ from recipe.training.optimization import Stepper, replicate
 from recipe.training.optimizer import build_optimizer
 from recipe.training.schedule import LearningRate, build_schedule
 from recipe.training.state import Progress, TrainingState, saved_state
+from recipe.training.stopping import StopWish
 
 CPU_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_", "DNNL_", "MKL_")  # choose instructions, and so the last digits
+
+
+@dataclass
+class Failures:
+    """Checkpoints that could not be written, on the first process."""
+
+    in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,9 @@ class Training:
     validation: EvaluationBatches
     state: TrainingState
     journal: Journal | None  # of the first process only
-    wait: DataWait = field(default_factory=DataWait)
+    wish: StopWish
+    wait: DataWait
+    failures: Failures = field(default_factory=Failures)
 
     @property
     def progress(self) -> Progress:
@@ -65,7 +75,7 @@ class Training:
 
 
 @contextmanager
-def build_training(config: Config, world: World, run: Run, stage: Stage | None) -> Iterator[Training]:
+def build_training(config: Config, world: World, run: Run, stage: Stage | None, wish: StopWish) -> Iterator[Training]:
     """Open the data, build the network and its collaborators, continue from the newest checkpoint; close at the end.
 
     `config.model.weights_sha256` must already be known where the run starts from given weights.
@@ -94,7 +104,9 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None) 
             manifest_sha256=manifest_hash,
             circumstances=_circumstances(config, world, batches),
         )
-        state.restore(_newest_state(run, world), world.size)
+        state.restore(_newest_state(run, world), world)
+        wait = DataWait()
+        wait.continue_from(*state.progress.lap())
         yield Training(
             config=config,
             world=world,
@@ -112,6 +124,8 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None) 
             validation=validation,
             state=state,
             journal=_open_journal(config, world, state, batches, held),
+            wish=wish,
+            wait=wait,
         )
 
 
@@ -153,8 +167,8 @@ def _open_journal(
     journal = None
     with world.first_decides():
         if world.is_first:
-            steps = state.progress.step
-            journal = Journal(state.run, config.optimization.epochs, batches.batches_per_epoch, steps)
+            steps, epochs = state.progress.step, state.progress.epoch
+            journal = Journal(state.run, config.optimization.epochs, batches.batches_per_epoch, steps, epochs)
             held.enter_context(closing(journal))
     return journal
 

@@ -43,13 +43,15 @@ class Row:
 class Journal:
     """The first process's notes."""
 
-    def __init__(self, run: Run, epochs: int, steps_per_epoch: int, completed_steps: int) -> None:
+    def __init__(
+        self, run: Run, epochs: int, steps_per_epoch: int, completed_steps: int, completed_epochs: int
+    ) -> None:
         self.run = run
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.first_step = completed_steps
         self.started = time.perf_counter()
-        self._cut(completed_steps)
+        self._cut(completed_steps, completed_epochs)
         self.bar = tqdm(
             total=epochs * steps_per_epoch,
             initial=completed_steps,
@@ -59,9 +61,13 @@ class Journal:
             disable=not sys.stderr.isatty(),
         )
 
-    def _cut(self, completed_steps: int) -> None:
-        """Drop the rows behind the checkpoint and make TensorBoard's events anew from the others."""
+    def _cut(self, completed_steps: int, completed_epochs: int) -> None:
+        """Drop the rows behind the checkpoint and make TensorBoard's events anew from the others.
+
+        A checkpoint of an epoch's last step may have been written before its validation, which then comes again.
+        """
         rows = [Row(**row) for row in self.run.metric_rows() if row["step"] <= completed_steps]
+        rows = [row for row in rows if row.split == "train" or row.epoch <= completed_epochs]
         content = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
         write_atomically(self.run.metrics, content.encode())
         with disk_errors(self.run.tensorboard):
@@ -142,6 +148,14 @@ class DataWait:
             if item is None:
                 return
             yield item
+
+    def so_far(self) -> tuple[float, float]:
+        """(seconds since the last lap, of which waited); the lap goes on."""
+        return time.perf_counter() - self.since, self.waited_seconds
+
+    def continue_from(self, seconds: float, waited_seconds: float) -> None:
+        """Go on as if so much of the lap were over: what happened since `so_far`, or in between, does not count."""
+        self.since, self.waited_seconds = time.perf_counter() - seconds, waited_seconds
 
     def lap(self) -> tuple[float, float]:
         """(seconds since the last call, of which waited)."""

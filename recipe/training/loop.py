@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
+from recipe import faults
+from recipe.checkpoint import write_released_weights
 from recipe.config import Config, config_sha256, pinned
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
@@ -23,6 +25,8 @@ from recipe.training.build import Training, build_training
 from recipe.training.measurement import measure_steps, validate
 from recipe.training.pinning import finished_record, pin, set_aside
 from recipe.training.record import training_record
+from recipe.training.saving import save, save_and_exit, save_where_due
+from recipe.training.stopping import Stopped, stop_wish
 
 DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation
 
@@ -33,12 +37,12 @@ def train(config: Config) -> TrainingRecord | None:
     Returns the record on the first process, None on the others. Raises `UserError` for what a person can mend.
     """
     config = with_known_weights(config)
-    with start_world(config.trainer) as world, _one_writer(config, world) as run:
+    with start_world(config.trainer) as world, stop_wish(world) as wish, _one_writer(config, world) as run:
         finished = finished_record(run) if world.is_first else None
         if world.from_first(finished is not None):
             return finished
         stage = _started(run) if world.is_first else None
-        with build_training(config, world, run, stage) as training:
+        with build_training(config, world, run, stage, wish) as training:
             fit(training)
             return _leave_record(training) if world.is_first else None
 
@@ -49,17 +53,24 @@ def _started(run: Run) -> Stage:
 
 
 def fit(training: Training) -> None:
-    """Steps over every epoch; after each one validation, then a checkpoint."""
-    for epoch in range(training.progress.epoch, training.config.optimization.epochs):
-        for batches in training.wait.timed(training.batches.epoch(epoch, training.progress.batch)):
-            _step(training, batches)
-        validate(training)
-        _complete_epoch(training)
+    """Steps over every epoch; after each one validation, then a checkpoint. A wish to stop is granted between steps."""
+    progress = training.progress
+    try:
+        for epoch in range(progress.epoch, training.config.optimization.epochs):
+            for batches in training.wait.timed(training.batches.epoch(epoch, progress.batch)):
+                _step(training, batches)
+                training.wish.look(progress.step)
+                save_where_due(training)
+            validate(training)
+            _complete_epoch(training)
+    except Stopped:
+        save_and_exit(training)
 
 
 def _step(training: Training, batches: list[Batch]) -> None:
     """One optimizer step and what follows from it."""
     progress = training.progress
+    faults.strike(training.world.rank, progress.step, training.model.parameters())
     torch.manual_seed(_dropout_seed(training))
     training.stepper.step(batches, training.learning_rate(progress.step))
     progress.step += 1
@@ -84,14 +95,14 @@ def _complete_epoch(training: Training) -> None:
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_seconds = progress.epoch_waited_seconds = 0.0
-    with training.world.first_decides():
-        if training.world.is_first:
-            training.state.save(training.config.trainer.keep_checkpoints)
+    save(training, must_succeed=progress.epoch == training.config.optimization.epochs)
     training.wait.lap()
 
 
 def _leave_record(training: Training) -> TrainingRecord:
     record = training_record(training)
+    weights = training.average.model.state_dict()
+    write_released_weights(training.run.checkpoints, training.progress.step, weights, record.outputs["weights"])
     training.run.write(record)
     append_to_journal(training.run, "train", "ended", config_sha256=record.config_sha256, **record.final)
     return record

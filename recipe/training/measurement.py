@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from recipe import faults
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
 from recipe.training.build import Training
@@ -45,6 +46,7 @@ def validate(training: Training) -> None:
     """A `validation` row: every image once, through the weights that count (the average where there is one)."""
     config, world, model = training.config, training.world, training.average.model
     started = time.perf_counter()
+    faults.strike_validation(world.rank, training.progress.step)
     world.copy_from_first(training.model)
     predict = predictor(
         model,
@@ -57,7 +59,9 @@ def validate(training: Training) -> None:
     if training.average.is_on:
         _recalibrate_average(training, predict)
         world.copy_from_first(model)
-    predictions = collect(evaluate(predict, training.validation), world, len(training.validation.threads.split))
+    images = len(training.validation.threads.split)
+    batches = training.wish.watched(training.validation, training.validation.common_batches)
+    predictions = collect(evaluate(predict, batches), world, images)
     training.model.train()
     with world.first_decides():
         if predictions is not None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from recipe.checkpoint import State, newest_checkpoint, prune_checkpoints, save_checkpoint
 from recipe.config import config_sha256
+from recipe.distributed import World
 from recipe.errors import NonFiniteError, UserError
 from recipe.records import Epoch, Interface, Session
 from recipe.run import Run, now
@@ -39,12 +40,25 @@ class Progress:
     epoch_seconds: float = 0.0  # of training, since the last completed epoch
     epoch_waited_seconds: float = 0.0  # of these, for data
     peak_memory_bytes: int = 0  # of the accelerator
+    window: dict[str, Any] = field(default_factory=dict)  # since the last row: a tally per process, and seconds
     epochs: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
 
     def epoch_records(self) -> list[Epoch]:
         """Every epoch's cost."""
         return [Epoch(**epoch) for epoch in self.epochs]
+
+    def tally_of(self, world: World) -> list[float]:
+        """What this process had counted since the last row; with another number of them the first has it all."""
+        tallies = self.window.get("tallies", [])
+        if len(tallies) == world.size:
+            mine: list[float] = tallies[world.rank]
+            return mine
+        return [sum(column) for column in zip([0.0] * 4, *tallies, strict=True)] if world.is_first else [0.0] * 4
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last row, of which waited for data)."""
+        return self.window.get("seconds", 0.0), self.window.get("waited_seconds", 0.0)
 
     def session_records(self) -> list[Session]:
         """Every uninterrupted stretch."""
@@ -94,10 +108,10 @@ class TrainingState:
         save_checkpoint(self.run.checkpoints, self.progress.step, state)
         prune_checkpoints(self.run.checkpoints, keep, self.progress.best_step)
 
-    def restore(self, state: State | None, processes: int) -> None:
+    def restore(self, state: State | None, world: World) -> None:
         """Continue from a checkpoint, or begin; notes the session and whether it can be bit-exact."""
         if state is None:
-            self._begin_session(processes, is_exact=None, note="from the beginning")
+            self._begin_session(world.size, is_exact=None, note="from the beginning")
             return
         self._must_match(state)
         self.model.load_state_dict(state["model"])
@@ -107,11 +121,12 @@ class TrainingState:
         self.stepper.skipped_steps = state["skipped_steps"]
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
+        self.stepper.tally += torch.tensor(self.progress.tally_of(world), dtype=torch.float64)
         changed = changes(state["circumstances"], self.circumstances)
         if next(self.model.parameters()).is_cuda and not torch.are_deterministic_algorithms_enabled():
             changed.append("algorithms are not deterministic (trainer.deterministic=false)")
         note = f"continued at step {self.progress.step}" + (f", not bit-exact: {'; '.join(changed)}" if changed else "")
-        self._begin_session(processes, is_exact=not changed, note=note)
+        self._begin_session(world.size, is_exact=not changed, note=note)
 
     def _must_match(self, state: State) -> None:
         for what, mine in (("config_sha256", self.config_sha256), ("manifest_sha256", self.manifest_sha256)):

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config import config_sha256
 from recipe.errors import NonFiniteError, UserError
+from recipe.model import weights_sha256
 from recipe.records import PreprocessingRecord, TrainingRecord
 from recipe.run import Run
 from recipe.training import loop
@@ -213,3 +216,12 @@ def test_a_network_with_dropout_continues_exactly_too(smoke: Words, tmp_path: Pa
         "optimization.learning_rate=0.001",
     )
     assert compare_continued_with_uninterrupted(words, str(tmp_path)) is True
+
+
+def test_the_last_weights_lie_beside_their_checkpoint_for_anybody(smoke: Words, tmp_path: Path) -> None:
+    record = train(smoke("optimization.averaging.decay=0.9"))
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*.safetensors")
+    assert path.stem == checkpoint_files(path.parent)[-1].stem
+    assert weights_sha256(load_file(path)) == record.outputs["weights"]
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"weights_sha256": record.outputs["weights"]}

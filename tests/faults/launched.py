@@ -1,0 +1,86 @@
+"""Starts training as a user does, lets a fault befall it, and looks at what is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from recipe.run import CHECKOUT, Run
+from tests.conftest import SMALL_DEMO
+
+OURS = (sys.executable,)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+BOTH = {"ours": (OURS, ("trainer.gpus=2",)), "torchrun": (TORCHRUN, ())}
+
+
+def start(
+    directory: Path,
+    data: Path,
+    *words: str,
+    launcher: tuple[str, ...] = OURS,
+    fault: str | None = None,
+    new_session: bool = False,
+) -> subprocess.Popen[str]:
+    """A training that is going on in `directory`, in the run `x` unless the words say otherwise."""
+    common = [
+        "experiment=smoke",
+        *SMALL_DEMO,
+        "optimization.batch_size=12",
+        f"data.directory={data}",
+        "run_dir=x",
+        "trainer.timeout_seconds=60",
+    ]
+    return subprocess.Popen(
+        [*launcher, str(CHECKOUT / "train.py"), *common, *words],
+        cwd=directory,
+        env=os.environ | ({"FAULT": fault} if fault else {}),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=new_session,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int, seconds: float = 120) -> tuple[str, str]:
+    """What it printed, once it has ended with this exit code."""
+    output, errors = process.communicate(timeout=seconds)
+    assert process.returncode == code, output + errors
+    return output, errors
+
+
+def weights_of(output: str) -> str:
+    """The weights hash, which training prints last."""
+    name, value = output.strip().splitlines()[-1].split()
+    assert name == "weights_sha256"
+    return value
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_done(directory: Path) -> int:
+    """The last step that the run has noted."""
+    rows = Run(directory / "x").metric_rows()
+    return rows[-1]["step"] if rows else 0
+
+
+def processes_of(directory: Path) -> list[int]:
+    """Every process that works in this directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            is_here = entry.name.isdigit() and (entry / "cwd").resolve() == directory.resolve()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0] if is_here else "Z"
+        except OSError:  # it ended meanwhile
+            continue
+        if is_here and state != "Z" and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found

@@ -1,0 +1,93 @@
+"""Faults of whole processes, by either launch: what a person or a scheduler sees, and that nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from recipe.errors import SAVED
+from recipe.records import TrainingRecord
+from recipe.run import Run
+from tests.faults.launched import (
+    BOTH,
+    OURS,
+    TORCHRUN,
+    finish,
+    processes_of,
+    start,
+    steps_done,
+    wait_until,
+    weights_of,
+)
+
+pytestmark = pytest.mark.timeout(240)
+ENDLESS = ("optimization.epochs=500", "trainer.log_every_steps=1")
+SHORT = ("optimization.epochs=2",)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights that two processes end with when nothing happens."""
+    directory = tmp_path_factory.mktemp("whole")
+    output, _ = finish(start(directory, data_directory, *SHORT, "trainer.gpus=2"), 0)
+    return weights_of(output)
+
+
+@pytest.mark.parametrize("launch", BOTH)
+def test_a_killed_rank_is_restarted_and_ends_with_the_uninterrupted_weights(
+    launch: str, data_directory: Path, tmp_path: Path, uninterrupted: str
+) -> None:
+    """Fault 1: rank 1 vanishes at step 13; the next attempt continues after the checkpoint of step 9."""
+    launcher, words = BOTH[launch]
+    restarts = ("trainer.max_restarts=1",) if launcher == OURS else ()
+    launcher = (*launcher, "--max-restarts=1") if launcher == TORCHRUN else launcher
+    process = start(tmp_path, data_directory, *SHORT, *words, *restarts, launcher=launcher, fault="kill@1:13")
+    output, _ = finish(process, 0)
+    assert weights_of(output) == uninterrupted
+    record = Run(tmp_path / "x").read(TrainingRecord)
+    assert record is not None
+    assert [session.first_step for session in record.sessions] == [0, 9]
+
+
+@pytest.mark.parametrize("launch", BOTH)
+def test_no_process_outlives_its_launcher(launch: str, data_directory: Path, tmp_path: Path) -> None:
+    """Fault 2, and 14: the launcher is killed; the run directory is free again and the next command continues."""
+    launcher, words = BOTH[launch]
+    process = start(tmp_path, data_directory, *ENDLESS, *words, launcher=launcher)
+    wait_until(lambda: steps_done(tmp_path) > 12)
+    assert len(processes_of(tmp_path)) >= 3
+    process.kill()
+    process.communicate(timeout=10)
+    wait_until(lambda: not processes_of(tmp_path), seconds=3)
+    continued = start(tmp_path, data_directory, *ENDLESS, *words, launcher=OURS, fault="stop@0:20")
+    if launch == "ours":
+        assert "continuing at epoch" in finish(continued, SAVED)[1]
+    else:
+        continued.kill()
+        continued.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Path, tmp_path: Path) -> None:
+    """Fault 3."""
+    process = start(tmp_path, data_directory, *ENDLESS, "trainer.gpus=2", new_session=True)
+    wait_until(lambda: steps_done(tmp_path) > 12)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # what a terminal does
+    else:
+        process.send_signal(number)
+    _, errors = finish(process, SAVED, seconds=30)
+    assert "saved at step" in errors
+    assert "run the same command to continue" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_fault_at_every_start_ends_after_the_restarts(data_directory: Path, tmp_path: Path) -> None:
+    """Fault 18."""
+    words = (*SHORT, "trainer.gpus=2", "trainer.max_restarts=1")
+    process = start(tmp_path, data_directory, *words, fault="kill@0:0+")
+    _, errors = finish(process, 137)
+    assert "SIGKILL" in errors
