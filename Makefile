@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@echo "installing into .venv (once; several GB of PyTorch, some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable '.[dev,lamb,notebook]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable '.[dev,lamb,notebook,slurm]'
 	@rm -f .venv/installed-* && touch $@
 
 preprocess: setup  ## raw images -> shards, index and manifest in data/

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -27,12 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config import MACHINE_FACTS, Config, leaves, typed
 from recipe.errors import UserError, one_clear_sentence
+from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, Run, shown_path
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`; what Hydra has to say about a command line becomes one sentence too."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
+    remember_typed_words()
     with one_clear_sentence(), _explaining():
         main()
 
@@ -85,7 +86,7 @@ def swept_suffix() -> str:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return ""
-    typed_overrides = _parsed([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
+    typed_overrides = _parsed([word for word in typed_words()[1:] if "=" in word and not word.startswith("-")])
     swept = {override.key_or_group for override in typed_overrides if override.is_sweep_override()}
     swept |= set(hydra.sweeper.get("params") or {})
     mine = [override for override in _parsed(list(hydra.overrides.task)) if override.key_or_group in swept]

@@ -8,6 +8,7 @@ so that this module needs no torch.
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import platform
@@ -22,6 +23,7 @@ from recipe.records import Hardware, Provenance, TreeState
 from recipe.run import CHECKOUT, now, recorded_path, without_paths, write_atomically
 
 PACKAGES = ("torch", "torchvision", "torchcodec", "pillow", "numpy", "hydra-core", "omegaconf", "msgspec", "timm")
+TYPED_WORDS = "RECIPE_TYPED_WORDS"  # environment variable; jobs inherit it
 PATCHES = Path("records", "patches")  # below a stage's directory
 NAMED_MAX = 50  # untracked files in a record
 ENVIRONMENT = (
@@ -75,13 +77,24 @@ def command() -> str:
     Workers that this project starts inherit `sys.argv`; a worker of torchrun is told by its environment and by having
     no parent in Python's multiprocessing.
     """
-    script, *arguments = sys.argv or ["python"]
+    script, *arguments = typed_words() or ["python"]
     words = " ".join([shlex.quote(Path(script).name), *(shown_argument(argument) for argument in arguments)])
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     if processes is None or multiprocessing.parent_process() is not None:
         return _printable(f"python {words}")
     nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
     return _printable(f"torchrun --nnodes={nodes} --nproc-per-node={processes} {words}")
+
+
+def remember_typed_words() -> None:
+    """Keep the command line for where `sys.argv` is another's: in a job that a launcher of Hydra has sent to Slurm."""
+    os.environ[TYPED_WORDS] = json.dumps(sys.argv)
+
+
+def typed_words() -> list[str]:
+    """The command line as typed, script first."""
+    remembered = os.environ.get(TYPED_WORDS)
+    return sys.argv if remembered is None else [str(word) for word in json.loads(remembered)]
 
 
 def shown_argument(argument: str) -> str:

@@ -122,6 +122,18 @@ def test_a_multirun_gets_a_directory_for_each_value(run_command: Command, tmp_pa
     assert (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").exists()
 
 
+def test_a_sweep_that_a_scheduler_runs_has_the_same_directories_and_commands(
+    run_command: Command, tmp_path: Path
+) -> None:
+    """Submitit as for Slurm, its jobs on this machine: in a job the command line is the launcher's own."""
+    run_command("train.py", "-m", "seed=1,2", "optimization.epochs=1", "hydra/launcher=submitit_local")
+    assert names(tmp_path) == {"runs"}
+    assert names(tmp_path / "runs") == {"smoke-seed-1", "smoke-seed-2", "journal.jsonl", "multirun"}
+    document = (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").read_text()
+    assert "python train.py -m" in document
+    assert "submitit.core" not in document
+
+
 def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command, trained: Path) -> None:
     plain = run_command("evaluate.py", "run_dir=x")
     assert "resize28-crop24-bilinear" in plain.stdout
