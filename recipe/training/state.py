@@ -121,7 +121,7 @@ class TrainingState:
         self.stepper.skipped_steps = state["skipped_steps"]
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        self.stepper.tally += torch.tensor(self.progress.tally_of(world), dtype=torch.float64)
+        self.stepper.tally += self.stepper.tally.new_tensor(self.progress.tally_of(world))  # on its own device
         changed = changes(state["circumstances"], self.circumstances)
         if next(self.model.parameters()).is_cuda and not torch.are_deterministic_algorithms_enabled():
             changed.append("algorithms are not deterministic (trainer.deterministic=false)")
