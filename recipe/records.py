@@ -397,6 +397,9 @@ class InferenceRecord(Record, frozen=True, kw_only=True):
     pictures: list[ClassifiedPicture]  # the given ones first, then samples of the validation set
 
 
+PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"  # what a latency is of
+
+
 class Latency(Record, frozen=True, kw_only=True):
     """One cell of the timing table; a percentile that too few repeats support is absent."""
 

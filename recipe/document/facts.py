@@ -81,9 +81,9 @@ def sections(facts: Facts) -> dict[str, Section]:
         "dynamics": training,
         "outputs": training,
         "performance_metrics": section(facts.evaluation, evaluation_reasons(facts)),
-        "inference_code": section(facts.inference, inference_reasons(facts)),
+        "inference_code": section(facts.inference, later_reasons(facts, facts.inference)),
         "timing_information": section(facts.timing or None, timing_reasons(facts)),
-        "serialization": section(facts.serialization, serialization_reasons(facts)),
+        "serialization": section(facts.serialization, later_reasons(facts, facts.serialization)),
     }
 
 
@@ -119,19 +119,10 @@ def evaluation_reasons(facts: Facts) -> list[str]:
     return reasons + data_reasons(facts, facts.evaluation) + config_reasons(facts, facts.evaluation)
 
 
-def serialization_reasons(facts: Facts) -> list[str]:
-    """Why the exported files no longer belong to the weights that were evaluated."""
-    if facts.serialization is None:
+def later_reasons(facts: Facts, record: SerializationRecord | InferenceRecord | None) -> list[str]:
+    """Why exported files, or the notebook's answers, no longer belong to the weights that were evaluated."""
+    if record is None:
         return []
-    record = facts.serialization
-    return weights_reasons(facts, record) + data_reasons(facts, record) + config_reasons(facts, record)
-
-
-def inference_reasons(facts: Facts) -> list[str]:
-    """Why the notebook's answers are no longer those of the evaluated weights."""
-    if facts.inference is None:
-        return []
-    record = facts.inference
     return weights_reasons(facts, record) + data_reasons(facts, record) + config_reasons(facts, record)
 
 

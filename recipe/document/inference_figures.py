@@ -14,8 +14,8 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from recipe.document.figures import TRAIN, VALIDATION, legend, png, tidy
-from recipe.document.latency import machine_title
-from recipe.records import ClassifiedPicture, InferenceRecord, Latency, TimingRecord
+from recipe.document.latency import machine_title, single_pictures
+from recipe.records import ClassifiedPicture, InferenceRecord, TimingRecord
 
 THUMBNAIL_INCHES = (2.6, 2.6)
 SHEET_COLUMNS = 4
@@ -57,11 +57,6 @@ def sheet_png(found: Sequence[ClassifiedPicture], pixels: Sequence[NDArray[np.ui
     return png(partial(_draw_sheet, found=found, pixels=pixels, rows=rows), (7.2, 2.1 * rows))
 
 
-def single_pictures(record: TimingRecord) -> list[Latency]:
-    """The cells that a user feels: one picture, from its bytes to the answer."""
-    return [cell for cell in record.cells if cell.what == "both" and cell.batch_size == 1]
-
-
 def _draw_guesses(figure: Figure, found: ClassifiedPicture) -> None:
     axes = tidy(figure.add_subplot(), "probability", "")
     best = next(iter(found.guesses.values()))
@@ -87,11 +82,11 @@ def _draw_guesses(figure: Figure, found: ClassifiedPicture) -> None:
 
 def _draw_latency(figure: Figure, record: TimingRecord) -> None:
     axes = tidy(figure.add_subplot(), "milliseconds for one picture, preprocessing included", "calls (%)")
-    for number, cell in enumerate(single_pictures(record)):
+    cells = single_pictures(record)
+    for number, cell in enumerate(cells):
         shares = np.linspace(0, 100, len(cell.histogram_milliseconds))
         label = f"{cell.backend}, {cell.precision}"
         axes.plot(cell.histogram_milliseconds, shares, color=FILE_COLOURS[number % len(FILE_COLOURS)], label=label)
-    cells = single_pictures(record)
     axes.set_xlim(0, 1.6 * max(np.quantile(cell.histogram_milliseconds, 0.9) for cell in cells))
     axes.set_ylim(0, 100)
     axes.set_title(machine_title(record), fontsize=10)

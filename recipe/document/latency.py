@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recipe.records import Latency, TimingRecord
+from recipe.records import BOTH, MODEL, Latency, TimingRecord
 
 NVIDIA = "NVIDIA DeepLearningExamples, ResNet-50 v1.5"
-BOTH, MODEL = "both", "model"
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,11 @@ def machine_title(record: TimingRecord) -> str:
     return machine.accelerator or f"{machine.processor}, {machine.cores} cores"
 
 
+def single_pictures(record: TimingRecord) -> list[Latency]:
+    """The cells that a user feels: one picture, from its bytes to the answer."""
+    return [cell for cell in record.cells if cell.what == BOTH and cell.batch_size == 1]
+
+
 def measured_rows(timing: Sequence[TimingRecord]) -> list[MeasuredRow]:
     """One row for each machine, backend and precision that answered single pictures, in the order of measurement."""
     rows = []
@@ -107,7 +111,7 @@ def verdicts(timing: Sequence[TimingRecord]) -> list[Verdict]:
     """One for each machine on which the reference was measured."""
     found = []
     for record in timing:
-        single = [c for c in record.cells if c.what == BOTH and c.batch_size == 1 and c.p50_milliseconds is not None]
+        single = [cell for cell in single_pictures(record) if cell.p50_milliseconds is not None]
         reference = next((c.p50_milliseconds for c in single if c.backend == record.reference), None)
         if reference is not None:
             ours = sorted(

@@ -35,7 +35,7 @@ from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.provenance import Stage
-from recipe.records import Absent, Hardware, Latency, Setting, TimingRecord
+from recipe.records import BOTH, MODEL, PREPROCESSING, Absent, Hardware, Latency, Setting, TimingRecord
 from recipe.run import Run, shown_path, without_paths
 
 ROUNDS = 4  # even ones against odd ones: the same thing, measured twice
@@ -44,7 +44,6 @@ REPEATS_BEYOND = 5  # at least so many lie beyond a percentile, or it is left ou
 QUANTILES = 51  # kept for the figure
 NO_PROVIDERS = ("AzureExecutionProvider",)  # a remote service, not hardware
 REFERENCE = "torchvision's own way, eager"
-PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"
 CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "pstate")
 
 
