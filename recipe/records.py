@@ -240,6 +240,46 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     final: dict[str, float]  # the last train and validation rows
     best_epoch: int
     selection: str
+    circumstances: dict[str, Setting] = {}  # what must be equal for another run to give the same bits
+
+
+class ProbeStep(Record, frozen=True, kw_only=True):
+    """One optimizer step of the canary."""
+
+    step: int  # of the recipe's own schedule
+    epoch: int
+    indices: list[int]  # of the images, in order
+    learning_rate: float
+    images_mean: float  # of the normalised, mixed images that go into the network
+    images_std: float
+    loss: float
+    gradient_norm: float
+    weight_norms: dict[str, float]  # after the step, of each parameter group and of the moving average
+    moved: float  # norm of the difference that the step makes
+
+
+class Fingerprint(Record, frozen=True, kw_only=True):
+    """What this recipe's code does with a few images that it draws itself, in fp32 on one CPU thread.
+
+    A stranger computes the same numbers in a minute, without the data and without a GPU, and so learns whether this
+    checkout still does what the recipe's did.
+    """
+
+    format: str = "fingerprint/1"
+    source_sha256: str
+    versions: dict[str, str]
+    architecture_sha256: str
+    parameters: int
+    learning_rates: list[float]  # at 101 steps, evenly spread over the recipe's own schedule
+    parameter_groups: list[ParameterGroup]
+    augmentation_sha256: str
+    evaluation_sha256: str
+    order_sha256: str
+    facts: dict[str, Setting]  # of loss, averaging, augmentation, normalisation and evaluation, read back
+    steps: list[ProbeStep]
+    evaluation_logits: list[float]  # of the first images of the validation set, through the weights that count
+    evaluation_labels: list[int]
+    evaluation_correct: list[int]  # within 1 and 5
 
 
 class ClassName(Record, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.records import (
     AnyRecord,
     EvaluationRecord,
+    Fingerprint,
     InferenceRecord,
     PreprocessingRecord,
     Record,
@@ -40,6 +41,7 @@ RECORD_FILES: dict[type[Record], str] = {
     EvaluationRecord: "evaluation.json",
     SerializationRecord: "serialization.json",
     InferenceRecord: "inference.json",
+    Fingerprint: "fingerprint.json",
 }
 
 

@@ -31,6 +31,12 @@ ALLOWED = {
     "document": [*GROUND, "document"],
     "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
     "notebook": [*GROUND, "composition", "document"],
+    "review": [
+        *GROUND,
+        *("composition", "distributed", "model", "checkpoint", "data", "evaluation", "inference", "training"),
+        *("document", "performance", "review"),
+    ],
+    "__main__": ["errors", "review", "document"],
 }
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
 

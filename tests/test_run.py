@@ -18,6 +18,7 @@ from recipe.errors import DiskError, UserError
 from recipe.records import (
     ClassCounts,
     EvaluationRecord,
+    Fingerprint,
     Hardware,
     InferenceRecord,
     PreprocessingRecord,
@@ -307,7 +308,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_a_file_of_its_own() -> None:
-    kinds = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord)
+    kinds = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord, Fingerprint)
     assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
     assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
 

@@ -14,6 +14,7 @@ from recipe.config import config_sha256
 from recipe.document.dynamics import MetricRow
 from recipe.records import (
     EvaluationRecord,
+    Fingerprint,
     InferenceRecord,
     PreprocessingRecord,
     Provenance,
@@ -42,6 +43,7 @@ class Facts:
     other_evaluations: Sequence[EvaluationRecord] = ()  # of exported models and of published weights
     inference: InferenceRecord | None = None
     timing: Sequence[TimingRecord] = ()  # one for each machine
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         other_evaluations=run.read_all(run.other_evaluations, EvaluationRecord),
         inference=run.read(InferenceRecord),
         timing=run.read_all(run.timing, TimingRecord),
+        fingerprint=run.read(Fingerprint),
     )
 
 

@@ -7,7 +7,6 @@ document and alone knows the order of its sections.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from recipe.config import config_sha256, leaves, recipe_id
+from recipe.config import leaves
 from recipe.document import blocks, commands, dynamics, figures, formatting, inference_figures, latency
+from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
 from recipe.errors import UserError
@@ -26,7 +26,6 @@ from recipe.run import Run, shown_path, write_atomically
 
 __all__ = ["Facts", "check_document", "render", "write_document"]
 
-FORMAT = "recipe/1"
 EPOCHS_SHOWN = 20
 ROWS_SHOWN = 20  # of lists that can be thousands long, such as the shards of ImageNet
 ALL_CLASSES_UP_TO = 20
@@ -202,19 +201,9 @@ def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
     return {"Best five classes": ranked[:EXTREME_CLASSES], "Worst five classes": ranked[-EXTREME_CLASSES:]}
 
 
-def identity(facts: Facts) -> dict[str, Any]:
-    """The pinned configuration with its hashes; nulls where nothing is pinned yet."""
-    return {
-        "format": FORMAT,
-        "config": facts.config,
-        "config_sha256": config_sha256(facts.config) if facts.config else None,
-        "recipe_id": recipe_id(facts.config) if facts.config else None,
-    }
-
-
 def recipe_json(facts: Facts) -> Markdown:
-    """The block from which a program can run the recipe again. ASCII: no letter of it can start a line or a marker."""
-    return Markdown(json.dumps(identity(facts), indent=2, ensure_ascii=True))
+    """The block from which a program can run the recipe again, and test its claims."""
+    return Markdown(as_json(identity(facts)))
 
 
 def twin(facts: Facts) -> bytes:
@@ -225,6 +214,7 @@ def twin(facts: Facts) -> bytes:
         "evaluation": facts.evaluation,
         "serialization": facts.serialization,
         "inference": facts.inference,
+        "fingerprint": facts.fingerprint,
     }
     content = {
         **identity(facts),

@@ -520,15 +520,23 @@ def test_alterations_of_the_network_are_shown_where_there_are_any() -> None:
     assert "| Alterations | blurred_convolutions 6 |" in document(training=training_record(model=altered))
 
 
-def test_the_json_block_is_the_pinned_configuration() -> None:
+def test_the_json_block_holds_the_pinned_configuration() -> None:
     blocks = re.findall(r"^```json\n(.*?)^```$", document(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1
-    assert json.loads(blocks[0]) == {
-        "format": "recipe/1",
-        "config": CONFIG,
-        "config_sha256": configuration.config_sha256(CONFIG),
-        "recipe_id": configuration.recipe_id(CONFIG),
-    }
+    block = json.loads(blocks[0])
+    assert block["format"] == "recipe/1"
+    assert block["config"] == CONFIG
+    assert block["config_sha256"] == configuration.config_sha256(CONFIG)
+    assert block["recipe_id"] == configuration.recipe_id(CONFIG)
+
+
+def test_the_json_block_claims_what_the_records_hold() -> None:
+    claims = json.loads(re.findall(r"^```json\n(.*?)^```$", document(), re.DOTALL | re.MULTILINE)[0])["claims"]
+    evaluation, training = evaluation_record(), training_record()
+    assert claims["evaluation"]["correct_top1"] == evaluation.correct_top1
+    assert claims["training"]["weights_sha256"] == training.outputs["weights"]
+    assert claims["training"]["epochs"]["epoch"] == [epoch.epoch for epoch in training.epochs]
+    assert claims["data"]["splits"].keys() == preprocessing_record().splits.keys()
 
 
 def test_many_epochs_are_thinned_out_and_said_so() -> None:
@@ -653,7 +661,7 @@ def test_stale_sections_are_headed_so_with_the_reason(changes: dict[str, Any], s
 @pytest.mark.parametrize(
     ("change", "blocks"),
     [
-        ({"evaluation": evaluation_record(correct_top5=477)}, {"summary", "performance_metrics"}),
+        ({"evaluation": evaluation_record(correct_top5=477)}, {"summary", "performance_metrics", "recipe"}),
         ({"preprocessing": preprocessing_record(images_per_second=1.0)}, {"processing_methods"}),
         ({"training": training_record(peak_accelerator_memory_gib=3.0)}, {"dynamics"}),
     ],

@@ -1,0 +1,41 @@
+"""The verbs of the document: python -m recipe check runs/demo, or, installed, recipe check runs/demo.
+
+Each verb is a module with two functions: `describe(parser)` adds its arguments, `answer(arguments)` does the work and
+returns the exit code. 0: nothing was found; 1: something was; 2: it could not be done, said in one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from recipe.errors import one_clear_sentence
+
+VERBS: dict[str, tuple[str, str]] = {}
+PROGRAM = "python -m recipe"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code."""
+    words = sys.argv[1:] if words is None else list(words)
+    parser = argparse.ArgumentParser(PROGRAM, description="What a reader does with a recipe.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    asked = words[0] if words else None
+    for verb, (module, line) in VERBS.items():
+        described = verbs.add_parser(verb, help=line, description=line)
+        if verb == asked:  # only the module that is needed: several of them load torch
+            importlib.import_module(module).describe(described)
+    arguments = parser.parse_args(words)
+    with one_clear_sentence():
+        return int(importlib.import_module(VERBS[arguments.verb][0]).answer(arguments))
+
+
+def console() -> None:
+    """The installed command `recipe`."""
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,130 @@
+"""What a recipe claims, in the form in which a program can test it: the document's JSON block.
+
+Everything in it is copied from the records of the run; `recipe.review` compares it with what another machine, another
+checkout or another run gives.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from recipe.config import config_sha256, recipe_id
+from recipe.document.dynamics import EpochRow, epoch_rows
+from recipe.document.facts import Facts
+from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TrainingRecord
+
+FORMAT = "recipe/1"
+DYNAMICS = (
+    *("epoch", "learning_rate", "train_loss", "train_top1"),
+    *("validation_loss", "validation_top1", "validation_top5"),
+)
+PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")  # a string holds no line break as it is, only \n
+
+
+def identity(facts: Facts) -> dict[str, Any]:
+    """The pinned configuration with its hashes, and every claim; nulls where nothing was run yet."""
+    training = facts.training
+    return {
+        "format": FORMAT,
+        "config": facts.config,
+        "config_sha256": config_sha256(facts.config) if facts.config else None,
+        "recipe_id": recipe_id(facts.config) if facts.config else None,
+        "code": code(training) if training else None,
+        "circumstances": training.circumstances if training else None,
+        "claims": {
+            "data": data_claims(facts.preprocessing) if facts.preprocessing else None,
+            "training": training_claims(facts, training) if training else None,
+            "evaluation": evaluation_claims(facts.evaluation) if facts.evaluation else None,
+            "serialization": serialization_claims(facts.serialization) if facts.serialization else None,
+        },
+        "fingerprint": msgspec.to_builtins(facts.fingerprint) if facts.fingerprint else None,
+    }
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """JSON for people too: indented, with a list of plain values on one line. ASCII: no letter of it starts a line."""
+    indented = json.dumps(values, indent=2, ensure_ascii=True, allow_nan=False)
+    return PLAIN_LIST.sub(lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", indented)
+
+
+def code(training: TrainingRecord) -> dict[str, Any]:
+    """Which code trained."""
+    provenance = training.provenance
+    return {
+        "commit": provenance.commit,
+        "tree": provenance.tree_at_start.state,
+        "source_sha256": provenance.source_sha256,
+        "source_sha256_at_end": provenance.source_sha256_at_end,
+    }
+
+
+def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
+    """What the data were; `raw_sha256` is the same for every layout of the same images."""
+    return {
+        "data_set": preprocessing.data_set,
+        "manifest_sha256": preprocessing.outputs.get("manifest"),
+        "class_list_sha256": preprocessing.class_list_sha256,
+        "splits": {
+            name: {"images": split.images, "raw_sha256": split.raw_sha256}
+            for name, split in preprocessing.splits.items()
+        },
+    }
+
+
+def training_claims(facts: Facts, training: TrainingRecord) -> dict[str, Any]:
+    """What training began with, did and left."""
+    return {
+        "initial_weights_sha256": training.model.initial_weights_sha256,
+        "architecture_sha256": training.model.architecture_sha256,
+        "parameters": training.model.parameters,
+        "order_sha256": training.loader.order_sha256,
+        "augmentation_sha256": training.augmentation_sha256,
+        "steps": training.schedule.steps,
+        "steps_per_epoch": training.schedule.steps_per_epoch,
+        "images_seen": training.images_seen,
+        "images_per_batch_norm": training.loader.images_per_batch_norm,
+        "processes": training.processes,
+        "accelerator": training.provenance.hardware.accelerator,
+        "is_exact": all(session.is_exact is not False for session in training.sessions),
+        "weights_sha256": training.outputs.get("weights"),
+        "epochs": columns(epoch_rows(training, facts.metrics)),
+        "final": training.final,
+    }
+
+
+def columns(rows: Sequence[EpochRow]) -> dict[str, list[Any]]:
+    """One list for each column: 600 epochs stay a few lines. How long an epoch took is a fact, but no claim."""
+    return {name: [getattr(row, name) for row in rows] for name in DYNAMICS}
+
+
+def evaluation_claims(evaluation: EvaluationRecord) -> dict[str, Any]:
+    """The metric as integer counts, and how it was measured."""
+    return {
+        "protocol": evaluation.protocol.name,
+        "transform_sha256": evaluation.protocol.transform_sha256,
+        "decoder": evaluation.protocol.decoder,
+        "weights_sha256": evaluation.inputs.get("weights"),
+        "images": evaluation.images,
+        "correct_top1": evaluation.correct_top1,
+        "correct_top5": evaluation.correct_top5,
+        "loss": evaluation.loss,
+        "runs": evaluation.runs,
+    }
+
+
+def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
+    """Each exported file."""
+    return {
+        entry.variant: {
+            "sha256": entry.sha256,
+            "correct_top1": entry.correct_top1,
+            "correct_top5": entry.correct_top5,
+            "flips": entry.flips,
+        }
+        for entry in serialization.variants
+    }

@@ -1,0 +1,4 @@
+"""What a reader does with a recipe: test it, compare it, follow it, run it again.
+
+Nothing in the pipeline imports this package; its verbs are listed in `recipe/__main__.py`.
+"""
