@@ -8,6 +8,7 @@ from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.errors import one_clear_sentence
 from recipe.run import Run, recorded_path, shown_path
+from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
 
 
@@ -21,6 +22,7 @@ def main(composed: DictConfig) -> None:
             check_document(run)
         record = launch(train, config)
         if record is not None:  # the first process
+            leave_fingerprint(run, config, record)
             write_document(run, recorded_path(config.run_dir))
             print(f"finished after {record.schedule.steps} steps; wrote {shown_path(run.document)}")
             print(f"weights_sha256 {record.outputs['weights']}")

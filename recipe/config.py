@@ -211,7 +211,7 @@ class DataConfig:
     quality: int = 90  # JPEG quality of resized training images
     validation_fraction: float = 0.1  # share held out by hash where a folder brings no validation set
     images_per_shard: int = 1000
-    processes: int | None = None  # of preprocess.py; None: one per core
+    processes: int | None = None  # of preprocess.py; None: one per core; 0: no other than its own
     train_images_per_class: int = 0  # of the demo, which is drawn
     validation_images_per_class: int = 0
     decoder: Decoder = Decoder.torchcodec
@@ -232,7 +232,7 @@ class DataConfig:
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "between 0 and 1"
         )
         require(self.images_per_shard >= 1, "data.images_per_shard", self.images_per_shard, "1 or more")
-        require(self.processes is None or self.processes >= 1, "data.processes", self.processes, "1 or more, or null")
+        require(self.processes is None or self.processes >= 0, "data.processes", self.processes, "0 or more, or null")
         require(len(self.mean) == 3, "data.mean", self.mean, "three numbers (R, G, B)")
         require(len(self.std) == 3 and min(self.std) > 0, "data.std", self.std, "three positive numbers (R, G, B)")
 

@@ -221,6 +221,12 @@ def _batch_norm_settings(norms: list[nn.Module]) -> dict[str, Setting]:
 
 def architecture_sha256(model: nn.Module) -> str:
     """Identifies the network by every module's class and arguments and every tensor's name, shape and type."""
-    modules = [[name, type(module).__name__, module.extra_repr()] for name, module in model.named_modules()]
+    modules = [[name, type(module).__name__, _arguments(module)] for name, module in model.named_modules()]
     tensors = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in model.state_dict().items()]
     return hashlib.sha256(canonical_json([modules, tensors])).hexdigest()
+
+
+def _arguments(module: nn.Module) -> str:
+    """A module's arguments as it prints them; torch 2.15 prints a batch norm's bias, which its tensors tell anyway."""
+    printed = module.extra_repr()
+    return printed.replace(", bias=True", "") if isinstance(module, nn.modules.batchnorm._NormBase) else printed

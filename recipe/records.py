@@ -254,8 +254,7 @@ class ProbeStep(Record, frozen=True, kw_only=True):
     images_std: float
     loss: float
     gradient_norm: float
-    weight_norms: dict[str, float]  # after the step, of each parameter group and of the moving average
-    moved: float  # norm of the difference that the step makes
+    distances: dict[str, float]  # after the step, of each parameter group and of the moving average from their start
 
 
 class Fingerprint(Record, frozen=True, kw_only=True):
@@ -268,6 +267,7 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     format: str = "fingerprint/1"
     source_sha256: str
     versions: dict[str, str]
+    instructions: str  # of the processor, as torch uses them: they decide how pixels are rounded
     architecture_sha256: str
     parameters: int
     learning_rates: list[float]  # at 101 steps, evenly spread over the recipe's own schedule

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
-from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,13 @@ class StoppedError(Exception):
     """The parent asked the workers to stop."""
 
 
+class Flag(Protocol):
+    """What tells a worker to stop: an event between threads or processes."""
+
+    def is_set(self) -> bool:
+        """Whether it is to stop."""
+
+
 class RawReader:
     """Reads original bytes by (container, offset, size); files of archives are opened once."""
 
@@ -118,7 +125,7 @@ class Packer:
     task: Task
     place: Workplace
     reader: RawReader
-    stop: Event
+    stop: Flag
     stored: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
@@ -207,10 +214,10 @@ def finished(directory: Path, task: Task) -> Note | None:
 
 # ---- the life of a worker process -------------------------------------------------------------------
 
-_worker: tuple[Workplace, RawReader, Event]
+_worker: tuple[Workplace, RawReader, Flag]
 
 
-def start_worker(place: Workplace, stop: Event) -> None:
+def start_worker(place: Workplace, stop: Flag) -> None:
     """Runs once in each worker process."""
     global _worker
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -223,6 +230,11 @@ def end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
+
+
+def pack_here(task: Task, place: Workplace) -> Note:
+    """Make one shard in this process; Ctrl-C ends it as it ends any program."""
+    return Packer(task, place, RawReader(place.containers), threading.Event()).pack()
 
 
 def run_task(task: Task) -> Note:

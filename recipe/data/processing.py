@@ -36,7 +36,7 @@ from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.images import Rules
 from recipe.data.listing import Raw, Rows, listing_sha256
 from recipe.data.merging import Merged, Part, merge, part_of
-from recipe.data.packing import WORK, Note, Task, Workplace, finished, run_task, start_worker
+from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here, run_task, start_worker
 from recipe.data.progress import Progress
 from recipe.data.raw import find_raw, given_raw_dir, read_errors
 from recipe.data.reporting import record_of
@@ -311,7 +311,9 @@ def workplace(data: DataConfig, directory: Path, raw: Raw) -> Workplace:
 
 
 def process_count(data: DataConfig, tasks: list[Task]) -> int:
-    """As many as were asked for, else one a core; never more than there are shards to make."""
+    """As many as were asked for, else one a core; never more than there are shards to make. 0: this one alone."""
+    if data.processes == 0:
+        return 0
     return max(1, min(data.processes or usable_cores(), len(tasks)))
 
 
@@ -319,6 +321,8 @@ def packed(place: Workplace, tasks: list[Task], processes: int) -> dict[str, Par
     """Make the shards in worker processes; returns them by name. The first failure stops all."""
     if not tasks:
         return {}
+    if processes == 0:
+        return {task.name: part_of(task, pack_here(task, place)) for task in tasks}
     context = get_context("spawn")
     stop = context.Event()
     executor = ProcessPoolExecutor(processes, context, start_worker, (place, stop))

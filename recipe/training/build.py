@@ -75,7 +75,9 @@ class Training:
 
 
 @contextmanager
-def build_training(config: Config, world: World, run: Run, stage: Stage | None, wish: StopWish) -> Iterator[Training]:
+def build_training(
+    config: Config, world: World, run: Run, stage: Stage | None, wish: StopWish, keeps_journal: bool = True
+) -> Iterator[Training]:
     """Open the data, build the network and its collaborators, continue from the newest checkpoint; close at the end.
 
     `config.model.weights_sha256` must already be known where the run starts from given weights.
@@ -123,7 +125,7 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None, 
             batches=batches,
             validation=validation,
             state=state,
-            journal=_open_journal(config, world, state, batches, held),
+            journal=_open_journal(config, world, state, batches, held) if keeps_journal else None,
             wish=wish,
             wait=wait,
         )

@@ -58,7 +58,7 @@ def fit(training: Training) -> None:
     try:
         for epoch in range(progress.epoch, training.config.optimization.epochs):
             for batches in training.wait.timed(training.batches.epoch(epoch, progress.batch)):
-                _step(training, batches)
+                take_step(training, batches)
                 training.wish.look(progress.step)
                 save_where_due(training)
             validate(training)
@@ -67,7 +67,7 @@ def fit(training: Training) -> None:
         save_and_exit(training)
 
 
-def _step(training: Training, batches: list[Batch]) -> None:
+def take_step(training: Training, batches: list[Batch]) -> None:
     """One optimizer step and what follows from it."""
     progress = training.progress
     faults.strike(training.world.rank, progress.step, training.model.parameters())

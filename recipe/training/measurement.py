@@ -44,9 +44,18 @@ def measure_steps(training: Training) -> None:
 
 def validate(training: Training) -> None:
     """A `validation` row: every image once, through the weights that count (the average where there is one)."""
-    config, world, model = training.config, training.world, training.average.model
     started = time.perf_counter()
-    faults.strike_validation(world.rank, training.progress.step)
+    faults.strike_validation(training.world.rank, training.progress.step)
+    predictions = predict_validation(training, validation_predictor(training))
+    with training.world.first_decides():
+        if predictions is not None:
+            _note_validation(training, predictions, time.perf_counter() - started)
+    training.wait.lap()
+
+
+def validation_predictor(training: Training) -> Predict:
+    """The weights that count, made ready: equal on every process, with their own statistics."""
+    config, world, model = training.config, training.world, training.average.model
     world.copy_from_first(training.model)
     predict = predictor(
         model,
@@ -59,14 +68,15 @@ def validate(training: Training) -> None:
     if training.average.is_on:
         _recalibrate_average(training, predict)
         world.copy_from_first(model)
-    images = len(training.validation.threads.split)
+    return predict
+
+
+def predict_validation(training: Training, predict: Predict) -> Predictions | None:
+    """A prediction for every validation image, on the first process; the network is in training mode afterwards."""
     batches = training.wish.watched(training.validation, training.validation.common_batches)
-    predictions = collect(evaluate(predict, batches), world, images)
+    predictions = collect(evaluate(predict, batches), training.world, len(training.validation.threads.split))
     training.model.train()
-    with world.first_decides():
-        if predictions is not None:
-            _note_validation(training, predictions, time.perf_counter() - started)
-    training.wait.lap()
+    return predictions
 
 
 def _recalibrate_average(training: Training, predict: Predict) -> None:

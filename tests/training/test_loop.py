@@ -39,19 +39,19 @@ def train(words: list[str]) -> TrainingRecord:
 
 def train_killed_in_epoch(words: list[str], epoch: int, step_in_epoch: int = 2) -> None:
     """Train until a step of `epoch` (from 0), then vanish without saving anything."""
-    step = loop._step
+    step = loop.take_step
 
     def dying_step(training: Training, batches: object) -> None:
         if (training.progress.epoch, training.progress.batch) == (epoch, step_in_epoch):
             raise Killed
         step(training, batches)  # type: ignore[arg-type]
 
-    loop._step = dying_step  # not monkeypatch: this also runs in spawned processes
+    loop.take_step = dying_step  # not monkeypatch: this also runs in spawned processes
     try:
         with pytest.raises(Killed):
             loop.train(compose_config(*words))
     finally:
-        loop._step = step
+        loop.take_step = step
 
 
 def last_state(words: list[str]) -> dict[str, object]:

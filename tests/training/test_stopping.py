@@ -108,13 +108,13 @@ def test_a_stopped_run_continues_bit_by_bit_with_other_threads(smoke: Words, tmp
 def images_of(words: list[str], fault_text: str | None) -> list[int]:
     """Which images this process trained on, in order, until it was stopped or done."""
     seen: list[int] = []
-    step = loop._step
+    step = loop.take_step
 
     def noting_step(training: Any, batches: Any) -> None:
         seen.extend(int(index) for batch in batches for index in batch.indices)
         step(training, batches)
 
-    loop._step = noting_step
+    loop.take_step = noting_step
     try:
         if fault_text is None:
             train(compose_config(*words))
@@ -122,7 +122,7 @@ def images_of(words: list[str], fault_text: str | None) -> list[int]:
             with fault(fault_text), pytest.raises(SystemExit):
                 train(compose_config(*words))
     finally:
-        loop._step = step
+        loop.take_step = step
     return seen
 
 

@@ -1,0 +1,334 @@
+"""What this code does with a recipe, in numbers that anybody can compute again in a minute: the canary.
+
+Ten optimizer steps, spread over the recipe's own schedule, on a few dozen images that the project draws itself, through
+the very functions that train: the same decoder, augmentation, mixing, network, loss, optimizer, average and evaluation.
+Only what a laptop cannot do is made smaller (`canary_config`): images, batches, precision. Everything runs in fp32 on
+one CPU thread, so that the numbers agree between machines but for the last digits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig
+from recipe.data.loading import BatchLayout, TrainingBatches
+from recipe.data.processing import preprocess
+from recipe.data.transforms import build_evaluation_transform
+from recipe.distributed import World
+from recipe.evaluation import protocol_name, view_name
+from recipe.model import build_model, model_facts
+from recipe.provenance import source_sha256, versions
+from recipe.records import Fingerprint, ProbeStep, Setting, TrainingRecord
+from recipe.run import Run
+from recipe.training.augmentation import build_augmentation
+from recipe.training.build import Training, build_training
+from recipe.training.loop import take_step
+from recipe.training.loss import loss_facts
+from recipe.training.measurement import predict_validation, validation_predictor
+from recipe.training.optimizer import optimizer_facts
+from recipe.training.schedule import build_schedule
+from recipe.training.stopping import StopWish
+
+STEPS = 10
+# Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
+# ten they are a percent apart; so they stay within a millionth (measured: benchmarks/results/fingerprint.md).
+RATE_SHARE = 0.05
+LARGEST_PIXELS = 64
+SMALLEST_BATCH = 16
+TRAIN_IMAGES_PER_CLASS, VALIDATION_IMAGES_PER_CLASS = 8, 2
+SCHEDULE_POINTS = 101
+PARTS = BatchLayout(global_batch_size=SMALLEST_BATCH, processes=2, accumulation_steps=2)  # how batches are divided
+
+
+def leave_fingerprint(run: Run, config: Config, record: TrainingRecord) -> None:
+    """Store the fingerprint of the code that trained; none where the code has changed meanwhile."""
+    stored = run.read(Fingerprint)
+    trained_with = {record.provenance.source_sha256, record.provenance.source_sha256_at_end}
+    if (stored is not None and {stored.source_sha256} == trained_with) or {source_sha256()} != trained_with:
+        return
+    print("fingerprint: ten steps on a few drawn images", file=sys.stderr, flush=True)
+    run.write(take_fingerprint(config, record.schedule.steps_per_epoch, record.model.classes))
+
+
+def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads: int = 1) -> Fingerprint:
+    """Compute everything anew; `steps_per_epoch` and `classes` are those of the recipe's own data.
+
+    More `threads` than one are for measuring how far the last digits move.
+    """
+    facts = model_facts(build_model(config.model, classes, config.seed), config.model, classes)
+    schedule = build_schedule(config.optimization, steps_per_epoch)
+    augmentation = build_augmentation(config.augmentation, config.seed)
+    with _calm(threads), _small_training(config) as training:
+        settings = _facts(config, training)
+        groups = optimizer_facts(training.stepper.optimizer)
+        start = _start(training)
+        steps = [_probe(training, position, start) for position in _positions(training)]
+        logits, labels, correct = _evaluated(training)
+        order = _order_sha256(training)
+    return Fingerprint(
+        source_sha256=source_sha256(),
+        versions=versions(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        architecture_sha256=facts.architecture_sha256,
+        parameters=facts.parameters,
+        learning_rates=[schedule(step) for step in _evenly(schedule.steps, SCHEDULE_POINTS)],
+        parameter_groups=groups,
+        augmentation_sha256=augmentation.fingerprint(),
+        evaluation_sha256=build_evaluation_transform(config.evaluation).fingerprint(),
+        order_sha256=order,
+        facts=settings
+        | {
+            "augmentation": augmentation.facts(config.optimization.epochs),
+            "batch_norm": facts.batch_norm,
+            "zero_initialised_norms": facts.zero_initialised_norms,
+            "alterations": facts.alterations,
+        },
+        steps=steps,
+        evaluation_logits=logits,
+        evaluation_labels=labels,
+        evaluation_correct=correct,
+    )
+
+
+def canary_config(config: Config, folder: Path) -> Config:
+    """The recipe at a size that a laptop computes in seconds; whatever is not named here stays as it is."""
+    optimization, augmentation, evaluation = config.optimization, config.augmentation, config.evaluation
+    group_images = min(augmentation.mixing.group_images, 8)
+    multiple = math.lcm(group_images, augmentation.repeats)
+    batch_size = math.ceil(SMALLEST_BATCH / multiple) * multiple
+    averaging = optimization.averaging
+    first_pixels, multiple_pixels = augmentation.progressive.first_pixels, augmentation.progressive.multiple
+    return replace(
+        config,
+        run_dir=str(folder / "run"),
+        data=_drawn_data(config.data, folder),
+        model=replace(config.model, weights=None, weights_sha256=None),
+        optimization=replace(
+            optimization,
+            batch_size=batch_size,
+            learning_rate=optimization.learning_rate * batch_size / optimization.batch_size * RATE_SHARE,
+            averaging=replace(
+                averaging,
+                every_steps=min(averaging.every_steps, 2),
+                recalibrate_images=min(averaging.recalibrate_images, SMALLEST_BATCH),
+            ),
+        ),
+        augmentation=replace(
+            augmentation,
+            crop_pixels=_smaller(augmentation.crop_pixels, augmentation.crop_pixels),
+            progressive=replace(
+                augmentation.progressive,
+                first_pixels=first_pixels and _smaller(first_pixels, augmentation.crop_pixels),
+                multiple=min(multiple_pixels, 8),
+            ),
+            mixing=replace(augmentation.mixing, group_images=group_images),
+        ),
+        trainer=_one_cpu(config.trainer),
+        evaluation=replace(
+            evaluation,
+            resize_pixels=_smaller(evaluation.resize_pixels, evaluation.crop_pixels),
+            crop_pixels=_smaller(evaluation.crop_pixels, evaluation.crop_pixels),
+            batch_size=SMALLEST_BATCH,
+        ),
+    )
+
+
+def _smaller(pixels: int, crop_pixels: int) -> int:
+    """A size in the proportion in which the crop is brought down to `LARGEST_PIXELS`."""
+    return max(8, round(pixels * min(1.0, LARGEST_PIXELS / crop_pixels)))
+
+
+def _drawn_data(data: DataConfig, folder: Path) -> DataConfig:
+    """A few images of each of the demo's classes, decoded and normalised as the recipe's own."""
+    return replace(
+        data,
+        name="canary",
+        source=Source.demo,
+        raw_dir=str(folder / "raw"),
+        directory=str(folder / "data"),
+        expect=Expectation.nothing,
+        processes=0,
+        train_images_per_class=TRAIN_IMAGES_PER_CLASS,
+        validation_images_per_class=VALIDATION_IMAGES_PER_CLASS,
+    )
+
+
+def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
+    return replace(
+        trainer,
+        gpus=None,
+        accelerator=Accelerator.cpu,
+        precision=Precision.fp32,
+        compile=False,
+        deterministic=True,
+        max_images_per_process=2**20,
+        cpu_threads=1,
+        data_threads=1,
+        prefetch_batches=1,
+        log_every_steps=2**30,
+        save_every_steps=None,
+    )
+
+
+@contextmanager
+def _calm(count: int) -> Iterator[None]:
+    """Arithmetic whose sums have one order, with so many threads; torch's switches are put back afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(count)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def _small_training(config: Config) -> Iterator[Training]:
+    """The live objects of a training of the canary's size."""
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), backend="none")
+    with tempfile.TemporaryDirectory(prefix="canary-") as folder:
+        small = canary_config(config, Path(folder))
+        with contextlib.redirect_stderr(io.StringIO()):
+            preprocess(small)
+        run = Run(small.run_dir)
+        with build_training(small, world, run, None, StopWish(world), keeps_journal=False) as training:
+            yield training
+
+
+class Start(NamedTuple):
+    """Copies of what moves."""
+
+    groups: list[list[Tensor]]
+    average: list[Tensor]
+
+
+def _start(training: Training) -> Start:
+    groups = training.stepper.optimizer.param_groups
+    return Start(
+        [[parameter.detach().clone() for parameter in group["params"]] for group in groups],
+        [tensor.clone() for tensor in _floating(training.average.model)] if training.average.is_on else [],
+    )
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+
+
+def _positions(training: Training) -> list[int]:
+    """Steps of the small training's own schedule, evenly spread from the first to the last."""
+    return _evenly(training.learning_rate.steps, STEPS)
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    count = min(count, total)
+    return [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
+
+
+def _probe(training: Training, position: int, start: Start) -> ProbeStep:
+    """Take the step at `position` and look at what it does."""
+    progress = training.progress
+    epoch, batch = divmod(position, training.batches.batches_per_epoch)
+    progress.step, progress.epoch, progress.batch = position, epoch, 0  # batch 0: no row is measured
+    batches = training.batches.epoch(epoch, batch)
+    found = next(batches)
+    batches.close()  # type: ignore[attr-defined]  # it is a generator
+    seen: dict[str, float] = {}
+    with _watched(training, seen):
+        take_step(training, found)
+    loss, _, _, images = training.stepper.take_tally().tolist()
+    return ProbeStep(
+        step=position,
+        epoch=epoch,
+        indices=found[0].indices.tolist(),
+        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
+        loss=loss / images,
+        distances=_distances(training, start),
+        **seen,
+    )
+
+
+@contextmanager
+def _watched(training: Training, seen: dict[str, float]) -> Iterator[None]:
+    """Note what goes into the network, and the gradient as the optimizer gets it."""
+
+    def look_at_images(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        images: Tensor = arguments[0]
+        seen["images_mean"], seen["images_std"] = images.mean().item(), images.std().item()
+
+    def look_at_gradient(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        seen["gradient_norm"] = _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    hooks = [
+        training.stepper.model.register_forward_pre_hook(look_at_images),
+        training.stepper.optimizer.register_step_pre_hook(look_at_gradient),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _distances(training: Training, start: Start) -> dict[str, float]:
+    """How far each parameter group is from its beginning, and the averaged parameters and buffers if there are any."""
+    distances = {}
+    for group, before in zip(training.stepper.optimizer.param_groups, start.groups, strict=True):
+        distances[group["name"]] = _norm([now - then for now, then in zip(group["params"], before, strict=True)])
+    if training.average.is_on:
+        now = _floating(training.average.model)
+        distances["average"] = _norm([one - other for one, other in zip(now, start.average, strict=True)])
+    return distances
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """Euclidean, over all elements, summed in double precision."""
+    return math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in tensors))
+
+
+def _evaluated(training: Training) -> tuple[list[float], list[int], list[int]]:
+    """Logits and labels of the first validation batch, and how many of all images are right within 1 and 5."""
+    predict = validation_predictor(training)
+    batch = next(iter(training.validation))
+    logits = predict(batch.images)
+    predictions = predict_validation(training, predict)
+    assert predictions is not None, "one process is the first"
+    correct = [int(predictions.correct(within).sum()) for within in (1, 5)]
+    return logits.double().flatten().tolist(), batch.labels.tolist(), correct
+
+
+def _order_sha256(training: Training) -> str:
+    """How images are handed out, to one process and to several."""
+    batches = training.batches
+    divided = TrainingBatches(batches.threads, batches.augmentation, PARTS, 1, batches.seed)
+    orders: list[Callable[[], Any]] = [batches.facts, divided.facts]
+    return hashlib.sha256("".join(facts().order_sha256 for facts in orders).encode()).hexdigest()
+
+
+def _facts(config: Config, training: Training) -> dict[str, Setting]:
+    """What the live objects say of themselves; the evaluation's are of the recipe's own sizes."""
+    transform = build_evaluation_transform(config.evaluation)
+    averaging = {name: value for name, value in training.average.facts().items() if name != "updates"}
+    return {
+        "loss": loss_facts(training.stepper.loss),
+        "optimizer": type(training.stepper.optimizer).__name__,
+        "averaging": averaging,
+        "normalisation": training.stepper.normalisation.facts(),
+        "evaluation": transform.facts(),
+        "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.average.is_on),
+        "decoder": training.batches.threads.decoder_name,
+    }
