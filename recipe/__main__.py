@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 from recipe.errors import one_clear_sentence
 
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
+}
 PROGRAM = "python -m recipe"
 
 

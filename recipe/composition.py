@@ -121,6 +121,12 @@ def pinned_config_of(words: list[str], own_group: str) -> Config:
         return _pinned_config(words, own_group)
 
 
+def composed_outside(words: list[str]) -> Config:
+    """What these words compose, outside Hydra's scripts."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
+        return typed(compose("config", words))
+
+
 def _pinned_config(given: list[str], own_group: str) -> Config:
     run = Run(_run_dir(given))
     pinned = run.read_config()

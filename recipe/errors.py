@@ -6,10 +6,13 @@ keeps its traceback. The codes follow sysexits.h.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# What a stranger's words could do to a terminal: move, colour, title, reorder. Lines of a diff stay lines.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SAVED = 75  # stopped from outside, saved, and continued by the same command (EX_TEMPFAIL)
 
 
@@ -51,7 +54,7 @@ def one_clear_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {CONTROLS.sub('�', str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print(f"stopped by Ctrl-C; {how_to_continue()}", file=sys.stderr, flush=True)

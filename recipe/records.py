@@ -485,6 +485,88 @@ class TimingRecord(Record, frozen=True, kw_only=True):
     absent: list[Absent]
 
 
+class JudgedClaim(Record, frozen=True, kw_only=True):
+    """One claim of a recipe beside what a second run of it gave."""
+
+    claim: str
+    level: str  # see recipe/review/judgement.py
+    claimed: Setting
+    found: Setting
+    why: str
+
+
+class ReproductionRecord(Record, frozen=True, kw_only=True):
+    """A recipe that was run again from its document alone, and each of its claims judged."""
+
+    format: str = "reproduction/1"
+    document_sha256: str  # of the file that was read: names what was reproduced
+    name: str
+    recipe_id: str
+    config_sha256: str
+    provenance: Provenance
+    machine: dict[str, Setting]  # processes, threads and the like, as they were chosen for this machine
+    checkout: list[str]  # how this checkout differs from the recipe's, in words
+    circumstances: list[str]  # and the circumstances of training
+    stages: list[str]  # that were run
+    claims: list[JudgedClaim]
+    verdict: str
+
+
+class JournalEntry(Record, frozen=True, kw_only=True):
+    """One stage of one run, as the journal of experiments has it."""
+
+    time: str  # started
+    run: str
+    stage: str
+    outcome: str
+    config_sha256: str | None = None
+    parent: str | None = None  # the run before it whose configuration differs
+    changed: list[str] = []  # from the parent's configuration, at most 20
+    changes: int = 0
+
+
+class JournalRecord(Record, frozen=True, kw_only=True):
+    """The Journal section: all runs of this name, from runs/journal.jsonl as it stood when the document was written."""
+
+    format: str = "journal/1"
+    name: str
+    entries: list[JournalEntry]  # the newest 200
+    earlier_entries: int  # that are left out here
+    unreadable_lines: int
+
+
+class SeedRun(Record, frozen=True, kw_only=True):
+    """One of several runs of a recipe."""
+
+    seed: int
+    weights_sha256: str
+    source_sha256: str
+    correct_top1: int
+    correct_top5: int
+    epochs: dict[str, list[float | None]]  # one list for each column of the dynamics
+
+
+class SeedsRecord(Record, frozen=True, kw_only=True):
+    """Runs with one recipe_id, which differ in their seed only: how far honest runs lie apart."""
+
+    format: str = "seeds/1"
+    recipe_id: str
+    protocol: str
+    images: int
+    runs: list[SeedRun]  # by seed
+
+
+class PublicationRecord(Record, frozen=True, kw_only=True):
+    """What a published recipe says that its run does not."""
+
+    format: str = "publication/1"
+    run_dir: str  # as commands name it
+    artefacts: str | None  # the address of weights and exported files
+    allowed: list[str]  # what would have been refused, and was allowed
+    metric_rows: int  # of the run
+    metric_rows_kept: int
+
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 

@@ -24,8 +24,12 @@ from recipe.records import (
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
+    JournalRecord,
     PreprocessingRecord,
+    PublicationRecord,
     Record,
+    ReproductionRecord,
+    SeedsRecord,
     SerializationRecord,
     TimingRecord,
     TrainingRecord,
@@ -42,6 +46,10 @@ RECORD_FILES: dict[type[Record], str] = {
     SerializationRecord: "serialization.json",
     InferenceRecord: "inference.json",
     Fingerprint: "fingerprint.json",
+    JournalRecord: "journal.json",
+    SeedsRecord: "seeds.json",
+    ReproductionRecord: "reproduction.json",
+    PublicationRecord: "publication.json",
 }
 
 

@@ -7,6 +7,8 @@ are decoded by type; nothing of it is run, imported or expanded.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,16 +114,38 @@ def json_blocks(document: str) -> list[str]:
 
 
 def parsed(text: str) -> dict[str, Any] | None:
-    """A block of the known format; None for any other JSON and for what is no JSON."""
+    """A block of the known format; None for any other JSON and for what is no JSON.
+
+    Raises `UserError` where a key stands twice: two readers of it would read two recipes.
+    """
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return values
+
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and value.get("format") == FORMAT else None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        return None
+    if twice:
+        raise UserError(f"the recipe's JSON block has the key {twice[0]!r} twice: it can be read in two ways")
+    return value
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
 
 
 def contradictions(identity: dict[str, Any]) -> list[str]:
