@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from recipe.errors import one_clear_sentence
 
 VERBS: dict[str, tuple[str, str]] = {
+    "drift": ("recipe.review.drift", "does this checkout still do what the recipe says?"),
+    "verify": ("recipe.review.verify", "do the files belong together, and does the code behave as the recipe's did?"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
 }
 PROGRAM = "python -m recipe"

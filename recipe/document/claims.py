@@ -56,6 +56,7 @@ def code(training: TrainingRecord) -> dict[str, Any]:
     """Which code trained."""
     provenance = training.provenance
     return {
+        "command": provenance.command,
         "commit": provenance.commit,
         "tree": provenance.tree_at_start.state,
         "source_sha256": provenance.source_sha256,
@@ -68,6 +69,7 @@ def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
     return {
         "data_set": preprocessing.data_set,
         "manifest_sha256": preprocessing.outputs.get("manifest"),
+        "classes": preprocessing.class_count,
         "class_list_sha256": preprocessing.class_list_sha256,
         "splits": {
             name: {"images": split.images, "raw_sha256": split.raw_sha256}
