@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig
+from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig, sha256_of
 from recipe.data.loading import BatchLayout, TrainingBatches
 from recipe.data.processing import preprocess
 from recipe.data.transforms import build_evaluation_transform
@@ -31,7 +31,7 @@ from recipe.distributed import World
 from recipe.evaluation import protocol_name, view_name
 from recipe.model import build_model, model_facts
 from recipe.provenance import source_sha256, versions
-from recipe.records import Fingerprint, ProbeStep, Setting, TrainingRecord
+from recipe.records import Fingerprint, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
@@ -95,6 +95,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
             "batch_norm": facts.batch_norm,
             "zero_initialised_norms": facts.zero_initialised_norms,
             "alterations": facts.alterations,
+            "schedule": _schedule_facts(schedule.facts()),
         },
         steps=steps,
         evaluation_logits=logits,
@@ -207,6 +208,16 @@ def _small_training(config: Config) -> Iterator[Training]:
         run = Run(small.run_dir)
         with build_training(small, world, run, None, StopWish(world), keeps_journal=False) as training:
             yield training
+
+
+def _schedule_facts(schedule: Schedule) -> dict[str, Setting]:
+    """The recorded schedule, its points as a hash: they are as many as the curve has."""
+    return {
+        "steps": schedule.steps,
+        "warmup_steps": schedule.warmup_steps,
+        "recorded_points": len(schedule.points),
+        "recorded_steps_sha256": sha256_of([step for step, _ in schedule.points]),
+    }
 
 
 class Start(NamedTuple):

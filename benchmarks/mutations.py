@@ -1,0 +1,313 @@
+"""Which changes of the code does `drift` find? Every constant, comparison and sign of the arithmetic, one at a time.
+
+    python benchmarks/mutations.py                       # all, some hours of one core; goes on where it stopped
+    python benchmarks/mutations.py --only schedule.py    # one file
+
+A mutant is one module of `recipe` with one number, comparison or sign changed in memory. It computes the fingerprints
+of a few recipes that use every feature between them, and counts as found where `drift` would name a difference (or
+where the code no longer runs). Survivors are looked at by a person: `EQUIVALENT` says why one changes nothing that a
+recipe could show; the rest is missed. Results: benchmarks/results/mutations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TARGETS = [
+    "recipe/model.py",
+    "recipe/alterations.py",
+    "recipe/evaluation.py",
+    "recipe/data/transforms.py",
+    *(
+        f"recipe/training/{name}.py"
+        for name in (
+            *("schedule", "loss", "optimizer", "optimization", "augmentation", "policies", "mixing"),
+            *("averaging", "recalibration"),
+        )
+    ),
+]
+SMALL = ["experiment=smoke", "optimization.epochs=5", "augmentation.crop_pixels=24"]
+RECIPES = {
+    "plain": SMALL,
+    "policies, mixing, erasing, torchvision's average": [
+        *SMALL,
+        *("augmentation.policy.kind=trivial_augment", "augmentation.erasing.probability=0.5"),
+        *("augmentation.mixing.mixup_alpha=0.2", "augmentation.mixing.cutmix_alpha=1.0"),
+        *("optimization.averaging.decay=0.9", "optimization.averaging.form=torchvision"),
+        *("optimization.averaging.every_steps=2", "optimization.schedule=step", "optimization.step_epochs=[2,4]"),
+        *("optimization.nesterov=true", "evaluation.flip=true", "optimization.decay_norms_and_biases=true"),
+    ],
+    "binary loss, repeats, growing images, average with recalibration": [
+        *SMALL,
+        *("augmentation.policy.kind=rand_augment", "augmentation.policy.strength_std=0.1"),
+        *("augmentation.policy.operation_probability=0.7", "augmentation.repeats=2", "optimization.optimizer=lamb"),
+        *("augmentation.mixing.mixup_alpha=0.3", "augmentation.mixing.probability=0.8"),
+        *("optimization.loss=binary_cross_entropy", "optimization.binary_sum_classes=true"),
+        *("optimization.binary_target_threshold=0.2", "optimization.binary_head_bias=true"),
+        *("optimization.schedule=linear", "optimization.averaging.decay=0.9"),
+        *("optimization.averaging.recalibrate_images=16", "augmentation.progressive.first_pixels=16"),
+        *("augmentation.progressive.start_epoch=1", "augmentation.progressive.end_epoch=4"),
+        *("augmentation.progressive.multiple=4", "augmentation.interpolation=bicubic"),
+    ],
+    "resnet18 with blurred strides and stochastic depth, decoupled decay, Pillow": [
+        *SMALL,
+        *("model.name=resnet18", "model.blur_pool=true", "model.stochastic_depth=0.2"),
+        *("model.zero_init_last_norm=true", "optimization.optimizer=sgd_decoupled", "data.decoder=pillow"),
+        *("augmentation.mixing.cutmix_alpha=0.7", "optimization.loss=binary_cross_entropy"),
+    ],
+}
+STEPS_PER_EPOCH, CLASSES = 15, 12
+SECONDS_PER_MUTANT = 240.0
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+SIGNS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: `place` counts the changeable nodes of the file, in the order of `ast.walk`."""
+
+    file: str
+    place: int
+    line: int
+    text: str
+    change: str
+
+    @property
+    def key(self) -> str:
+        """The same while the file stays as it is."""
+        return f"{self.file}:{self.line}:{self.place} {self.change}"
+
+
+# ---- making mutants ---------------------------------------------------------------------------------
+
+
+def changeable(tree: ast.Module) -> list[tuple[ast.AST, str]]:
+    """Each node that can be changed, with the change in words; what Python itself does not compute is left alone."""
+    skipped = {id(inner) for node in ast.walk(tree) for part in annotations(node) for inner in ast.walk(part)}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) not in skipped and (change := change_of(node)) is not None:
+            found.append((node, change))
+    return found
+
+
+def annotations(node: ast.AST) -> Iterator[ast.AST]:
+    """Types are not computed with."""
+    for name in ("annotation", "returns"):
+        if (part := getattr(node, name, None)) is not None:
+            yield part
+
+
+def change_of(node: ast.AST) -> str | None:
+    """What is done to a node, in words; None where it stays."""
+    match node:
+        case ast.Constant(value=bool()):
+            return None
+        case ast.Constant(value=int() | float()):
+            return f"{node.value!r} -> {changed_number(node.value)!r}"
+        case ast.Compare(ops=[operator]) if type(operator) in COMPARISONS:
+            return f"{type(operator).__name__} -> {COMPARISONS[type(operator)].__name__}"
+        case ast.BinOp(op=operator) | ast.AugAssign(op=operator) if type(operator) in SIGNS:
+            return f"{type(operator).__name__} -> {SIGNS[type(operator)].__name__}"
+        case ast.UnaryOp(op=ast.USub()):
+            return "minus dropped"
+    return None
+
+
+def changed_number(value: float) -> float:
+    """The next whole number, or half as much again."""
+    if isinstance(value, int):
+        return value + 1
+    return value * 1.5 if value else 0.5
+
+
+def change(node: Any) -> None:
+    """Do it, in place."""
+    if isinstance(node, ast.Constant):
+        node.value = changed_number(node.value)
+    elif isinstance(node, ast.Compare):
+        node.ops = [COMPARISONS[type(node.ops[0])]()]
+    elif isinstance(node, ast.BinOp | ast.AugAssign):
+        node.op = SIGNS[type(node.op)]()
+    else:
+        node.op = ast.UAdd()
+
+
+def mutants(file: str) -> list[Mutant]:
+    """All of a file."""
+    source = (ROOT / file).read_text()
+    lines = source.splitlines()
+    return [
+        Mutant(file, place, node.lineno, lines[node.lineno - 1].strip(), words)  # type: ignore[attr-defined]
+        for place, (node, words) in enumerate(changeable(ast.parse(source)))
+    ]
+
+
+def mutated(mutant: Mutant) -> ast.Module:
+    """The module with its one change."""
+    tree = copy.deepcopy(ast.parse((ROOT / mutant.file).read_text()))
+    change(changeable(tree)[mutant.place][0])
+    return ast.fix_missing_locations(tree)
+
+
+class Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a tree instead of from its file."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = mutant.file.removesuffix(".py").replace("/", ".")
+        self.path = ROOT / mutant.file
+        self.code = compile(mutated(mutant), str(self.path), "exec")
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        specification = importlib.machinery.ModuleSpec(name, self, origin=str(self.path))
+        specification.has_location = True
+        return specification
+
+    def exec_module(self, module: Any) -> None:
+        exec(self.code, module.__dict__)
+
+
+# ---- judging them -----------------------------------------------------------------------------------
+
+
+def fingerprints() -> Iterator[tuple[str, bytes]]:
+    """Of each recipe, by the code as it is imported now."""
+    from recipe.composition import composed_outside
+    from recipe.records import to_json
+    from recipe.training.fingerprint import take_fingerprint
+
+    for name, words in RECIPES.items():
+        yield name, to_json(take_fingerprint(composed_outside(words), STEPS_PER_EPOCH, CLASSES))
+
+
+def verdict(mutant: Mutant | None, clean: dict[str, bytes]) -> str:
+    """What the first recipe that shows it shows; empty where none does."""
+    if mutant is not None:
+        sys.meta_path.insert(0, Replaced(mutant))
+    try:
+        for name, content in fingerprints():
+            from recipe.records import Fingerprint, from_json
+            from recipe.review.canary import compared
+
+            stored = from_json(clean[name], Fingerprint, name)
+            if found := compared(stored, from_json(content, Fingerprint, name)):
+                return f"{name}: {found[0].what}"
+    except Exception as error:  # code that no longer runs is found
+        return f"{type(error).__name__}: {error}"[:200]
+    return ""
+
+
+def in_child(work: Any, seconds: float) -> str | None:
+    """What `work` returns, computed in a fork that has imported libraries but nothing of `recipe`; None: no answer."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(writer, work().encode())
+        os._exit(0)
+    os.close(writer)
+    answer = b""
+    is_done = bool(select.select([reader], [], [], seconds)[0])
+    while is_done and (piece := os.read(reader, 65536)):
+        answer += piece
+    os.close(reader)
+    if not is_done:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return answer.decode() if is_done and status == 0 else None
+
+
+def load_libraries() -> None:
+    """Once, so that a child starts in a moment; torch must not have computed anything in parallel before a fork."""
+    import hydra
+    import msgspec
+    import numpy
+    import scipy.io
+    import timm.optim.lamb
+    import torch
+    import torchcodec.decoders
+    import torchvision.transforms.v2
+
+    torch.set_num_threads(1)
+    assert all((hydra, msgspec, numpy, scipy.io, timm, torchcodec, torchvision))
+
+
+def clean_fingerprints() -> dict[str, bytes]:
+    """By the code as it is; a second computation must agree with it to the last bit."""
+    content = in_child(lambda: json.dumps({name: found.decode() for name, found in fingerprints()}), 600.0)
+    assert content is not None, "the code as it is does not run"
+    clean = {name: found.encode() for name, found in json.loads(content).items()}
+    again = in_child(lambda: verdict(None, clean), 600.0)
+    assert again == "", f"findings on the clean tree: {again}"
+    return clean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="files whose name ends so")
+    parser.add_argument("--output", type=Path, default=RESULTS / "mutations.jsonl")
+    parser.add_argument("--share", default="0/1", help="k/n: every n-th mutant from k, to use several cores")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    load_libraries()
+    clean = clean_fingerprints()
+    print(f"0 findings on the clean tree, {len(clean)} recipes", flush=True)
+    done = {json.loads(line)["key"] for line in lines_of(arguments.output)}
+    every = [mutant for file in TARGETS if file.endswith(arguments.only or "") for mutant in mutants(file)]
+    first, step = (int(part) for part in arguments.share.split("/"))
+    waiting = [mutant for mutant in every[first::step] if mutant.key not in done]
+    clock = time.perf_counter()
+    for number, mutant in enumerate(waiting, start=1):
+        found = in_child(lambda mutant=mutant: verdict(mutant, clean), SECONDS_PER_MUTANT)
+        row = {**vars(mutant), "key": mutant.key, "found": "no answer" if found is None else found}
+        with arguments.output.open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+        rate = (time.perf_counter() - clock) / number
+        mark = "found " if row["found"] else "MISSED"
+        left = (len(waiting) - number) * rate / 60
+        print(f"{mark} {mutant.key} | {mutant.text} | {row['found'][:60]} ({left:.0f} min left)", flush=True)
+    print(Counter("found" if json.loads(line)["found"] else "survived" for line in lines_of(arguments.output)))
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
