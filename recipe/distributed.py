@@ -34,6 +34,7 @@ from recipe.config import Accelerator, Config, Precision, TrainerConfig
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
 from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
+from recipe.run import Run, shown_path
 
 Result = TypeVar("Result")
 HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # by our launcher to its processes
@@ -74,12 +75,13 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
 
 def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
     """The first process's result; the file `saved` says afterwards whether they left in order."""
+    started = time.time()
     try:
         results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config, saved)
     except ChildFailedError as failure:
         if saved.exists():
             raise SystemExit(SAVED) from None
-        raise _as_worker_error(failure) from None
+        raise _as_worker_error(failure, _stacks(Run(config.run_dir), started)) from None
     except SignalException as stopped:
         if saved.exists():
             raise SystemExit(SAVED) from None
@@ -119,7 +121,13 @@ def _leave_reason(message: str) -> None:
             json.dump({"message": message, "timestamp": str(int(time.time()))}, handle)
 
 
-def _as_worker_error(failure: ChildFailedError) -> WorkerError:
+def _stacks(run: Run, started: float) -> str:
+    """Where to look after a hang: NCCL ends a process that waited in vain before it could say so itself."""
+    new = [path for path in run.hangs.glob("*.txt") if path.stat().st_size and path.stat().st_mtime >= started]
+    return f"where the processes stood is in {shown_path(run.hangs)}; " if new else ""
+
+
+def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError:
     """The earliest failure; a sentence for people goes before what broke in other processes because of it."""
     _, first = failure.get_first_failure()
     for other in failure.failures.values():
@@ -127,7 +135,7 @@ def _as_worker_error(failure: ChildFailedError) -> WorkerError:
             first = other
     if first.exitcode < 0:
         return WorkerError(
-            f"the process of rank {first.local_rank} was ended by {first.signal_name()}; {how_to_continue()}",
+            f"the process of rank {first.local_rank} was ended by {first.signal_name()}; {stacks}{how_to_continue()}",
             128 - first.exitcode,
         )
     return WorkerError(str(first.message), first.exitcode)

@@ -64,6 +64,7 @@ class Run:
         self.document = self.directory / "recipe.md"
         self.twin = self.directory / "recipe.json"
         self.notebook = self.directory / "inference.ipynb"  # executed
+        self.hangs = self.directory / "hang"  # stacks of processes that stood still, one file per process
         self.lock_file = self.directory / "lock"
 
     def write(self, record: Record) -> None:

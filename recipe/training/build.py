@@ -26,6 +26,7 @@ from recipe.records import ModelFacts
 from recipe.run import Run
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.averaging import WeightAverage, build_average
+from recipe.training.hanging import HangWatch
 from recipe.training.journal import DataWait, Journal
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, replicate
@@ -65,6 +66,7 @@ class Training:
     state: TrainingState
     journal: Journal | None  # of the first process only
     wish: StopWish
+    watch: HangWatch
     wait: DataWait
     failures: Failures = field(default_factory=Failures)
 
@@ -75,7 +77,9 @@ class Training:
 
 
 @contextmanager
-def build_training(config: Config, world: World, run: Run, stage: Stage | None, wish: StopWish) -> Iterator[Training]:
+def build_training(
+    config: Config, world: World, run: Run, stage: Stage | None, wish: StopWish, watch: HangWatch
+) -> Iterator[Training]:
     """Open the data, build the network and its collaborators, continue from the newest checkpoint; close at the end.
 
     `config.model.weights_sha256` must already be known where the run starts from given weights.
@@ -125,6 +129,7 @@ def build_training(config: Config, world: World, run: Run, stage: Stage | None, 
             state=state,
             journal=_open_journal(config, world, state, batches, held),
             wish=wish,
+            watch=watch,
             wait=wait,
         )
 

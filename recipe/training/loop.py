@@ -22,6 +22,7 @@ from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
 from recipe.run import Run, append_to_journal, shown_path
 from recipe.training.build import Training, build_training
+from recipe.training.hanging import hang_watch
 from recipe.training.measurement import measure_steps, validate
 from recipe.training.pinning import finished_record, pin, set_aside
 from recipe.training.record import training_record
@@ -42,7 +43,10 @@ def train(config: Config) -> TrainingRecord | None:
         if world.from_first(finished is not None):
             return finished
         stage = _started(run) if world.is_first else None
-        with build_training(config, world, run, stage, wish) as training:
+        with (
+            hang_watch(world, run, config.trainer.timeout_seconds) as watch,
+            build_training(config, world, run, stage, wish, watch) as training,
+        ):
             fit(training)
             return _leave_record(training) if world.is_first else None
 
@@ -59,6 +63,7 @@ def fit(training: Training) -> None:
         for epoch in range(progress.epoch, training.config.optimization.epochs):
             for batches in training.wait.timed(training.batches.epoch(epoch, progress.batch)):
                 _step(training, batches)
+                training.watch.progressed()
                 training.wish.look(progress.step)
                 save_where_due(training)
             validate(training)

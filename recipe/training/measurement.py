@@ -60,7 +60,7 @@ def validate(training: Training) -> None:
         _recalibrate_average(training, predict)
         world.copy_from_first(model)
     images = len(training.validation.threads.split)
-    batches = training.wish.watched(training.validation, training.validation.common_batches)
+    batches = training.wish.watched(training.watch.watched(training.validation), training.validation.common_batches)
     predictions = collect(evaluate(predict, batches), world, images)
     training.model.train()
     with world.first_decides():
