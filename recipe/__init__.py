@@ -23,7 +23,7 @@ chapters
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
-                   build, state, pinning; loop, stopping, hanging, saving, measurement, journal, record
+                   build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal, record
     document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
                    records to pages, without torch
 the example

@@ -46,7 +46,7 @@ def validate(training: Training) -> None:
     """A `validation` row: every image once, through the weights that count (the average where there is one)."""
     config, world, model = training.config, training.world, training.average.model
     started = time.perf_counter()
-    faults.strike_validation(world.rank, training.progress.step)
+    faults.stop("validation", world.rank, training.progress.step)
     world.copy_from_first(training.model)
     predict = predictor(
         model,

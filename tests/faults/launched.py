@@ -45,9 +45,14 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], code: int, seconds: float = 120) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str], code: int, seconds: float = 300) -> tuple[str, str]:
     """What it printed, once it has ended with this exit code."""
-    output, errors = process.communicate(timeout=seconds)
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     assert process.returncode == code, output + errors
     return output, errors
 
@@ -59,7 +64,7 @@ def weights_of(output: str) -> str:
     return value
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -23,7 +23,7 @@ from tests.faults.launched import (
     weights_of,
 )
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)  # seconds on a quiet machine, minutes on a busy one
 ENDLESS = ("optimization.epochs=500", "trainer.log_every_steps=1")
 SHORT = ("optimization.epochs=2",)
 
@@ -79,10 +79,41 @@ def test_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Pa
         os.killpg(process.pid, number)  # what a terminal does
     else:
         process.send_signal(number)
-    _, errors = finish(process, SAVED, seconds=30)
+    _, errors = finish(process, SAVED)
     assert "saved at step" in errors
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
+
+
+STOPS = (
+    ("joining-launcher@1:0", "stopped before anything began"),
+    ("beginning-launcher@1:0", "saved at step 0,"),
+    ("stop-launcher@1:0", "saved at step 1,"),
+    ("validation-launcher@0:9", "saved at step 9,"),
+    ("stop-group@1:13", "saved at step 14,"),
+    ("validation-group@1:18", "saved at step 18,"),
+)
+
+
+def test_f03_signals_to_launcher_and_group_save_wherever_they_come(
+    data_directory: Path, tmp_path: Path, uninterrupted: str
+) -> None:
+    """Before and in the first step, in an epoch, in validation; each command continues the one before."""
+    words = (*SHORT, "trainer.gpus=2")
+    for fault, said in STOPS:
+        process = start(tmp_path, data_directory, *words, fault=fault, new_session=True)
+        _, errors = finish(process, SAVED)
+        assert said in errors, fault
+        assert "run the same command to continue" in errors, fault
+        assert "Traceback" not in errors, fault
+    output, _ = finish(start(tmp_path, data_directory, *words), 0)
+    assert weights_of(output) == uninterrupted
+    record = Run(tmp_path / "x").read(TrainingRecord)
+    assert record is not None
+    assert [(session.first_step, session.is_exact) for session in record.sessions] == [
+        (0, None),
+        *((step, True) for step in (0, 1, 9, 14, 18)),
+    ]
 
 
 def test_a_fault_at_every_start_ends_after_the_restarts(data_directory: Path, tmp_path: Path) -> None:
