@@ -12,6 +12,7 @@ variable is unset, nothing happens. The names:
     nan           the weights of this process are no numbers any more
     joining       SIGTERM before the processes have found one another
     beginning     SIGTERM when they have, before anything is built; of joining and beginning the step is 0
+    naming        SIGKILL when a file is written and has not got its name yet; the step counts such files of a process
     validation    SIGTERM as the next validation begins
 
 `stop`, `joining`, `beginning` and `validation` with `-launcher` behind them strike the parent process instead, with
@@ -20,6 +21,7 @@ variable is unset, nothing happens. The names:
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -28,6 +30,7 @@ from types import FrameType
 from typing import Any
 
 VARIABLE = "FAULT"
+_files = itertools.count()  # written so far by this process
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 
@@ -55,6 +58,12 @@ def strike(rank: int, step: int, weights: Iterable[Any]) -> None:
         time.sleep(3600)
     if is_due("error", rank, step):
         raise RuntimeError(f"a fault that was asked for, at step {step}")
+
+
+def strike_file() -> None:
+    """What befalls a process that writes a file."""
+    if VARIABLE in os.environ and is_due("naming", int(os.environ.get("RANK", "0")), next(_files)):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stop(place: str, rank: int, step: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from recipe import faults
 from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.records import (
     AnyRecord,
@@ -181,6 +182,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
+            faults.strike_file()
             temporary.replace(path)
 
 

@@ -14,6 +14,13 @@ from tests.conftest import SMALL_DEMO
 
 OURS = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+COMMON = [
+    "experiment=smoke",
+    *SMALL_DEMO,
+    "optimization.batch_size=12",
+    "run_dir=x",
+    "trainer.timeout_seconds=60",
+]
 BOTH = {"ours": (OURS, ("trainer.gpus=2",)), "torchrun": (TORCHRUN, ())}
 
 
@@ -26,14 +33,7 @@ def start(
     new_session: bool = False,
 ) -> subprocess.Popen[str]:
     """A training that is going on in `directory`, in the run `x` unless the words say otherwise."""
-    common = [
-        "experiment=smoke",
-        *SMALL_DEMO,
-        "optimization.batch_size=12",
-        f"data.directory={data}",
-        "run_dir=x",
-        "trainer.timeout_seconds=60",
-    ]
+    common = [*COMMON, f"data.directory={data}"]
     return subprocess.Popen(
         [*launcher, str(CHECKOUT / "train.py"), *common, *words],
         cwd=directory,

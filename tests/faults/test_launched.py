@@ -37,7 +37,7 @@ def uninterrupted(data_directory: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("launch", BOTH)
-def test_a_killed_rank_is_restarted_and_ends_with_the_uninterrupted_weights(
+def test_f01_a_killed_rank_is_restarted_and_ends_with_the_uninterrupted_weights(
     launch: str, data_directory: Path, tmp_path: Path, uninterrupted: str
 ) -> None:
     """Fault 1: rank 1 vanishes at step 13; the next attempt continues after the checkpoint of step 9."""
@@ -53,7 +53,7 @@ def test_a_killed_rank_is_restarted_and_ends_with_the_uninterrupted_weights(
 
 
 @pytest.mark.parametrize("launch", BOTH)
-def test_no_process_outlives_its_launcher(launch: str, data_directory: Path, tmp_path: Path) -> None:
+def test_f02_no_process_outlives_its_launcher(launch: str, data_directory: Path, tmp_path: Path) -> None:
     """Fault 2, and 14: the launcher is killed; the run directory is free again and the next command continues."""
     launcher, words = BOTH[launch]
     process = start(tmp_path, data_directory, *ENDLESS, *words, launcher=launcher)
@@ -71,7 +71,7 @@ def test_no_process_outlives_its_launcher(launch: str, data_directory: Path, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Path, tmp_path: Path) -> None:
+def test_f03_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Path, tmp_path: Path) -> None:
     """Fault 3."""
     process = start(tmp_path, data_directory, *ENDLESS, "trainer.gpus=2", new_session=True)
     wait_until(lambda: steps_done(tmp_path) > 12)
@@ -116,7 +116,7 @@ def test_f03_signals_to_launcher_and_group_save_wherever_they_come(
     ]
 
 
-def test_a_fault_at_every_start_ends_after_the_restarts(data_directory: Path, tmp_path: Path) -> None:
+def test_f18_a_fault_at_every_start_ends_after_the_restarts(data_directory: Path, tmp_path: Path) -> None:
     """Fault 18."""
     words = (*SHORT, "trainer.gpus=2", "trainer.max_restarts=1")
     process = start(tmp_path, data_directory, *words, fault="kill@0:0+")
