@@ -235,6 +235,7 @@ def _short_sleep(seconds: float, sleep: Callable[[float], None] = time.sleep) ->
     sleep(min(seconds, 8))  # so that the test ends
 
 
+@pytest.mark.slow
 def test_f11_a_process_that_hangs_is_noticed_and_all_stacks_are_kept(smoke: Words, tmp_path: Path) -> None:
     """The frame that hangs is named, so is what the other one waits in; an earlier hang's stacks stay."""
     hangs = Run(tmp_path / "run").hangs
@@ -264,6 +265,7 @@ def watched_training(words: list[str]) -> str:
     return f"{text}, {len(alarms)} alarms of {set(alarms)} s"
 
 
+@pytest.mark.slow
 def test_f11_nothing_is_left_where_nothing_hung(smoke: Words, tmp_path: Path) -> None:
     """And an alarm is not set at every step."""
     words = smoke("optimization.batch_size=36", "trainer.timeout_seconds=600")

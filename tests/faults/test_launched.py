@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from tests.faults.launched import (
     weights_of,
 )
 
-pytestmark = pytest.mark.timeout(900)  # seconds on a quiet machine, minutes on a busy one
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # seconds on a quiet machine, minutes on a busy one
 ENDLESS = ("optimization.epochs=500", "trainer.log_every_steps=1")
 SHORT = ("optimization.epochs=2",)
 
@@ -83,6 +86,31 @@ def test_f03_a_signal_to_our_launcher_saves_the_step(number: int, data_directory
     assert "saved at step" in errors
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
+
+
+def two_agents(directory: Path, data: Path, *words: str, fault: str | None = None) -> list[subprocess.Popen[str]]:
+    """Two "nodes" of one process each, on this machine, that meet at one of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=two"]
+    options += [f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]
+    launcher = (sys.executable, "-m", "torch.distributed.run", *options)
+    return [start(directory, data, *words, launcher=launcher, fault=fault) for _ in range(2)]
+
+
+def test_f01_a_killed_process_of_two_nodes_is_restarted_and_ends_with_the_weights_of_one_node(
+    data_directory: Path, tmp_path: Path, uninterrupted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the export that training asks for where torch needs it; both agents start their process anew."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    agents = two_agents(tmp_path, data_directory, *SHORT, fault="kill@1:13")
+    ended = [finish(agent, 0) for agent in agents]
+    (output,) = (output for output, _ in ended if "weights_sha256" in output)
+    assert weights_of(output) == uninterrupted
+    record = Run(tmp_path / "x").read(TrainingRecord)
+    assert record is not None
+    assert [session.first_step for session in record.sessions] == [0, 9]
 
 
 STOPS = (

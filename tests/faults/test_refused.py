@@ -54,6 +54,8 @@ def test_f13_processes_that_differ_are_refused_before_the_first_step(
 # ---- one run directory --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_f14_a_second_training_is_refused_at_once_and_accepted_when_the_first_is_killed(
     data_directory: Path, tmp_path: Path
 ) -> None:

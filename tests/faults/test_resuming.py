@@ -83,6 +83,7 @@ def exact_and_positions(words: list[str], run_dir: str, rank: int) -> tuple[list
     return [session.is_exact for session in record.sessions], [session.first_step for session in record.sessions]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_f04_a_stopped_run_continues_bit_by_bit_on_several_processes(
