@@ -58,10 +58,9 @@ def save_and_exit(training: Training) -> None:
 
 def _try(training: Training, must_succeed: bool) -> None:
     state, failures = training.state, training.failures
+    if not training.run.config.exists():  # a directory made anew would hold a checkpoint alone
+        raise DiskError(f"{shown_path(training.run.directory)} has vanished; nothing more can be saved there")
     try:
-        if not training.run.config.exists():  # nor made anew, half empty, for a checkpoint alone
-            must_succeed = True
-            raise DiskError(f"{shown_path(training.run.directory)} has vanished; nothing more can be saved there")
         if training.journal is not None:
             training.journal.settle(durably=True)
         state.save(training.config.trainer.keep_checkpoints)

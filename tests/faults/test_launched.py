@@ -110,7 +110,8 @@ def test_f01_a_killed_process_of_two_nodes_is_restarted_and_ends_with_the_weight
     assert weights_of(output) == uninterrupted
     record = Run(tmp_path / "x").read(TrainingRecord)
     assert record is not None
-    assert [session.first_step for session in record.sessions] == [0, 9]
+    first_steps = [session.first_step for session in record.sessions]
+    assert first_steps in ([0, 9], [0, 9, 9])  # each agent counts restarts for itself, so the fault may strike both
 
 
 STOPS = (
