@@ -12,12 +12,12 @@ INSTALLED := .venv/installed-$(subst /,-,$(CONSTRAINTS))
 OVERRIDES = experiment=$(EXPERIMENT) $(if $(RAW_DIR),data.raw_dir=$(RAW_DIR)) $(ARGS)
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
-.PHONY: help setup preprocess train evaluate serialize inference all test check clean
+.PHONY: help setup preprocess train evaluate serialize inference all test test-faults check clean
 .NOTPARALLEL:  # a stage reads what the one before it wrote
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo "variables: EXPERIMENT=$(EXPERIMENT) RAW_DIR=$(RAW_DIR) GPUS=$(GPUS) ARGS='key=value ...' CONSTRAINTS=$(CONSTRAINTS) PIP_ARGS= PYTHON=$(PYTHON)"
 
@@ -47,8 +47,11 @@ inference: setup  ## the example notebook on that model: pictures, names, latenc
 
 all: preprocess train evaluate serialize inference  ## the whole recipe
 
-test: setup  ## every test, on a CPU
-	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
+test: setup  ## every test, on a CPU, but for the slow ones
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow"
+
+test-faults: setup  ## the slow ones: commands that are killed, stopped and continued
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m slow
 
 check: setup  ## linter and type checker
 	$(BIN)/ruff check .

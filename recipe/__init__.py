@@ -23,7 +23,8 @@ chapters
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
-                   build, state, pinning; loop, stopping, saving, measurement, journal, record
+                   build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal, record,
+                   fingerprint
     document       facts, blocks, dynamics, claims, latency, commands, formatting, figures, inference_figures,
                    render: from records to pages, without torch
     review         subject: the recipe that a reader points at; its verbs are listed in __main__

@@ -30,15 +30,18 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from recipe import faults
 from recipe.config import Accelerator, Config, Precision, TrainerConfig
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
 from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
+from recipe.run import Run, shown_path
 
 Result = TypeVar("Result")
 HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # by our launcher to its processes
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+BEGUN_FILE = "RECIPE_BEGUN_FILE"  # names, in a process that we launched, what shows that there is something to lose
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names, in a process that was launched, where its reason is looked for
 
 
@@ -74,14 +77,18 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
 
 def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
     """The first process's result; the file `saved` says afterwards whether they left in order."""
+    started = time.time()
     try:
         results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config, saved)
     except ChildFailedError as failure:
         if saved.exists():
             raise SystemExit(SAVED) from None
-        raise _as_worker_error(failure) from None
+        raise _as_worker_error(failure, _stacks(Run(config.run_dir), started)) from None
     except SignalException as stopped:
         if saved.exists():
+            raise SystemExit(SAVED) from None
+        if not _begun(saved).exists():
+            print(f"stopped before anything began; {how_to_continue()}", file=sys.stderr)
             raise SystemExit(SAVED) from None
         print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
         raise SystemExit(128 + stopped.sigval) from None
@@ -91,6 +98,7 @@ def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config
 def _started_worker(worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
     """Runs in each started process: leaves the reason of a failure where the launcher looks for it."""
     saved.unlink(missing_ok=True)  # of an earlier attempt
+    os.environ[BEGUN_FILE] = str(_begun(saved))
     try:
         return worker(config)
     except SystemExit as end:
@@ -107,6 +115,11 @@ def _started_worker(worker: Callable[[Config], Result], config: Config, saved: P
         raise SystemExit(1) from None
 
 
+def _begun(saved: Path) -> Path:
+    """Exists once a process has met the others: from then on the worker answers signals."""
+    return saved.with_name("begun")
+
+
 def _traceback_of_rank() -> str:
     return f"rank {os.environ.get('RANK', 0)} failed:\n{traceback.format_exc()}"
 
@@ -119,7 +132,13 @@ def _leave_reason(message: str) -> None:
             json.dump({"message": message, "timestamp": str(int(time.time()))}, handle)
 
 
-def _as_worker_error(failure: ChildFailedError) -> WorkerError:
+def _stacks(run: Run, started: float) -> str:
+    """Where to look after a hang: NCCL ends a process that waited in vain before it could say so itself."""
+    new = [path for path in run.hangs.glob("*.txt") if path.stat().st_size and path.stat().st_mtime >= started]
+    return f"where the processes stood is in {shown_path(run.hangs)}; " if new else ""
+
+
+def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError:
     """The earliest failure; a sentence for people goes before what broke in other processes because of it."""
     _, first = failure.get_first_failure()
     for other in failure.failures.values():
@@ -127,7 +146,7 @@ def _as_worker_error(failure: ChildFailedError) -> WorkerError:
             first = other
     if first.exitcode < 0:
         return WorkerError(
-            f"the process of rank {first.local_rank} was ended by {first.signal_name()}; {how_to_continue()}",
+            f"the process of rank {first.local_rank} was ended by {first.signal_name()}; {stacks}{how_to_continue()}",
             128 - first.exitcode,
         )
     return WorkerError(str(first.message), first.exitcode)
@@ -275,6 +294,7 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     _choose_arithmetic(trainer, world)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
+    faults.stop("joining", world.rank, 0)
     if size > 1:
         _join(world, timedelta(seconds=trainer.timeout_seconds))
     try:
@@ -291,6 +311,13 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
 
 
 def _join(world: World, timeout: timedelta) -> None:
+    """Find the other processes; where we launched them ourselves, note that they have met."""
+    _meet(world, timeout)
+    if BEGUN_FILE in os.environ:
+        Path(os.environ[BEGUN_FILE]).touch()
+
+
+def _meet(world: World, timeout: timedelta) -> None:
     """Find the other processes through the launcher's store, apart from what those of an earlier attempt left there.
 
     The store of torch 2.15 outlives a restart and hands out the addresses of the dead (pytorch#167288).

@@ -34,6 +34,12 @@ class DiskError(UserError):
     exit_code = 74
 
 
+class HangError(UserError):
+    """Another process of the run did not answer in time (EX_UNAVAILABLE)."""
+
+    exit_code = 69
+
+
 class WorkerError(UserError):
     """A process of the run stopped; `exit_code` is that process's own."""
 

@@ -223,7 +223,9 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     parameter_groups: list[ParameterGroup]
     schedule: Schedule
     augmentation: dict[str, Setting]
-    augmentation_sha256: str  # over the pixels that the live augmentation makes of a fixed image
+    augmentation_sha256: (
+        str  # over the pixels that the live augmentation makes of fixed images, and over its draws for the device
+    )
     averaging: dict[str, Setting]
     loader: LoaderFacts
     precision: dict[str, Setting]

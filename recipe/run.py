@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from recipe import faults
 from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.records import (
     AnyRecord,
@@ -74,6 +75,7 @@ class Run:
         self.document = self.directory / "recipe.md"
         self.twin = self.directory / "recipe.json"
         self.notebook = self.directory / "inference.ipynb"  # executed
+        self.hangs = self.directory / "hang"  # stacks of processes that stood still, one file per process
         self.lock_file = self.directory / "lock"
 
     def write(self, record: Record) -> None:
@@ -190,6 +192,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
+            faults.strike_file()
             temporary.replace(path)
 
 

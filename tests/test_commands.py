@@ -122,6 +122,7 @@ def test_a_multirun_gets_a_directory_for_each_value(run_command: Command, tmp_pa
     assert (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_a_scheduler_runs_has_the_same_directories_and_commands(
     run_command: Command, tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command,
     assert one_sentence(refused)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_an_epoch_ends_with_the_uninterrupted_weights(
     run_command: Command, data_directory: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_bad_input_gets_one_sentence(
     assert one_sentence(done), done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_sentence(run_command: Command, data_directory: Path, tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -234,6 +237,7 @@ def test_a_full_disk_is_said_in_one_sentence(run_command: Command, data_director
     assert not list((tmp_path / "full").rglob("*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, tmp_path: Path) -> None:
     process = started_training(data_directory, tmp_path, "run_dir=x", "optimization.epochs=200")
     wait_until(lambda: any((tmp_path / "x" / "checkpoints").glob("*.sha256")))
@@ -263,6 +267,7 @@ def test_a_run_with_a_name_of_its_own_is_evaluated_by_the_same_words(run_command
     assert "top-1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_restart_moves_an_edited_document_aside(run_command: Command, trained: Path, tmp_path: Path) -> None:
     document = trained / "recipe.md"
     edited = document.read_text().replace("## Training", "## My training")
@@ -272,6 +277,7 @@ def test_a_restart_moves_an_edited_document_aside(run_command: Command, trained:
     assert (tmp_path / "x.old-1" / "recipe.md").read_text() == edited
 
 
+@pytest.mark.slow
 def test_a_first_try_that_stopped_before_training_can_be_corrected(run_command: Command) -> None:
     run_command("train.py", "run_dir=x", "optimization.batch_size=1000", code=2)
     run_command("train.py", "run_dir=x", "optimization.epochs=1")
@@ -296,6 +302,7 @@ def test_a_damaged_configuration_is_refused_in_one_sentence(
     assert one_sentence(refused), refused.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_process_of_two_is_one_sentence(run_command: Command, tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

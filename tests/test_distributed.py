@@ -219,6 +219,7 @@ def second_fails_inside(config: Config) -> None:
         found.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "sentence"), [(0, "shard x is damaged"), (1, "rank . failed")])
 def test_a_process_that_fails_among_others_does_not_wait_for_them(tmp_path: Path, seed: int, sentence: str) -> None:
     started = time.monotonic()
@@ -250,6 +251,7 @@ def different_data(config: Config) -> None:
         found.must_agree("the data set's manifest", str(found.rank))
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_data_stop(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="the data set's manifest differs between processes"):
         launch(different_data, two_processes(tmp_path))
@@ -270,6 +272,7 @@ def test_launch_gives_the_first_processs_result(tmp_path: Path) -> None:
     assert first["fails"] == second["fails"] == "exit code 74: no space"  # whichever the launcher sees first
 
 
+@pytest.mark.slow
 def test_a_sentence_of_the_second_process_comes_back_with_its_exit_code(tmp_path: Path) -> None:
     with pytest.raises(WorkerError) as failure:
         launch(second_fails, two_processes(tmp_path))

@@ -15,7 +15,7 @@ ALLOWED = {
     "faults": [],
     "config": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "records"],
+    "run": ["errors", "faults", "records"],
     "provenance": ["records", "run"],
     "composition": GROUND,
     "distributed": GROUND,

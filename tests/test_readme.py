@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.errors import SAVED, DiskError, NonFiniteError, UserError
+from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
 from recipe.notebook import NOTEBOOK
 from recipe.run import CHECKOUT, RECORD_FILES, Run
@@ -59,7 +59,7 @@ def check_script(words: list[str]) -> None:
 
 def check_make(words: list[str]) -> None:
     makefile = text_of("Makefile")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
     given = dict(word.split("=", 1) for word in words if "=" in word)
     assert {word for word in words if "=" not in word} <= targets
@@ -150,9 +150,10 @@ def test_published_numbers_are_those_of_the_experiments() -> None:
 
 def test_exit_codes_are_those_of_the_code() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", text_of("README.md"), re.MULTILINE))
-    assert rows.keys() == {"0", "2", "65", "70", "74", "75", "130"}
+    assert rows.keys() == {"0", "2", "65", "69", "70", "74", "75", "130"}
     assert "bad input" in rows[str(UserError.exit_code)]
     assert "not finite" in rows[str(NonFiniteError.exit_code)]
+    assert "did not answer" in rows[str(HangError.exit_code)]
     assert "written" in rows[str(DiskError.exit_code)]
     assert "does not agree" in rows[str(ParityError.exit_code)]
     assert "saved" in rows[str(SAVED)]

@@ -97,6 +97,21 @@ def test_a_row_without_a_test_gives_a_reason(table: str) -> None:
         assert not row.reason or REASON.fullmatch(row.reason), row.cells[0]
 
 
+def test_every_fault_has_tests_of_its_own_number_and_none_is_left_out() -> None:
+    """`pytest tests/faults -k f03` runs them alone."""
+    found = {
+        (f"faults/{path.name}", name)
+        for path in (TESTS / "faults").glob("test_*.py")
+        for name in functions(f"faults/{path.name}")
+    }
+    cited = {test for row in rows("FAULTS.md") for test in row.tests if test[0].startswith("faults/")}
+    assert found == cited
+    for row in rows("FAULTS.md"):
+        mine = [name for path, name in row.tests if path.startswith("faults/")]
+        assert mine, row.cells[0]
+        assert all(name.startswith(f"test_f{int(row.cells[0][1:]):02d}_") for name in mine), row.cells[0]
+
+
 def test_the_traps_are_counted_right() -> None:
     (said,) = TRAPS_COUNTED.findall(text_of("TRAPS.md"))
     kinds = Counter(row.kind for row in rows("TRAPS.md"))

@@ -147,11 +147,21 @@ class Augmentation:
         return sizes[0] if len(begins) <= 1 else [f"{sizes[epoch]} from epoch {epoch + 1}" for epoch in begins]
 
     def fingerprint(self) -> str:
-        """Identifies what this object does by the pixels it makes of 16 samples of fixed pictures."""
+        """Identifies what this object does: by the pixels of 16 samples of fixed pictures, and by draws for the device.
+
+        Of those, the rectangles and shares of 16 groups of images; where nothing of the kind is on, nothing is added.
+        """
         sizes = [(96, 128), (150, 100), (40, 400), (64, 64)]
-        return pixels_sha256(
-            [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]
-        )
+        views = [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]
+        return pixels_sha256([*views, *self._drawn()])
+
+    def _drawn(self) -> list[Tensor]:
+        """What `draws` gives in two batches of each of two epochs."""
+        indices = np.arange(4 * self.mixing.group_images)
+        drawn = [
+            self.draws(epoch, batch, 0, indices, np.zeros_like(indices)) for epoch in range(2) for batch in range(2)
+        ]
+        return [tensor for draws in drawn if draws is not None for tensor in draws]
 
 
 def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:

@@ -26,6 +26,7 @@ from recipe.records import ModelFacts
 from recipe.run import Run
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.averaging import WeightAverage, build_average
+from recipe.training.hanging import HangWatch
 from recipe.training.journal import DataWait, Journal
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, replicate
@@ -65,6 +66,7 @@ class Training:
     state: TrainingState
     journal: Journal | None  # of the first process only
     wish: StopWish
+    watch: HangWatch
     wait: DataWait
     failures: Failures = field(default_factory=Failures)
 
@@ -76,7 +78,13 @@ class Training:
 
 @contextmanager
 def build_training(
-    config: Config, world: World, run: Run, stage: Stage | None, wish: StopWish, keeps_journal: bool = True
+    config: Config,
+    world: World,
+    run: Run,
+    stage: Stage | None,
+    wish: StopWish,
+    watch: HangWatch,
+    keeps_journal: bool = True,
 ) -> Iterator[Training]:
     """Open the data, build the network and its collaborators, continue from the newest checkpoint; close at the end.
 
@@ -127,6 +135,7 @@ def build_training(
             state=state,
             journal=_open_journal(config, world, state, batches, held) if keeps_journal else None,
             wish=wish,
+            watch=watch,
             wait=wait,
         )
 

@@ -35,6 +35,7 @@ from recipe.records import Fingerprint, ProbeStep, Schedule, Setting, TrainingRe
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
+from recipe.training.hanging import HangWatch
 from recipe.training.loop import take_step
 from recipe.training.loss import loss_facts
 from recipe.training.measurement import predict_validation, validation_predictor
@@ -181,6 +182,7 @@ def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
         prefetch_batches=1,
         log_every_steps=2**30,
         save_every_steps=None,
+        timeout_seconds=600,
     )
 
 
@@ -206,7 +208,8 @@ def _small_training(config: Config) -> Iterator[Training]:
         with contextlib.redirect_stderr(io.StringIO()):
             preprocess(small)
         run = Run(small.run_dir)
-        with build_training(small, world, run, None, StopWish(world), keeps_journal=False) as training:
+        watch = HangWatch(world, run, small.trainer.timeout_seconds)  # silent: one process
+        with build_training(small, world, run, None, StopWish(world), watch, keeps_journal=False) as training:
             yield training
 
 

@@ -2,22 +2,29 @@
 
 The rows of `metrics.jsonl` are the truth; TensorBoard's events are made from them. A continued run first cuts both
 back to its checkpoint. Rows are rare, so that a GPU is seldom waited for.
+
+A disk that is full for a while loses no row: rows wait in memory for the next one, and no checkpoint is written before
+its rows (`settle`), so that what a run continues from always has all of them.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import IO, TypeVar
+from pathlib import Path
+from typing import TextIO, TypeVar
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from recipe.errors import DiskError
 from recipe.run import Run, disk_errors, write_atomically
 
 Item = TypeVar("Item")
@@ -51,6 +58,9 @@ class Journal:
         self.steps_per_epoch = steps_per_epoch
         self.first_step = completed_steps
         self.started = time.perf_counter()
+        self.waiting: list[Row] = []  # for a disk that takes them
+        self.is_behind = False  # and a person knows
+        self.events = run.tensorboard / "events.out.tfevents.0.recipe"
         self._cut(completed_steps, completed_epochs)
         self.bar = tqdm(
             total=epochs * steps_per_epoch,
@@ -68,37 +78,41 @@ class Journal:
         """
         rows = [Row(**row) for row in self.run.metric_rows() if row["step"] <= completed_steps]
         rows = [row for row in rows if row.split == "train" or row.epoch <= completed_epochs]
-        content = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-        write_atomically(self.run.metrics, content.encode())
+        content = as_lines(rows)
+        write_atomically(self.run.metrics, content)
+        self.written_bytes = len(content)
+        self._make_events(rows)
+
+    def _make_events(self, rows: list[Row]) -> None:
+        """TensorBoard's file anew, with all events at once."""
+        begin = Event(wall_time=time.time(), file_version="brain.Event:2")
+        content = as_records([begin, *map(as_event, rows)])
         with disk_errors(self.run.tensorboard):
-            self.run.tensorboard.mkdir(exist_ok=True)
             for old in self.run.tensorboard.glob("events*"):
                 old.unlink()
-            self.events: IO[bytes] = (self.run.tensorboard / "events.out.tfevents.0.recipe").open("wb")
-        self.writer = RecordWriter(self.events)
-        self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        for row in rows:
-            self._write_scalars(row)
+        write_atomically(self.events, content)
+        self.event_bytes = len(content)
 
     def write(self, row: Row) -> None:
-        """Add a row to the file, to TensorBoard and to what a person sees."""
-        with disk_errors(self.run.metrics), self.run.metrics.open("a") as handle:
-            handle.write(json.dumps(asdict(row)) + "\n")
-        self._write_scalars(row)
+        """Add a row to what a person sees, to the file and to TensorBoard; where the disk refuses it, later."""
         self._tell(row)
+        self.waiting.append(row)
+        try:
+            self.settle()
+        except DiskError as error:
+            if not self.is_behind:
+                self._say(f"warning: {error}; training goes on, rows wait until they can be written", sys.stderr)
+            self.is_behind = True
 
-    def _write_scalars(self, row: Row) -> None:
-        """One TensorBoard event with every number of the row."""
-        values = {name: value for name, value in asdict(row).items() if isinstance(value, float)}
-        summary = Summary(
-            value=[Summary.Value(tag=f"{row.split}/{name}", simple_value=value) for name, value in values.items()]
-        )
-        self._write_event(Event(wall_time=time.time(), step=row.step, summary=summary))
-
-    def _write_event(self, event: Event) -> None:
-        with disk_errors(self.run.tensorboard):
-            self.writer.write(event.SerializeToString())
-            self.events.flush()
+    def settle(self, durably: bool = False) -> None:
+        """Write the rows that wait; raises `DiskError` where that cannot be, and keeps them."""
+        lines, events = as_lines(self.waiting), as_records(map(as_event, self.waiting))
+        append(self.run.metrics, lines, self.written_bytes, durably)
+        append(self.events, events, self.event_bytes, durably)
+        self.written_bytes, self.event_bytes = self.written_bytes + len(lines), self.event_bytes + len(events)
+        if self.is_behind:
+            self._say(f"{len(self.waiting)} rows that had waited for the disk are written", sys.stderr)
+        self.waiting, self.is_behind = [], False
 
     def _tell(self, row: Row) -> None:
         """The row for a person: above the bar on a terminal, a plain line elsewhere."""
@@ -108,11 +122,15 @@ class Journal:
             f"epoch {row.epoch}/{self.epochs}  step {row.step}  {row.split:<10}  loss {row.loss:.4f}  "
             f"top-1 {row.top1_accuracy:.2%}  {speed}{waiting}{self._remaining(row)}"
         )
-        if self.bar.disable:
-            print(line, flush=True)
-        else:
-            self.bar.write(line, file=sys.stdout)
+        self._say(line, sys.stdout)
+        if not self.bar.disable:
             self.bar.set_postfix_str(f"loss {row.loss:.3f}, {speed}{waiting}")
+
+    def _say(self, line: str, file: TextIO) -> None:
+        if self.bar.disable:
+            print(line, file=file, flush=True)
+        else:
+            self.bar.write(line, file=file)
 
     def _remaining(self, row: Row) -> str:
         """The time that the rest will take at the speed of this session."""
@@ -127,9 +145,42 @@ class Journal:
         self.bar.update()
 
     def close(self) -> None:
-        """End the bar and the events."""
+        """End the bar."""
         self.bar.close()
-        self.events.close()
+
+
+def as_lines(rows: Iterable[Row]) -> bytes:
+    """Rows of metrics.jsonl."""
+    return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
+
+
+def as_event(row: Row) -> Event:
+    """One TensorBoard event with every number of the row."""
+    values = {name: value for name, value in asdict(row).items() if isinstance(value, float)}
+    summary = Summary(
+        value=[Summary.Value(tag=f"{row.split}/{name}", simple_value=value) for name, value in values.items()]
+    )
+    return Event(wall_time=time.time(), step=row.step, summary=summary)
+
+
+def as_records(events: Iterable[Event]) -> bytes:
+    """Events in the framing of TensorBoard's files."""
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    for event in events:
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+def append(path: Path, content: bytes, at: int, durably: bool) -> None:
+    """Write `content` behind the first `at` bytes of a file; what a failed attempt left there is cut off."""
+    with disk_errors(path), path.open("r+b", buffering=0) as handle:
+        handle.truncate(at)
+        handle.seek(at)
+        while content:
+            content = content[handle.write(content) :]
+        if durably:
+            os.fsync(handle.fileno())
 
 
 class DataWait:

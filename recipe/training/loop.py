@@ -22,10 +22,12 @@ from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
 from recipe.run import Run, append_to_journal, shown_path
 from recipe.training.build import Training, build_training
+from recipe.training.hanging import hang_watch
 from recipe.training.measurement import measure_steps, validate
 from recipe.training.pinning import finished_record, pin, set_aside
 from recipe.training.record import training_record
 from recipe.training.saving import save, save_and_exit, save_where_due
+from recipe.training.space import check_space
 from recipe.training.stopping import Stopped, stop_wish
 
 DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation
@@ -38,11 +40,17 @@ def train(config: Config) -> TrainingRecord | None:
     """
     config = with_known_weights(config)
     with start_world(config.trainer) as world, stop_wish(world) as wish, _one_writer(config, world) as run:
+        faults.stop("beginning", world.rank, 0)
         finished = finished_record(run) if world.is_first else None
         if world.from_first(finished is not None):
             return finished
         stage = _started(run) if world.is_first else None
-        with build_training(config, world, run, stage, wish) as training:
+        with (
+            hang_watch(world, run, config.trainer.timeout_seconds) as watch,
+            build_training(config, world, run, stage, wish, watch) as training,
+        ):
+            with world.first_decides():
+                check_space(training)
             fit(training)
             return _leave_record(training) if world.is_first else None
 
@@ -56,9 +64,11 @@ def fit(training: Training) -> None:
     """Steps over every epoch; after each one validation, then a checkpoint. A wish to stop is granted between steps."""
     progress = training.progress
     try:
+        training.wish.look(0)  # what was noted while things were built
         for epoch in range(progress.epoch, training.config.optimization.epochs):
             for batches in training.wait.timed(training.batches.epoch(epoch, progress.batch)):
                 take_step(training, batches)
+                training.watch.progressed()
                 training.wish.look(progress.step)
                 save_where_due(training)
             validate(training)

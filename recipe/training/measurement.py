@@ -45,7 +45,7 @@ def measure_steps(training: Training) -> None:
 def validate(training: Training) -> None:
     """A `validation` row: every image once, through the weights that count (the average where there is one)."""
     started = time.perf_counter()
-    faults.strike_validation(training.world.rank, training.progress.step)
+    faults.stop("validation", training.world.rank, training.progress.step)
     predictions = predict_validation(training, validation_predictor(training))
     with training.world.first_decides():
         if predictions is not None:
@@ -73,7 +73,7 @@ def validation_predictor(training: Training) -> Predict:
 
 def predict_validation(training: Training, predict: Predict) -> Predictions | None:
     """A prediction for every validation image, on the first process; the network is in training mode afterwards."""
-    batches = training.wish.watched(training.validation, training.validation.common_batches)
+    batches = training.wish.watched(training.watch.watched(training.validation), training.validation.common_batches)
     predictions = collect(evaluate(predict, batches), training.world, len(training.validation.threads.split))
     training.model.train()
     return predictions

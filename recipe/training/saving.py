@@ -2,7 +2,8 @@
 
 After every epoch, every `trainer.save_every_steps` where that is asked for, and when the run is stopped. A disk that
 is full for a while costs nothing but a warning: training goes on and the next time it is tried again. It stops after
-three failures in a row, and where nothing would be left: at the end, and when the process is about to exit.
+three failures in a row, and where nothing would be left: at the end, when the process is about to exit, and where the
+run directory has vanished. The rows before a checkpoint are written before it, or it counts as failed too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import torch
 
 from recipe.errors import SAVED, DiskError, how_to_continue
-from recipe.run import append_to_journal
+from recipe.run import append_to_journal, shown_path
 from recipe.training.build import Training
 
 FAILURES_IN_A_ROW = 3
@@ -46,15 +47,22 @@ def save_and_exit(training: Training) -> None:
     save(training, must_succeed=True)
     progress = training.progress
     if training.world.is_first:
-        append_to_journal(training.run, "train", "stopped", step=progress.step)
         where = f"step {progress.step}, in epoch {progress.epoch + 1}"
+        try:
+            append_to_journal(training.run, "train", "stopped", step=progress.step)
+        except DiskError as error:  # what counts is saved
+            print(f"warning: {error}", file=sys.stderr, flush=True)
         print(f"saved at {where}; {how_to_continue()}", file=sys.stderr, flush=True)
     raise SystemExit(SAVED)
 
 
 def _try(training: Training, must_succeed: bool) -> None:
     state, failures = training.state, training.failures
+    if not training.run.config.exists():  # a directory made anew would hold a checkpoint alone
+        raise DiskError(f"{shown_path(training.run.directory)} has vanished; nothing more can be saved there")
     try:
+        if training.journal is not None:
+            training.journal.settle(durably=True)
         state.save(training.config.trainer.keep_checkpoints)
     except DiskError as error:
         failures.in_a_row += 1

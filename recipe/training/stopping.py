@@ -78,7 +78,8 @@ def stop_wish(world: World) -> Iterator[StopWish]:
     """Note signals instead of dying of them; to be entered after the process group is there.
 
     While a process waits in C++ for the others to join, no Python handler runs: it could not be ended by a signal.
-    A signal that was ignored before (nohup) stays ignored.
+    A signal that was ignored before (nohup) stays ignored. Where a whole process group is told, a launched process is
+    told twice, and the second time (by its launcher) it may have saved and be leaving: it is not to die of that.
     """
     wish = StopWish(world)
     before = {}
@@ -88,5 +89,6 @@ def stop_wish(world: World) -> Iterator[StopWish]:
     try:
         yield wish
     finally:
+        is_leaving = wish.noted_at is not None and dist.is_torchelastic_launched()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if is_leaving else handler)

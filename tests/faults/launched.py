@@ -14,6 +14,13 @@ from tests.conftest import SMALL_DEMO
 
 OURS = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+COMMON = [
+    "experiment=smoke",
+    *SMALL_DEMO,
+    "optimization.batch_size=12",
+    "run_dir=x",
+    "trainer.timeout_seconds=60",
+]
 BOTH = {"ours": (OURS, ("trainer.gpus=2",)), "torchrun": (TORCHRUN, ())}
 
 
@@ -26,14 +33,7 @@ def start(
     new_session: bool = False,
 ) -> subprocess.Popen[str]:
     """A training that is going on in `directory`, in the run `x` unless the words say otherwise."""
-    common = [
-        "experiment=smoke",
-        *SMALL_DEMO,
-        "optimization.batch_size=12",
-        f"data.directory={data}",
-        "run_dir=x",
-        "trainer.timeout_seconds=60",
-    ]
+    common = [*COMMON, f"data.directory={data}"]
     return subprocess.Popen(
         [*launcher, str(CHECKOUT / "train.py"), *common, *words],
         cwd=directory,
@@ -45,9 +45,14 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], code: int, seconds: float = 120) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str], code: int, seconds: float = 300) -> tuple[str, str]:
     """What it printed, once it has ended with this exit code."""
-    output, errors = process.communicate(timeout=seconds)
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     assert process.returncode == code, output + errors
     return output, errors
 
@@ -59,7 +64,7 @@ def weights_of(output: str) -> str:
     return value
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

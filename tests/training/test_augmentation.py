@@ -1,9 +1,12 @@
 """Augmentation: a function of (seed, epoch, image), with torchvision's pixels and distribution (T12-T15)."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 from torchvision.transforms import v2
@@ -11,6 +14,7 @@ from torchvision.transforms.v2 import functional
 
 from recipe.data.transforms import fixed_image
 from recipe.training.augmentation import Augmentation, build_augmentation
+from recipe.training.mixing import Erasing, Mixing, Rectangle
 from tests.conftest import compose_config
 
 IMAGE = fixed_image(120, 160)
@@ -93,3 +97,45 @@ def test_a_change_of_anything_changes_the_fingerprint() -> None:
     ]
     assert len({variant.fingerprint() for variant in variants}) == len(variants)
     assert mine.fingerprint() == augmentation().fingerprint()
+
+
+MIXED = Mixing(seed=7, mixup_alpha=0.2, cutmix_alpha=1.0, group_images=8)
+
+
+@pytest.mark.parametrize(
+    ("part", "edited"),
+    [
+        (Mixing, lambda draw: lambda *place: draw(*place)._replace(weight=0.25)),
+        (Mixing, lambda draw: lambda self, epoch, batch, *rest: draw(self, epoch, batch + 1, *rest)),
+        (Erasing, lambda draw: lambda *place: Rectangle(*(edge + 1 for edge in draw(*place)))),
+        (Erasing, lambda draw: lambda self, epoch, index, *rest: draw(self, epoch, index + 1, *rest)),
+    ],
+)
+def test_an_edit_of_the_draws_alone_changes_the_fingerprint(
+    part: type, edited: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pixels that the loader makes stay what they were."""
+    mine = replace(augmentation(), mixing=MIXED, erasing=Erasing(seed=7, probability=0.5))
+    before, view = mine.fingerprint(), mine(IMAGE, 0, 0)
+    plain = augmentation().fingerprint()
+    monkeypatch.setattr(part, "draw", edited(part.draw))  # type: ignore[attr-defined]
+    assert mine.fingerprint() != before
+    assert torch.equal(mine(IMAGE, 0, 0), view)
+    assert augmentation().fingerprint() == plain
+
+
+def test_what_the_device_draws_is_in_the_fingerprint() -> None:
+    mine = replace(augmentation(), mixing=MIXED)
+    variants = [
+        augmentation(),
+        mine,
+        *(
+            replace(mine, mixing=replace(MIXED, **{name: 0.5}))
+            for name in ("mixup_alpha", "cutmix_alpha", "probability")
+        ),
+        replace(mine, mixing=replace(MIXED, cutmix_share=0.1)),
+        replace(mine, mixing=replace(MIXED, group_images=4)),
+        replace(mine, erasing=Erasing(seed=7, probability=0.5)),
+        replace(mine, erasing=Erasing(seed=8, probability=0.5)),
+    ]
+    assert len({variant.fingerprint() for variant in variants}) == len(variants)

@@ -1,0 +1,121 @@
+"""Images that cannot be read: listed by preprocessing, named by training, and quickly, whichever process meets them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from recipe.config import Config, Corrupt
+from recipe.data.processing import preprocess
+from recipe.data.shards import open_split, read_manifest
+from recipe.distributed import launch
+from recipe.errors import UserError, WorkerError
+from recipe.records import TrainingRecord
+from recipe.training import build, loop
+from tests.conftest import compose_config
+from tests.data.layouts import config, encoded, pixels, train_images, write_official
+from tests.data.test_processing import jpeg_header_of
+
+Words = Callable[..., list[str]]
+VICTIM = 57
+
+
+def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Path) -> None:
+    """One of each kind at once: what can be read is in the data set, what cannot is left out, and both are listed."""
+    damaged = {
+        "n01440764_11": (encoded(pixels("a", 400, 300))[:2000], "truncated"),
+        "n01440764_12": (b"", "empty"),
+        "n01440764_13": (jpeg_header_of(20_000, 20_000), "too large"),
+        "n01440764_14": (b"no image at all", "neither JPEG nor PNG"),
+    }
+    odd = {
+        "n02085620_11": (encoded(pixels("b"), "PNG"), "PNG not named .png"),
+        "n02085620_12": (encoded(pixels("c", channels=1)), "grey"),
+        "n02085620_13": (encoded(pixels("d").convert("CMYK")), "CMYK JPEG"),
+    }
+    images = train_images() | {key: content for key, (content, _) in (damaged | odd).items()}
+    raw = write_official(tmp_path / "raw", train=images)
+    record = preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
+    assert read_manifest(tmp_path / "out").rejected == record.rejected
+    left_out = {found.key: found.what for found in record.rejected}
+    assert left_out.keys() == damaged.keys()
+    assert [key for key, (_, reason) in damaged.items() if reason not in left_out[key]] == [], left_out
+    assert record.odd_images == {what: 1 for _, what in odd.values()}
+    split = open_split(tmp_path / "out", "train")
+    assert {split.key(place) for place in range(len(split))} == images.keys() - damaged.keys()
+
+
+def with_damaged_image(data_directory: Path, copy: Path) -> tuple[str, str]:
+    """A copy of the data set with zeros in one image; its key and its shard."""
+    shutil.copytree(data_directory, copy)
+    split = open_split(copy, "train")
+    entry = split.index[VICTIM]
+    shard = split.shards[int(entry["shard"])].name
+    with (copy / shard).open("r+b") as handle:
+        handle.seek(int(entry["offset"]))
+        handle.write(bytes(64))
+    return split.key(VICTIM), shard
+
+
+def test_f12_training_names_a_damaged_image_and_its_shard(smoke: Words, data_directory: Path, tmp_path: Path) -> None:
+    key, shard = with_damaged_image(data_directory, tmp_path / "damaged")
+    words = smoke(f"data.directory={tmp_path / 'damaged'}", "optimization.batch_size=36", "optimization.epochs=1")
+    with pytest.raises(UserError, match="the shard is damaged; delete that file and run `python preprocess") as stopped:
+        loop.train(compose_config(*words))
+    assert key in str(stopped.value)
+    assert shard in str(stopped.value)
+
+
+def test_f12_training_names_a_shard_that_is_missing(smoke: Words, data_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_directory, tmp_path / "lacking")
+    shard = open_split(tmp_path / "lacking", "train").shards[0].name
+    (tmp_path / "lacking" / shard).unlink()
+    with pytest.raises(UserError, match=shard):
+        loop.train(compose_config(*smoke(f"data.directory={tmp_path / 'lacking'}")))
+
+
+def train_noting_refusals(config: Config) -> TrainingRecord | None:
+    """Train; the moment at which an image was refused is the first line of `refused`, that of the end of `ended`."""
+    decode = build.build_decoder(config.data.decoder)
+
+    def noting(content: bytes) -> Tensor:
+        try:
+            return decode(content)
+        except Exception:
+            with Path("refused").open("a") as file:
+                file.write(f"{time.time()}\n")
+            raise
+
+    build.build_decoder = lambda decoder: noting  # type: ignore[assignment]
+    try:
+        return loop.train(config)
+    except UserError as error:
+        if "cannot be decoded" in str(error):
+            Path("ended").write_text(f"{time.time()}\n")
+        raise
+
+
+@pytest.mark.slow
+def test_f15_a_failure_in_a_thread_of_one_process_of_two_surfaces_within_five_seconds(
+    smoke: Words, data_directory: Path, tmp_path: Path
+) -> None:
+    """From the refusal of the image to the end of its process: 5 s; the launcher, on a busy machine, a little later."""
+    key, shard = with_damaged_image(data_directory, tmp_path / "damaged")
+    words = smoke(
+        f"data.directory={tmp_path / 'damaged'}",
+        *("optimization.batch_size=36", "optimization.epochs=9", "trainer.gpus=2", "trainer.timeout_seconds=120"),
+    )
+    with pytest.raises(WorkerError) as stopped:
+        launch(train_noting_refusals, compose_config(*words))
+    launcher_ended = time.time()
+    assert key in str(stopped.value)
+    assert shard in str(stopped.value)
+    assert stopped.value.exit_code == UserError.exit_code
+    refused, ended = (float(Path(name).read_text().splitlines()[0]) for name in ("refused", "ended"))
+    assert 0 <= ended - refused < 5
+    assert launcher_ended - refused < 15
