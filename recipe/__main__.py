@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 from recipe.errors import one_clear_sentence
 
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "check": ("recipe.review.check", "Is a recipe whole, readable and in agreement with itself?"),
+    "diff": ("recipe.review.diff", "What differs between two recipes, and can it explain a difference in accuracy?"),
+}
 PROGRAM = "python -m recipe"
 
 
