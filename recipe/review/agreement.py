@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,31 @@ RESTORE = "take the file from version control, or run its stage again"
 def claim_findings(name: str, block: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
     """Every claim of the JSON block that the records do not give."""
     expected = json.loads(as_json(identity(facts)))
-    claims = block.get("claims") if isinstance(block.get("claims"), dict) else {}
-    found = missing_records(name, claims, facts, unreadable)
+    found = missing_records(name, claims_of(block), facts, unreadable)
     ours, theirs = leaves(without_orphans(block, facts)), leaves(without_orphans(expected, facts))
-    compared = [key for key in ours if not key.startswith("config") and key != "recipe_id"]
-    for key in compared:
-        if key not in theirs or ours[key] != theirs[key]:
-            what = f"it says {shortened(ours[key])}, the records give {shortened(theirs.get(key, 'no such claim'))}"
+    is_same_code = written_by(facts) == source_sha256_here()
+    for key in [*ours, *(key for key in theirs if key not in ours and is_same_code)]:
+        said, given = (values.get(key, "nothing") for values in (ours, theirs))
+        if said != given and not key.startswith("config") and key != "recipe_id":
+            what = f"it says {shortened(said)}, the records give {shortened(given)}"
             found.append(Finding(Level.resolvable, f"{name}, JSON block, {key}", what, RENDER))
-    return found
+    return found + unclaimed(name, block, expected)
+
+
+def unclaimed(name: str, block: dict[str, Any], expected: dict[str, Any]) -> list[Finding]:
+    """Stages that left a record of which the block says nothing at all."""
+    claims = claims_of(block)
+    return [
+        Finding(Level.resolvable, f"{name}, JSON block, claims.{claim}", "it says nothing, a record is there", RENDER)
+        for claim, value in claims_of(expected).items()
+        if value is not None and claims.get(claim) is None
+    ]
+
+
+def claims_of(block: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The claims of a JSON block; none where it holds no such object."""
+    claims = block.get("claims") if block else None
+    return claims if isinstance(claims, dict) else {}
 
 
 def missing_records(name: str, claims: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
@@ -67,10 +84,9 @@ def missing_records(name: str, claims: dict[str, Any], facts: Facts, unreadable:
 
 def without_orphans(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """The block without what comes from records that are not there."""
-    claims = block.get("claims")
     kept = {
         claim: value
-        for claim, value in (claims if isinstance(claims, dict) else {}).items()
+        for claim, value in claims_of(block).items()
         if claim not in RECORD_OF_CLAIM or getattr(facts, RECORD_OF_CLAIM[claim]) is not None
     }
     of_training = ("code", "circumstances") if facts.training is None else ()
@@ -102,12 +118,12 @@ def block_findings(page: Page, facts: Facts) -> list[Finding]:
 
 def differing_blocks(page: Page, facts: Facts) -> dict[str, str]:
     """Block id -> its first changed lines, under the name of the run directory that explains most."""
-    candidates = [differences_as(page, facts, run_dir) for run_dir in (facts.run_dir, f"runs/{facts.name}")]
-    return min(candidates, key=len)
+    as_it_lies = differences_as(page, facts, facts.run_dir)
+    return min(as_it_lies, differences_as(page, facts, f"runs/{facts.name}"), key=len) if as_it_lies else {}
 
 
 def differences_as(page: Page, facts: Facts, run_dir: str) -> dict[str, str]:
-    generated = generated_blocks(msgspec_replace(facts, run_dir))
+    generated = generated_blocks(replace(facts, run_dir=run_dir))
     return {
         block_id: first_change(page.blocks[block_id].content, content)
         for block_id, content in generated.items()
@@ -115,12 +131,6 @@ def differences_as(page: Page, facts: Facts, run_dir: str) -> dict[str, str]:
         and block_id not in page.edited
         and page.blocks[block_id].content.replace("\r\n", "\n") != content
     }
-
-
-def msgspec_replace(facts: Facts, run_dir: str) -> Facts:
-    from dataclasses import replace
-
-    return replace(facts, run_dir=run_dir)
 
 
 def first_change(found: str, generated: str) -> str:
@@ -145,7 +155,7 @@ def link_findings(page: Page, folder: Path) -> list[Finding]:
     found = []
     for target, line in dict(reversed(page.links)).items():
         path = folder / target.partition("#")[0]
-        if path.exists():
+        if not target.startswith("/") and is_there(path):
             found += picture_findings(page, path, target, line)
         elif target.startswith(LEFT_BEHIND):
             absent.append(target)
@@ -183,7 +193,7 @@ def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
         if path is None:
             what = f"it names {shortened(name)}, which is no file of the recipe"
             found.append(Finding(Level.well_formed, f"records/{record}, outputs", what, RESTORE))
-        elif not path.is_file():
+        elif not is_there(path):
             absent.append(name)
         elif sha256_of_file(path) != recorded:
             what = f"its SHA-256 is not the one in records/{record}"
@@ -210,7 +220,15 @@ def inside(folder: Path, name: str) -> Path | None:
     if os.path.isabs(name) or "\0" in name:
         return None
     path = folder / name
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    return path if is_there(folder) and path.resolve().is_relative_to(folder.resolve()) else None
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a regular file or a folder of this name; a name that no file can have names none."""
+    try:
+        return path.is_file() or path.is_dir()
+    except OSError:
+        return False
 
 
 def sha256_of_file(path: Path) -> str:

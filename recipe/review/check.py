@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from recipe.document.facts import Facts
@@ -140,15 +141,10 @@ def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable
         found += sources.command_findings(facts, config if isinstance(config, dict) else None)
         found += [] if page.damage or unreadable else agreement.block_findings(page, facts)
         found += agreement.link_findings(page, page_folder(subject))
-    return found + prose.prose_findings(page, prose.recorded_numbers(facts, claims_of(block)))
+    return found + prose.prose_findings(page, prose.recorded_numbers(facts, agreement.claims_of(block)))
 
 
-def claims_of(block: dict[str, Any] | None) -> dict[str, Any]:
-    claims = block.get("claims") if block else None
-    return claims if isinstance(claims, dict) else {}
-
-
-def page_folder(subject: Subject) -> Any:
+def page_folder(subject: Subject) -> Path:
     assert subject.document_path is not None, "there is a page"
     return subject.document_path.parent
 
