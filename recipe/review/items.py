@@ -58,7 +58,7 @@ ITEMS = (
     Item(
         *(RAW, "label convention with examples", "raw_data", r"^\| Label convention \|"),
         r"\blabel convention\b",
-        r"\b(id2label|label2id)\b|\blabels? (are |is )?((counted|numbered) )?from [01]\b"
+        r"\b(id2label|label2id)\b|\b(numbered|counted|indexed|starts?|starting) (from|at) (0|1|zero|one)\b"
         r"|\bclass ind(ex|ices)\b.{0,40}\b(from|sorted|start)",
         EXTENSION,
     ),
@@ -111,7 +111,7 @@ ITEMS = (
     Item(
         *(PROCESSING, "how the test set is made", "raw_data", r"^\| Test set \|"),
         r"\b(test|validation|evaluation) (set|split|data)\b|\bevaluation data\b",
-        r"\b(validation|test|held[- ]out|evaluation) (set|split|images)\b",
+        r"\b(validation|test|held[- ]out|evaluation) (set|split|images)\b.{0,20}\b(was|were|is|are|drawn|taken|made)\b",
     ),
     Item(
         *(PROCESSING, "code and command", "processing_methods", r"^python \S+"),
@@ -154,7 +154,7 @@ ITEMS = (
     Item(
         *(OPTIMIZATION, "batch size", "optimization_methods", r"^\| Images per optimizer step \|"),
         NONE,
-        r"\b(batch|mini-?batch)[ _-]?sizes?\b|\bbatch(es)? of \d+",
+        r"batch[ _-]?sizes?\b|\bbatch(es)? of \d+",
     ),
     Item(
         *(OPTIMIZATION, "number of GPUs or processes", "optimization_methods", r"^\| Processes \|"),
@@ -184,7 +184,8 @@ ITEMS = (
     Item(
         *(OPTIMIZATION, "augmentation", "optimization_methods", r"^\| Augmentation \|"),
         r"\baugmentations?\b",
-        r"\baugment(ed|ations?)?\b|\brandom(ly)? (crop|resi[sz]|flip|erase)|\b(mix-?up|cut-?mix)\b|\bhorizontal flip",
+        r"\baugment(ed|ations?)?\b|\brandom(ly)? (crop|resi[sz]|flip|erase)|\b(mix-?up|cut-?mix)\b"
+        r"|\b(cropped|flipped|erased) (at random|randomly)\b|\bhorizontal flip",
     ),
     Item(
         *(OPTIMIZATION, "initial weights", "optimization_methods", r"^\| Initial weights \|"),
@@ -232,6 +233,7 @@ ITEMS = (
         *(OPTIMIZATION, "dynamics: losses and metrics over time", "dynamics", r"^\| Epoch \(\*measured\*\) \|"),
         r"\b(dynamics|training results|learning curves?)\b",
         r"\b(loss|accuracy)\b.{0,60}\b(curves?|plots?|figures?|over (the )?(epochs|steps))\b"
+        r"|\b(curves?|plots?|figures?)\b.{0,30}\b(loss|accuracy)\b"
         r"|^\|.{0,120}\b(epoch\b.{0,120}\bloss|loss\b.{0,120}\bepoch)\b",
     ),
     Item(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from recipe.document.blocks import Block, Fence, Prose, edited_blocks, split
 from recipe.errors import UserError
@@ -89,6 +90,15 @@ class Page:
             if heading and self._says_something(at + 1):
                 found.append(Line(line.number, heading["text"]))
         return found
+
+    @cached_property
+    def pairs(self) -> list[Line]:
+        """Each line of a paragraph joined with the next one: a sentence does not end with its line."""
+        return [
+            Line(one.number, f"{one.text} {two.text.lstrip()}")
+            for one, two in pairwise(self.lines)
+            if one.text.strip() and two.text.strip() and not two.text.lstrip().startswith(("#", "|", "- ", "* ", "```"))
+        ]
 
     def _says_something(self, at: int) -> bool:
         """Whether the first words behind a heading are words, and not another heading or a placeholder."""

@@ -134,7 +134,8 @@ def foreign_items(page: Page) -> list[Seen]:
 
 
 def foreign_item(page: Page, item: Item) -> Seen:
-    for how, expression, lines in (("heading", item.heading, page.headings), ("keyword", item.keyword, page.lines)):
+    looked_at = (("heading", item.heading, page.headings), ("keyword", item.keyword, page.lines))
+    for how, expression, lines in (*looked_at, ("keyword", item.keyword, page.pairs)):
         line = first(expression, lines)
         if line is not None:
             return Seen(item, "present", f"{how} in line {line.number}")
