@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -100,6 +101,7 @@ def compact(content: str) -> str:
     return "\n" + re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n\n"
 
 
+@cache  # compiling the template takes longer than all else of a document
 def environment() -> Environment:
     """Undefined names stop, and everything is escaped that no filter has made into markdown."""
     made = Environment(

@@ -59,6 +59,8 @@ def check(subject: Subject, executes: bool = False) -> Report:
         return check_own(subject, executes)
     except RecursionError:
         raise UserError(f"{subject.name} is nested too deeply to be a recipe") from None
+    except ArithmeticError as error:
+        raise UserError(f"{subject.name} holds numbers that no run has: {error}") from error
 
 
 def is_own(subject: Subject) -> bool:

@@ -12,27 +12,24 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from recipe.config import leaves
-from recipe.document.claims import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.review.explanation import TITLES, Group, group_of, is_inert, rank_of, theme_of
 from recipe.review.findings import printable, shortened
-from recipe.review.reading import Reader
-from recipe.review.subject import Subject, open_subject
+from recipe.review.results import dynamics_lines, result_lines
+from recipe.review.sides import Curve, Side, curves_of, is_number, objects, side_of, value_at
+from recipe.review.subject import open_subject
 
 FORMAT = "diff/1"
 ABSENT = "(absent)"
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of training, at which dynamics are compared
 CURVE_SHARES = [step / 100 for step in range(101)]
 FEW_POINTS = 50
 CURVE_TOLERANCE = 1e-3  # of the peak: points are recorded at a hundred steps, and read between them
-NORMAL_95 = 1.96
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -50,39 +47,6 @@ def answer(arguments: argparse.Namespace) -> int:
         raise UserError("one of the recipes is nested too deeply to be one") from None
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))
     return int(report.differs)
-
-
-@dataclass(frozen=True)
-class Side:
-    """One recipe: its JSON block, or the same made from its records."""
-
-    name: str
-    block: dict[str, Any]
-    training: TrainingRecord | None  # where records are there
-
-    def claims(self, chapter: str) -> dict[str, Any]:
-        """What is claimed of a chapter; nothing where its stage has not run."""
-        return objects(objects(self.block.get("claims")).get(chapter))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return leaves(objects(self.block.get("config")))
-
-    @property
-    def epochs(self) -> dict[str, list[Any]]:
-        """Columns of the dynamics."""
-        return {
-            name: values for name, values in objects(self.claims("training").get("epochs")).items() if is_list(values)
-        }
-
-
-def objects(value: object) -> dict[str, Any]:
-    """A JSON object, or an empty one for anything else."""
-    return value if isinstance(value, dict) else {}
-
-
-def is_list(value: object) -> bool:
-    return isinstance(value, list)
 
 
 @dataclass(frozen=True)
@@ -145,18 +109,6 @@ class Report:
         ):
             lines += ["", f"{title}:", *(f"  {line}" for line in said)] if said else []
         return [printable(line) if not line.startswith("  ") else "  " + printable(line) for line in lines]
-
-
-def side_of(subject: Subject) -> Side:
-    """The records where they are there, else the document's JSON block; raises `UserError` where there is neither."""
-    if subject.run is None:
-        return Side(subject.name, subject.claims(), None)
-    reader = Reader(subject.run)
-    facts = reader.facts()
-    if reader.findings:
-        found = reader.findings[0]
-        raise UserError(printable(f"{subject.name}, {found.place}: {found.what}"))
-    return Side(subject.name, json.loads(json.dumps(identity(facts))), facts.training)
 
 
 def compare(a: Side, b: Side) -> Report:
@@ -227,10 +179,6 @@ def per_image(values: dict[str, Any]) -> float | None:
     return float(rate) / float(images)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 # What no configuration shows
 
 
@@ -251,32 +199,6 @@ def derived_differences(a: Side, b: Side) -> Iterator[Difference]:
             return
 
 
-Curve = list[tuple[float, float]]  # (share of training, learning rate), in order
-
-
-def curves_of(side: Side) -> list[Curve]:
-    """The learning rate over the share of training, the best source first; an empty one where there is none.
-
-    The schedule as the run evaluated it; the canary's rates; the rate at the end of each epoch.
-    """
-    training = side.training
-    points = training.schedule.points if training is not None else []
-    steps = max(training.schedule.steps - 1, 1) if training is not None else 1
-    evaluated = sorted((step / steps, rate) for step, rate in points)
-    sampled = numbers(objects(side.block.get("fingerprint")).get("learning_rates"))
-    ends = numbers(side.epochs.get("learning_rate"))
-    return [
-        evaluated if len(evaluated) > 1 else [],
-        [(at / (len(sampled) - 1), rate) for at, rate in enumerate(sampled)] if len(sampled) > 1 else [],
-        [((at + 1) / len(ends), rate) for at, rate in enumerate(ends)] if len(ends) > 1 else [],
-    ]
-
-
-def numbers(values: object) -> list[float]:
-    """A list of numbers; empty for anything else."""
-    return values if isinstance(values, list) and all(is_number(value) for value in values) else []
-
-
 def curve_difference(before: Curve, after: Curve) -> Iterator[Difference]:
     """The share of training at which the rates lie farthest apart; curves of few points only if they are as many."""
     if len(before) != len(after) and min(len(before), len(after)) < FEW_POINTS:
@@ -287,15 +209,6 @@ def curve_difference(before: Curve, after: Curve) -> Iterator[Difference]:
     if abs(old - new) > CURVE_TOLERANCE * peak:
         note = f"where they lie farthest apart, at {share:.0%} of training"
         yield Difference(Group.accuracy, "learning-rate curve", f"{old:.4g}", f"{new:.4g}", note)
-
-
-def value_at(curve: Curve, share: float) -> float:
-    """Read between the points."""
-    for (left, low), (right, high) in pairwise(curve):
-        if share <= right:
-            within = (share - left) / (right - left) if right > left else 1.0
-            return low + (high - low) * min(max(within, 0.0), 1.0)
-    return curve[-1][1]
 
 
 def hidden_differences(a: Side, b: Side) -> Iterator[Difference]:
@@ -389,71 +302,6 @@ def circumstance_differences(a: Side, b: Side) -> Iterator[Difference]:
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
         if old != new and key != "the source":
             yield Difference(Group.last_digits, key, old, new)
-
-
-# Dynamics and results
-
-
-def dynamics_lines(a: Side, b: Side) -> list[str]:
-    """Validation top-1 at equal share of training."""
-    columns = [[value for value in side.epochs.get("validation_top1", []) if is_number(value)] for side in (a, b)]
-    if not all(columns) or columns[0] == columns[1]:
-        return []
-    rows = []
-    for share in SHARES:
-        old, new = (column[max(math.ceil(share * len(column)), 1) - 1] for column in columns)
-        rows.append(
-            f"validation top-1 at {share:.0%} of training: {old:.2%} -> {new:.2%} ({100 * (new - old):+.2f} points)"
-        )
-    return rows
-
-
-def result_lines(a: Side, b: Side) -> tuple[list[str], bool]:
-    """Accuracies with their counts, their difference, and what can be said about noise; whether anything differs."""
-    before, after = a.claims("evaluation"), b.claims("evaluation")
-    if not (has_counts(before) and has_counts(after)):
-        return [], False
-    lines = []
-    for key, name in (("correct_top1", "top-1"), ("correct_top5", "top-5")):
-        old, new = before[key] / before["images"], after[key] / after["images"]
-        lines.append(
-            f"{name}: {old:.2%} ({before[key]:,} of {before['images']:,}) -> {new:.2%} ({after[key]:,} of "
-            f"{after['images']:,}), {100 * (new - old):+.2f} percentage points"
-        )
-    differ = any(before[key] != after[key] for key in ("correct_top1", "correct_top5", "images"))
-    if before.get("weights_sha256") and before.get("weights_sha256") == after.get("weights_sha256"):
-        return [*lines, "both measured the same weights"], differ
-    lines.append(noise(before, after) if differ else "the counts are equal")
-    return lines, differ or before.get("weights_sha256") != after.get("weights_sha256")
-
-
-def has_counts(evaluation: dict[str, Any]) -> bool:
-    names = ("images", "correct_top1", "correct_top5")
-    counts = [evaluation.get(name) for name in names]
-    return all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts) and bool(
-        evaluation["images"]
-    )
-
-
-def noise(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What a difference of two single runs can mean: their spread is unknown, and a bound can only rule noise out."""
-    if before.get("protocol") != after.get("protocol"):
-        return "they were measured by different protocols: the difference is no measure of the recipes"
-    shares = [row["correct_top1"] / row["images"] for row in (before, after)]
-    variances = [p * (1 - p) / row["images"] for p, row in zip(shares, (before, after), strict=True)]
-    bound = 100 * NORMAL_95 * math.sqrt(sum(variances))
-    difference = 100 * abs(shares[1] - shares[0])
-    runs = [row.get("runs") for row in (before, after)]
-    spread = "spread unknown (1 run each)" if runs == [1, 1] else f"spread not recorded ({runs[0]} and {runs[1]} runs)"
-    verdict = (
-        f"{difference:.2f} is within it: this says nothing about which recipe is better"
-        if difference <= bound
-        else f"{difference:.2f} is beyond it: more than the choice of images explains"
-    )
-    return (
-        f"{spread}; binomial bound of a difference, 95 %: {bound:.2f} points; {verdict}. Seeds of long, converged "
-        "trainings were found to vary by less than the bound, those of short ones by more"
-    )
 
 
 def not_compared(a: Side, b: Side) -> list[str]:

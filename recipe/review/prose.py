@@ -108,7 +108,7 @@ def from_records(facts: Facts) -> dict[str, list[float]]:
 def add_counts(found: dict[str, list[float]], row: dict[str, Any], images: object) -> None:
     for metric in ("top1", "top5"):
         count = row.get(f"correct_{metric}")
-        if isinstance(count, int) and isinstance(images, int) and images > 0:
+        if isinstance(count, int) and isinstance(images, int) and 0 <= count <= images < 2**53 and images > 0:
             found[metric].append(count / images)
 
 

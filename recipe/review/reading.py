@@ -28,6 +28,7 @@ from recipe.run import RECORD_FILES, Run, shown_path
 
 Value = TypeVar("Value")
 LARGEST_RECORD_BYTES = 64 * 2**20
+LARGEST_INTEGER = 2**63
 NUMBERS = (
     *("epoch", "step", "images_seen", "loss", "top1_accuracy", "top5_accuracy", "learning_rate"),
     *("images_per_second", "data_wait_fraction", "seconds"),
@@ -64,7 +65,7 @@ class Reader:
             if path.stat().st_size > LARGEST_RECORD_BYTES:
                 raise UserError(f"it has more than {LARGEST_RECORD_BYTES >> 20} MiB, which no record has")
             value = read()
-            refuse_what_is_not_finite(value)
+            refuse_impossible_numbers(value)
         except (UserError, OSError, ValueError, RecursionError) as error:
             self.findings.append(unreadable(self.name_of(path), str(error)))
             return None
@@ -122,6 +123,22 @@ def wrong_values(row: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is {value!r}"
 
 
-def refuse_what_is_not_finite(value: Any) -> None:
-    """Records hold numbers that JSON can hold: neither NaN nor infinity, which msgspec would let through as 1e999."""
-    json.dumps(msgspec.to_builtins(value), allow_nan=False)
+def refuse_impossible_numbers(value: Any) -> None:
+    """Records hold numbers that a run can have; others stop whoever divides by them. Raises `UserError`."""
+    plain = msgspec.to_builtins(value)
+    json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999
+    if any(isinstance(number, int) and abs(number) >= LARGEST_INTEGER for number in numbers_in(plain)):
+        raise UserError("it holds an integer that nothing here counts to")
+    if isinstance(value, TrainingRecord) and (value.schedule.steps_per_epoch < 1 or value.schedule.steps < 1):
+        raise UserError("it holds a training without steps")
+    if isinstance(value, EvaluationRecord | SerializationRecord) and value.images < 1:
+        raise UserError("it holds a count over no image")
+
+
+def numbers_in(value: Any) -> Iterator[int | float]:
+    """Every number of a nested value."""
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(entry)
+    elif isinstance(value, int | float):
+        yield value

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import safetensors.numpy
 
@@ -168,7 +167,7 @@ def change_record(run: Run, name: str, change: Callable[[Any], None]) -> None:
     path = run.records / name
     values = json.loads(path.read_bytes())
     change(values)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def change_document(run: Run, old: str, new: str, forges: bool = False) -> None:
