@@ -28,6 +28,8 @@ chapters
     document       facts, blocks, dynamics, claims, latency, commands, formatting, figures, inference_figures,
                    render: from records to pages, without torch
     review         subject: the recipe that a reader points at; its verbs are listed in __main__
+                   findings, page, reading, items, presence, sources, consistency, agreement, prose, execution:
+                   check; explanation, sides, results: diff
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records
     notebook       python -m recipe.notebook: runs it without a browser

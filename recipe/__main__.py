@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from recipe.errors import one_clear_sentence
 
 VERBS: dict[str, tuple[str, str]] = {
+    "check": ("recipe.review.check", "is a recipe whole, readable and in agreement with itself?"),
     "drift": ("recipe.review.drift", "does this checkout still do what the recipe says?"),
     "verify": ("recipe.review.verify", "do the files belong together, and does the code behave as the recipe's did?"),
+    "diff": ("recipe.review.diff", "what differs between two recipes, and can it explain a difference in accuracy?"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
 }
 PROGRAM = "python -m recipe"

@@ -11,8 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.config import MACHINE_FACTS, Config, leaves, typed
+from recipe.config import MACHINE_FACTS, Config, known_keys, leaves, typed
 from recipe.errors import UserError, one_clear_sentence
 from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, Run, shown_path
@@ -56,20 +55,8 @@ def _explained(error: HydraException) -> str:
         text,
     )
     unknown = re.search(r"override '([\w.]+)'", text)
-    near = difflib.get_close_matches(unknown[1], _known_keys(), 1) if unknown else []
+    near = difflib.get_close_matches(unknown[1], known_keys(), 1) if unknown else []
     return text.strip() + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _known_keys(schema: type = Config, prefix: str = "") -> list[str]:
-    """Every key of the schema, dotted."""
-    keys: list[str] = []
-    for name, kind in get_type_hints(schema).items():
-        keys += (
-            _known_keys(kind, f"{prefix}{name}.")
-            if isinstance(kind, type) and is_dataclass(kind)
-            else [f"{prefix}{name}"]
-        )
-    return keys
 
 
 def composed_config(composed: DictConfig) -> Config:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -630,6 +630,18 @@ class Config:
             self.optimization.binary_head_bias,
             "false where model.weights gives the bias",
         )
+
+
+def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema, dotted."""
+    keys: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        keys += (
+            known_keys(kind, f"{prefix}{name}.")
+            if isinstance(kind, type) and is_dataclass(kind)
+            else [f"{prefix}{name}"]
+        )
+    return keys
 
 
 def require(condition: object, key: str, value: object, allowed: str) -> None:

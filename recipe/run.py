@@ -114,8 +114,8 @@ class Run:
         where = shown_path(self.config)
         try:
             text = self.config.read_text(encoding="utf-8")
-            values = yaml.safe_load(text)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = plain_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
         if "${" in text:
             raise UserError(f"{where} holds '${{': a pinned configuration is plain values")
@@ -158,6 +158,21 @@ class Run:
             number += 1
         self.directory.rename(aside)
         return aside
+
+
+def plain_yaml(text: str) -> Any:
+    """YAML that JSON could hold too; raises `ValueError` for aliases, dates and what is not finite.
+
+    A file from a stranger could else grow without end (aliases of aliases), or stop whoever hashes its values.
+    """
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("it repeats a part of itself by an alias, which a pinned configuration never does")
+    values = yaml.safe_load(text)
+    try:
+        json.dumps(values, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"it holds what is no plain value: {error}") from error
+    return values
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from recipe.records import Epoch, Schedule, TrainingRecord
 
 MetricRow = dict[str, Any]
+Points = Sequence[tuple[float, float]]
 Item = TypeVar("Item")
 
 
@@ -115,3 +116,23 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
     if len(items) <= most:
         return list(items)
     return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
+
+
+def figure_names(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[str]:
+    """The figures that have something to show; the document names these and no others."""
+    has = {
+        "accuracy": bool(points(metrics, "validation", "epoch", "top1_accuracy")),
+        "loss": bool(points(metrics, "validation", "epoch", "loss") or points(metrics, "train", "step", "loss")),
+        "learning_rate": len(training.schedule.points) > 1,
+        "throughput": bool(points(metrics, "train", "step", "images_per_second")),
+    }
+    return [name for name, shows in has.items() if shows]
+
+
+def points(metrics: Sequence[MetricRow], split: str, x: str, y: str) -> Points:
+    """The pairs of one split in which both values were logged."""
+    return [
+        (row[x], row[y])
+        for row in metrics
+        if row["split"] == split and row.get(x) is not None and row.get(y) is not None
+    ]

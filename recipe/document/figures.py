@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipe.document.dynamics import MetricRow, epoch_rows, evenly
+from recipe.document.dynamics import MetricRow, Points, epoch_rows, evenly, figure_names, points
 from recipe.document.formatting import percent
 from recipe.records import TrainingRecord
 
@@ -27,7 +27,6 @@ DOTS_PER_INCH = 100
 TRAIN, VALIDATION, OTHER = "#0b6e99", "#d1495b", "#6b7280"
 LOGGED_DOTS = 40  # few enough to see the schedule beneath them
 WITH_THOUSANDS = "{x:,.0f}"
-Points = Sequence[tuple[float, float]]
 
 
 def draw(training: TrainingRecord | None, metrics: Sequence[MetricRow]) -> dict[str, bytes]:
@@ -38,17 +37,6 @@ def draw(training: TrainingRecord | None, metrics: Sequence[MetricRow]) -> dict[
         f"{name}.png": png(partial(DRAWERS[name], training=training, metrics=metrics))
         for name in figure_names(training, metrics)
     }
-
-
-def figure_names(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[str]:
-    """The figures that have something to show; the document names these and no others."""
-    has = {
-        "accuracy": bool(points(metrics, "validation", "epoch", "top1_accuracy")),
-        "loss": bool(points(metrics, "validation", "epoch", "loss") or points(metrics, "train", "step", "loss")),
-        "learning_rate": len(training.schedule.points) > 1,
-        "throughput": bool(points(metrics, "train", "step", "images_per_second")),
-    }
-    return [name for name in DRAWERS if has[name]]
 
 
 def png(drawer: Callable[[Figure], None], size_inches: tuple[float, float] = SIZE_INCHES) -> bytes:
@@ -109,15 +97,6 @@ def draw_throughput(figure: Figure, training: TrainingRecord, metrics: Sequence[
     line(lower, scaled(points(metrics, "train", "step", "data_wait_fraction"), 100), OTHER, "waiting for data", ".-")
     lower.set_ylim(0, 100)
     legend(lower)
-
-
-def points(metrics: Sequence[MetricRow], split: str, x: str, y: str) -> Points:
-    """The pairs of one split in which both values were logged."""
-    return [
-        (row[x], row[y])
-        for row in metrics
-        if row["split"] == split and row.get(x) is not None and row.get(y) is not None
-    ]
 
 
 def scaled(pairs: Points, factor: float) -> Points:

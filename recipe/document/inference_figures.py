@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from recipe.document.figures import TRAIN, VALIDATION, legend, png, tidy
-from recipe.document.latency import machine_title, single_pictures
+from recipe.document.latency import latency_file, machine_title, single_pictures
 from recipe.records import ClassifiedPicture, InferenceRecord, TimingRecord
 
 THUMBNAIL_INCHES = (2.6, 2.6)
@@ -29,11 +29,6 @@ def draw_inference(inference: InferenceRecord | None, timing: Sequence[TimingRec
     if inference is not None and inference.pictures:
         drawn["guesses.png"] = guesses_png(inference.pictures[0])
     return drawn
-
-
-def latency_file(record: TimingRecord) -> str:
-    """The name of a machine's figure."""
-    return f"latency-{record.machine}.png"
 
 
 def guesses_png(found: ClassifiedPicture) -> bytes:

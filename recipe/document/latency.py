@@ -120,3 +120,8 @@ def verdicts(timing: Sequence[TimingRecord]) -> list[Verdict]:
             fp32 = next((c for c in ours if c.precision == "fp32"), None)
             found.append(Verdict(record, reference, fp32, ours[0] if ours else None))
     return found
+
+
+def latency_file(record: TimingRecord) -> str:
+    """The name of a machine's figure."""
+    return f"latency-{record.machine}.png"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recipe.config import leaves
-from recipe.document import blocks, commands, dynamics, figures, formatting, inference_figures, latency
+from recipe.document import blocks, commands, dynamics, formatting, latency
 from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
@@ -49,6 +50,8 @@ def render(facts: Facts, existing: str | None) -> str:
 
 def write_document(run: Run, shown_run_dir: str) -> None:
     """Write recipe.md, recipe.json and the figures of a run; nothing is written where the document refuses."""
+    from recipe.document import figures, inference_figures  # matplotlib: a second that a reader of pages need not wait
+
     facts = gather(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)
@@ -98,6 +101,7 @@ def compact(content: str) -> str:
     return "\n" + re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n\n"
 
 
+@cache  # compiling the template takes longer than all else of a document
 def environment() -> Environment:
     """Undefined names stop, and everything is escaped that no filter has made into markdown."""
     made = Environment(
@@ -132,11 +136,11 @@ def context(facts: Facts) -> dict[str, Any]:
         "throughput": dynamics.throughput(training) if training else None,
         "rows_shown": ROWS_SHOWN,
         "schedule_rows": dynamics.schedule_rows(training.schedule) if training else [],
-        "figures": figures.figure_names(training, facts.metrics) if training else [],
+        "figures": dynamics.figure_names(training, facts.metrics) if training else [],
         "measured_latencies": latency.measured_rows(facts.timing),
         "published_latencies": latency.published_rows(facts.training.model.name if facts.training else ""),
         "latency_verdicts": latency.verdicts(facts.timing),
-        "latency_file": inference_figures.latency_file,
+        "latency_file": latency.latency_file,
         "machine_title": latency.machine_title,
         "picture_files": sorted(facts.inference.outputs) if facts.inference else [],
         "class_tables": class_tables(evaluation) if evaluation else {},

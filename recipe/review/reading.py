@@ -1,0 +1,144 @@
+"""Level *well-formed*: every file of a recipe can be read, each on its own, so that one broken file hides no other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from recipe.document.facts import Facts
+from recipe.errors import UserError
+from recipe.records import (
+    EvaluationRecord,
+    Fingerprint,
+    InferenceRecord,
+    PreprocessingRecord,
+    SerializationRecord,
+    TimingRecord,
+    TrainingRecord,
+    from_json,
+)
+from recipe.review.findings import Finding, Level
+from recipe.run import RECORD_FILES, Run, shown_path
+
+Value = TypeVar("Value")
+LARGEST_RECORD_BYTES = 64 * 2**20
+LARGEST_INTEGER = 2**63
+NUMBERS = (
+    *("epoch", "step", "images_seen", "loss", "top1_accuracy", "top5_accuracy", "learning_rate"),
+    *("images_per_second", "data_wait_fraction", "seconds"),
+)
+
+
+class Reader:
+    """Reads the files of a run and remembers what is wrong with them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.findings: list[Finding] = []
+
+    def facts(self) -> Facts:
+        """What can be read; a file that cannot is None or empty, and a finding."""
+        run = self.run
+        config = self._read(run.config, run.read_config)
+        by_kind = {kind: self._read(run.records / name, partial(run.read, kind)) for kind, name in FILES}
+        return Facts(
+            name=str(config["name"]) if config else run.directory.absolute().name,
+            run_dir=shown_path(run.directory),
+            config=config,
+            metrics=self._metric_rows(),
+            other_evaluations=self._read_all(run.other_evaluations, EvaluationRecord),
+            timing=self._read_all(run.timing, TimingRecord),
+            **{name: by_kind[kind] for kind, name in FACTS.items()},
+        )
+
+    def _read(self, path: Path, read: Callable[[], Value]) -> Value | None:
+        """One file; None where it is absent, and where it cannot be read, which is a finding."""
+        if not path.exists():
+            return None
+        try:
+            if path.stat().st_size > LARGEST_RECORD_BYTES:
+                raise UserError(f"it has more than {LARGEST_RECORD_BYTES >> 20} MiB, which no record has")
+            value = read()
+            refuse_impossible_numbers(value)
+        except (UserError, OSError, ValueError, RecursionError) as error:
+            self.findings.append(unreadable(self.name_of(path), str(error)))
+            return None
+        return value
+
+    def _read_all(self, folder: Path, kind: Any) -> list[Any]:
+        found = [self._read(path, partial(self._record, path, kind)) for path in sorted(folder.glob("*.json"))]
+        return [record for record in found if record is not None]
+
+    def _record(self, path: Path, kind: Any) -> Any:
+        return from_json(path.read_bytes(), kind, self.name_of(path))
+
+    def _metric_rows(self) -> list[dict[str, Any]]:
+        rows = self._read(self.run.metrics, self.run.metric_rows) or []
+        wrong = next(((number, what) for number, row in enumerate(rows, start=1) for what in wrong_values(row)), None)
+        if wrong is None:
+            return rows
+        place = f"{self.name_of(self.run.metrics)}, row {wrong[0]}"
+        self.findings.append(unreadable(place, f"{wrong[1]}: it is no row of metrics"))
+        return []
+
+    def name_of(self, path: Path) -> str:
+        """A file's name inside the recipe."""
+        return path.relative_to(self.run.directory).as_posix()
+
+
+FACTS: dict[Any, str] = {
+    PreprocessingRecord: "preprocessing",
+    TrainingRecord: "training",
+    EvaluationRecord: "evaluation",
+    SerializationRecord: "serialization",
+    InferenceRecord: "inference",
+    Fingerprint: "fingerprint",
+}
+FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
+
+
+def unreadable(place: str, why: str) -> Finding:
+    return Finding(
+        Level.well_formed, place, f"it cannot be read: {why}", "take it from version control, or run its stage again"
+    )
+
+
+def wrong_values(row: dict[str, Any]) -> Iterator[str]:
+    """What in a logged row is not a finite number, an absent one or the name of a split."""
+    if row["split"] not in ("train", "validation"):
+        yield f"split is {row['split']!r}"
+    for name in NUMBERS:
+        value = row.get(name)
+        required = name in ("epoch", "step")
+        if value is None and not required:
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (required and not (isinstance(value, int) and 0 <= value < 2**53)):
+            yield f"{name} is {value!r}"
+
+
+def refuse_impossible_numbers(value: Any) -> None:
+    """Records hold numbers that a run can have; others stop whoever divides by them. Raises `UserError`."""
+    plain = msgspec.to_builtins(value)
+    json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999
+    if any(isinstance(number, int) and abs(number) >= LARGEST_INTEGER for number in numbers_in(plain)):
+        raise UserError("it holds an integer that nothing here counts to")
+    if isinstance(value, TrainingRecord) and (value.schedule.steps_per_epoch < 1 or value.schedule.steps < 1):
+        raise UserError("it holds a training without steps")
+    if isinstance(value, EvaluationRecord | SerializationRecord) and value.images < 1:
+        raise UserError("it holds a count over no image")
+
+
+def numbers_in(value: Any) -> Iterator[int | float]:
+    """Every number of a nested value."""
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(entry)
+    elif isinstance(value, int | float):
+        yield value

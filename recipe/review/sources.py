@@ -1,0 +1,230 @@
+"""Level *resolvable*: is the code that a recipe names the code that ran, and do its commands mean anything?
+
+A commit that this history does not have is no failure: it may lie beyond a shallow clone, or have been squashed or
+rebased. The hash of the source identifies the code then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from recipe.config import known_keys
+from recipe.document.facts import Facts, source_changed
+from recipe.provenance import SOURCES, git, source_sha256
+from recipe.records import Provenance
+from recipe.review.findings import Finding, Kind, Level, listed, shortened
+from recipe.run import CHECKOUT, Run
+
+SHA1 = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
+SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
+MODULES = ("recipe.notebook",)
+OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
+SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
+
+
+def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
+    """(file of the record, provenance) of every stage that ran."""
+    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
+        record = getattr(facts, name)
+        if record is not None:
+            yield f"records/{name}.json", record.provenance
+    for timing in facts.timing:
+        yield f"records/timing/{timing.machine}.json", timing.provenance
+
+
+# Which code ran
+
+
+def code_findings(facts: Facts, run: Run) -> list[Finding]:
+    """For every stage: one code from start to end, known by a commit, a patch or at least its hash."""
+    found: list[Finding] = []
+    for place, provenance in stages(facts):
+        found += stage_code(f"{place}, provenance", provenance, run)
+    return list(dict.fromkeys(found))
+
+
+def stage_code(place: str, provenance: Provenance, run: Run) -> list[Finding]:
+    found = []
+    if source_changed(provenance):
+        what = "the source changed during the stage, so that nobody knows which code gave its result"
+        found.append(Finding(Level.resolvable, place, what, "run the stage again and leave the code alone meanwhile"))
+    if not SHA256.fullmatch(provenance.source_sha256):
+        what = f"source_sha256 {shortened(provenance.source_sha256)} is no SHA-256, so that the code is not identified"
+        found.append(Finding(Level.well_formed, place, what, "run the stage again"))
+    patch = provenance.tree_at_start.patch_sha256
+    return found + (patch_findings(patch, run) if patch else commit_findings(place, provenance))
+
+
+def patch_findings(patch: str, run: Run) -> list[Finding]:
+    """A modified tree is its commit and its patch: the patch has to be there, whole."""
+    name = f"records/patches/{patch[:16]}.patch"
+    mend = "take the file from where the run was made; without it the code of this stage is lost"
+    if not SHA256.fullmatch(patch):
+        return [Finding(Level.well_formed, name, f"{shortened(patch)} is no SHA-256", mend)]
+    path = run.directory / name
+    if not path.is_file():
+        return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
+    if hashlib.sha256(path.read_bytes()).hexdigest() != patch:
+        return [Finding(Level.resolvable, name, "its SHA-256 is not the recorded one", mend)]
+    return []
+
+
+def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
+    """The recorded commit holds the recorded source."""
+    commit, recorded = provenance.commit, provenance.source_sha256
+    if commit is None:
+        what = f"no commit was recorded; the code is identified by its source SHA-256 {recorded[:16]} alone"
+        return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
+    if not SHA1.fullmatch(commit) and not SHA256.fullmatch(commit):
+        what = f"{shortened(commit)} is no commit's name"
+        return [Finding(Level.well_formed, place, what, "run the stage again in a git checkout")]
+    if recorded == source_sha256_here():
+        return []
+    there = source_sha256_at(commit)
+    if there is None:
+        what = (
+            f"commit {commit[:12]} is not in this history (shallow, rewritten, or never pushed), or lists its source "
+            f"in another way; its code is known by the source SHA-256 {recorded[:16]}, which is not this checkout's"
+        )
+        return [Finding(Level.resolvable, place, what, "fetch the whole history to look", Kind.cannot_tell)]
+    if there != recorded:
+        what = f"commit {commit[:12]} holds source {there[:16]}, the stage ran on {recorded[:16]}"
+        return [Finding(Level.resolvable, place, what, "run the stage again from a commit")]
+    return []
+
+
+@cache
+def source_sha256_here() -> str:
+    """Of this checkout."""
+    return source_sha256()
+
+
+@cache
+def source_sha256_at(commit: str) -> str | None:
+    """The source hash of a commit, from git alone; None where git cannot tell."""
+    listing = git("ls-tree", "-r", "-z", "--full-tree", commit)
+    if listing is None:
+        return None
+    blobs = dict(blob_of(entry) for entry in listing.split("\0") if entry)
+    if listing_rule(blobs.get("recipe/provenance.py")) != listing_rule(None, CHECKOUT / "recipe" / "provenance.py"):
+        return None
+    names = sorted((name for name in blobs if is_source(name)), key=lambda name: Path(name).parts)
+    contents = blob_contents([blobs[name] for name in names])
+    if contents is None:
+        return None
+    digest = hashlib.sha256()
+    for name, content in zip(names, contents, strict=True):
+        digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def blob_of(entry: str) -> tuple[str, str]:
+    """`mode type object<TAB>name` -> (name, object)."""
+    facts, _, name = entry.partition("\t")
+    return name, facts.split()[-1]
+
+
+def listing_rule(blob: str | None, path: Path | None = None) -> str | None:
+    """The line of provenance.py that says what counts as source: another rule gives another hash of the same code."""
+    text = path.read_text(encoding="utf-8") if path else git("cat-file", "blob", blob) if blob else None
+    found = re.search(r"^SOURCES = .*$", text or "", re.MULTILINE)
+    return found[0] if found else None
+
+
+def is_source(name: str) -> bool:
+    return any(re.fullmatch(as_expression(pattern), name) for pattern in SOURCES)
+
+
+@cache
+def as_expression(pattern: str) -> str:
+    """A glob of `pathlib` as a regular expression."""
+    return re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+
+
+def blob_contents(objects: Sequence[str]) -> list[bytes] | None:
+    """The bytes of several blobs by one git process."""
+    asked = "".join(f"{name}\n" for name in objects).encode()
+    done = subprocess.run(["git", "cat-file", "--batch"], cwd=CHECKOUT, input=asked, capture_output=True, check=False)
+    contents, rest = [], done.stdout
+    while rest:
+        header, _, rest = rest.partition(b"\n")
+        if b" blob " not in header:
+            return None
+        size = int(header.split()[-1])
+        contents.append(rest[:size])
+        rest = rest[size + 1 :]
+    return contents if len(contents) == len(objects) else None
+
+
+# What its commands say
+
+
+def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
+    """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
+    keys = set(known_keys()) | (set(leaf_names(config)) if config else set())
+    return [
+        Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
+        for place, provenance in stages(facts)
+        for what in command_faults(provenance.command, keys)
+    ]
+
+
+def leaf_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaf_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def command_faults(command: str, keys: set[str]) -> list[str]:
+    """What keeps a command from being typed."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return [f"{shortened(command)!r} is no shell command: {error}"]
+    if SHELL.search(unquoted(command)):
+        return [f"{shortened(command)!r} does more than start one program"]
+    given = arguments_of(words)
+    if given is None:
+        return [f"{shortened(command)!r} starts none of {', '.join(SCRIPTS + MODULES)}"]
+    unknown = [word for word in given if not is_known(word, keys)]
+    return [f"{shortened(command)!r} names what no configuration knows: {listed(unknown)}"] if unknown else []
+
+
+def unquoted(command: str) -> str:
+    """The command without what quotes hold; `$RAW_DIR` in double quotes is a place, `$(...)` a program."""
+    without_single = re.sub(r"'[^']*'", "", command)
+    return re.sub(r'"(?:[^"\\`$]|\\.|\$(?!\())*"', "", without_single)
+
+
+def arguments_of(words: list[str]) -> list[str] | None:
+    """The words behind the script or module; None where another program is started."""
+    if not words or words[0] not in ("python", "torchrun"):
+        return None
+    at = 1
+    while at < len(words) and words[0] == "torchrun" and words[at].startswith("-"):
+        at += 1
+    if words[at : at + 1] == ["-m"] and words[at + 1 : at + 2] and words[at + 1] in MODULES:
+        return words[at + 2 :]
+    return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None
+
+
+def is_known(word: str, keys: set[str]) -> bool:
+    """Whether a word of a command line is a flag, a group, an experiment of this checkout or a known key."""
+    if word.startswith("-"):
+        return True
+    found = OVERRIDE.match(word)
+    if found is None or not (found["equals"] or found["sign"] == "~"):
+        return False
+    key = found["key"]
+    return key == "experiment" or key in GROUPS or key in keys or key.startswith(("hydra.", "hydra/"))
