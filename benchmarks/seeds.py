@@ -20,7 +20,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
@@ -216,7 +216,7 @@ def inside(folder: Path) -> Iterator[None]:
 
 def trained(job: Job, root: Path) -> dict[str, Any]:
     """Train one run in this process and return its line; the run itself is removed."""
-    from recipe.config import recipe_id
+    from recipe.config import pinned, recipe_id
     from recipe.errors import NonFiniteError
     from recipe.run import Run
     from recipe.training.loop import train
@@ -225,19 +225,16 @@ def trained(job: Job, root: Path) -> dict[str, Any]:
     run = Run(root / f"run-{hashlib.sha256(job.name.encode()).hexdigest()[:12]}")
     shutil.rmtree(run.directory, ignore_errors=True)
     started, record = time.perf_counter(), None
-    with inside(root), silenced(), ending_early(fault.ends_at):
-        try:
-            record = train(configuration([*fault.words, f"seed={job.seed}"], root, fault.data, run.directory.name))
-        except NonFiniteError:
-            pass  # its rows say where it ended
-    rows, config = run.metric_rows(), run.read_config()
-    assert config is not None
+    config = configuration([*fault.words, f"seed={job.seed}"], root, fault.data, run.directory.name)
+    with inside(root), silenced(), ending_early(fault.ends_at), suppress(NonFiniteError):  # its rows say where it ended
+        record = train(config)
+    rows = run.metric_rows()
     shutil.rmtree(run.directory)
     return {
         "name": job.name,
         "fault": job.fault,
         "seed": job.seed,
-        "recipe_id": recipe_id(config),
+        "recipe_id": recipe_id(pinned(config)),
         "weights_sha256": record.outputs["weights"] if record else None,
         "seconds": round(time.perf_counter() - started, 1),
         "rows": [{name: row[name] for name in KEPT} for row in rows],
