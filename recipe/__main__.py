@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 from recipe.errors import one_clear_sentence
 
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "watch": ("recipe.review.watch", "whether a run is on track, beside seeds of the same recipe"),
+    "aggregate": ("recipe.review.aggregate", "one file of dynamics from several seeds of a recipe"),
+}
 PROGRAM = "python -m recipe"
 
 
