@@ -53,9 +53,24 @@ class Band:
     mean: Numbers
     sd: Numbers  # pooled, or the declared prior
     degrees_of_freedom: Numbers  # infinite for a prior
-    limit: Numbers  # largest deviation of a run that is like the others
-    detectable: Numbers  # smallest deviation that is found with `POWER`
+    quantiles: Numbers  # of t
+    seeds: int
     is_prior: bool
+
+    @property
+    def scale(self) -> Numbers:
+        """The standard deviation of one more run less the mean of the seeds."""
+        return self.sd * float(np.sqrt(1 + 1 / self.seeds))
+
+    @property
+    def limit(self) -> Numbers:
+        """The largest deviation of a run that is like the others."""
+        return self.quantiles * self.scale
+
+    def detectable(self, epoch: int) -> float:
+        """The smallest deviation that is found with `POWER` after `epoch` (from 1)."""
+        at = epoch - 1
+        return detectable_shift(float(self.quantiles[at]), float(self.degrees_of_freedom[at])) * float(self.scale[at])
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,7 @@ def phases(epochs: int, ends: Sequence[float]) -> list[int]:
 
 def neighbours(phase_of: Sequence[int], epoch: int) -> list[int]:
     """The epochs (counted from 0) whose variance is pooled with that of `epoch`."""
-    reach = max(1, round(len(phase_of) * WINDOW_SHARE / 2))
+    reach = max(1, int(len(phase_of) * WINDOW_SHARE / 2))
     window = range(max(0, epoch - reach), min(len(phase_of), epoch + reach + 1))
     return [other for other in window if phase_of[other] == phase_of[epoch]]
 
@@ -155,10 +170,8 @@ def band(values: Numbers, phase_of: Sequence[int], level: float, prior_sd: float
     else:
         sd, degrees = pooled(values, phase_of)
     sd = np.where(sd > 0, sd, np.nan)
-    scale = sd * np.sqrt(1 + 1 / seeds)
     quantiles = np.asarray(stats.t.isf(level / 2, degrees), dtype=np.float64)
-    detectable = np.array([detectable_shift(*pair) for pair in zip(quantiles.tolist(), degrees.tolist(), strict=True)])
-    return Band(values.mean(axis=0), sd, degrees, quantiles * scale, detectable * scale, is_prior)
+    return Band(values.mean(axis=0), sd, degrees, quantiles, seeds, is_prior)
 
 
 @cache
@@ -191,9 +204,12 @@ def judge(
     if not found:
         few = f"{seeds.count} reference {'seed' if seeds.count == 1 else 'seeds'}: a spread needs {FEWEST_SEEDS}"
         return Judgement(CANNOT_TELL, few, epoch, comparisons)
+    can_judge = any(np.any(~np.isnan(run[name] - own.limit)) for name, own in found.items())
     deviations = [first for name, own in found.items() if (first := first_deviation(name, run[name], own)) is not None]
     if epoch == 0:
         return Judgement(CANNOT_TELL, "no epoch is completed yet", epoch, comparisons, found)
+    if not can_judge:
+        return Judgement(CANNOT_TELL, "the reference seeds are all equal: no spread", epoch, comparisons, found)
     if deviations:
         deviations.sort(key=lambda deviation: deviation.epoch)
         return Judgement(OFF_TRACK, "outside of what the reference seeds allow", epoch, comparisons, found, deviations)

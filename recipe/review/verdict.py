@@ -79,7 +79,7 @@ def in_short(judgement: Judgement) -> str:
     band = judgement.bands.get("validation_top1")
     if band is None or not judgement.epoch:
         return judgement.reason
-    seen = f"{band.detectable[judgement.epoch - 1]:.4f}"
+    seen = f"{band.detectable(judgement.epoch):.4f}"
     return f"{judgement.reason}; of validation_top1, ± {seen} would be found with a probability of {POWER:g}"
 
 
@@ -103,7 +103,7 @@ def table(judgement: Judgement, watched: Watched, epochs: int) -> list[str]:
             lines.append(f"  {name:<17}{value:>9.4f}{band.mean[at]:>9.4f}  not judged: the seeds are all equal")
             continue
         cells = f"{value:>9.4f}{band.mean[at]:>9.4f}{band.sd[at]:>9.4f}"
-        lines.append(f"  {name:<17}{cells}{f'± {band.limit[at]:.4f}':>11}{f'± {band.detectable[at]:.4f}':>12}")
+        lines.append(f"  {name:<17}{cells}{f'± {band.limit[at]:.4f}':>11}{f'± {band.detectable(at + 1):.4f}':>12}")
     return lines
 
 
@@ -161,8 +161,8 @@ def as_json(watch: Watch, watched: Watched, judgement: Judgement) -> str:
 
 def band_json(band: Band, epoch: int) -> dict[str, Any]:
     """The band at the newest epoch; null where it cannot be judged, and for the infinite degrees of a prior."""
-    columns = ("mean", "sd", "degrees_of_freedom", "limit", "detectable")
+    columns = ("mean", "sd", "degrees_of_freedom", "limit")
     if epoch == 0:
         return {"is_prior": band.is_prior}
-    values = {name: float(getattr(band, name)[epoch - 1]) for name in columns}
+    values = {name: float(getattr(band, name)[epoch - 1]) for name in columns} | {"detectable": band.detectable(epoch)}
     return {name: value if np.isfinite(value) else None for name, value in values.items()} | {"is_prior": band.is_prior}
