@@ -1,5 +1,7 @@
 """Processed data -> weights in a run directory: python train.py experiment=demo"""
 
+from functools import partial
+
 import hydra
 from omegaconf import DictConfig
 
@@ -7,6 +9,7 @@ from recipe.composition import composed_config, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.errors import one_clear_sentence
+from recipe.review.watch import training_watch
 from recipe.run import Run, recorded_path, shown_path
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
@@ -20,7 +23,7 @@ def main(composed: DictConfig) -> None:
         run = Run(config.run_dir)
         if not config.trainer.restart:  # which moves the document aside as it is
             check_document(run)
-        record = launch(train, config)
+        record = launch(partial(train, after_validation=training_watch(config)), config)
         if record is not None:  # the first process
             leave_fingerprint(run, config, record)
             write_document(run, recorded_path(config.run_dir))

@@ -18,7 +18,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "drift": ("recipe.review.drift", "does this checkout still do what the recipe says?"),
     "verify": ("recipe.review.verify", "do the files belong together, and does the code behave as the recipe's did?"),
     "diff": ("recipe.review.diff", "what differs between two recipes, and can it explain a difference in accuracy?"),
+    "watch": ("recipe.review.watch", "is a run on track, beside seeds of the same recipe?"),
+    "aggregate": ("recipe.review.aggregate", "one file of dynamics from several seeds of a recipe"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
+    "publish": ("recipe.review.publish", "a run's recipe as a folder for others"),
+    "index": ("recipe.review.index", "the table of published recipes in the README"),
 }
 PROGRAM = "python -m recipe"
 

@@ -28,6 +28,7 @@ from recipe.errors import UserError
 
 MACHINE_FACTS = (
     "run_dir",
+    "reference",
     "data.raw_dir",
     "data.directory",
     "data.processes",
@@ -610,6 +611,7 @@ class Config:
 
     name: str  # of the experiment: the file in conf/experiment/ and the folder under runs/
     run_dir: str
+    reference: str | None  # a recipe to be judged by after each validation, as `python -m recipe watch` does
     seed: int
     description: ExperimentDescription
     data: DataConfig

@@ -284,6 +284,27 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     evaluation_correct: list[int]  # within 1 and 5
 
 
+class SeedDynamics(Record, frozen=True, kw_only=True):
+    """How one seed of a recipe went."""
+
+    seed: int
+    weights_sha256: str | None  # of what it ended with
+    source_sha256: str | None
+    images_per_batch_norm: int | None
+    raw_sha256: dict[str, str]  # of each split's original images
+    epochs: dict[str, list[int | float | None]]  # one column each: epoch, train_loss, train_top1, ...
+
+
+class Dynamics(Record, frozen=True, kw_only=True):
+    """How several seeds of one recipe went: what another run of it is judged by."""
+
+    format: str = "dynamics/1"
+    recipe_id: str
+    config: dict[str, Any]  # pinned, without the seed
+    steps_per_epoch: int
+    seeds: list[SeedDynamics]
+
+
 class ClassName(Record, frozen=True, kw_only=True):
     """One class; its label is its place in the list."""
 
@@ -581,7 +602,7 @@ def from_json(content: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
     """Decode and validate; raises `UserError` that names the file and the field."""
     try:
         record = msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{where} is not a {kind.__name__}: {error}") from error
     formats = {entry.name: entry.default for entry in msgspec.structs.fields(kind)}
     found = getattr(record, "format", None)

@@ -44,8 +44,13 @@ class Throughput:
 
 
 def epoch_rows(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[EpochRow]:
-    """All epochs in order."""
-    costs = {epoch.epoch: epoch for epoch in training.epochs}
+    """All epochs of a finished run in order."""
+    return joined_rows(metrics, training.epochs)
+
+
+def joined_rows(metrics: Sequence[MetricRow], epochs: Sequence[Epoch] = ()) -> list[EpochRow]:
+    """All epochs in order; what they cost is known only when a run has ended."""
+    costs = {epoch.epoch: epoch for epoch in epochs}
     numbers = sorted({row["epoch"] for row in metrics} | costs.keys())
     weights = train_weights(metrics)
     return [epoch_row(number, metrics, weights, costs.get(number)) for number in numbers]

@@ -6,7 +6,7 @@ finished, and leaves the record of the Training chapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -30,12 +30,14 @@ from recipe.training.saving import save, save_and_exit, save_where_due
 from recipe.training.space import check_space
 from recipe.training.stopping import Stopped, stop_wish
 
+AfterValidation = Callable[[Run], None]
 DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation
 
 
-def train(config: Config) -> TrainingRecord | None:
+def train(config: Config, after_validation: AfterValidation | None = None) -> TrainingRecord | None:
     """Train what the configuration describes; every process calls this with the same one.
 
+    `after_validation` looks at the run after each validation, on the first process; it must not raise.
     Returns the record on the first process, None on the others. Raises `UserError` for what a person can mend.
     """
     config = with_known_weights(config)
@@ -51,7 +53,7 @@ def train(config: Config) -> TrainingRecord | None:
         ):
             with world.first_decides():
                 check_space(training)
-            fit(training)
+            fit(training, after_validation)
             return _leave_record(training) if world.is_first else None
 
 
@@ -60,7 +62,7 @@ def _started(run: Run) -> Stage:
     return Stage(run.directory)
 
 
-def fit(training: Training) -> None:
+def fit(training: Training, after_validation: AfterValidation | None = None) -> None:
     """Steps over every epoch; after each one validation, then a checkpoint. A wish to stop is granted between steps."""
     progress = training.progress
     try:
@@ -72,6 +74,8 @@ def fit(training: Training) -> None:
                 training.wish.look(progress.step)
                 save_where_due(training)
             validate(training)
+            if after_validation is not None and training.world.is_first:
+                after_validation(training.run)
             _complete_epoch(training)
     except Stopped:
         save_and_exit(training)

@@ -1,0 +1,231 @@
+"""Is a run like the others? The statistics of a run beside seeds of the same recipe; no files.
+
+A run is compared with n reference seeds after each epoch and in each metric. What differs is judged by the prediction
+interval of one more run, mean +- t s sqrt(1 + 1/n): s is pooled over neighbouring epochs of the same phase of the
+schedule, since a few seeds tell little about one epoch alone, and t has as many degrees of freedom as the pooled
+residuals are worth (neighbouring epochs resemble each other). All epochs and metrics of the whole training share one
+family-wise error (Bonferroni), so that looking after every epoch costs nothing more.
+
+Deviations are two-sided: a run that is too good too early has started from something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALPHA = 0.05  # family-wise
+POWER = 0.9
+FEWEST_SEEDS = 3
+METRICS = ("train_loss", "train_top1", "validation_loss", "validation_top1")
+WINDOW_SHARE = 1 / 6  # of the training: 15 epochs of 90
+CHI_SQUARED_POINTS = 2000
+ON_TRACK, OFF_TRACK, CANNOT_TELL = "ON TRACK", "OFF TRACK", "CANNOT TELL"
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The reference: for each metric an array [seeds, epochs], and the phase of the schedule of each epoch."""
+
+    values: Mapping[str, Numbers]
+    phases: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        """How many seeds."""
+        return len(next(iter(self.values.values())))
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole training."""
+        return len(self.phases)
+
+
+@dataclass(frozen=True)
+class Band:
+    """What one more run may do in one metric; arrays over epochs. NaN limits: these epochs cannot be judged."""
+
+    mean: Numbers
+    sd: Numbers  # pooled, or the declared prior
+    degrees_of_freedom: Numbers  # infinite for a prior
+    quantiles: Numbers  # of t
+    seeds: int
+    is_prior: bool
+
+    @property
+    def scale(self) -> Numbers:
+        """The standard deviation of one more run less the mean of the seeds."""
+        return self.sd * float(np.sqrt(1 + 1 / self.seeds))
+
+    @property
+    def limit(self) -> Numbers:
+        """The largest deviation of a run that is like the others."""
+        return self.quantiles * self.scale
+
+    def detectable(self, epoch: int) -> float:
+        """The smallest deviation that is found with `POWER` after `epoch` (from 1)."""
+        at = epoch - 1
+        return detectable_shift(float(self.quantiles[at]), float(self.degrees_of_freedom[at])) * float(self.scale[at])
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A value outside of its band."""
+
+    metric: str
+    epoch: int
+    value: float
+    mean: float
+    limit: float
+
+    @property
+    def difference(self) -> float:
+        """Signed: the run less the reference."""
+        return self.value - self.mean
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict at the newest epoch; `since` holds the first deviation of each metric, the earliest first."""
+
+    verdict: str
+    reason: str
+    epoch: int  # completed by the run
+    comparisons: int  # that share the family-wise error
+    bands: Mapping[str, Band] = field(default_factory=dict)
+    since: Sequence[Deviation] = ()
+
+
+def phases(epochs: int, ends: Sequence[float]) -> list[int]:
+    """The phase of the schedule in which each epoch ends, where phases end after `ends` (the warm-up, each fall)."""
+    return [sum(epoch > end for end in {*ends}) for epoch in range(1, epochs + 1)]
+
+
+def neighbours(phase_of: Sequence[int], epoch: int) -> list[int]:
+    """The epochs (counted from 0) whose variance is pooled with that of `epoch`."""
+    reach = max(1, int(len(phase_of) * WINDOW_SHARE / 2))
+    window = range(max(0, epoch - reach), min(len(phase_of), epoch + reach + 1))
+    return [other for other in window if phase_of[other] == phase_of[epoch]]
+
+
+def lag_correlation(residuals: Numbers) -> float:
+    """How much the residuals [seeds, epochs] of neighbouring epochs resemble each other, from 0 to 1."""
+    spread = residuals.std(axis=0)
+    scaled = residuals[:, spread > 0] / spread[spread > 0]
+    if scaled.shape[1] < 2:
+        return 0.0
+    return float(np.clip(np.mean(scaled[:, 1:] * scaled[:, :-1]), 0.0, 1.0))
+
+
+def pooled(values: Numbers, phase_of: Sequence[int]) -> tuple[Numbers, Numbers]:
+    """Standard deviation and degrees of freedom at each epoch, from values [seeds, epochs]."""
+    seeds, epochs = values.shape
+    variances = values.var(axis=0, ddof=1)
+    correlation = lag_correlation(values - values.mean(axis=0))
+    sd, degrees = np.empty(epochs), np.empty(epochs)
+    for epoch in range(epochs):
+        window = np.array(neighbours(phase_of, epoch))
+        sd[epoch] = np.sqrt(variances[window].mean())
+        degrees[epoch] = (seeds - 1) * effective_count(window, correlation)
+    return sd, degrees
+
+
+def effective_count(window: Numbers, correlation: float) -> float:
+    """How many independent epochs a window is worth, where residuals are correlated as correlation ** distance.
+
+    The variance of a mean of squares of Gaussians is proportional to the mean of their squared correlations.
+    """
+    distances = np.abs(window[:, None] - window[None, :])
+    return float(1 / np.mean(correlation ** (2 * distances)))
+
+
+def bands(seeds: Seeds, alpha: float = ALPHA, priors: Mapping[str, float] | None = None) -> dict[str, Band]:
+    """The band of every metric that can be judged: all of them with three seeds, else those with a declared prior.
+
+    The error is shared by every epoch of the training and every metric with a band.
+    """
+    priors = priors or {}
+    judged = [name for name in seeds.values if seeds.count >= FEWEST_SEEDS or name in priors]
+    level = alpha / max(1, seeds.epochs * len(judged))
+    return {name: band(seeds.values[name], seeds.phases, level, priors.get(name)) for name in judged}
+
+
+def band(values: Numbers, phase_of: Sequence[int], level: float, prior_sd: float | None = None) -> Band:
+    """The band of one metric, values [seeds, epochs], two-sided at `level` in each epoch.
+
+    A prior is used where there are too few seeds to measure a spread; it counts as known exactly.
+    """
+    from scipy import stats
+
+    seeds, epochs = values.shape
+    is_prior = seeds < FEWEST_SEEDS
+    if is_prior:
+        assert prior_sd is not None
+        sd, degrees = np.full(epochs, prior_sd), np.full(epochs, np.inf)
+    else:
+        sd, degrees = pooled(values, phase_of)
+    sd = np.where(sd > 0, sd, np.nan)
+    quantiles = np.asarray(stats.t.isf(level / 2, degrees), dtype=np.float64)
+    return Band(values.mean(axis=0), sd, degrees, quantiles, seeds, is_prior)
+
+
+@cache
+def detectable_shift(quantile: float, degrees_of_freedom: float, power: float = POWER) -> float:
+    """The true shift, in standard deviations of the difference, that |t| > `quantile` finds with `power`.
+
+    t is noncentral then: (z + shift) / sqrt(v), where v is chi-squared over its degrees of freedom. The probability is
+    the mean over v of normal ones: scipy's own noncentral t is NaN for the far quantiles that three seeds need.
+    """
+    from scipy import optimize, stats
+
+    chances = (np.arange(CHI_SQUARED_POINTS) + 0.5) / CHI_SQUARED_POINTS
+    v = np.ones(1) if np.isinf(degrees_of_freedom) else stats.chi2.ppf(chances, degrees_of_freedom) / degrees_of_freedom
+    bound = quantile * np.sqrt(v)
+
+    def missed(shift: float) -> float:
+        inside = stats.norm.cdf(bound - shift) - stats.norm.cdf(-bound - shift)
+        return float(inside.mean() - (1 - power))
+
+    return float(optimize.brentq(missed, 0.0, 10 * quantile + 10))
+
+
+def judge(
+    seeds: Seeds, run: Mapping[str, Numbers], alpha: float = ALPHA, priors: Mapping[str, float] | None = None
+) -> Judgement:
+    """The verdict on a run: for each metric its values by epoch, NaN where there is none yet."""
+    found = bands(seeds, alpha, priors)
+    epoch = max((last_epoch(values) for values in run.values()), default=0)
+    comparisons = seeds.epochs * len(found)
+    if not found:
+        few = f"{seeds.count} reference {'seed' if seeds.count == 1 else 'seeds'}: a spread needs {FEWEST_SEEDS}"
+        return Judgement(CANNOT_TELL, few, epoch, comparisons)
+    can_judge = any(np.any(~np.isnan(run[name] - own.limit)) for name, own in found.items())
+    deviations = [first for name, own in found.items() if (first := first_deviation(name, run[name], own)) is not None]
+    if epoch == 0:
+        return Judgement(CANNOT_TELL, "no epoch is completed yet", epoch, comparisons, found)
+    if not can_judge:
+        return Judgement(CANNOT_TELL, "the reference seeds are all equal: no spread", epoch, comparisons, found)
+    if deviations:
+        deviations.sort(key=lambda deviation: deviation.epoch)
+        return Judgement(OFF_TRACK, "outside of what the reference seeds allow", epoch, comparisons, found, deviations)
+    return Judgement(ON_TRACK, "inside of what the reference seeds allow", epoch, comparisons, found)
+
+
+def last_epoch(values: Numbers) -> int:
+    """The newest epoch, counted from 1, that has a value; 0: none."""
+    present = np.flatnonzero(~np.isnan(values))
+    return int(present[-1]) + 1 if present.size else 0
+
+
+def first_deviation(metric: str, values: Numbers, own: Band) -> Deviation | None:
+    """The first epoch at which a run leaves the band."""
+    outside = np.flatnonzero(np.abs(values - own.mean) > own.limit)  # NaN compares as inside
+    if not outside.size:
+        return None
+    at = int(outside[0])
+    return Deviation(metric, at + 1, float(values[at]), float(own.mean[at]), float(own.limit[at]))

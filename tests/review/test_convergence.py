@@ -1,0 +1,179 @@
+"""The statistics of the on-track check, beside textbook tests, closed forms and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from recipe.review.convergence import (
+    CANNOT_TELL,
+    OFF_TRACK,
+    ON_TRACK,
+    Numbers,
+    Seeds,
+    band,
+    bands,
+    detectable_shift,
+    effective_count,
+    judge,
+    neighbours,
+    phases,
+    pooled,
+)
+
+
+def one_metric(values: Numbers, phase_of: list[int] | None = None) -> Seeds:
+    return Seeds({"loss": values}, phase_of if phase_of is not None else [0] * values.shape[1])
+
+
+def correlated(generator: np.random.Generator, runs: int, epochs: int, correlation: float) -> Numbers:
+    """Gaussian AR(1) noise of unit variance, [runs, epochs]."""
+    noise = generator.standard_normal((runs, epochs))
+    for epoch in range(1, epochs):
+        noise[:, epoch] = correlation * noise[:, epoch - 1] + math.sqrt(1 - correlation**2) * noise[:, epoch]
+    return noise
+
+
+@pytest.mark.parametrize("count", [3, 5, 20])
+def test_a_single_epoch_is_the_two_sample_t_test_of_one_run_against_the_seeds(count: int) -> None:
+    values = np.random.default_rng(count).normal(2.0, 0.3, (count, 1))
+    own = band(values, [0], level=0.01)
+    at_limit = own.mean[0] + own.limit[0]
+    result = stats.ttest_ind_from_stats(values.mean(), values.std(ddof=1), count, at_limit, 0.0, 1, equal_var=True)
+    assert result.pvalue == pytest.approx(0.01, rel=1e-9)
+
+
+def test_all_epochs_and_metrics_share_the_error() -> None:
+    values = np.random.default_rng(0).normal(size=(4, 6))
+    together = bands(Seeds({"a": values, "b": values}, [0] * 6), alpha=0.12)
+    alone = band(values, [0] * 6, level=0.12 / 12)
+    np.testing.assert_array_equal(together["a"].limit, alone.limit)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_correlated_epochs_count_for_as_many_as_their_variance_says(correlation: float) -> None:
+    squares = correlated(np.random.default_rng(1), 200_000, 3, correlation) ** 2
+    measured = 2 / squares.mean(axis=1).var()  # a mean of k independent squares has the variance 2 / k
+    assert effective_count(np.arange(3), correlation) == pytest.approx(measured, rel=0.03)
+
+
+def test_the_window_grows_with_the_training_and_keeps_to_its_phase() -> None:
+    assert neighbours([0] * 90, 40) == list(range(33, 48))  # 15 epochs of 90
+    assert neighbours([0] * 10, 0) == [0, 1]
+    assert neighbours([0, 0, 1, 1, 1], 1) == [0, 1]
+    assert neighbours([0, 0, 1, 1, 1], 2) == [2, 3]
+
+
+def test_phases_end_after_the_warm_up_and_after_each_fall() -> None:
+    assert phases(6, [0]) == [1] * 6
+    assert phases(6, [2, 4]) == [0, 0, 1, 1, 2, 2]
+    assert phases(3, [0.5]) == [1, 1, 1]  # the first epoch ends after the warm-up
+    assert phases(4, [0, 0]) == [1, 1, 1, 1]
+
+
+def test_the_spread_before_a_fall_of_the_rate_does_not_widen_the_band_behind_it() -> None:
+    noise = np.random.default_rng(2).normal(size=(20, 12))
+    noise[:, 6:] *= 0.1
+    apart, _ = pooled(noise, phases(12, [0, 6]))
+    mixed, _ = pooled(noise, phases(12, [0]))
+    assert apart[6] == pytest.approx(noise[:, 6:8].var(axis=0, ddof=1).mean() ** 0.5)
+    assert apart[6] < 0.2 < mixed[6]
+
+
+@pytest.mark.parametrize("count", [3, 5, 20])
+def test_the_stated_error_is_kept_where_epochs_are_correlated_and_the_naive_band_breaks_it(count: int) -> None:
+    generator, repeats, epochs, spread = np.random.default_rng(count), 600, 12, np.geomspace(1.5, 0.1, 12)
+    alarms = naive_alarms = 0
+    for _ in range(repeats):
+        runs = correlated(generator, count + 1, epochs, 0.4) * spread + np.linspace(2.3, 1.0, epochs)
+        seeds, run = runs[:-1], runs[-1]
+        alarms += judge(one_metric(seeds, [0] * epochs), {"loss": run}).verdict == OFF_TRACK
+        naive_alarms += bool(np.any(np.abs(run - seeds.mean(axis=0)) > 3 * seeds.std(axis=0, ddof=1)))
+    low, high = stats.binom.ppf([0.001, 0.999], repeats, 0.05)  # Bonferroni may stay a little below 5 %
+    assert low - 0.02 * repeats <= alarms <= high
+    assert naive_alarms > (high if count < 20 else 0)
+
+
+def test_the_detectable_shift_of_a_known_spread_is_the_sum_of_two_normal_quantiles() -> None:
+    # The other tail is negligible from 3 sd on.
+    assert detectable_shift(3.0, math.inf) == pytest.approx(3.0 + stats.norm.ppf(0.9), abs=1e-6)
+    assert detectable_shift(3.0, math.inf, power=0.5) == pytest.approx(3.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("quantile", "degrees"), [(3.0, 40.0), (4.0, 10.0), (6.0, 3.0)])
+def test_the_detectable_shift_is_that_of_the_noncentral_t(quantile: float, degrees: float) -> None:
+    shift = detectable_shift(quantile, degrees)
+    inside = stats.nct.cdf(quantile, degrees, shift) - stats.nct.cdf(-quantile, degrees, shift)
+    assert inside == pytest.approx(0.1, abs=1e-4)
+
+
+def test_the_detectable_shift_is_found_as_often_as_said() -> None:
+    generator, repeats, count = np.random.default_rng(5), 1000, 5
+    found = 0
+    for _ in range(repeats):
+        seeds = generator.normal(size=(count, 1))
+        own = band(seeds, [0], level=0.01)
+        true_scale = math.sqrt(1 + 1 / count)  # of unit variance
+        shift = detectable_shift(float(own.quantiles[0]), count - 1) * true_scale
+        found += abs(generator.normal(shift) - own.mean[0]) > own.limit[0]
+    low, high = stats.binom.ppf([0.001, 0.999], repeats, 0.9)
+    assert low <= found <= high
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_deviation_is_found_on_both_sides_with_its_first_epoch_and_size(sign: int) -> None:
+    seeds = np.random.default_rng(3).normal(1.0, 0.01, (10, 8))
+    run = np.full(8, np.nan)
+    run[:6] = 1.0
+    run[3] += sign * 0.5
+    judgement = judge(one_metric(seeds), {"loss": run})
+    assert (judgement.verdict, judgement.epoch) == (OFF_TRACK, 6)  # a run does not come back on track
+    [deviation] = judgement.since
+    assert (deviation.metric, deviation.epoch) == ("loss", 4)
+    assert deviation.difference == pytest.approx(1.0 + sign * 0.5 - seeds[:, 3].mean())
+
+
+def test_the_verdict_depends_neither_on_the_order_of_seeds_nor_on_units() -> None:
+    generator = np.random.default_rng(4)
+    for _ in range(20):
+        seeds, run = generator.normal(size=(6, 10)), generator.normal(size=10) * 2
+        verdicts = {
+            judge(one_metric(a * values + b), {"loss": a * run + b}).verdict
+            for values in (seeds, seeds[::-1])
+            for a, b in ((1.0, 0.0), (-250.0, 3.0))
+        }
+        assert len(verdicts) == 1
+
+
+def test_too_few_seeds_cannot_tell_unless_a_prior_is_declared() -> None:
+    values, far, near = np.ones((2, 4)), np.array([1.0, 1.4, 1.0, 1.0]), np.array([1.0, 1.2, 1.0, 1.0])
+    assert judge(one_metric(values), {"loss": far}).verdict == CANNOT_TELL
+    judged = judge(one_metric(values), {"loss": far}, priors={"loss": 0.1})
+    own = judged.bands["loss"]
+    assert judged.verdict == OFF_TRACK
+    assert own.is_prior
+    # two-sided 5 % over 4 epochs, one run against the mean of two
+    np.testing.assert_allclose(own.limit, stats.norm.ppf(1 - 0.05 / 8) * 0.1 * math.sqrt(1.5))
+    assert judge(one_metric(values), {"loss": near}, priors={"loss": 0.1}).verdict == ON_TRACK
+
+
+def test_a_prior_does_not_replace_what_three_seeds_measured() -> None:
+    values = np.random.default_rng(6).normal(size=(3, 4))
+    measured, given = bands(one_metric(values))["loss"], bands(one_metric(values), priors={"loss": 1e-9})["loss"]
+    assert not given.is_prior
+    np.testing.assert_array_equal(given.limit, measured.limit)
+
+
+def test_seeds_without_any_spread_judge_nothing() -> None:
+    values = np.full((5, 4), 0.1)
+    judgement = judge(one_metric(values), {"loss": np.array([0.1, 0.9, np.nan, np.nan])})
+    assert judgement.verdict == CANNOT_TELL
+    assert np.isnan(judgement.bands["loss"].limit).all()
+
+
+def test_nothing_completed_cannot_tell() -> None:
+    values = np.random.default_rng(7).normal(size=(5, 4))
+    assert judge(one_metric(values), {"loss": np.full(4, np.nan)}).verdict == CANNOT_TELL
