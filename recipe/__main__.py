@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from recipe.errors import one_clear_sentence
 
 VERBS: dict[str, tuple[str, str]] = {
+    "publish": ("recipe.document.publish", "write a run's recipe as a folder to commit: page, model card, records"),
+    "index": ("recipe.document.index", "keep the table of published recipes in README.md true"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
 }
 PROGRAM = "python -m recipe"
