@@ -87,9 +87,7 @@ def row(folder: Path) -> tuple[str, ...]:
         runs(facts),
         code(evaluation.protocol.name),
         hardware(training.provenance.hardware),
-        f"[{code(training.outputs['weights'][:12])}]({artefacts})"
-        if artefacts
-        else code(training.outputs["weights"][:12]),
+        f"[{weights}]({artefacts})" if artefacts else weights,
     )
 
 

@@ -31,7 +31,7 @@ class Publishable:
 
 
 def publishable(run: Run) -> Publishable:
-    """Read a run; raises `UserError` where it is not finished, or where its document was edited where it is generated."""
+    """Read a run; raises `UserError` where it is not finished, or where a generated block of its page was edited."""
     where = shown_path(run.directory)
     if not run.records.is_dir():
         raise UserError(f"{where} holds no run")

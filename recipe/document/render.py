@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -103,6 +104,7 @@ def compact(content: str) -> str:
     return "\n" + re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n\n"
 
 
+@cache
 def environment() -> Environment:
     """Undefined names stop, and everything is escaped that no filter has made into markdown."""
     made = Environment(
