@@ -49,6 +49,10 @@ class Attempt:
     start: Line
     end: Line | None = None
 
+    def is_of(self, name: str | None, run: str) -> bool:
+        """Whether it belongs to this name or to this run."""
+        return self.start.run == run or (name is not None and self.start.name == name)
+
 
 def keep_history(run: Run) -> None:
     """Copy what the journal says about this run's name into the run's records, where the document takes it from."""
@@ -61,8 +65,8 @@ def keep_history(run: Run) -> None:
 def history(journal: Path, name: str | None, run: str) -> JournalRecord:
     """Every stage of the runs of this name, and of this run, oldest first."""
     lines, unreadable = read_lines(journal)
-    mine = [line for line in lines if line.run == run or (name is not None and line.name == name)]
-    entries = list(entries_of(attempts(mine)))
+    found = [attempt for attempt in attempts(lines) if attempt.is_of(name, run)]
+    entries = list(entries_of(found))
     return JournalRecord(
         name=name or "",
         entries=entries[-ENTRIES_KEPT:],

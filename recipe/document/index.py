@@ -59,8 +59,8 @@ def table(recipes: Path) -> str:
     rows = [row(folder) for folder in published(recipes)]
     if not rows:
         return "\nNo recipe is published yet.\n\n"
-    lines = [HEAD, tuple(":--" for _ in HEAD), *rows]
-    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+    lines = [f"| {' | '.join(line)} |" for line in (HEAD, *rows)]
+    return "\n" + "\n".join([lines[0], "|" + ":--|" * len(HEAD), *lines[1:]]) + "\n\n"
 
 
 def published(recipes: Path) -> list[Path]:
