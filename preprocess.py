@@ -20,11 +20,11 @@ def main(composed: DictConfig) -> None:
         config = composed_config(composed)
         run = Run(config.run_dir)
         check_document(run)
-        append_to_journal(run, "preprocess", "started")
+        append_to_journal(run, "preprocess", "started", name=config.name)
         record = preprocess(config)
         bring_record(run, Path(config.data.directory), record)
-        write_document(run, recorded_path(config.run_dir))
         append_to_journal(run, "preprocess", "ended", manifest=record.outputs["manifest"])
+        write_document(run, recorded_path(config.run_dir))
         print(f"wrote {shown_path(run.document)}")
         print(f"manifest_sha256 {record.outputs['manifest']}")
 

@@ -52,7 +52,7 @@ class Demonstration:
         self.classifiers = self._classifiers()
         self.classified: dict[str, ClassifiedPicture] = {}
         self.pictures: dict[str, bytes] = {}  # file name in figures/ -> PNG
-        append_to_journal(self.run, "inference", "started")
+        append_to_journal(self.run, "inference", "started", name=self.config.name)
 
     def _classifiers(self) -> dict[str, Classifier]:
         """From the checkpoint, and from each exported file that belongs to it."""
@@ -159,8 +159,8 @@ class Demonstration:
                 pictures=list(self.classified.values()),
             )
         )
-        write_document(self.run, recorded_path(self.config.run_dir))
         append_to_journal(self.run, "inference", "ended")
+        write_document(self.run, recorded_path(self.config.run_dir))
         return self.run.document
 
 

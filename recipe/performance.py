@@ -61,7 +61,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         run = Run(config.run_dir)
         stage = Stage(run.directory) if world.is_first else None
         if stage is not None:
-            append_to_journal(run, "evaluate", "started")
+            append_to_journal(run, "evaluate", "started", name=config.name)
         manifest, manifest_hash = adopt_data_set(config.data)
         subject = chosen_subject(run, config, world, manifest, manifest_hash)
         measured = _measure(config, world, subject)

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -78,12 +79,18 @@ def command() -> str:
     no parent in Python's multiprocessing.
     """
     script, *arguments = typed_words() or ["python"]
-    words = " ".join([shlex.quote(Path(script).name), *(shown_argument(argument) for argument in arguments)])
+    words = " ".join([_program(script), *(shown_argument(argument) for argument in arguments)])
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     if processes is None or multiprocessing.parent_process() is not None:
         return _printable(f"python {words}")
     nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
     return _printable(f"torchrun --nnodes={nodes} --nproc-per-node={processes} {words}")
+
+
+def _program(script: str) -> str:
+    """What follows `python`; the verbs are a module, also where they were called by their installed command."""
+    is_verb = Path(script).parts[-2:] == ("recipe", "__main__.py") or Path(script).name == "recipe"
+    return "-m recipe" if is_verb else shlex.quote(Path(script).name)
 
 
 def remember_typed_words() -> None:
@@ -143,6 +150,20 @@ def tree_state(outputs: Path) -> TreeState:
         untracked_files=len(untracked),
         patch_sha256=_keep_patch(outputs, untracked),
     )
+
+
+def modified_files(outside: Sequence[str] = ()) -> list[str] | None:
+    """Files of the checkout that are not as committed, and new source files; None without git. Writes nothing."""
+    status = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", "--", ".")
+    if status is None or commit() is None:
+        return None
+    sources = {path.relative_to(CHECKOUT).as_posix() for path in source_files()}
+    found = [(line[:2], line[3:]) for line in status.split("\0")[:-1]]
+    return [
+        _printable(name)
+        for state, name in found
+        if (state != "??" or name in sources) and not any(Path(name).is_relative_to(place) for place in outside)
+    ]
 
 
 def _printable(name: str) -> str:

@@ -541,7 +541,9 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     time: str  # started
     run: str
     stage: str
-    outcome: str
+    outcome: str  # ended, stopped, or that no end was written
+    step: int | None = None  # at which it was stopped
+    top1_accuracy: float | None = None
     config_sha256: str | None = None
     parent: str | None = None  # the run before it whose configuration differs
     changed: list[str] = []  # from the parent's configuration, at most 20

@@ -21,10 +21,14 @@ from recipe.records import (
     Fingerprint,
     Hardware,
     InferenceRecord,
+    JournalRecord,
     PreprocessingRecord,
     Protocol,
     Provenance,
+    PublicationRecord,
     Record,
+    ReproductionRecord,
+    SeedsRecord,
     SerializationRecord,
     TrainingRecord,
     TreeState,
@@ -308,7 +312,8 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_a_file_of_its_own() -> None:
-    kinds = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord, Fingerprint)
+    stages = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord)
+    kinds = (*stages, Fingerprint, JournalRecord, SeedsRecord, ReproductionRecord, PublicationRecord)
     assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
     assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
 

@@ -16,7 +16,7 @@ import msgspec
 from recipe.config import config_sha256, recipe_id
 from recipe.document.dynamics import EpochRow, epoch_rows
 from recipe.document.facts import Facts
-from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TrainingRecord
+from recipe.records import EvaluationRecord, PreprocessingRecord, SeedsRecord, SerializationRecord, TrainingRecord
 
 FORMAT = "recipe/1"
 DYNAMICS = (
@@ -41,6 +41,7 @@ def identity(facts: Facts) -> dict[str, Any]:
             "training": training_claims(facts, training) if training else None,
             "evaluation": evaluation_claims(facts.evaluation) if facts.evaluation else None,
             "serialization": serialization_claims(facts.serialization) if facts.serialization else None,
+            "seeds": seeds_claims(facts.seeds) if facts.seeds else None,
         },
         "fingerprint": msgspec.to_builtins(facts.fingerprint) if facts.fingerprint else None,
     }
@@ -129,4 +130,15 @@ def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
             "flips": entry.flips,
         }
         for entry in serialization.variants
+    }
+
+
+def seeds_claims(seeds: SeedsRecord) -> dict[str, Any]:
+    """Several runs of the recipe; their dynamics are in records/seeds.json."""
+    return {
+        "seeds": [run.seed for run in seeds.runs],
+        "protocol": seeds.protocol,
+        "images": seeds.images,
+        "correct_top1": [run.correct_top1 for run in seeds.runs],
+        "correct_top5": [run.correct_top5 for run in seeds.runs],
     }

@@ -23,7 +23,8 @@ def again(facts: Facts) -> list[str]:
         if record is not None:
             code = code_of(record.provenance)
             lines += code if code != code_before else []
-            lines.append(record.provenance.command)
+            if record.provenance.command != lines[-1]:  # `reproduce` runs every stage by one command
+                lines.append(record.provenance.command)
             code_before = code
     return lines
 

@@ -16,8 +16,12 @@ from recipe.records import (
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
+    JournalRecord,
     PreprocessingRecord,
     Provenance,
+    PublicationRecord,
+    ReproductionRecord,
+    SeedsRecord,
     SerializationRecord,
     TimingRecord,
     TrainingRecord,
@@ -44,6 +48,10 @@ class Facts:
     inference: InferenceRecord | None = None
     timing: Sequence[TimingRecord] = ()  # one for each machine
     fingerprint: Fingerprint | None = None
+    journal: JournalRecord | None = None
+    seeds: SeedsRecord | None = None
+    reproduction: ReproductionRecord | None = None
+    publication: PublicationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,10 @@ class Section:
 def gather(run: Run, shown_run_dir: str) -> Facts:
     """Read the files of a run."""
     config = run.read_config()
+    publication = run.read(PublicationRecord)
     return Facts(
         name=str(config["name"]) if config and "name" in config else run.directory.absolute().name,
-        run_dir=shown_run_dir,
+        run_dir=publication.run_dir if publication else shown_run_dir,
         config=config,
         preprocessing=run.read(PreprocessingRecord),
         training=run.read(TrainingRecord),
@@ -70,6 +79,10 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         inference=run.read(InferenceRecord),
         timing=run.read_all(run.timing, TimingRecord),
         fingerprint=run.read(Fingerprint),
+        journal=run.read(JournalRecord),
+        seeds=run.read(SeedsRecord),
+        reproduction=run.read(ReproductionRecord),
+        publication=publication,
     )
 
 

@@ -8,6 +8,7 @@ document and alone knows the order of its sections.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -21,6 +22,7 @@ from recipe.document import blocks, commands, dynamics, formatting, latency
 from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
+from recipe.document.history import keep_history
 from recipe.errors import UserError
 from recipe.records import EvaluationRecord, PreprocessingRecord
 from recipe.run import Run, shown_path, write_atomically
@@ -29,6 +31,8 @@ __all__ = ["Facts", "check_document", "render", "write_document"]
 
 EPOCHS_SHOWN = 20
 ROWS_SHOWN = 20  # of lists that can be thousands long, such as the shards of ImageNet
+JOURNAL_SHOWN = 40
+CHANGES_SHOWN = 5
 ALL_CLASSES_UP_TO = 20
 EXTREME_CLASSES = 5
 
@@ -52,6 +56,7 @@ def write_document(run: Run, shown_run_dir: str) -> None:
     """Write recipe.md, recipe.json and the figures of a run; nothing is written where the document refuses."""
     from recipe.document import figures, inference_figures  # matplotlib: a second that a reader of pages need not wait
 
+    keep_history(run)
     facts = gather(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)
@@ -127,6 +132,9 @@ def context(facts: Facts) -> dict[str, Any]:
         "source_changed": source_changed,
         "declared": lambda key: declared(facts, key),
         "papers": papers(facts),
+        "journal_shown": JOURNAL_SHOWN,
+        "changes_shown": CHANGES_SHOWN,
+        "seeds_top1": seeds_top1(facts),
         "action_items": declared_items(facts, "description.action_items"),
         "commands": commands,
         "accuracy": formatting.accuracy,
@@ -197,6 +205,14 @@ def papers(facts: Facts) -> list[str]:
     return list(dict.fromkeys(paper for key in keys for paper in declared_items(facts, key)))
 
 
+def seeds_top1(facts: Facts) -> tuple[int, float, float] | None:
+    """(n, mean, standard deviation) of top-1 over the recipe's seeds; None where there is one run only."""
+    if facts.seeds is None or len(facts.seeds.runs) < 2:
+        return None
+    shares = [run.correct_top1 / facts.seeds.images for run in facts.seeds.runs]
+    return len(shares), statistics.mean(shares), statistics.stdev(shares)
+
+
 def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
     """Caption -> rows: all classes where they are few, else the best and the worst."""
     if len(evaluation.per_class) <= ALL_CLASSES_UP_TO:
@@ -219,6 +235,10 @@ def twin(facts: Facts) -> bytes:
         "serialization": facts.serialization,
         "inference": facts.inference,
         "fingerprint": facts.fingerprint,
+        "journal": facts.journal,
+        "seeds": facts.seeds,
+        "reproduction": facts.reproduction,
+        "publication": facts.publication,
     }
     content = {
         **identity(facts),

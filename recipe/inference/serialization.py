@@ -65,7 +65,7 @@ def serialize_run(config: Config) -> SerializationRecord:
     with start_world(trainer) as world:
         run = Run(config.run_dir)
         stage = Stage(run.directory)
-        append_to_journal(run, "serialize", "started")
+        append_to_journal(run, "serialize", "started", name=config.name)
         subject = load_subject(run, config)
         files = exported(subject, world)
         split = open_split(config.data.directory, "val")

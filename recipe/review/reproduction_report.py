@@ -58,8 +58,8 @@ def value(found: Setting) -> str:
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A markdown table of cells that are markdown already."""
-    lines = [head, tuple(":--" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|" + ":--|" * len(head), *lines[1:]])
 
 
 def bullets(lines: list[str]) -> str:

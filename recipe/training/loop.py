@@ -14,7 +14,7 @@ import torch
 
 from recipe import faults
 from recipe.checkpoint import write_released_weights
-from recipe.config import Config, config_sha256, pinned
+from recipe.config import Config, config_sha256, leaves, pinned
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
 from recipe.model import with_known_weights
@@ -46,7 +46,7 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
         finished = finished_record(run) if world.is_first else None
         if world.from_first(finished is not None):
             return finished
-        stage = _started(run) if world.is_first else None
+        stage = _started(run, config) if world.is_first else None
         with (
             hang_watch(world, run, config.trainer.timeout_seconds) as watch,
             build_training(config, world, run, stage, wish, watch) as training,
@@ -57,8 +57,10 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
             return _leave_record(training) if world.is_first else None
 
 
-def _started(run: Run) -> Stage:
-    append_to_journal(run, "train", "started")
+def _started(run: Run, config: Config) -> Stage:
+    values = pinned(config)
+    settings = {key: value for key, value in leaves(values).items() if "description." not in key}
+    append_to_journal(run, "train", "started", name=config.name, config_sha256=config_sha256(values), config=settings)
     return Stage(run.directory)
 
 

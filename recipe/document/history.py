@@ -1,0 +1,146 @@
+"""The Journal section: what was tried under one name, read from `runs/journal.jsonl`.
+
+Each stage leaves a line when it starts and another when it ends; here the two are joined, and a training is compared
+with its parent, the newest one before it whose configuration was another. The journal may be long, cut off or edited:
+a line that does not fit is counted and passed over, and what is kept is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from recipe.config import differences
+from recipe.records import JournalEntry, JournalRecord
+from recipe.run import JOURNAL, Run, recorded_path
+
+NEWEST_BYTES = 16 * 2**20  # of the journal that are read
+ENTRIES_KEPT = 200
+CHANGES_KEPT = 20
+LONGEST_CHANGE = 200
+ENDED, STOPPED, NO_END = "ended", "stopped", "no end was written"
+ACCURACIES = ("top1_accuracy", "validation_top1_accuracy")  # of the lines of evaluate and train
+
+Scalar = str | int | float | bool | None
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One line of the journal, as far as it is used here."""
+
+    time: str
+    run: str
+    stage: str
+    event: str
+    name: str | None = None
+    step: int | None = None
+    top1_accuracy: float | None = None
+    validation_top1_accuracy: float | None = None
+    config_sha256: str | None = None
+    config: dict[str, Scalar | list[Scalar]] | None = None  # pinned settings by their dotted keys, without descriptions
+
+
+@dataclass
+class Attempt:
+    """A stage that was started, and how it ended."""
+
+    start: Line
+    end: Line | None = None
+
+    def is_of(self, name: str | None, run: str) -> bool:
+        """Whether it belongs to this name or to this run."""
+        return self.start.run == run or (name is not None and self.start.name == name)
+
+
+def keep_history(run: Run) -> None:
+    """Copy what the journal says about this run's name into the run's records, where the document takes it from."""
+    config = run.read_config()
+    found = history(JOURNAL, str(config["name"]) if config else None, recorded_path(run.directory))
+    if found.entries:
+        run.write(found)
+
+
+def history(journal: Path, name: str | None, run: str) -> JournalRecord:
+    """Every stage of the runs of this name, and of this run, oldest first."""
+    lines, unreadable = read_lines(journal)
+    found = [attempt for attempt in attempts(lines) if attempt.is_of(name, run)]
+    entries = list(entries_of(found))
+    return JournalRecord(
+        name=name or "",
+        entries=entries[-ENTRIES_KEPT:],
+        earlier_entries=max(0, len(entries) - ENTRIES_KEPT),
+        unreadable_lines=unreadable,
+    )
+
+
+def read_lines(journal: Path) -> tuple[list[Line], int]:
+    """The newest lines, and how many could not be read."""
+    lines: list[Line] = []
+    unreadable = 0
+    for content in newest(journal).split(b"\n"):
+        if not content.strip():
+            continue
+        try:
+            lines.append(msgspec.json.decode(content, type=Line))
+        except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+            unreadable += 1
+    return lines, unreadable
+
+
+def newest(journal: Path) -> bytes:
+    """The end of the file, from the beginning of a line; nothing where it cannot be read."""
+    try:
+        with journal.open("rb") as handle:
+            size = handle.seek(0, 2)
+            handle.seek(max(0, size - NEWEST_BYTES))
+            content = handle.read()
+    except OSError:
+        return b""
+    return content.partition(b"\n")[2] if size > NEWEST_BYTES else content
+
+
+def attempts(lines: list[Line]) -> list[Attempt]:
+    """Starts joined with their ends, in the order of the starts."""
+    found: list[Attempt] = []
+    running: dict[tuple[str, str], Attempt] = {}
+    for line in lines:
+        place = (line.run, line.stage)
+        if line.event == "started":
+            running[place] = Attempt(line)
+            found.append(running[place])
+        elif place in running and line.event in (ENDED, STOPPED):
+            running.pop(place).end = line
+    return found
+
+
+def entries_of(found: list[Attempt]) -> Iterator[JournalEntry]:
+    """Each attempt beside its parent."""
+    trained: list[Line] = []
+    for attempt in found:
+        start = attempt.start
+        parent, changed = None, []
+        if start.config is not None:
+            parent = next((line for line in reversed(trained) if line.config_sha256 != start.config_sha256), None)
+            trained.append(start)
+        if parent is not None:
+            changed = differences(parent.config or {}, start.config or {}) or ["descriptions only"]
+        yield entry_of(attempt, parent, changed)
+
+
+def entry_of(attempt: Attempt, parent: Line | None, changed: list[str]) -> JournalEntry:
+    start, end = attempt.start, attempt.end
+    accuracies = [value for name in ACCURACIES if end and (value := getattr(end, name)) is not None]
+    return JournalEntry(
+        time=start.time[:40],
+        run=start.run[:LONGEST_CHANGE],
+        stage=start.stage[:40],
+        outcome=end.event if end else NO_END,
+        step=end.step if end else None,
+        top1_accuracy=accuracies[0] if accuracies else None,
+        config_sha256=start.config_sha256[:64] if start.config_sha256 else None,
+        parent=parent.run[:LONGEST_CHANGE] if parent else None,
+        changed=[change[:LONGEST_CHANGE] for change in changed[:CHANGES_KEPT]],
+        changes=len(changed),
+    )

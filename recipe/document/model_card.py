@@ -1,0 +1,179 @@
+"""The README.md of a published recipe: front matter that makes it a Hugging Face model card, then the document.
+
+What a program wrote is replaced when the recipe is published again, what people wrote is kept, in the front matter as
+in the document: own keys go below `# recipe:end card`, own words between the generated blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from recipe.document import blocks
+from recipe.document.blocks import Block, Prose
+from recipe.document.facts import Facts
+from recipe.document.formatting import on_one_line
+from recipe.document.render import generated_blocks
+from recipe.errors import UserError
+
+LICENCE = "mit"  # of this project, as the Hub spells it
+CARD_BEGIN = re.compile(r"# recipe:begin card sha256=(?P<sha256>[0-9a-f]{64})")
+CARD_END = "# recipe:end card"
+FENCE = "---"
+
+
+def readme(facts: Facts, licence: str, run_document: str, published: str | None) -> str:
+    """The whole file; `run_document` is the run's own page, `published` the README.md that is there already.
+
+    Raises `UserError` where a generated part of either was edited by hand.
+    """
+    generated = generated_blocks(facts)
+    own_keys, body = ("", None) if published is None else split_front_matter(published, card(facts, licence))
+    blocks.refuse_edits(blocks.split(run_document), generated)
+    document = blocks.merge(run_document if body is None else body, generated)
+    if body is not None:
+        document = with_prose_of(document, run_document)
+    return front_matter(card(facts, licence), own_keys) + ("\n" if body is None else "") + document
+
+
+# ---- front matter -------------------------------------------------------------------------------------
+
+
+def card(facts: Facts, licence: str) -> dict[str, Any]:
+    """The model card's metadata: what the Hub shows beside the page, and its index of results."""
+    assert facts.preprocessing is not None, "a published recipe has its data"
+    assert facts.training is not None, "a published recipe was trained"
+    is_imagenet = facts.preprocessing.is_ilsvrc2012
+    values: dict[str, Any] = {
+        "license": licence,
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "recipe", on_one_line(facts.training.model.name)],
+    }
+    if is_imagenet:
+        values["datasets"] = ["ILSVRC/imagenet-1k"]
+    values["metrics"] = ["accuracy"]
+    values["model-index"] = [{"name": facts.name, "results": [result(facts)]}]
+    return values
+
+
+def result(facts: Facts) -> dict[str, Any]:
+    """The evaluation as the Hub's index of results has it; values are fractions."""
+    evaluation, data = facts.evaluation, facts.preprocessing
+    assert evaluation is not None, "a published recipe was evaluated"
+    assert data is not None, "a published recipe has its data"
+    name = on_one_line(data.data_set)
+    protocol = on_one_line(evaluation.protocol.name)
+    metrics = [
+        {
+            "type": kind,
+            "value": round(correct / evaluation.images, 6),
+            "name": f"{words} accuracy, {correct} of {evaluation.images} images, protocol {protocol}",
+        }
+        for kind, words, correct in (
+            ("accuracy", "Top-1", evaluation.correct_top1),
+            ("top-5-accuracy", "Top-5", evaluation.correct_top5),
+        )
+    ]
+    return {
+        "task": {"type": "image-classification", "name": "Image classification"},
+        "dataset": {
+            "type": "ILSVRC/imagenet-1k" if data.is_ilsvrc2012 else name,
+            "name": name if data.is_ilsvrc2012 else f"{name} (not ILSVRC2012)",
+            "split": "validation",
+        },
+        "metrics": metrics,
+    }
+
+
+def front_matter(values: dict[str, Any], own_keys: str) -> str:
+    """The lines between the dashes; `own_keys` are people's."""
+    content = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    lines = [
+        FENCE,
+        f"# recipe:begin card sha256={blocks.content_sha256(content)}",
+        content.rstrip("\n"),
+        CARD_END,
+        *own_keys.splitlines(),
+        FENCE,
+    ]
+    text = "\n".join(lines) + "\n"
+    require_whole(text)
+    return text
+
+
+def require_whole(text: str) -> None:
+    """The front matter is one YAML mapping in which no key stands twice."""
+    try:
+        node = yaml.compose(text.removeprefix(FENCE).rsplit(FENCE, 1)[0], Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"the front matter of README.md is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError("the front matter of README.md is no list of keys")
+    twice = [key for key, count in Counter(key.value for key, _ in node.value).items() if count > 1]
+    if twice:
+        raise UserError(f"the front matter of README.md has the key {twice[0]!r} twice: it is generated, remove yours")
+
+
+def split_front_matter(text: str, values: dict[str, Any]) -> tuple[str, str]:
+    """(people's own keys, the document below) of a published README.md; refuses a generated part that was edited."""
+    lines = text.split("\n")
+    plain = [line.rstrip("\r") for line in lines]
+    if not plain or plain[0] != FENCE or FENCE not in plain[1:]:
+        return "", text
+    end = plain.index(FENCE, 1)
+    inside = plain[1:end]
+    begin = CARD_BEGIN.fullmatch(inside[0]) if inside else None
+    if begin is None or CARD_END not in inside:
+        raise UserError(
+            "the front matter of README.md has lost its marks `# recipe:begin card` and `# recipe:end card`: restore "
+            "them, or remove the front matter to have it written anew"
+        )
+    place = inside.index(CARD_END)
+    content = "\n".join(inside[1:place]) + "\n"
+    if blocks.content_sha256(content) != begin["sha256"]:
+        wanted = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+        raise UserError(
+            "the generated part of the front matter of README.md was edited by hand, and the edit would be lost: put "
+            f"your keys below `{CARD_END}` and restore the others.\n{blocks.difference(content, wanted)}"
+        )
+    return "\n".join(inside[place + 1 :]), "\n".join(lines[end + 1 :])
+
+
+# ---- prose --------------------------------------------------------------------------------------------
+
+
+def with_prose_of(document: str, run_document: str) -> str:
+    """The published document with those words of the run's document that it does not hold yet, each in its place."""
+    pieces = blocks.split(document)
+    for block_id, words in prose_by_place(run_document).items():
+        place = end_of_place(pieces, block_id)
+        there = prose_by_place("".join(piece.text for piece in pieces)).get(block_id, "")
+        if words.strip() and words.strip() not in there:
+            gap = "" if there.endswith("\n") or not there else "\n"
+            pieces.insert(place, Prose(gap + words))
+    return "".join(piece.text for piece in pieces)
+
+
+def prose_by_place(document: str) -> dict[str, str]:
+    """What people wrote behind each block; "" names the place before the first one."""
+    found: dict[str, str] = {"": ""}
+    place = ""
+    for piece in blocks.split(document):
+        if isinstance(piece, Block):
+            place = piece.id
+            found[place] = ""
+        else:
+            found[place] += piece.text
+    return found
+
+
+def end_of_place(pieces: list[Prose | Block], block_id: str) -> int:
+    """The position behind the prose that follows a block; the end where there is no such block."""
+    ids = [piece.id if isinstance(piece, Block) else None for piece in pieces]
+    if block_id and block_id not in ids:
+        return len(pieces)
+    start = ids.index(block_id) + 1 if block_id else 0
+    return next((at for at in range(start, len(pieces)) if isinstance(pieces[at], Block)), len(pieces))

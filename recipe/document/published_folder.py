@@ -1,0 +1,144 @@
+"""The files of a published recipe, and how they take the place of those that are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recipe.document import figures, inference_figures
+from recipe.document.dynamics import MetricRow, train_weights, weighted_mean
+from recipe.document.facts import gather
+from recipe.document.model_card import readme
+from recipe.document.publishable import Publishable, provenances
+from recipe.document.render import read_document, twin
+from recipe.errors import UserError
+from recipe.provenance import PATCHES
+from recipe.records import Record, TimingRecord, to_json
+from recipe.run import RECORD_FILES, Run, disk_errors, shown_path, write_atomically
+
+README = "README.md"
+METRIC_ROWS_MAX = 5000  # more are thinned: all validation rows, and one training row for each epoch
+FIGURE = re.compile(r"\]\((figures/[^)\s]+)\)")
+
+
+@contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends without an error it takes the place of `output`, else nothing changes."""
+    temporary, old = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
+    with disk_errors(temporary):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        with disk_errors(output):
+            if output.exists():
+                output.rename(old)
+            try:
+                temporary.rename(output)
+            except OSError:
+                if old.exists():
+                    old.rename(output)
+                raise
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record], licence: str) -> None:
+    """Everything of the published recipe, page last: it is rendered from the records as they lie in the folder."""
+    there = Run(folder)
+    write_atomically(there.config, main.run.config.read_bytes())
+    copy_records(main, there)
+    copy_kept(output, there, main)
+    for record in records:
+        there.write(record)
+    write_atomically(there.metrics, metric_lines(thinned(main.facts.metrics)))
+    published = gather(there, main.facts.run_dir)
+    before = output / README
+    text = readme(
+        published,
+        licence,
+        read_document(main.run) or "",
+        before.read_bytes().decode() if before.is_file() else None,
+    )
+    write_atomically(folder / README, text.encode())
+    write_atomically(there.twin, twin(published))
+    copy_figures(text, main, there)
+
+
+def copy_records(main: Publishable, there: Run) -> None:
+    """The records, each read and validated before; the patches that they name."""
+    run = main.run
+    sources = [run.records / name for name in RECORD_FILES.values()]
+    sources += [*run.timing.glob("*.json"), *run.other_evaluations.glob("*.json")]
+    for _, provenance in provenances(main.facts):
+        for state in (provenance.tree_at_start, provenance.tree_at_end):
+            sources.append(run.directory / PATCHES / f"{(state.patch_sha256 or '')[:16]}.patch")
+    for source in sources:
+        if source.is_file():
+            write_atomically(there.directory / source.relative_to(run.directory), source.read_bytes())
+
+
+def copy_kept(output: Path, there: Run, main: Publishable) -> None:
+    """What lies in the published folder and is not this run's to replace: other machines' latencies, people's files."""
+    before = Run(output)
+    for record in before.read_all(before.timing, TimingRecord):
+        target = there.timing / f"{record.machine}.json"
+        if record.inputs.get("weights") == main.evaluation.inputs.get("weights") and not target.exists():
+            write_atomically(target, to_json(record))
+    generated = {README, before.config.name, before.metrics.name, before.twin.name, before.records.name}
+    for source in sorted(output.rglob("*")):
+        name = source.relative_to(output)
+        if source.is_file() and not source.is_symlink() and name.parts[0] not in generated:
+            write_atomically(there.directory / name, source.read_bytes())
+
+
+def copy_figures(text: str, main: Publishable, there: Run) -> None:
+    """The figures that the page shows, drawn anew where they are drawn from records."""
+    facts = main.facts
+    drawn = figures.draw(facts.training, facts.metrics)
+    drawn |= inference_figures.draw_inference(facts.inference, there.read_all(there.timing, TimingRecord))
+    for link in sorted(set(FIGURE.findall(text))):
+        name = Path(link).name
+        source, target = main.run.figures / name, there.figures / name
+        if name in drawn:
+            write_atomically(target, drawn[name])
+        elif source.is_file():
+            write_atomically(target, source.read_bytes())
+        elif not target.is_file():
+            raise UserError(f"{shown_path(source)} is missing, and the page shows it: run the stage that makes it")
+
+
+def thinned(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """The rows as they are; of very many, all of the validation and for each epoch the mean of the training's."""
+    if len(rows) <= METRIC_ROWS_MAX:
+        return list(rows)
+    weights = train_weights(rows)
+    by_epoch: dict[int, list[tuple[MetricRow, float]]] = {}
+    kept: list[MetricRow] = []
+    for position, row in enumerate(rows):
+        if row["split"] == "train":
+            by_epoch.setdefault(row["epoch"], []).append((row, weights[position]))
+            continue
+        if row["epoch"] in by_epoch:
+            kept.append(mean_row(by_epoch.pop(row["epoch"])))
+        kept.append(row)
+    return kept + [mean_row(rest) for rest in by_epoch.values()]
+
+
+def mean_row(rows: list[tuple[MetricRow, float]]) -> MetricRow:
+    """One row for the training rows of an epoch: means over its steps, all else as in the last one."""
+    row: dict[str, Any] = dict(rows[-1][0])
+    for key in ("loss", "top1_accuracy", "top5_accuracy"):
+        row[key] = weighted_mean(rows, key)
+    return row
+
+
+def metric_lines(rows: Sequence[MetricRow]) -> bytes:
+    """As the run writes them."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
