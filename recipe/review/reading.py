@@ -17,6 +17,7 @@ from recipe.records import (
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
+    JournalRecord,
     PreprocessingRecord,
     SerializationRecord,
     TimingRecord,
@@ -98,6 +99,7 @@ FACTS: dict[Any, str] = {
     EvaluationRecord: "evaluation",
     SerializationRecord: "serialization",
     InferenceRecord: "inference",
+    JournalRecord: "journal",
     Fingerprint: "fingerprint",
 }
 FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
