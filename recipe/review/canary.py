@@ -10,6 +10,7 @@ pixels cannot be compared exactly, which is said, and the sums get the tolerance
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def _equal(what: str, recipe: Any, here: Any) -> Iterator[Difference]:
 def _close(what: str, recipe: float, here: float, tolerance: float, scale: float | None = None) -> Iterator[Difference]:
     """Relative to the recipe's value, or to `scale` where the value may be near zero; numbers that are none differ."""
     allowed = tolerance * max(abs(recipe) if scale is None else scale, 1e-30)
-    if not abs(recipe - here) <= allowed:
+    if not (math.isfinite(recipe) and abs(recipe - here) <= allowed):
         yield Difference(what, f"{recipe:.9g}", f"{here:.9g}")
 
 
