@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from recipe.review.subject import open_subject
 
 FORMAT = "diff/1"
 ABSENT = "(absent)"
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 CURVE_SHARES = [step / 100 for step in range(101)]
 FEW_POINTS = 50
 CURVE_TOLERANCE = 1e-3  # of the peak: points are recorded at a hundred steps, and read between them
@@ -61,7 +63,12 @@ class Difference:
 
     def line(self) -> str:
         note = f"  ({self.note})" if self.note else ""
-        return f"  {self.key}: {shortened(self.before)} -> {shortened(self.after)}{note}"
+        return f"  {self.key}: {spelled(self.before)} -> {spelled(self.after)}{note}"
+
+
+def spelled(value: object) -> str:
+    """A value for a line; of a hash as many digits as tell two apart."""
+    return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else shortened(value)
 
 
 @dataclass
@@ -256,7 +263,7 @@ def code_difference(before: dict[str, Any], after: dict[str, Any]) -> Iterator[D
     """The source of the training."""
     old, new = before.get("source_sha256"), after.get("source_sha256")
     if old and new and old != new:
-        commits = f"commits {shortened(before.get('commit'), 12)} and {shortened(after.get('commit'), 12)}"
+        commits = f"commits {spelled(before.get('commit'))} and {spelled(after.get('commit'))}"
         yield Difference(Group.accuracy, "code.source_sha256", old, new, commits)
 
 

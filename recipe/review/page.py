@@ -13,9 +13,9 @@ from itertools import pairwise
 from recipe.document.blocks import Block, Fence, Prose, edited_blocks, split
 from recipe.errors import UserError
 
-HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(?P<text>.*?)[ \t]*#*$")
+HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(?P<text>\S.*)$")
 LINK = re.compile(r"\]\((?P<target>[^()\s]+)\)")
-NOT_PROSE = re.compile(r"`[^`\n]*`|<!--.*?-->|\]\([^()\n]*\)|https?://\S+", re.DOTALL)
+NOT_PROSE = re.compile(r"`[^`\n]*`|<!--(?:(?!<!--).)*?-->|\]\([^()\n]*\)|https?://\S+", re.DOTALL)
 EMPTY_SECTION = re.compile(r"^(more information needed|to ?do|tba|tbd|n/?a|not applicable)\W*$", re.IGNORECASE)
 
 
@@ -88,7 +88,7 @@ class Page:
         for at, line in enumerate(self.lines):
             heading = HEADING.match(line.text) if outside[at] else None
             if heading and self._says_something(at + 1):
-                found.append(Line(line.number, heading["text"]))
+                found.append(Line(line.number, heading["text"].rstrip("# \t")))
         return found
 
     @cached_property
@@ -108,7 +108,7 @@ class Page:
 
     @cached_property
     def prose(self) -> str:
-        """People's words with every other character blanked, so that line numbers still count."""
+        """People's words, with nothing but line ends in place of all else, so that line numbers still count."""
         text = "".join(piece.text if isinstance(piece, Prose) else blank(piece.text) for piece in self.pieces)
         fence = Fence()
         kept = [blank(line) if fence.holds(line) else line for line in text.splitlines(keepends=True)]
@@ -126,5 +126,5 @@ class Page:
 
 
 def blank(text: str) -> str:
-    """As many lines and characters, and none to read."""
-    return re.sub(r"[^\n]", " ", text)
+    """As many lines, and nothing to read; it still parts the words beside it."""
+    return "\n" * text.count("\n") or " "

@@ -10,7 +10,7 @@ from recipe.review.findings import Finding, Kind, Level
 from recipe.review.items import EXTENSION, ITEMS, Item
 from recipe.review.page import Line, Page
 
-UNKNOWN, NOT_MEASURED = "*unknown*", re.compile(r"Not measured yet: run (?:`([^`]+)`|<code>(.+?)</code>)")
+UNKNOWN, NOT_MEASURED = "*unknown*", re.compile(r"Not measured yet: run (?:`([^`\n]{1,400})`|<code>(.{1,400}?)</code>)")
 READ_CHARACTERS = 2**20  # of a foreign document, and of each of its lines:
 READ_LINE_CHARACTERS = 1000
 HEADINGS = {
@@ -28,6 +28,11 @@ HEADINGS = {
     "legend": "the legend",
 }
 BLOCKS = tuple(HEADINGS)
+SUBSECTIONS = {  # of the block that three commands write
+    "timing": "### Timing information",
+    "serialization": "### Serialization",
+    "parity of the exported model": "### Serialization",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def own_item(page: Page, item: Item) -> Seen:
     content = block.content.replace("\r\n", "\n")
     row = re.search(item.row, content, re.MULTILINE)
     if row is None:
-        command = NOT_MEASURED.search(content)
+        command = NOT_MEASURED.search(content, max(content.find(SUBSECTIONS.get(item.name, "")), 0))
         words = (command[1] or command[2]) if command else ""
         return Seen(item, "not measured" if command else "missing", page.place(item.block), words)
     line = content[row.start() :].partition("\n")[0]

@@ -19,8 +19,8 @@ from recipe.review.page import Page
 
 TOKEN = re.compile(
     r"(?P<top1>\btop[- ]?1\b)|(?P<top5>\btop[- ]?5\b)|(?P<loss>\b(?:validation|evaluation|val\.?|eval) loss\b)"
-    r"|(?P<number>(?<![\w.,+\-\u2212±])\d+(?:\.\d+)?(?![\w,]*\d)(?![\w])(?P<percent>[ \u00a0\u202f]?%)?)"
-    r"|(?P<end>[.!?;](?=\s|$)|\n[ \t]*\n|^\s*[-*#|]|\|\s*\n)|(?P<word>[^\W\d_][\w'-]*|±)",
+    r"|(?P<number>(?<![\w.,+\-\u2212±])\d++(?:\.\d++)?+(?![.,]?\w)(?P<percent>[ \u00a0\u202f]?%)?)"
+    r"|(?P<end>[.!?;](?=\s|$)|\n[ \t]*\n|^[ \t]*[-*#|]|\|\s*\n)|(?P<word>[^\W\d_][\w'-]*|±)",
     re.IGNORECASE | re.MULTILINE,
 )
 METRICS = ("top1", "top5", "loss")

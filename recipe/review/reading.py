@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from recipe.document.facts import Facts
+from recipe.document.facts import Facts, gather
 from recipe.errors import UserError
 from recipe.records import (
     EvaluationRecord,
@@ -45,6 +45,16 @@ class Reader:
 
     def facts(self) -> Facts:
         """What can be read; a file that cannot is None or empty, and a finding."""
+        facts = self._facts_by_file()
+        if self.findings:
+            return facts
+        try:
+            return gather(self.run, shown_path(self.run.directory))  # with whatever else a document is made of
+        except (UserError, OSError) as error:
+            self.findings.append(unreadable("records", str(error)))
+            return facts
+
+    def _facts_by_file(self) -> Facts:
         run = self.run
         config = self._read(run.config, run.read_config)
         by_kind = {kind: self._read(run.records / name, partial(run.read, kind)) for kind, name in FILES}

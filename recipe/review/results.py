@@ -18,7 +18,10 @@ def dynamics_lines(a: Side, b: Side) -> list[str]:
         return []
     rows = []
     for share in SHARES:
-        old, new = (column[max(math.ceil(share * len(column)), 1) - 1] for column in columns)
+        done = [share * len(column) for column in columns]  # epochs
+        if any(epochs != int(epochs) for epochs in done):
+            continue
+        old, new = (column[int(epochs) - 1] for column, epochs in zip(columns, done, strict=True))
         rows.append(
             f"validation top-1 at {share:.0%} of training: {old:.2%} -> {new:.2%} ({100 * (new - old):+.2f} points)"
         )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from recipe.__main__ import main
+from recipe.document.render import write_document
 from recipe.provenance import commit
 from recipe.review import sources
 from recipe.review.check import check
@@ -91,6 +92,22 @@ def test_it_needs_no_torch_and_less_than_two_seconds(run: Run) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "kind"),
+    [
+        ("inference.json", "python -m recipe.notebook run_dir=", Kind.finding),
+        ("serialization.json", "python serialize.py run_dir=", Kind.note),  # asked for where the deployed form differs
+    ],
+)
+def test_a_stage_that_was_not_run_is_named_by_its_command(run: Run, name: str, command: str, kind: Kind) -> None:
+    (run.records / name).unlink()
+    run.document.unlink()
+    write_document(run, "runs/demo")
+    found = [one for one in findings(run) if one.what.startswith("not measured yet")]
+    assert [one.kind for one in found] == [kind]
+    assert command in found[0].mend
 
 
 # Damage: how, the level, where it has to be found

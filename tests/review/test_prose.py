@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from recipe.review.findings import Kind
@@ -79,6 +81,20 @@ def test_the_line_is_named_and_generated_blocks_are_not_prose() -> None:
     block = f"<!-- recipe:begin x sha256={'0' * 64} -->\ntop-1 99.9 %\n<!-- recipe:end x -->\n"
     (found,) = prose_findings(Page("recipe.md", f"one\n{block}\ntwo\ntop-1 99.9 %\n"), recorded_numbers(None, CLAIMS))
     assert found.place == "recipe.md, line 7"
+
+
+PIECES = ["<!--", " ", "\n ", "`", "](", "1", "1.", "#", "# #", "top-1 ", "| ", "- ", "9%", "\u00a0"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_no_text_of_a_stranger_takes_long(piece: str) -> None:
+    """What grows with the square of the length would take minutes here."""
+    page = Page("recipe.md", f"a {piece * 60_000} b\n")
+    before = time.process_time()
+    assert prose_findings(page, recorded_numbers(None, CLAIMS)) is not None
+    assert page.headings is not None
+    assert page.links == []
+    assert time.process_time() - before < 3
 
 
 def test_where_nothing_was_measured_nothing_is_wrong() -> None:
