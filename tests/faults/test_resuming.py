@@ -125,6 +125,7 @@ def images_of(words: list[str], fault_text: str | None) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_f06_another_number_of_processes_continues_with_the_right_images_and_says_so(
     smoke: Words, tmp_path: Path
 ) -> None:
