@@ -26,7 +26,8 @@ chapters
                    build, state, pinning; loop, stopping, saving, measurement, journal, record
     document       facts, blocks, dynamics, claims, latency, commands, formatting, figures, inference_figures,
                    render: from records to pages, without torch
-    review         subject: the recipe that a reader points at; its verbs are listed in __main__
+    review         subject: the recipe that a reader points at; its verbs are listed in __main__;
+                   convergence (statistics), reference, verdict, watch, aggregate: is a run on track?
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records
     notebook       python -m recipe.notebook: runs it without a browser

@@ -64,9 +64,9 @@ def as_text(watch: Watch, watched: Watched, judgement: Judgement) -> str:
         *(f"  note: {note}" for note in notes(watch, watched, judgement)),
     ]
     if judgement.bands:
-        metrics = len(judgement.bands)
+        metrics = f"{len(judgement.bands)} {'metric' if len(judgement.bands) == 1 else 'metrics'}"
         lines.append(
-            f"  family-wise error {watch.alpha:g} over {epochs} epochs x {metrics} metrics of the whole training, "
+            f"  family-wise error {watch.alpha:g} over {epochs} epochs x {metrics} of the whole training, "
             f"two-sided; a deviation as large as `detectable` is found at this epoch with a probability of {POWER:g}"
         )
     return "\n".join(lines)
