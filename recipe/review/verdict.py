@@ -77,7 +77,7 @@ def in_short(judgement: Judgement) -> str:
     if judgement.since:
         return "; ".join(deviation_line(deviation) for deviation in judgement.since)
     band = judgement.bands.get("validation_top1")
-    if band is None or not judgement.epoch:
+    if band is None or not judgement.epoch or np.isnan(band.limit[judgement.epoch - 1]):
         return judgement.reason
     seen = f"{band.detectable(judgement.epoch):.4f}"
     return f"{judgement.reason}; of validation_top1, ± {seen} would be found with a probability of {POWER:g}"
