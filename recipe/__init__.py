@@ -27,9 +27,11 @@ chapters
                    fingerprint
     document       facts, blocks, dynamics, claims, latency, commands, formatting, figures, inference_figures,
                    render: from records to pages, without torch
-    review         subject: the recipe that a reader points at; its verbs are listed in __main__
-                   findings, page, reading, items, presence, sources, consistency, agreement, prose, execution:
-                   check; explanation, sides, results: diff
+    review         subject: the recipe that a reader points at; its verbs are listed in __main__.
+                   findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
+                   canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
+                   reference, verdict, watch, aggregate: is a run on track?; restoring, fitting, judgement,
+                   reproduction_report, reproduce
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records
     notebook       python -m recipe.notebook: runs it without a browser

@@ -66,6 +66,13 @@ def test_imports_point_one_way(path: object) -> None:
     assert not wrong, f"{relative} imports {wrong}"
 
 
+def test_only_the_command_line_imports_review() -> None:
+    """Training is handed `watch` as a function by its script; nothing else knows what readers do with a recipe."""
+    assert {layer for layer, below in ALLOWED.items() if "review" in below} == {"review", "__main__"}
+    scripts = {path.name for path in CHECKOUT.glob("*.py") if "review" in imported_modules(path.read_text())}
+    assert scripts == {"train.py"}
+
+
 def test_no_module_is_named_for_nothing() -> None:
     assert not {"utils", "common", "helpers", "misc"} & {path.stem for path in MODULES}
 

@@ -64,9 +64,9 @@ def as_text(watch: Watch, watched: Watched, judgement: Judgement) -> str:
         *(f"  note: {note}" for note in notes(watch, watched, judgement)),
     ]
     if judgement.bands:
-        metrics = len(judgement.bands)
+        metrics = f"{len(judgement.bands)} {'metric' if len(judgement.bands) == 1 else 'metrics'}"
         lines.append(
-            f"  family-wise error {watch.alpha:g} over {epochs} epochs x {metrics} metrics of the whole training, "
+            f"  family-wise error {watch.alpha:g} over {epochs} epochs x {metrics} of the whole training, "
             f"two-sided; a deviation as large as `detectable` is found at this epoch with a probability of {POWER:g}"
         )
     return "\n".join(lines)
@@ -77,7 +77,7 @@ def in_short(judgement: Judgement) -> str:
     if judgement.since:
         return "; ".join(deviation_line(deviation) for deviation in judgement.since)
     band = judgement.bands.get("validation_top1")
-    if band is None or not judgement.epoch:
+    if band is None or not judgement.epoch or np.isnan(band.limit[judgement.epoch - 1]):
         return judgement.reason
     seen = f"{band.detectable(judgement.epoch):.4f}"
     return f"{judgement.reason}; of validation_top1, ± {seen} would be found with a probability of {POWER:g}"
