@@ -24,9 +24,11 @@ chapters
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
                    build, state, pinning; loop, stopping, saving, measurement, journal, record
-    document       facts, blocks, dynamics, claims, latency, commands, formatting, figures, inference_figures,
-                   render: from records to pages, without torch
-    review         subject: the recipe that a reader points at; its verbs are listed in __main__
+    document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
+                   render: from records to pages, without torch; model_card, publishable, seeds, published_folder,
+                   publish: a run as a folder to commit; index: the table of those
+    review         subject: the recipe that a reader points at; restoring (a stranger's document as data), fitting (to
+                   this machine), judgement, reproduction_report, reproduce; the verbs are listed in __main__
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records
     notebook       python -m recipe.notebook: runs it without a browser
