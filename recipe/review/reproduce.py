@@ -254,7 +254,8 @@ def reproduced(plan: Plan) -> ReproductionRecord:
     for name in plan.stages:
         print(f"--- {name}", flush=True)
         WORK[name](plan, run)
-        write_document(run, recorded_path(run.directory))
+        if name != plan.stages[-1]:
+            write_document(run, recorded_path(run.directory))
     record = _judged(plan, run, stage)
     write_atomically(run.directory / REPORT, report(record).encode())
     run.write(record)

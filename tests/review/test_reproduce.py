@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ from recipe.__main__ import main
 from recipe.config import Config
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
+from recipe.document import figures
+from recipe.document.facts import gather
+from recipe.document.publish import publish
 from recipe.document.render import write_document
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
@@ -24,11 +30,19 @@ from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config
 
 
+@contextmanager
+def quickly() -> Iterator[pytest.MonkeyPatch]:
+    """Without figures, which take most of the time of so small a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda *_: {})
+        yield patch
+
+
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with nothing in it but the document of a run that was preprocessed, trained and evaluated there."""
     folder = tmp_path_factory.mktemp("emitted")
-    with pytest.MonkeyPatch.context() as patch:
+    with quickly() as patch:
         patch.chdir(folder)
         config = compose_config(
             *("experiment=smoke", *SMALL_DEMO, "optimization.batch_size=24", "seed=5", "evaluation.batch_size=48"),
@@ -55,7 +69,7 @@ def emit(config: Config) -> None:
 @pytest.fixture(scope="module")
 def reproduced(emitted: Path) -> tuple[Run, int]:
     """The reproduction, beside the document, and its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
+    with quickly() as patch:
         patch.chdir(emitted.parent)
         code = main(["reproduce", "recipe.md", "--yes"])
         [directory] = Path("runs").glob("reproduction-*")
@@ -97,6 +111,25 @@ def test_the_report_names_the_document_and_nothing_lies_elsewhere(emitted: Path,
     assert [entry.stage for entry in history.entries] == ["preprocess", "train", "evaluate"]
 
 
+def test_a_run_can_be_published_and_reproduced_from_its_page(
+    reproduced: tuple[Run, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the developer's tree is like; the figures are the real ones."""
+    monkeypatch.chdir(reproduced[0].directory.parent.parent)
+    run = Run(reproduced[0].directory.relative_to(Path.cwd()))
+    folder = publish(run, tmp_path / "recipes" / "mine", allow_modified=True)
+    published, facts = gather(Run(folder), "x"), gather(run, str(run.directory))
+    assert replace(published, publication=None) == facts
+    page = (folder / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", page) if "://" not in link]
+    assert {"figures/accuracy.png", "metrics.jsonl"} <= set(links)
+    assert not [link for link in links if not (folder / link).is_file()]
+    assert not list(folder.rglob("*.pt")) + list(folder.rglob("*.safetensors"))
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(folder)])
+    assert "differs from this checkout" in capsys.readouterr().out
+
+
 def in_folder(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(emitted.parent)
 
@@ -133,7 +166,9 @@ def test_a_claim_that_is_not_true_is_found(
 
     path = altered(emitted, tmp_path, lie)
     data = reproduced[0].directory / "data"
-    code = main(["reproduce", str(path), "--yes", "--data-dir", str(data), "--stages", "train", "--run-dir", "again"])
+    with quickly():
+        words = ("--data-dir", str(data), "--stages", "train", "--run-dir", "again")
+        code = main(["reproduce", str(path), "--yes", *words])
     assert code == 1
     printed = capsys.readouterr().out
     assert "has the recipe's manifest" in printed
@@ -147,15 +182,16 @@ def test_a_claim_that_is_not_true_is_found(
 
 
 def test_other_raw_images_stop_before_training(
-    emitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    emitted: Path, reproduced: tuple[Run, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lie(block: dict) -> None:  # type: ignore[type-arg]
         block["claims"]["data"]["manifest_sha256"] = "0" * 64
         block["claims"]["data"]["splits"]["train"]["raw_sha256"] = "1" * 64
 
     path = altered(emitted, tmp_path, lie)
+    raw = reproduced[0].directory / "raw"
     with pytest.raises(SystemExit) as stopped:
-        main(["reproduce", str(path), "--yes", "--run-dir", "again"])
+        main(["reproduce", str(path), "--yes", "--run-dir", "again", "--raw-dir", str(raw)])
     assert stopped.value.code == 2
     assert "the raw data are not the recipe's: train should be" in capsys.readouterr().err
     assert Run("again").read(TrainingRecord) is None
