@@ -25,13 +25,14 @@ chapters
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
                    build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal, record,
                    fingerprint
-    document       facts, blocks, dynamics, claims, latency, commands, formatting, figures, inference_figures,
-                   render: from records to pages, without torch
+    document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
+                   render: from records to pages, without torch; model_card, publishable, seeds, published_folder,
+                   publish: a run as a folder to commit; index: the table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
                    findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
-                   reference, verdict, watch, aggregate: is a run on track?; restoring, fitting, judgement,
-                   reproduction_report, reproduce
+                   reference, verdict, watch, aggregate: is a run on track?; restoring (a stranger's document as data),
+                   fitting (to this machine), judgement, reproduction_report, reproduce
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records
     notebook       python -m recipe.notebook: runs it without a browser

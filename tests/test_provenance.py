@@ -310,3 +310,9 @@ def test_machine_and_versions_are_this_ones() -> None:
     assert versions()["python"] == ".".join(map(str, sys.version_info[:3]))
     assert (versions()["numpy"], versions()["pillow"]) == (np.__version__, PIL.__version__)
     assert "not installed" not in versions().values()
+
+
+@pytest.mark.parametrize("script", ["/some/where/recipe/__main__.py", "/opt/bin/recipe"])
+def test_a_verb_is_shown_as_a_module(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "reproduce", "recipes/demo/README.md", "--yes"])
+    assert command() == "python -m recipe reproduce recipes/demo/README.md --yes"

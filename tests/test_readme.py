@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from recipe.__main__ import VERBS
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
 from recipe.notebook import NOTEBOOK
@@ -76,6 +77,11 @@ def test_every_command_names_what_exists(command: str) -> None:
     first, *words = words_of(command)
     check = check_make if first == "make" else check_script
     check(words)
+
+
+def test_every_verb_that_is_named_exists() -> None:
+    named = {verb for page in PAGES for verb in re.findall(r"python -m recipe (\w+)", text_of(page))}
+    assert {"reproduce", "publish", "index"} <= named <= VERBS.keys()
 
 
 def test_the_readme_shows_every_script_and_the_first_command() -> None:

@@ -31,7 +31,9 @@ CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"
 DIFFERS, CANNOT_TELL = "DIFFERS", "CANNOT TELL"
 
 LEARNING_RATE_TOLERANCE = 1e-9  # relative; it is computed in double precision
-FIRST_EPOCH_TOLERANCE = 0.02  # of the mean train loss, relative
+# Of the mean train loss, relative. Between 1 and 2 CPU threads it differed by 0.6 % on `demo` (37 steps of ResNet-50)
+# and by 1e-7 on `smoke` (12 steps): rounding grows fast, so that this catches gross faults only; hashes say the rest.
+FIRST_EPOCH_TOLERANCE = 0.02
 SEEDS_MIN = 3
 CONFIDENCE = 0.95
 MOST_OTHER_IMAGES = 10_000  # equal evaluations differ by one image in so many, and by one at least

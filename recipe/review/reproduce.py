@@ -15,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torchvision
+from torchvision.models import list_models
+
 from recipe.config import Config, Source
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
@@ -104,6 +107,7 @@ def planned(arguments: Namespace) -> Plan:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
     identity = subject.claims()
     recipe, config = restored_recipe(identity), restored_config(identity)
+    require_known_network(config)
     digest = hashlib.sha256(subject.document_path.read_bytes()).hexdigest()
     run_dir = chosen_run_dir(arguments.run_dir, digest)
     stages = chosen_stages(arguments.stages, recipe)
@@ -119,6 +123,12 @@ def planned(arguments: Namespace) -> Plan:
         beyond_caps=list(beyond_caps(config)),
         data=words,
     )
+
+
+def require_known_network(config: Config) -> None:
+    """A name of this project's own list, before the data are made."""
+    if config.model.name != "small" and config.model.name not in list_models(module=torchvision.models):
+        raise UserError(f"model.name={shown(config.model.name)} is no network that this version of torchvision has")
 
 
 def chosen_run_dir(asked: str | None, digest: str) -> Path:
@@ -244,7 +254,8 @@ def reproduced(plan: Plan) -> ReproductionRecord:
     for name in plan.stages:
         print(f"--- {name}", flush=True)
         WORK[name](plan, run)
-        write_document(run, recorded_path(run.directory))
+        if name != plan.stages[-1]:
+            write_document(run, recorded_path(run.directory))
     record = _judged(plan, run, stage)
     write_atomically(run.directory / REPORT, report(record).encode())
     run.write(record)

@@ -71,6 +71,40 @@ def test_prose_survives_any_number_of_regenerations(seed: int) -> None:
         assert found == contents(round_number)
 
 
+PARTS = [
+    *("```", "~~~~", "`", "- ", "1. ", "> ", "    ", "\t", " ", "\n", "\r\n", "\n\n", "|", "--", "# ", "<!--", "-->"),
+    *("word", "\u00e9", "\x0c", "\u2028", "\ufeff", QUOTED, "<!-- recipe:end dynamics -->", "<!-- recipe:begin x -->"),
+]
+
+
+def test_any_text_is_kept_or_refused_and_never_changed() -> None:
+    """Text that nobody chose; refused is what cannot be told apart: fences left open, markers without their partner."""
+    kept = 0
+    for seed in range(400):
+        generator = random.Random(seed)
+        document = merge("", contents(0))
+        for block_id in generator.sample(IDS, 2):
+            words = "".join(generator.choices(PARTS, k=generator.randrange(1, 15))) + "\n"
+            document = document.replace(f"<!-- recipe:begin {block_id}", f"{words}<!-- recipe:begin {block_id}", 1)
+        try:
+            pieces = split(document)
+        except UserError:
+            continue
+        assert "".join(piece.text for piece in pieces) == document
+        if [piece.id for piece in pieces if isinstance(piece, Block)] != list(IDS):
+            continue  # a marker that words were put before on its line is a word itself
+        try:
+            after = merge(document, contents(1))
+        except UserError:  # a quoted marker of another hash looks like an edited block
+            continue
+        for round_number in (2, 2, 3):
+            assert outside(after) == outside(document)
+            after = merge(after, contents(round_number))
+        assert outside(after) == outside(document)
+        kept += 1
+    assert kept > 100
+
+
 def test_the_first_document_is_the_template_in_its_order() -> None:
     document = merge("", contents(1))
     assert [piece.id for piece in split(document) if isinstance(piece, Block)] == list(IDS)

@@ -880,3 +880,10 @@ def test_the_commands_are_a_shell_script() -> None:
         "python train.py experiment=demo",
         "python evaluate.py run_dir=runs/demo",
     ]
+
+
+def test_a_command_that_ran_several_stages_stands_once() -> None:
+    command = "python -m recipe reproduce recipe.md --yes"
+    records = {"preprocessing": preprocessing_record, "training": training_record, "evaluation": evaluation_record}
+    made = {name: make(provenance=provenance(command)) for name, make in records.items()}
+    assert section(document(**made), "run_again").count(command) == 1
