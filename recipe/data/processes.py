@@ -161,7 +161,7 @@ class Processes:
         threads_each = math.ceil(threads / processes)
         self.threads = threads_each * processes
         start = Start(splits, decoder, threads_each, self.memory.descriptor)
-        self.process, self.links = start_processes(start, processes)
+        self.process, self.links = start_workers(start, processes)
         self.listening = threading.Thread(target=self._listen, name="loading", daemon=True)
         self.listening.start()
 
@@ -271,7 +271,7 @@ class Processes:
             pending.future.set_exception(failure)
 
 
-def start_processes(start: Start, count: int) -> tuple[subprocess.Popen[bytes], list[Connection]]:
+def start_workers(start: Start, count: int) -> tuple[subprocess.Popen[bytes], list[Connection]]:
     """The process that divides into those that decode, and a socket to each of them.
 
     What they are to know comes in memory of its own: it can be longer than a socket holds.
