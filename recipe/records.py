@@ -194,6 +194,7 @@ class Epoch(Record, frozen=True, kw_only=True):
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
+    held_up_fraction: float | None = None  # of the thread that launches work: by Python's lock, or for want of a core
 
 
 class Session(Record, frozen=True, kw_only=True):
