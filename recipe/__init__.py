@@ -16,7 +16,7 @@ ground floor, torch
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
                    images, shards, packing, merging, expectation, processing, reporting, progress; adoption;
-                   transforms, interface, loading
+                   jpeg, transforms, interface, loading; worker, processes: the same in processes of their own
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine

@@ -39,6 +39,7 @@ MACHINE_FACTS = (
     "trainer.max_images_per_process",
     "trainer.cpu_threads",
     "trainer.data_threads",
+    "trainer.data_processes",
     "trainer.prefetch_batches",
     "trainer.timeout_seconds",
     "trainer.save_every_steps",
@@ -496,7 +497,8 @@ class TrainerConfig:
     deterministic: bool
     max_images_per_process: int  # caps one forward pass; gradient accumulation is derived from it
     cpu_threads: int | None  # of torch in each process; None: the cores divided by the processes
-    data_threads: int | None  # that decode and augment in each process; None: the cores divided by the processes
+    data_threads: int | None  # that decode and augment for each process; None: the cores divided by the processes
+    data_processes: int | None  # that hold these threads; 0: the training process itself; None: by device
     prefetch_batches: int
     log_every_steps: int
     keep_checkpoints: int
@@ -518,6 +520,8 @@ class TrainerConfig:
         ):
             require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
         require(self.max_restarts >= 0, "trainer.max_restarts", self.max_restarts, "0 or more")
+        processes = self.data_processes
+        require(processes is None or processes >= 0, "trainer.data_processes", processes, "0 or more, or null")
 
 
 @dataclass(kw_only=True)

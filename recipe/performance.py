@@ -11,7 +11,6 @@ import hashlib
 import re
 import sys
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released
 from recipe.config import Backend, Config, config_sha256, pinned
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
-from recipe.data.loading import DecodingThreads, EvaluationBatches
+from recipe.data.loading import EvaluationBatches
+from recipe.data.processes import open_decoding
 from recipe.data.shards import Manifest, open_split
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
-    build_decoder,
     build_evaluation_transform,
 )
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
@@ -243,7 +242,7 @@ def _measure(config: Config, world: World, subject: Subject) -> Measured:
     """Predict every image of the validation set."""
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
-    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
         batches = EvaluationBatches(threads, subject.transform, config.evaluation.batch_size, world)
         shown = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
         predictions = collect(evaluate(subject.predict, shown), world, len(split))

@@ -180,9 +180,10 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
     images_per_batch_norm: int
     accumulation_steps: int
     decoder: str
-    threads_per_process: int
+    threads_per_process: int  # that decode, in all, for each process that trains
     first_indices: list[int]  # of epoch 0
     order_sha256: str  # over the order of the first two epochs
+    loading_processes: int = 0  # of each process that trains; 0: it decodes in threads of its own
 
 
 class Epoch(Record, frozen=True, kw_only=True):
@@ -193,6 +194,7 @@ class Epoch(Record, frozen=True, kw_only=True):
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
+    held_up_fraction: float | None = None  # of the thread that launches work: by Python's lock, or for want of a core
 
 
 class Session(Record, frozen=True, kw_only=True):

@@ -35,9 +35,15 @@ from torchvision.transforms.v2 import functional as transforms_functional
 from recipe import config as configuration
 from recipe import performance
 from recipe.config import Config, Decoder
-from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, TrainingBatches
+from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, Filling, TrainingBatches
 from recipe.data.shards import open_split
-from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.data.transforms import (
+    Normalisation,
+    Picture,
+    build_decoder,
+    build_evaluation_transform,
+    uses_native_kernel,
+)
 from recipe.distributed import World
 from recipe.document import figures
 from recipe.document.formatting import accuracy
@@ -333,13 +339,17 @@ def test_augmentation_neither_reads_nor_moves_a_global_generator(data_directory:
 def test_a_change_in_torchvision_changes_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contradiction 22: the effective augmentation lives in a dependency."""
     augmentation = build_augmentation(compose_config("experiment=smoke").augmentation, 0)
-    before, original = augmentation.fingerprint(), transforms_functional.resized_crop
+    before, original = augmentation.fingerprint(), transforms_functional.resize
 
     def later_version(*arguments: Any, **options: Any) -> Tensor:
         return original(*arguments, **(options | {"antialias": False}))
 
-    monkeypatch.setattr(transforms_functional, "resized_crop", later_version)
-    assert augmentation.fingerprint() != before
+    uses_native_kernel.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(transforms_functional, "resize", later_version)
+        assert augmentation.fingerprint() != before
+    uses_native_kernel.cache_clear()
+    assert augmentation.fingerprint() == before
 
 
 # ---- the order (T14; contradiction 18) --------------------------------------------------------------
@@ -567,9 +577,9 @@ def waiting_share(words: list[str]) -> float:
 
 def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["optimization.epochs=1", "trainer.data_threads=1"]
-    decoded, step = DecodingThreads._decoded, Stepper.step
+    decoded, step = Filling.picture, Stepper.step
 
-    def slowly_decoded(self: DecodingThreads, index: int) -> Tensor:
+    def slowly_decoded(self: Filling, index: int) -> Picture:
         time.sleep(0.008)
         return decoded(self, index)
 
@@ -578,7 +588,7 @@ def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatc
         step(self, batches, learning_rate)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DecodingThreads, "_decoded", slowly_decoded)
+        patch.setattr(Filling, "picture", slowly_decoded)
         slow_data = waiting_share(smoke(*words, run="data"))
     monkeypatch.setattr(Stepper, "step", slow_step)
     slow_steps = waiting_share(smoke(*words, run="steps"))

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recipe.config import Decoder, OptimizationConfig, TrainerConfig
 from recipe.data.shards import Split
-from recipe.data.transforms import Decode, EvaluationTransform
+from recipe.data.transforms import Decode, EvaluationTransform, Picture, opened
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError
 from recipe.records import LoaderFacts
@@ -61,13 +61,37 @@ class Batch(NamedTuple):
     draws: DeviceDraws | None = None
 
 
+class View(Protocol):
+    """How the images of one batch are seen; a plain object that other processes can be sent."""
+
+    def write(self, picture: Picture, place: int, out: Tensor) -> None:
+        """Image number `place` of the batch into `out`, uint8 [3, pixels, pixels]."""
+
+    def draws(self) -> DeviceDraws | None:
+        """What the device does to the batch."""
+
+
 class Order(NamedTuple):
-    """A batch to be made: which images, in which view of them, and what goes along."""
+    """A batch to be made: which images, in which view of them, of which size."""
 
     indices: NDArray[np.int64]
-    view: Callable[[Tensor, int], Tensor]  # (image, place in the batch) -> uint8 [3, pixels, pixels]
+    view: View
     pixels: int
-    draws: Callable[[], DeviceDraws | None] | None = None
+
+
+class Decoding(Protocol):
+    """Makes batches of the images of a split: threads of this process, or processes of their own."""
+
+    split: Split
+    threads: int  # in all, for each process that trains
+    processes: int  # 0: the threads are this process's own
+
+    @property
+    def decoder_name(self) -> str:
+        """The library that decodes."""
+
+    def batches(self, orders: Iterable[Order]) -> Iterator[Batch]:
+        """A batch for each order, in order, decoded ahead."""
 
 
 class Views(Protocol):
@@ -77,8 +101,8 @@ class Views(Protocol):
     def repeats(self) -> int:
         """Copies of an image in a global batch."""
 
-    def __call__(self, image: Tensor, epoch: int, index: int, copy: int) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, pixels, pixels]."""
+    def write(self, picture: Picture, epoch: int, index: int, copy: int, out: Tensor) -> None:
+        """The view of a picture, uint8 [3, pixels, pixels], into `out`."""
 
     def pixels(self, epoch: int) -> int:
         """The size of the views of an epoch."""
@@ -136,56 +160,36 @@ def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(images)
 
 
-class DecodingThreads:
-    """A pool of threads that fill batches; used as a context, so that none outlives it."""
+class Filling:
+    """Reads and decodes images of a split and writes what is seen of them into a batch; threads may share one."""
 
-    def __init__(self, split: Split, decode: Decode, trainer: TrainerConfig, world: World) -> None:
+    def __init__(self, split: Split, decode: Decode, stops_early: bool = False) -> None:
         self.split = split
         self.decode = decode
-        self.threads = threads_per_process(trainer.data_threads, world)
-        self.prefetch_batches = trainer.prefetch_batches
-        self.pin = world.device.type == "cuda"
-        self.labels = torch.from_numpy(np.asarray(split.labels, dtype=np.int64))
-        self.pool = ThreadPoolExecutor(self.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self.stops_early = stops_early  # decode no rows below those that are seen; a decoder may grumble on stderr
 
     @property
     def decoder_name(self) -> str:
         """The library that decodes, from the function that is called: torchcodec or pillow."""
         return getattr(self.decode, "__name__", str(self.decode)).removeprefix("decode_with_")
 
-    def close(self) -> None:
-        """Drop what is queued and wait for what is being decoded."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+    def fill(self, images: Tensor, order: Order, first: int, last: int) -> None:
+        """Write images `first` to `last` (not included) of an order."""
+        for place in range(first, last):
+            order.view.write(self.picture(int(order.indices[place])), place, images[place])
 
-    def batches(self, orders: Iterable[Order]) -> Iterator[Batch]:
-        """A batch for each order, in order, decoded ahead."""
-        yield from ahead((self._start(order) for order in orders), self.prefetch_batches)
-
-    def _start(self, order: Order) -> Started:
-        images = torch.empty(
-            (len(order.indices), 3, order.pixels, order.pixels),
-            dtype=torch.uint8,
-            pin_memory=self.pin,
-            memory_format=torch.channels_last,
-        )
-        draws = self.pool.submit(order.draws) if order.draws is not None else None
-        tasks = [
-            self.pool.submit(self._fill, images, order, first)
-            for first in range(0, len(order.indices), IMAGES_PER_TASK)
-        ]
-        return Started(images, order.indices, self.labels, tasks, draws)
-
-    def _fill(self, images: Tensor, order: Order, first: int) -> None:
-        for place in range(first, min(first + IMAGES_PER_TASK, len(order.indices))):
-            images[place] = order.view(self._decoded(int(order.indices[place])), place)
-
-    def _decoded(self, index: int) -> Tensor:
-        """One image; a failure names the image and its shard, since it was readable when it was stored."""
+    def picture(self, index: int) -> Picture:
+        """One image, decoded no further than it is looked at where that was asked for."""
         content = self.split.read(index)
-        try:
-            return self.decode(content)
-        except Exception as error:  # each decoder raises its own kinds
-            raise UserError(self._refusal(index, " ".join(str(error).split())[:120])) from error
+
+        def decoded(content: bytes) -> Tensor:
+            """A failure names the image and its shard, since it was readable when it was stored."""
+            try:
+                return self.decode(content)
+            except Exception as error:  # each decoder raises its own kinds
+                raise UserError(self._refusal(index, " ".join(str(error).split())[:120])) from error
+
+        return opened(content, decoded, self.stops_early)
 
     def _refusal(self, index: int, reason: str) -> str:
         """Why an image cannot be decoded: making a sound shard again would only lead back to this sentence."""
@@ -198,31 +202,85 @@ class DecodingThreads:
         return f"{sound}: {self.decoder_name} refuses an image that Pillow could read; data.decoder=pillow reads it"
 
 
-class Started(NamedTuple):
-    """A batch whose images are being decoded."""
+class DecodingThreads:
+    """A pool of threads that fill batches; used as a context, so that none outlives it."""
 
-    images: Tensor
+    processes = 0
+
+    def __init__(self, split: Split, decode: Decode, trainer: TrainerConfig, world: World) -> None:
+        self.split = split
+        self.filling = Filling(split, decode)
+        self.threads = threads_per_process(trainer.data_threads, world)
+        self.prefetch_batches = trainer.prefetch_batches
+        self.pin = world.device.type == "cuda"
+        self.pool = ThreadPoolExecutor(self.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+
+    @property
+    def decoder_name(self) -> str:
+        """The library that decodes: torchcodec or pillow."""
+        return self.filling.decoder_name
+
+    def close(self) -> None:
+        """Drop what is queued and wait for what is being decoded."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def batches(self, orders: Iterable[Order]) -> Iterator[Batch]:
+        """A batch for each order, in order, decoded ahead."""
+        yield from ahead((self._start(order) for order in orders), self.prefetch_batches)
+
+    def _start(self, order: Order) -> StartedHere:
+        count = len(order.indices)
+        images = empty_images(count, order.pixels, self.pin)
+        tasks = [
+            self.pool.submit(self.filling.fill, images, order, first, min(first + IMAGES_PER_TASK, count))
+            for first in range(0, count, IMAGES_PER_TASK)
+        ]
+        return StartedHere(self.split, order.indices, images, tasks, self.pool.submit(order.view.draws))
+
+
+def empty_images(count: int, pixels: int, pin: bool) -> Tensor:
+    """uint8 [count, 3, pixels, pixels], channels last in memory, from which a GPU can copy if it is pinned."""
+    return torch.empty((count, 3, pixels, pixels), dtype=torch.uint8, pin_memory=pin, memory_format=torch.channels_last)
+
+
+def assembled(split: Split, indices: NDArray[np.int64], images: Tensor, draws: DeviceDraws | None) -> Batch:
+    """A batch with the labels of its images, all of it pinned if the images are."""
+    labels = torch.from_numpy(np.asarray(split.labels[indices], dtype=np.int64))
+    if images.is_pinned():
+        labels, draws = labels.pin_memory(), None if draws is None else draws.pinned()
+    return Batch(images, labels, torch.from_numpy(indices), draws)
+
+
+class Started(Protocol):
+    """A batch that is being made."""
+
+    def result(self) -> Batch:
+        """Wait for the last image; raises what was raised while making it."""
+
+    def cancel(self) -> None:
+        """Leave out what has not begun."""
+
+
+class StartedHere(NamedTuple):
+    """A batch that threads of this process are making."""
+
+    split: Split
     indices: NDArray[np.int64]
-    labels: Tensor
+    images: Tensor
     tasks: list[Future[None]]
-    draws: Future[DeviceDraws | None] | None
+    draws: Future[DeviceDraws | None]
 
     def result(self) -> Batch:
         """Wait for the last image; raises what a thread raised."""
         for task in self.tasks:
             task.result()
-        indices = torch.from_numpy(self.indices)
-        labels, draws = self.labels[indices], None if self.draws is None else self.draws.result()
-        if self.images.is_pinned():
-            labels, draws = labels.pin_memory(), None if draws is None else draws.pinned()
-        return Batch(self.images, labels, indices, draws)
+        return assembled(self.split, self.indices, self.images, self.draws.result())
 
     def cancel(self) -> None:
         """Leave out what no thread has begun."""
+        self.draws.cancel()
         for task in self.tasks:
             task.cancel()
-        if self.draws is not None:
-            self.draws.cancel()
 
 
 def ahead(started: Iterator[Started], depth: int) -> Iterator[Batch]:
@@ -249,6 +307,24 @@ class Part(NamedTuple):
     copies: NDArray[np.int64]  # which copy of its image each one is
 
 
+class TrainingView(NamedTuple):
+    """Images of a batch as the augmentation shows them in an epoch."""
+
+    augmentation: Views
+    epoch: int
+    part: Part
+
+    def write(self, picture: Picture, place: int, out: Tensor) -> None:
+        """Image number `place` of the batch into `out`."""
+        part = self.part
+        self.augmentation.write(picture, self.epoch, int(part.indices[place]), int(part.copies[place]), out)
+
+    def draws(self) -> DeviceDraws | None:
+        """What the device does to the batch."""
+        part = self.part
+        return self.augmentation.draws(self.epoch, part.batch, part.first, part.indices, part.copies)
+
+
 class TrainingBatches:
     """The training set, cut into global batches in an order of its own for every epoch.
 
@@ -257,7 +333,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        threads: DecodingThreads,
+        threads: Decoding,
         augmentation: Views,
         layout: BatchLayout,
         rank: int,
@@ -292,13 +368,7 @@ class TrainingBatches:
         yield from in_groups(self.threads.batches(orders), self.layout.accumulation_steps)
 
     def _order_of(self, epoch: int, part: Part) -> Order:
-        def view(image: Tensor, place: int) -> Tensor:
-            return self.augmentation(image, epoch, int(part.indices[place]), int(part.copies[place]))
-
-        def draws() -> DeviceDraws | None:
-            return self.augmentation.draws(epoch, part.batch, part.first, part.indices, part.copies)
-
-        return Order(part.indices, view, self.augmentation.pixels(epoch), draws)
+        return Order(part.indices, TrainingView(self.augmentation, epoch, part), self.augmentation.pixels(epoch))
 
     def _parts(self, epoch: int, first_batch: int, rank: int) -> Iterator[Part]:
         """This process's forward passes, in order.
@@ -334,6 +404,7 @@ class TrainingBatches:
             accumulation_steps=self.layout.accumulation_steps,
             decoder=self.threads.decoder_name,
             threads_per_process=self.threads.threads,
+            loading_processes=self.threads.processes,
             first_indices=orders[0][:8].tolist(),
             order_sha256=hashlib.sha256(b"".join(order.tobytes() for order in orders)).hexdigest(),
         )
@@ -345,7 +416,7 @@ class EvaluationBatches:
     Batch k holds the same images on any number of processes, so the logits, not only the counts, can be equal.
     """
 
-    def __init__(self, threads: DecodingThreads, transform: EvaluationTransform, batch_size: int, world: World) -> None:
+    def __init__(self, threads: Decoding, transform: EvaluationTransform, batch_size: int, world: World) -> None:
         self.threads = threads
         self.transform = transform
         self.batch_size = batch_size
@@ -368,10 +439,23 @@ class EvaluationBatches:
         yield from self.threads.batches(evaluation_orders(parts, self.transform))
 
 
+class EvaluationView(NamedTuple):
+    """Images of a batch as an evaluation sees them."""
+
+    transform: EvaluationTransform
+
+    def write(self, picture: Picture, place: int, out: Tensor) -> None:
+        """Image number `place` of the batch into `out`."""
+        out.copy_(self.transform(picture.part(0, 0, *picture.size)))
+
+    def draws(self) -> None:
+        """Nothing is done on the device."""
+
+
 def evaluation_orders(parts: Iterable[NDArray[np.int64]], transform: EvaluationTransform) -> Iterator[Order]:
     """Batches in the view of an evaluation."""
     for part in parts:
-        yield Order(part, lambda image, _: transform(image), transform.crop_pixels)
+        yield Order(part, EvaluationView(transform), transform.crop_pixels)
 
 
 def in_groups(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

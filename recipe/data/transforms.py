@@ -1,6 +1,6 @@
 """From bytes to pixels to the network's input, without randomness: the contract of training and evaluation.
 
-Decoding gives uint8 RGB; an evaluation view is a resize of the short side and a centre crop, both through
+Decoding gives uint8 RGB; an evaluation view is a resize of the short side and a centre crop, with the pixels of
 torchvision's functional v2 with antialiasing; normalisation happens on the device. EXIF orientation is never
 applied: ImageNet training never did, and one image in a thousand carries one.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from recipe.config import Decoder, EvaluationConfig, Interpolation
+from recipe.data.jpeg import JPEG_START, Header, read_header, upper_rows, without_exif
 from recipe.errors import UserError
 from recipe.records import Setting
 
@@ -61,40 +64,54 @@ def decode_with_pillow(content: bytes) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-JPEG_START, EXIF_SEGMENT = b"\xff\xd8", 0xE1
-SCAN, END, FILL = 0xDA, 0xD9, 0xFF
-WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xD8))  # stuffing, TEM, restart markers: no segment follows
+class Picture(Protocol):
+    """An image that is decoded when somebody looks at it, and no further than that."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+
+    def part(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """uint8 [3, height, width] of the image; whole lines of memory lie between its rows."""
 
 
-def without_exif(content: bytes) -> bytes:
-    """A JPEG without its EXIF segments (ITU T.81, annex B: a marker, then a big-endian length that counts itself).
+class WholePicture:
+    """Decoded as a whole: uint8 [3, H, W]."""
 
-    TorchCodec applies the orientation that stands there and cannot be told not to; the pixels stay the same.
-    """
-    kept, copied = [], 0
-    for marker, start, end in header_segments(content):
-        if marker == EXIF_SEGMENT and content[start + 4 : start + 10] == b"Exif\x00\x00":
-            kept.append(content[copied:start])
-            copied = end
-    return b"".join([*kept, content[copied:]])
+    def __init__(self, image: Tensor) -> None:
+        self.image = image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+    def part(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """uint8 [3, height, width], a view of the image."""
+        return self.image[:, top : top + height, left : left + width]
 
 
-def header_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment before the first scan, found as libjpeg's next_marker() does.
+class UpperPicture:
+    """A JPEG that is decoded from above down to the last row that is looked at."""
 
-    It skips whatever stands between two segments (stray bytes, restart markers, fill bytes), so they hide no EXIF.
-    """
-    position = len(JPEG_START)
-    while (position := content.find(b"\xff", position)) >= 0 and position + 4 <= len(content):
-        marker = content[position + 1]
-        if marker in (SCAN, END):
-            return
-        if marker == FILL or marker in WITHOUT_LENGTH:
-            position += 1 if marker == FILL else 2
-            continue
-        end = position + 2 + int.from_bytes(content[position + 2 : position + 4])
-        yield marker, position, end
-        position = end
+    def __init__(self, content: bytes, header: Header, decode: Decode) -> None:
+        self.content, self.header, self.decode = content, header, decode
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, as the header says."""
+        return self.header.height, self.header.width
+
+    def part(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """uint8 [3, height, width], a view of what was decoded."""
+        rows = self.decode(upper_rows(self.content, self.header, top + height))
+        return rows[:, top : top + height, left : left + width]
+
+
+def opened(content: bytes, decode: Decode, stops_early: bool) -> Picture:
+    """A picture that is decoded at once, or, where that was asked for and its header can be read, as far as needed."""
+    header = read_header(content) if stops_early and content[:2] == JPEG_START else None
+    return WholePicture(decode(content)) if header is None else UpperPicture(content, header, decode)
 
 
 @dataclass(frozen=True)
@@ -108,11 +125,16 @@ class EvaluationTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         """[3, H, W] -> [3, crop, crop]."""
-        resized = functional.resize(
-            image, [self.resize_pixels], interpolation=self.interpolation, antialias=self.antialias
-        )
+        resized = resize(image, self._resized_size(image), self.interpolation, self.antialias)
         cropped: Tensor = functional.center_crop(resized, [self.crop_pixels, self.crop_pixels])
         return cropped
+
+    def _resized_size(self, image: Tensor) -> tuple[int, int]:
+        """Height and width with the short side as asked; the long one is cut to a whole pixel, as torchvision does."""
+        height, width = image.shape[-2:]
+        short, long = sorted((height, width))
+        resized_long = int(self.resize_pixels * long / short)
+        return (self.resize_pixels, resized_long) if height <= width else (resized_long, self.resize_pixels)
 
     @property
     def name(self) -> str:
@@ -136,6 +158,55 @@ class EvaluationTransform:
 def build_evaluation_transform(config: EvaluationConfig) -> EvaluationTransform:
     """The evaluation view that the configuration describes."""
     return EvaluationTransform(config.resize_pixels, config.crop_pixels, INTERPOLATIONS[config.interpolation])
+
+
+def resize(
+    image: Tensor, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool, out: Tensor | None = None
+) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, *size], into `out` where it is given (channels last, [3, *size]).
+
+    The pixels are those of torchvision's functional v2. It, and torch itself, put the channels of a lone image apart
+    and its caller puts them together again, which takes longer than to resize; so torch's kernel writes here where the
+    image is to lie. Where torchvision takes another kernel (an old CPU), so does this.
+    """
+    if out is None:
+        out = empty_image(size)
+    if antialias and uses_native_kernel(interpolation) and writes_natively(image, interpolation, out):
+        return out
+    return out.copy_(functional.resize(image, list(size), interpolation=interpolation, antialias=antialias))
+
+
+KERNELS = {
+    InterpolationMode.BILINEAR: torch.ops.aten._upsample_bilinear2d_aa.out,
+    InterpolationMode.BICUBIC: torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def empty_image(size: tuple[int, int]) -> Tensor:
+    """uint8 [3, *size] whose channels lie last in memory."""
+    return torch.empty((*size, 3), dtype=torch.uint8).permute(2, 0, 1)
+
+
+def writes_natively(image: Tensor, interpolation: InterpolationMode, out: Tensor) -> bool:
+    """Whether torch's kernel could resize the image into `out`: it refuses some ways to lie in memory."""
+    if image.stride(0) != 1:
+        image = empty_image((image.shape[-2], image.shape[-1])).copy_(image)
+    try:
+        KERNELS[interpolation](image[None], list(out.shape[-2:]), False, None, None, out=out[None])
+    except RuntimeError:
+        return False
+    return True
+
+
+@cache
+def uses_native_kernel(interpolation: InterpolationMode) -> bool:
+    """Whether the kernel makes torchvision's pixels on this machine with this torch: found by trying both."""
+    for source, size in (((97, 131), (64, 64)), ((40, 30), (64, 48)), ((64, 64), (64, 64))):
+        image, out = fixed_image(*source), empty_image(size)
+        expected = functional.resize(image, list(size), interpolation=interpolation, antialias=True)
+        if not (writes_natively(image, interpolation, out) and torch.equal(out, expected)):
+            return False
+    return True
 
 
 class Normalisation:

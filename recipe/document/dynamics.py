@@ -41,6 +41,7 @@ class Throughput:
     warm_epochs: int
     warm_images_per_second: float | None  # median
     data_wait_fraction: float  # median of the warm epochs, else of all
+    held_up_fraction: float | None  # likewise
 
 
 def epoch_rows(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[EpochRow]:
@@ -105,7 +106,14 @@ def throughput(training: TrainingRecord) -> Throughput | None:
         warm_epochs=len(warm),
         warm_images_per_second=statistics.median(epoch.images_per_second for epoch in warm) if warm else None,
         data_wait_fraction=statistics.median(epoch.data_wait_fraction for epoch in warm or cold),
+        held_up_fraction=median_of([epoch.held_up_fraction for epoch in warm or cold]),
     )
+
+
+def median_of(values: Sequence[float | None]) -> float | None:
+    """The median of those that were measured, None where none was."""
+    measured = [value for value in values if value is not None]
+    return statistics.median(measured) if measured else None
 
 
 def schedule_rows(schedule: Schedule, most: int = 8) -> list[tuple[int, float]]:

@@ -23,9 +23,10 @@ from torch import Tensor
 from recipe.config import Accelerator, Config, Precision, Variant, untyped
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
-from recipe.data.loading import DecodingThreads, EvaluationBatches, evaluation_orders
+from recipe.data.loading import EvaluationBatches, evaluation_orders
+from recipe.data.processes import open_decoding
 from recipe.data.shards import Split, open_split
-from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
@@ -190,7 +191,7 @@ def calibration_images(subject: Subject, world: World, count: int) -> Generator[
     split = open_split(config.data.directory, "train")
     chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
     transform = transform_of(subject.checkpoint.interface, "the checkpoint")
-    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
         parts = (np.array([index], dtype=np.int64) for index in chosen)
         for batch in threads.batches(evaluation_orders(parts, transform)):
             yield batch.images
@@ -208,7 +209,7 @@ def compared_with_eager(
     eager = predictor(subject.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     told = files[0].model.metadata.interface  # the file's own words about pixels, not the configuration's
     views = (build_evaluation_transform(config.evaluation), transform_of(told, "the exported model"))
-    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
         ours, theirs = (EvaluationBatches(threads, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
     require_parity(comparisons, config.serialization, split.key)

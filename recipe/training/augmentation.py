@@ -1,8 +1,8 @@
 """Random resized crop and flip, where every draw is a function of (seed, epoch, image).
 
 No random transform class runs here: those draw from a global generator that threads share, so their crops change with
-the number of threads. Parameters come from a generator of the sample's own and go to torchvision's functional v2; a
-sample can be drawn again at any time to look at it.
+the number of threads. Parameters come from a generator of the sample's own, and the pixels are those of torchvision's
+functional v2 with these parameters; a sample can be drawn again at any time to look at it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from recipe.config import AugmentationConfig, ProgressiveConfig
 from recipe.data.loading import DeviceDraws
-from recipe.data.transforms import INTERPOLATIONS, fixed_image, pixels_sha256
+from recipe.data.transforms import (
+    INTERPOLATIONS,
+    Picture,
+    WholePicture,
+    empty_image,
+    fixed_image,
+    pixels_sha256,
+    resize,
+)
 from recipe.records import Setting
 from recipe.training.mixing import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
 from recipe.training.policies import Policy, build_policy
@@ -74,22 +81,24 @@ class Augmentation:
 
     def __call__(self, image: Tensor, epoch: int, index: int, copy: int = 0) -> Tensor:
         """uint8 [3, H, W] -> uint8 [3, pixels, pixels]; the same for any thread, process or restart."""
-        view, pixels = self.view(epoch, index, image.shape[-2], image.shape[-1], copy), self.pixels(epoch)
-        cropped: Tensor = functional.resized_crop(
-            image,
-            view.top,
-            view.left,
-            view.height,
-            view.width,
-            [pixels, pixels],
-            interpolation=self.interpolation,
-            antialias=self.antialias,
-        )
-        flipped = cropped.flip(-1) if view.flip else cropped
-        if not self.policy.is_on:
-            return flipped
-        generator = np.random.default_rng((POLICY_STREAM, self.seed, epoch, index, copy))
-        return self.policy.apply(flipped, self.policy.draw(generator, pixels))
+        pixels = self.pixels(epoch)
+        out = empty_image((pixels, pixels))
+        self.write(WholePicture(image), epoch, index, copy, out)
+        return out
+
+    def write(self, picture: Picture, epoch: int, index: int, copy: int, out: Tensor) -> None:
+        """The same of a picture that is decoded no further than needed, into `out`, where channels lie last."""
+        view, size = self.view(epoch, index, *picture.size, copy), (out.shape[-2], out.shape[-1])
+        part = picture.part(view.top, view.left, view.height, view.width)
+        if not (view.flip or self.policy.is_on):
+            resize(part, size, self.interpolation, self.antialias, out)
+            return
+        resized = resize(part, size, self.interpolation, self.antialias)
+        image = resized[None].flip(-1)[0] if view.flip else resized  # torch mirrors batches faster than images
+        if self.policy.is_on:
+            generator = np.random.default_rng((POLICY_STREAM, self.seed, epoch, index, copy))
+            image = self.policy.apply(image, self.policy.draw(generator, size[0]))
+        out.copy_(image)
 
     def pixels(self, epoch: int) -> int:
         """The size of the views of an epoch, counted from 0."""

@@ -16,9 +16,10 @@ from recipe.checkpoint import State
 from recipe.config import Config, pinned
 from recipe.data.adoption import adopt_data_set
 from recipe.data.interface import interface_from
-from recipe.data.loading import DecodingThreads, EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.processes import open_decoding
 from recipe.data.shards import Manifest, open_split
-from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.model import build_model, model_facts
 from recipe.provenance import Stage, processor_name, source_sha256, versions
@@ -143,14 +144,9 @@ def build_training(
 def _build_batches(
     config: Config, world: World, augmentation: Augmentation, held: ExitStack
 ) -> tuple[TrainingBatches, EvaluationBatches]:
-    """The loaders of both splits, with threads that end with `held`."""
-    decode = build_decoder(config.data.decoder)
-    train, validation = (
-        held.enter_context(
-            closing(DecodingThreads(open_split(config.data.directory, name), decode, config.trainer, world))
-        )
-        for name in ("train", "val")
-    )
+    """The loaders of both splits, with threads or processes that end with `held`."""
+    splits = [open_split(config.data.directory, name) for name in ("train", "val")]
+    train, validation = held.enter_context(open_decoding(splits, config.data.decoder, config.trainer, world))
     layout = derive_layout(config.optimization, config.trainer, world.size)
     transform = build_evaluation_transform(config.evaluation)
     return (

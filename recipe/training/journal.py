@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+import torch
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -28,6 +29,9 @@ from recipe.errors import DiskError
 from recipe.run import Run, disk_errors, write_atomically
 
 Item = TypeVar("Item")
+PROBE_OPERATIONS = 16
+WAITING_LIMIT = 0.1  # share of the time that may go unmentioned
+SECONDS_TO_JUDGE = 10.0  # an epoch shorter than this is mostly its own start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Row:
     images_per_second: float
     data_wait_fraction: float | None
     seconds: float  # of training, validation included, since the run began
+    held_up_fraction: float | None = None  # of the thread that launches work, see `Probe`
 
 
 class Journal:
@@ -57,6 +62,7 @@ class Journal:
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.first_step = completed_steps
+        self.has_warned = False
         self.started = time.perf_counter()
         self.waiting: list[Row] = []  # for a disk that takes them
         self.is_behind = False  # and a person knows
@@ -118,6 +124,7 @@ class Journal:
         """The row for a person: above the bar on a terminal, a plain line elsewhere."""
         speed = f"{row.images_per_second:,.0f} images/s"
         waiting = "" if row.data_wait_fraction is None else f"  waiting for data {row.data_wait_fraction:.0%}"
+        waiting += f"  held up {row.held_up_fraction:.0%}" if (row.held_up_fraction or 0) > WAITING_LIMIT else ""
         line = (
             f"epoch {row.epoch}/{self.epochs}  step {row.step}  {row.split:<10}  loss {row.loss:.4f}  "
             f"top-1 {row.top1_accuracy:.2%}  {speed}{waiting}{self._remaining(row)}"
@@ -139,6 +146,21 @@ class Journal:
         if not (done and left):
             return ""
         return f"  ETA {tqdm.format_interval((time.perf_counter() - self.started) / done * left)}"
+
+    def warn_of_waiting(self, epoch: int, data_wait_fraction: float, held_up_fraction: float, seconds: float) -> None:
+        """Say once a session what keeps a device from being busy; the first seconds of a run say nothing yet."""
+        if self.has_warned or seconds < SECONDS_TO_JUDGE or max(data_wait_fraction, held_up_fraction) <= WAITING_LIMIT:
+            return
+        self.has_warned = True
+        what = (
+            f"{data_wait_fraction:.0%} of the time of epoch {epoch} was spent waiting for images"
+            if data_wait_fraction > WAITING_LIMIT
+            else f"the thread that launches work was held up for {held_up_fraction:.0%} of its time in epoch {epoch} "
+            "(trainer.data_processes takes decoding out of its process)"
+        )
+        print(
+            f"warning: {what}; `python -m recipe doctor` says what bounds this experiment", file=sys.stderr, flush=True
+        )
 
     def step(self) -> None:
         """One more optimizer step for the bar."""
@@ -183,12 +205,40 @@ def append(path: Path, content: bytes, at: int, durably: bool) -> None:
             os.fsync(handle.fileno())
 
 
+class Probe:
+    """Whether this thread is let on when it wants to: a small piece of work, done now and then, and its clocks.
+
+    Each tiny operation of torch lets go of Python's lock and takes it again, as launching a kernel does. Time on the
+    clock that is not time on the processor was spent waiting for the lock, which threads that decode may hold, or for
+    a core. A loop that is held up so does not wait for data and still goes slowly.
+    """
+
+    def __init__(self) -> None:
+        self.number = torch.zeros(8)
+        self.seconds = self.processor_seconds = 0.0
+
+    def take(self) -> None:
+        """One more piece of work, some 30 microseconds."""
+        clock, processor = time.perf_counter(), time.thread_time()
+        for _ in range(PROBE_OPERATIONS):
+            self.number.add_(1)
+        self.processor_seconds += time.thread_time() - processor
+        self.seconds += time.perf_counter() - clock
+
+    def lap(self) -> float:
+        """Share of the time of all pieces since the last call in which this thread did not run."""
+        share = 1 - self.processor_seconds / self.seconds if self.seconds else 0.0
+        self.seconds = self.processor_seconds = 0.0
+        return max(0.0, share)
+
+
 class DataWait:
-    """Measures the wall time that a loop spends waiting for its next item."""
+    """Measures the wall time that a loop spends waiting for its next item, and how it is held up otherwise."""
 
     def __init__(self) -> None:
         self.waited_seconds = 0.0
         self.since = time.perf_counter()
+        self.probe = Probe()
 
     def timed(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items."""
@@ -198,6 +248,7 @@ class DataWait:
             self.waited_seconds += time.perf_counter() - before
             if item is None:
                 return
+            self.probe.take()
             yield item
 
     def so_far(self) -> tuple[float, float]:

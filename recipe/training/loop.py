@@ -110,7 +110,7 @@ def _complete_epoch(training: Training) -> None:
     """Move on to the next epoch and save."""
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
-    progress.epoch_seconds = progress.epoch_waited_seconds = 0.0
+    progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_held_up_seconds = 0.0
     save(training, must_succeed=progress.epoch == training.config.optimization.epochs)
     training.wait.lap()
 

@@ -28,6 +28,8 @@ def measure_steps(training: Training) -> None:
     progress.training_seconds += seconds
     progress.epoch_seconds += seconds
     progress.epoch_waited_seconds += waited_seconds
+    held_up = round(training.wait.probe.lap(), 4)
+    progress.epoch_held_up_seconds += held_up * seconds
     row = _row(
         training,
         split="train",
@@ -37,6 +39,7 @@ def measure_steps(training: Training) -> None:
         learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
         images_per_second=round(images / seconds, 2),
         data_wait_fraction=round(waited_seconds / seconds, 4),
+        held_up_fraction=held_up,
     )
     with training.world.first_decides():
         _write(training, row)
@@ -113,6 +116,11 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
         progress.best_epoch, progress.best_step = row.epoch, row.step
     _note_epoch(training, seconds)
     _write(training, row)
+    if training.journal is not None:
+        cost = progress.epochs[-1]
+        is_cuda = training.world.device.type == "cuda"  # a CPU computes on all cores, and is held up by itself
+        held_up = cost["held_up_fraction"] if is_cuda else 0.0
+        training.journal.warn_of_waiting(cost["epoch"], cost["data_wait_fraction"], held_up, cost["seconds"])
 
 
 def _row(training: Training, **measured: Any) -> Row:
@@ -137,6 +145,7 @@ def _note_epoch(training: Training, validation_seconds: float) -> None:
             "seconds": round(progress.epoch_seconds, 3),
             "images_per_second": round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
             "data_wait_fraction": round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
+            "held_up_fraction": round(progress.epoch_held_up_seconds / progress.epoch_seconds, 4),
             "validation_seconds": round(validation_seconds, 3),
         }
     )

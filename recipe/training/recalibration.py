@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from recipe.alterations import BranchEnd
-from recipe.data.loading import Batch, DecodingThreads, evaluation_orders
+from recipe.data.loading import Batch, Decoding, evaluation_orders
 from recipe.data.transforms import EvaluationTransform
 from recipe.errors import UserError
 from recipe.evaluation import Predict
@@ -28,7 +28,7 @@ RECALIBRATION_STREAM = 8  # keeps this choice of images apart from other draws
 class RecalibrationBatches:
     """`images` training images in batches of one size, an incomplete last one left out."""
 
-    threads: DecodingThreads
+    threads: Decoding
     transform: EvaluationTransform
     batch_size: int
     images: int

@@ -39,6 +39,7 @@ class Progress:
     validation_seconds: float = 0.0
     epoch_seconds: float = 0.0  # of training, since the last completed epoch
     epoch_waited_seconds: float = 0.0  # of these, for data
+    epoch_held_up_seconds: float = 0.0  # of these, by the measure of `Probe`
     peak_memory_bytes: int = 0  # of the accelerator
     window: dict[str, Any] = field(default_factory=dict)  # since the last row: a tally per process, and seconds
     epochs: list[dict[str, Any]] = field(default_factory=list)

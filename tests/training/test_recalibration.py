@@ -103,7 +103,7 @@ def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
         assert len(set(chosen.tolist())) == len(chosen)
         assert np.array_equal(chosen, np.concatenate(same.parts()))
         assert not np.array_equal(chosen, np.concatenate(other.parts()))
-        first: Tensor = transform(threads.decode(split.read(int(chosen[0]))))
+        first: Tensor = transform(threads.filling.decode(split.read(int(chosen[0]))))
         assert torch.equal(found[0].images[0], first)
 
 

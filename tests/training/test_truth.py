@@ -74,8 +74,8 @@ def other_schedule(self: schedule.LearningRate, step: int) -> float:
     return self.peak / (1 + step)
 
 
-def other_view(self: augmentation.Augmentation, image: Tensor, epoch: int, index: int, copy: int = 0) -> Tensor:
-    return torch.zeros(3, self.crop_pixels, self.crop_pixels, dtype=torch.uint8)
+def other_view(self: augmentation.Augmentation, picture: Any, epoch: int, index: int, copy: int, out: Tensor) -> None:
+    out.zero_()
 
 
 def other_model(*arguments: Any) -> nn.Module:
@@ -129,7 +129,7 @@ TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
         lambda model, config, steps: averaging.TorchvisionAverage(model, config, steps),
     ),
     "schedule": (schedule.LearningRate, "__call__", other_schedule),
-    "augmentation, in its body": (augmentation.Augmentation, "__call__", other_view),
+    "augmentation, in its body": (augmentation.Augmentation, "write", other_view),
     "flip": (build, "build_augmentation", lambda *a: replace(BUILD_AUGMENTATION(*a), flip_probability=0.0)),
     "order of images": (loading, "epoch_order", lambda seed, epoch, images: loading.np.arange(images)),
     "batch-norm epsilon": (build, "build_model", other_model),

@@ -1,0 +1,144 @@
+"""Where the time of one training image goes: processor time of each part in one thread, by turns, medians.
+
+python benchmarks/profile_image.py --images DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.transforms.v2 import functional  # noqa: E402
+
+from recipe.config import Decoder  # noqa: E402
+from recipe.data.jpeg import read_header, upper_rows, without_exif  # noqa: E402
+from recipe.data.transforms import INTERPOLATIONS, WholePicture, build_decoder, empty_image, opened  # noqa: E402
+from recipe.training.augmentation import Augmentation  # noqa: E402
+
+PIXELS = 224
+AUGMENTATION = Augmentation(0, PIXELS, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, next(iter(INTERPOLATIONS.values())))
+
+
+def shrunk(content: bytes) -> bytes:
+    """As preprocessing re-encodes: short side 256, bicubic, quality 90."""
+    with Image.open(io.BytesIO(content)) as image:
+        plain = image.convert("RGB")
+    scale = min(1.0, 256 / min(plain.size))
+    size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
+    stream = io.BytesIO()
+    plain.resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def former_way(image: torch.Tensor, index: int, batch: torch.Tensor) -> None:
+    """Crop, resize and mirror through torchvision, then into the batch: what this project did before."""
+    view = AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])
+    box = (view.top, view.left, view.height, view.width)
+    cropped = functional.resized_crop(
+        image, *box, [PIXELS, PIXELS], interpolation=AUGMENTATION.interpolation, antialias=True
+    )
+    batch.copy_(cropped.flip(-1) if view.flip else cropped)
+
+
+def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
+    """Each part of the work, for all images."""
+    decode, out = build_decoder(Decoder.torchcodec), empty_image((PIXELS, PIXELS))
+    images, headers = [decode(content) for content in contents], [read_header(content) for content in contents]
+    bottoms = []
+    for index, image in enumerate(images):
+        view = AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])
+        bottoms.append(view.top + view.height)
+    cut = [
+        content if header is None else upper_rows(content, header, bottom)
+        for content, header, bottom in zip(contents, headers, bottoms, strict=True)
+    ]
+
+    def each(do: Callable[[int], Any]) -> Callable[[], None]:
+        def all_of_them() -> None:
+            for index in range(len(contents)):
+                do(index)
+
+        return all_of_them
+
+    return {
+        "decode all of it": each(lambda i: decode(contents[i])),
+        "decode down to the crop's last row": each(lambda i: decode(cut[i])),
+        "leave EXIF out": each(lambda i: without_exif(contents[i])),
+        "read the header": each(lambda i: read_header(contents[i])),
+        "draw the crop": each(lambda i: AUGMENTATION.view(0, i, 300, 400)),
+        "crop, resize, mirror, copy: before": each(lambda i: former_way(images[i], i, out)),
+        "crop, resize, mirror, copy: now": each(lambda i: AUGMENTATION.write(WholePicture(images[i]), 0, i, 0, out)),
+        "everything: before": each(lambda i: former_way(decode(contents[i]), i, out)),
+        "everything: now, in threads": each(
+            lambda i: AUGMENTATION.write(opened(contents[i], decode, False), 0, i, 0, out)
+        ),
+        "everything: now, in processes": each(
+            lambda i: AUGMENTATION.write(opened(contents[i], decode, True), 0, i, 0, out)
+        ),
+    }
+
+
+def parity(contents: list[bytes]) -> dict[str, int]:
+    """Largest difference of a pixel from torchvision's transform with the same parameters, over these images."""
+    decode, worst, differing = build_decoder(Decoder.torchcodec), 0, 0
+    for index, content in enumerate(contents):
+        ours, theirs = empty_image((PIXELS, PIXELS)), empty_image((PIXELS, PIXELS))
+        AUGMENTATION.write(opened(content, decode, True), 0, index, 0, ours)
+        former_way(decode(content), index, theirs)
+        difference = int((ours.int() - theirs.int()).abs().max())
+        worst, differing = max(worst, difference), differing + (difference > 0)
+    return {"images": len(contents), "largest_difference_levels": worst, "images_that_differ": differing}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="a folder of JPEG files")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parity", type=int, default=500, help="images to compare with torchvision")
+    parser.add_argument("--keep", help="write the JSON here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    silence = os.open(os.devnull, os.O_WRONLY)  # libjpeg warns of what it skips
+    os.dup2(silence, 2)
+    paths = sorted(path for path in Path(arguments.images).rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
+    original = [path.read_bytes() for path in paths[: max(arguments.count, arguments.parity)]]
+    result: dict[str, Any] = {
+        "parity_with_torchvision": parity(original[: arguments.parity]),
+        "rounds": arguments.rounds,
+    }
+    for kind, contents in {"original": original, "small": [shrunk(c) for c in original[: arguments.count]]}.items():
+        contents = contents[: arguments.count]
+        parts = parts_of(contents)
+        found: dict[str, list[float]] = {name: [] for name in parts}
+        for _ in range(arguments.rounds):
+            for name, do in parts.items():
+                began = time.thread_time()
+                do()
+                found[name].append((time.thread_time() - began) / len(contents) * 1e6)
+        result[kind] = {
+            "mean_bytes": round(float(np.mean([len(content) for content in contents]))),
+            "microseconds": {name: [round(min(v), 1), round(statistics.median(v), 1)] for name, v in found.items()},
+        }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.keep:
+        Path(arguments.keep).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Batches from processes that decode: the same as from threads, whatever happens to the processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+
+from recipe.config import TrainerConfig
+from recipe.data.loading import (
+    Batch,
+    BatchLayout,
+    Decoding,
+    EvaluationBatches,
+    TrainingBatches,
+    evaluation_orders,
+)
+from recipe.data.processes import BLOCKED, DecodingProcesses, even_shares, open_decoding, processes_for
+from recipe.data.shards import Split, open_split
+from recipe.data.transforms import EvaluationTransform
+from recipe.distributed import World
+from recipe.errors import UserError, WorkerError
+from recipe.training.augmentation import build_augmentation
+from tests.conftest import compose_config
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
+GPU = World(0, 1, 0, 1, torch.device("cuda", 0), "nccl")
+VIEW = EvaluationTransform(40, 32, InterpolationMode.BILINEAR)
+VICTIM = 3
+AUGMENTED = [
+    "augmentation.mixing.mixup_alpha=0.2",
+    "augmentation.erasing.probability=0.5",
+    "augmentation.policy.kind=trivial_augment",
+]
+
+
+def trainer(processes: int, threads: int = 2) -> TrainerConfig:
+    words = [f"trainer.data_processes={processes}", f"trainer.data_threads={threads}"]
+    return compose_config("experiment=smoke", *words).trainer
+
+
+@contextmanager
+def decoding(splits: list[Split], processes: int) -> Iterator[list[Decoding]]:
+    decoder = compose_config("experiment=smoke").data.decoder
+    with open_decoding(splits, decoder, trainer(processes), ALONE) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def splits(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Split]:
+    """train, val, and a val one of whose images is damaged."""
+    copy = tmp_path_factory.mktemp("damaged") / "demo"
+    shutil.copytree(data_directory, copy)
+    damaged = open_split(copy, "val")
+    with (copy / damaged.shards[0].name).open("r+b") as handle:
+        handle.seek(int(damaged.index[VICTIM]["offset"]))
+        handle.write(bytes(64))
+    return [*(open_split(data_directory, name) for name in ("train", "val")), damaged]
+
+
+@pytest.fixture(scope="module")
+def two(splits: list[Split]) -> Iterator[list[Decoding]]:
+    """Two processes for all tests of this file: they are slow to start. The last test kills one."""
+    with decoding(splits, 2) as made:
+        yield made
+
+
+def children(decoding: Decoding) -> list[int]:
+    """The processes that decode; none before the first batch is there."""
+    assert isinstance(decoding, DecodingProcesses)
+    pid = decoding.pool.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def flat(batch: Batch) -> list[torch.Tensor]:
+    return [*batch[:3], *(batch.draws or ())]
+
+
+def everything(train: Decoding, validation: Decoding, processes: int) -> list[list[torch.Tensor]]:
+    """Two augmented, mixed and erased epochs, the second from its second batch on, then the validation set."""
+    config = compose_config("experiment=smoke", *AUGMENTED)
+    batches = TrainingBatches(train, build_augmentation(config.augmentation, 3), BatchLayout(48, 1, 2), 0, 3)
+    assert batches.facts().loading_processes == processes
+    found = [flat(batch) for step in batches.epoch(0) for batch in step]
+    found += [flat(batch) for step in batches.epoch(1, first_batch=1) for batch in step]
+    return found + [flat(batch) for batch in EvaluationBatches(validation, VIEW, 7, ALONE)]
+
+
+def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: list[Decoding]) -> None:
+    with decoding(splits, 0) as (train, validation, _):
+        expected = everything(train, validation, 0)
+    with decoding(splits, 1) as (train, validation, _):
+        one = everything(train, validation, 1)
+    assert len(expected) == 4 + 2 + 7
+    assert all(len(batch) == 8 for batch in expected[:6])
+    for found in (one, everything(two[0], two[1], 2)):
+        assert [len(batch) for batch in found] == [len(batch) for batch in expected]
+        assert all(
+            torch.equal(mine, theirs)
+            for one, other in zip(found, expected, strict=True)
+            for mine, theirs in zip(one, other, strict=True)
+        )
+
+
+def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Decoding]) -> None:
+    with nullcontext(two) as (train, *_):
+        assert isinstance(train, DecodingProcesses)
+        parts = [np.arange(12, dtype=np.int64) + first for first in range(0, 96, 12)]
+        held = list(train.batches(evaluation_orders(parts, VIEW)))
+        copies = [batch.images.clone() for batch in held]
+        sizes = set()
+        for _ in range(3):
+            assert len(list(train.batches(evaluation_orders(parts, VIEW)))) == len(held)
+            assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
+            sizes.add(train.pool.memory.bytes)
+        assert len(sizes) == 1, "what was free is used first"
+        assert held[0].images.is_contiguous(memory_format=torch.channels_last)
+        used = sizes.pop() - sum(slot.bytes for slot in train.pool.memory.free)
+        del held
+        assert used >= sum(copy.numel() for copy in copies)
+        assert sum(slot.bytes for slot in train.pool.memory.free) == train.pool.memory.bytes
+
+
+def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(two: list[Decoding]) -> None:
+    with nullcontext(two) as (train, validation, _):
+        assert isinstance(train, DecodingProcesses)
+        for _ in range(2):
+            batches = iter(EvaluationBatches(train, VIEW, 4, ALONE))
+            next(batches)
+            batches.close()  # type: ignore[attr-defined]
+        assert sum(len(batch.indices) for batch in EvaluationBatches(validation, VIEW, 5, ALONE)) == len(
+            validation.split
+        )
+        for _ in range(500):
+            if not train.pool.pending:
+                break
+            time.sleep(0.01)
+        assert not train.pool.pending
+
+
+def test_a_damaged_image_is_named_and_the_others_still_come(two: list[Decoding]) -> None:
+    train, _, damaged = two
+    with pytest.raises(UserError) as stopped:
+        list(EvaluationBatches(damaged, VIEW, 4, ALONE))
+    assert damaged.split.shards[0].name in str(stopped.value)
+    assert damaged.split.key(VICTIM) in str(stopped.value)
+    assert "the shard is damaged; delete that file and run `python preprocess.py` again" in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert sum(len(batch.indices) for batch in EvaluationBatches(train, VIEW, 36, ALONE)) == 108
+
+
+def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Decoding]) -> None:
+    with nullcontext(two) as (train, *_):
+        assert isinstance(train, DecodingProcesses)
+        process = train.pool.process
+        for numbers in (BLOCKED, BLOCKED):
+            for number in numbers:
+                for pid in (process.pid, *children(train)):
+                    os.kill(pid, number)
+            assert sum(len(batch.indices) for batch in EvaluationBatches(train, VIEW, 36, ALONE)) == 108
+        assert process.poll() is None
+
+
+def test_how_many_processes() -> None:
+    automatic = compose_config("experiment=smoke", "trainer.data_threads=7").trainer
+    assert processes_for(automatic, ALONE) == 0
+    assert processes_for(automatic, GPU) == 4
+    assert processes_for(trainer(3), ALONE) == 3
+    assert processes_for(trainer(0), GPU) == 0
+    with pytest.raises(UserError, match=r"trainer\.data_processes=-1"):
+        trainer(-1)
+
+
+def test_shares_cover_a_batch_evenly() -> None:
+    for count in range(1, 30):
+        for processes in range(1, 9):
+            shares = even_shares(count, processes)
+            assert [image for first, last in shares for image in range(first, last)] == list(range(count))
+            sizes = [last - first for first, last in shares]
+            assert len(shares) == min(count, processes)
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_killed_process_stops_with_one_sentence(two: list[Decoding]) -> None:
+    with nullcontext(two) as (train, *_):
+        assert isinstance(train, DecodingProcesses)
+        batches = iter(EvaluationBatches(train, VIEW, 4, ALONE))
+        next(batches)
+        os.kill(children(train)[1], signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"decodes images was ended by SIGKILL; .*memory") as stopped:
+            list(batches)
+        assert stopped.value.exit_code == 128 + signal.SIGKILL
+        assert "\n" not in str(stopped.value)
+        with pytest.raises(WorkerError):
+            next(iter(EvaluationBatches(train, VIEW, 4, ALONE)))

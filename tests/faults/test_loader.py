@@ -1,0 +1,48 @@
+"""Faults of the processes that decode: none outlives its training, and a training whose decoder dies says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from recipe.errors import SAVED
+from tests.faults.launched import finish, processes_of, start, steps_done, wait_until
+
+WORDS = ("trainer.data_processes=2", "trainer.data_threads=2", "optimization.epochs=1000", "trainer.log_every_steps=1")
+TRAINING_AND_LOADING = 4  # the training process, the one that divided, and the two that decode
+
+
+def decoding(directory: Path) -> list[int]:
+    """The processes that decode and the one that they came from."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(directory)}
+    return [pid for pid, command in commands.items() if b"recipe.data.worker" in command]
+
+
+@pytest.mark.parametrize("victim", ["training", "divider"])
+def test_no_decoding_process_outlives_a_kill(victim: str, data_directory: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, data_directory, *WORDS)
+    wait_until(lambda: steps_done(tmp_path) > 2)
+    assert len(processes_of(tmp_path)) == TRAINING_AND_LOADING
+    if victim == "training":
+        process.kill()
+        process.communicate(timeout=10)
+    else:
+        os.kill(min(decoding(tmp_path)), signal.SIGKILL)
+        _, errors = finish(process, 128 + signal.SIGKILL, seconds=30)
+        assert "a process that decodes images was ended by SIGKILL" in errors
+        assert "Traceback" not in errors
+    wait_until(lambda: not processes_of(tmp_path), seconds=10)
+
+
+def test_a_signal_to_the_whole_group_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
+    """Ctrl-C on a terminal, and torchrun's closing signal, reach the processes that decode as well."""
+    process = start(tmp_path, data_directory, *WORDS, new_session=True)
+    wait_until(lambda: steps_done(tmp_path) > 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = finish(process, SAVED, seconds=60)
+    assert "saved at step" in errors
+    assert "Traceback" not in errors
+    wait_until(lambda: not processes_of(tmp_path), seconds=10)

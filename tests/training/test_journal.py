@@ -1,0 +1,71 @@
+"""What a run says about the time that it loses."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipe.run import Run
+from recipe.training.journal import DataWait, Journal, Probe
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    made = Journal(Run(tmp_path), epochs=3, steps_per_epoch=2, completed_steps=0, completed_epochs=0)
+    yield made
+    made.close()
+
+
+def test_waiting_is_warned_of_once(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    journal.warn_of_waiting(1, 0.10, 0.10, 60.0)
+    journal.warn_of_waiting(1, 0.99, 0.99, 3.0)
+    assert capsys.readouterr().err == "", "a tenth may go unmentioned, and so may the first seconds"
+    journal.warn_of_waiting(2, 0.11, 0.0, 60.0)
+    journal.warn_of_waiting(3, 0.50, 0.0, 60.0)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 11% of the time of epoch 2 was spent waiting for images")
+    assert said.count("\n") == 1
+
+
+def test_being_held_up_is_warned_of_too(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    """Threads that decoded took the lock, and a run that went at a third of its speed said "waiting for data 1 %"."""
+    journal.warn_of_waiting(2, 0.01, 0.66, 60.0)
+    assert "held up for 66% of its time in epoch 2 (trainer.data_processes" in capsys.readouterr().err
+
+
+def test_the_probe_sees_threads_that_hold_the_lock() -> None:
+    """They compute in Python and never let go by themselves; the probe's own operations let go each time."""
+    probe, done = Probe(), threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            sum(range(2000))
+
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        probe.take()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert probe.lap() > 0.5
+    assert probe.lap() == 0.0
+
+
+def test_waiting_and_the_probe_are_measured_for_every_item() -> None:
+    wait = DataWait()
+
+    def slow() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    assert list(wait.timed(slow())) == [0, 1, 2]
+    assert wait.probe.seconds > 0
+    seconds, waited = wait.lap()
+    assert 0.06 <= waited <= seconds
