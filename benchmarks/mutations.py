@@ -6,13 +6,15 @@
 A mutant is one module of `recipe` with one number, comparison or sign changed in memory. It computes the fingerprints
 of a few recipes that use every feature between them, and counts as found where `drift` would name a difference (or
 where the code no longer runs). Survivors are looked at by a person: `EQUIVALENT` says why one changes nothing that a
-recipe could show; the rest is missed. Results: benchmarks/results/mutations.md.
+recipe could show; the rest is missed. Only the recipes that run a mutant's line are asked, by the lines that the clean
+code ran. Results: benchmarks/results/mutations.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import copy
 import importlib.abc
 import importlib.machinery
@@ -21,6 +23,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -102,6 +105,7 @@ class Mutant:
     file: str
     place: int
     line: int
+    statement: int  # the line in which its statement begins
     text: str
     change: str
 
@@ -169,10 +173,13 @@ def change(node: Any) -> None:
 def mutants(file: str) -> list[Mutant]:
     """All of a file."""
     source = (ROOT / file).read_text()
-    lines = source.splitlines()
+    lines, tree = source.splitlines(), ast.parse(source)
+    begins: dict[int, int] = {}
+    for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):  # inner ones come later
+        begins |= {id(node): statement.lineno for node in ast.walk(statement)}
     return [
-        Mutant(file, place, node.lineno, lines[node.lineno - 1].strip(), words)  # type: ignore[attr-defined]
-        for place, (node, words) in enumerate(changeable(ast.parse(source)))
+        Mutant(file, place, node.lineno, begins[id(node)], lines[node.lineno - 1].strip(), words)  # type: ignore[attr-defined]
+        for place, (node, words) in enumerate(changeable(tree))
     ]
 
 
@@ -205,31 +212,85 @@ class Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 # ---- judging them -----------------------------------------------------------------------------------
 
 
-def fingerprints() -> Iterator[tuple[str, bytes]]:
-    """Of each recipe, by the code as it is imported now."""
+Lines = dict[str, list[int]]  # file -> lines that ran
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the code gives as it is."""
+
+    fingerprints: dict[str, str]  # recipe -> JSON
+    lines: dict[str, Lines]  # recipe -> what it ran
+    pictures: dict[str, str]  # what the demo draws, base64: drawing them again would be half of the work
+
+    def recipes_for(self, mutant: Mutant) -> list[str]:
+        """Those that run its line."""
+        places = {mutant.line, mutant.statement}
+        return [name for name, lines in self.lines.items() if places & set(lines.get(mutant.file, []))]
+
+
+def fingerprint(name: str) -> bytes:
+    """Of one recipe, by the code as it is imported now."""
     from recipe.composition import composed_outside
     from recipe.records import to_json
     from recipe.training.fingerprint import take_fingerprint
 
-    for name, words in RECIPES.items():
-        yield name, to_json(take_fingerprint(composed_outside(words), STEPS_PER_EPOCH, CLASSES))
+    return to_json(take_fingerprint(composed_outside(RECIPES[name]), STEPS_PER_EPOCH, CLASSES))
 
 
-def verdict(mutant: Mutant | None, clean: dict[str, bytes]) -> str:
+def with_pictures(pictures: dict[str, str]) -> dict[str, str]:
+    """Let the demo take these instead of drawing; with none, keep what it draws."""
+    from recipe.data import demo
+
+    draw = demo.jpeg
+
+    def jpeg(*place: int) -> bytes:
+        key = json.dumps(place)
+        if key not in pictures:
+            pictures[key] = base64.b64encode(draw(*place)).decode()
+        return base64.b64decode(pictures[key])
+
+    demo.jpeg = jpeg
+    return pictures
+
+
+def verdict(mutant: Mutant | None, clean: Clean) -> str:
     """What the first recipe that shows it shows; empty where none does."""
     if mutant is not None:
         sys.meta_path.insert(0, Replaced(mutant))
     try:
-        for name, content in fingerprints():
+        with_pictures(clean.pictures)
+        for name in RECIPES if mutant is None else clean.recipes_for(mutant):
+            content = fingerprint(name)
             from recipe.records import Fingerprint, from_json
             from recipe.review.canary import compared
 
-            stored = from_json(clean[name], Fingerprint, name)
+            stored = from_json(clean.fingerprints[name].encode(), Fingerprint, name)
             if found := compared(stored, from_json(content, Fingerprint, name)):
                 return f"{name}: {found[0].what}"
     except Exception as error:  # code that no longer runs is found
         return f"{type(error).__name__}: {error}"[:200]
     return ""
+
+
+def observed(name: str) -> str:
+    """One recipe's fingerprint, the lines that it ran, and what was drawn, as JSON."""
+    ran: dict[str, set[int]] = {file: set() for file in TARGETS}
+    names = {str(ROOT / file): file for file in TARGETS}
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        file = names.get(frame.f_code.co_filename)
+        if file is None:
+            return None
+        ran[file].add(frame.f_lineno)
+        return trace
+
+    threading.settrace(trace)
+    sys.settrace(trace)
+    pictures = with_pictures({})
+    content = fingerprint(name).decode()
+    sys.settrace(None)
+    return json.dumps([content, {file: sorted(lines) for file, lines in ran.items()}, pictures])
 
 
 def in_child(work: Any, seconds: float) -> str | None:
@@ -268,12 +329,15 @@ def load_libraries() -> None:
     assert all((hydra, msgspec, numpy, scipy.io, timm, torchcodec, torchvision))
 
 
-def clean_fingerprints() -> dict[str, bytes]:
+def clean_code() -> Clean:
     """By the code as it is; a second computation must agree with it to the last bit."""
-    content = in_child(lambda: json.dumps({name: found.decode() for name, found in fingerprints()}), 600.0)
-    assert content is not None, "the code as it is does not run"
-    clean = {name: found.encode() for name, found in json.loads(content).items()}
-    again = in_child(lambda: verdict(None, clean), 600.0)
+    clean = Clean({}, {}, {})
+    for name in RECIPES:
+        answer = in_child(lambda name=name: observed(name), 900.0)
+        assert answer is not None, f"the code as it is does not run: {name}"
+        clean.fingerprints[name], clean.lines[name], pictures = json.loads(answer)
+        clean.pictures.update(pictures)
+    again = in_child(lambda: verdict(None, clean), 900.0)
     assert again == "", f"findings on the clean tree: {again}"
     return clean
 
@@ -286,8 +350,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     load_libraries()
-    clean = clean_fingerprints()
-    print(f"0 findings on the clean tree, {len(clean)} recipes", flush=True)
+    clean = clean_code()
+    print(f"0 findings on the clean tree, {len(RECIPES)} recipes", flush=True)
     done = {json.loads(line)["key"] for line in lines_of(arguments.output)}
     every = [mutant for file in TARGETS if file.endswith(arguments.only or "") for mutant in mutants(file)]
     first, step = (int(part) for part in arguments.share.split("/"))
@@ -296,6 +360,7 @@ def main() -> None:
     for number, mutant in enumerate(waiting, start=1):
         found = in_child(lambda mutant=mutant: verdict(mutant, clean), SECONDS_PER_MUTANT)
         row = {**vars(mutant), "key": mutant.key, "found": "no answer" if found is None else found}
+        row["recipes"] = len(clean.recipes_for(mutant))
         with arguments.output.open("a") as handle:
             handle.write(json.dumps(row) + "\n")
         rate = (time.perf_counter() - clock) / number
