@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from recipe.composition import composed_outside  # noqa: E402
+from recipe.data import processes  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import Normalisation  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
@@ -237,7 +238,7 @@ FAULTS = [
     Fault("momentum 0.85 for 0.9", SMALL, other_optimizer(momentum=0.85)),
     Fault("Nesterov's momentum", SMALL, other_optimizer(nesterov=True)),
     Fault("mean and deviation swapped", SMALL, replaced(Normalisation, "__init__", swapped)),
-    Fault("BGR for RGB", SMALL, replaced(build, "build_decoder", in_bgr)),
+    Fault("BGR for RGB", SMALL, replaced(processes, "build_decoder", in_bgr)),
     Fault("labels + 1", SMALL, replaced(TrainingBatches, "epoch", other_labels)),
     Fault("batch-norm eps 1e-3 for 1e-5", SMALL, other_model(larger_epsilon)),
     Fault("last norms do not start at zero", SMALL, other_model(no_zero_norms)),
@@ -355,6 +356,7 @@ def spreads(pythons: list[str]) -> Iterator[tuple[str, dict[str, float], bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", default=[], help="an interpreter with another torch")
+    parser.add_argument("--faults-only", action="store_true", help="print the faults and write nothing")
     parser.add_argument("--print", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.print:
@@ -362,7 +364,7 @@ def main() -> None:
         sys.stdout.buffer.write(to_json(taken(tuple(words), int(threads))))
         return
     rows = []
-    for name, found, same_pixels in spreads(arguments.python):
+    for name, found, same_pixels in [] if arguments.faults_only else spreads(arguments.python):
         rows.append((name, found, same_pixels))
         print(name, {key: f"{value:.1e}" for key, value in found.items()}, same_pixels, flush=True)
     clean = {words: taken(words) for words in (SMALL, RESNET50)}
@@ -370,6 +372,8 @@ def main() -> None:
     for fault in FAULTS:
         table.append(caught(fault, clean[fault.words]))
         print(table[-1], flush=True)
+    if arguments.faults_only:
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "canary.md").write_text(page(rows, table, clean[SMALL]))
     (RESULTS / "canary.json").write_text(

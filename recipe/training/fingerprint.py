@@ -47,6 +47,7 @@ STEPS = 10
 # Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
 # ten they are a percent apart; so they stay within a millionth (measured: benchmarks/results/fingerprint.md).
 RATE_SHARE = 0.05
+MANY_UPDATES = 10**6
 LARGEST_PIXELS = 64
 SMALLEST_BATCH = 16
 TRAIN_IMAGES_PER_CLASS, VALIDATION_IMAGES_PER_CLASS = 8, 2
@@ -76,7 +77,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
         settings = _facts(config, training)
         groups = optimizer_facts(training.stepper.optimizer)
         start = _start(training)
-        steps = [_probe(training, position, start) for position in _positions(training)]
+        steps = list(_probes(training, start))
         logits, labels, correct = _evaluated(training)
         order = _order_sha256(training)
     return Fingerprint(
@@ -179,6 +180,7 @@ def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
         max_images_per_process=2**20,
         cpu_threads=1,
         data_threads=1,
+        data_processes=0,
         prefetch_batches=1,
         log_every_steps=2**30,
         save_every_steps=None,
@@ -250,6 +252,14 @@ def _positions(training: Training) -> list[int]:
 def _evenly(total: int, count: int) -> list[int]:
     count = min(count, total)
     return [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
+
+
+def _probes(training: Training, start: Start) -> Iterator[ProbeStep]:
+    """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up."""
+    for number, position in enumerate(_positions(training)):
+        if number == STEPS // 2:
+            training.average.updates = MANY_UPDATES
+        yield _probe(training, position, start)
 
 
 def _probe(training: Training, position: int, start: Start) -> ProbeStep:
