@@ -3,7 +3,7 @@
     python benchmarks/index_sizes.py
 
 The index is made up over a few real bytes: every image is the same small JPEG, so that what is measured grows with the
-number of images alone. Each size runs in a process of its own. The last row, with nothing but the imports, is the floor.
+number of images alone. Each size runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import resource
 import subprocess
@@ -103,8 +104,8 @@ def measured(directory: Path, processes: int) -> dict[str, float]:
         peak = peak_mib()
         batches.facts()
         clocks.append((time.perf_counter(), time.process_time()))
-    seconds = [later[0] - earlier[0] for earlier, later in zip(clocks, clocks[1:], strict=False)]
-    busy = [later[1] - earlier[1] for earlier, later in zip(clocks, clocks[1:], strict=False)]
+    seconds = [later[0] - earlier[0] for earlier, later in itertools.pairwise(clocks)]
+    busy = [later[1] - earlier[1] for earlier, later in itertools.pairwise(clocks)]
     return {
         "open_seconds": seconds[0],
         "first_batch_seconds": seconds[1],

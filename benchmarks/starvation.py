@@ -3,8 +3,9 @@
     python benchmarks/starvation.py --images DIR
 
 The main thread does what training on a GPU does there: many tiny operations of torch, one after the other, each of
-which lets go of Python's lock. Meanwhile images are decoded as fast as can be, and nobody takes more than a batch at a
-time. Settings take turns; printed are the main thread's operations per second, beside those without any decoding.
+which lets go of Python's lock. It is blocked while another thread has the lock; the kernel tells this time from time on
+a core and from time waiting for a core, so that a busy machine does not blur it. Meanwhile images are decoded as fast
+as can be. Settings take turns; printed are the main thread's operations per second, beside those without any decoding.
 """
 
 from __future__ import annotations
@@ -78,23 +79,34 @@ def decoding(directory: Path, pixels: int, threads: int, processes: int) -> Iter
         yield itertools.chain.from_iterable(batches.epoch(number) for number in itertools.count())
 
 
+def ran_and_queued_seconds() -> tuple[float, float]:
+    """This thread's time on a core, and its time waiting for one."""
+    ran, queued, _ = map(int, Path("/proc/thread-self/schedstat").read_text().split())
+    return ran / 1e9, queued / 1e9
+
+
 def launches(batches: Iterator[Any] | None, seconds: float) -> dict[str, float]:
     """Tiny operations of the main thread, and images meanwhile: a batch is taken when so much work was done."""
     number, images, operations, waited = torch.zeros(8), 0, 0, 0.0
-    began, processor = time.perf_counter(), time.thread_time()
+    began, before_all = time.perf_counter(), ran_and_queued_seconds()
+    blocked_in_waiting = 0.0
     while time.perf_counter() - began < seconds:
         for _ in range(2000):
             number.add_(1)
         operations += 2000
         if batches is not None:
-            before = time.perf_counter()
+            before, clocks = time.perf_counter(), ran_and_queued_seconds()
             images += len(next(batches)[0].images)
-            waited += time.perf_counter() - before
+            took = time.perf_counter() - before
+            waited += took
+            blocked_in_waiting += took - sum(ran_and_queued_seconds()) + sum(clocks)
     elapsed = time.perf_counter() - began - waited
+    ran, queued = (after - before for after, before in zip(ran_and_queued_seconds(), before_all, strict=True))
+    blocked = max(0.0, elapsed + waited - ran - queued - blocked_in_waiting)
     return {
         "operations_per_second": operations / elapsed,
         "images_per_second": images / (elapsed + waited),
-        "held_up": 1 - (time.thread_time() - processor) / elapsed,
+        "blocked": blocked / (blocked + ran),
         "waited": waited / (elapsed + waited),
     }
 
@@ -128,8 +140,8 @@ def main() -> None:
                 mid = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
                 share = [row["operations_per_second"] / base for row in rows]
                 print(
-                    f"  {name:30} {mid['operations_per_second'] / base:6.1%} of it ({min(share):.1%} to {max(share):.1%})"
-                    f"  held up {mid['held_up']:4.0%}  {mid['images_per_second']:6,.0f} images/s",
+                    f"  {name:30} {mid['operations_per_second'] / base:6.1%} ({min(share):.1%} to {max(share):.1%})"
+                    f"  blocked {mid['blocked']:5.1%}  {mid['images_per_second']:6,.0f} images/s",
                     flush=True,
                 )
     if arguments.keep:

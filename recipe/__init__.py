@@ -24,6 +24,7 @@ chapters
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
                    build, state, pinning; loop, stopping, saving, measurement, journal, record
+    doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       facts, blocks, dynamics, latency, commands, formatting, figures, inference_figures, render: from
                    records to pages, without torch
 the example

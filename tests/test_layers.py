@@ -28,6 +28,7 @@ ALLOWED = {
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
     "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "published", "inference"],
     "training": [*GROUND, "distributed", "alterations", "model", "checkpoint", "data", "evaluation", "training"],
+    "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
     "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
     "notebook": [*GROUND, "composition", "document"],
