@@ -25,6 +25,7 @@ chapters
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
                    build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal, record,
                    fingerprint
+    doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
                    render: from records to pages, without torch; model_card, publishable, seeds, published_folder,
                    publish: a run as a folder to commit; index: the table of those

@@ -99,11 +99,22 @@ def pinned_config(own_group: str) -> Config:
     return _pinned_config(list(HydraConfig.get().overrides.task), own_group)
 
 
-def pinned_config_of(words: list[str], own_group: str) -> Config:
-    """The same outside Hydra's scripts, in a notebook: `words` are what would stand on the command line."""
+def config_of(words: list[str]) -> Config:
+    """The configuration that these words describe, outside Hydra's scripts."""
+    _require_settings(words)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
+        return typed(compose("config", words))
+
+
+def _require_settings(words: list[str]) -> None:
     wrong = [word for word in words if word.startswith("-") or "=" not in word]
     if wrong:
         raise UserError(f"{wrong[0]!r} is no setting: only key=value can be given here")
+
+
+def pinned_config_of(words: list[str], own_group: str) -> Config:
+    """The same outside Hydra's scripts, in a notebook: `words` are what would stand on the command line."""
+    _require_settings(words)
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
         return _pinned_config(words, own_group)
 

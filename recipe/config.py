@@ -72,6 +72,13 @@ class Corrupt(str, Enum):
     skip = "skip"
 
 
+class ImageOrder(str, Enum):
+    """How an epoch goes through the training images."""
+
+    random = "random"
+    blocks = "blocks"
+
+
 class Decoder(str, Enum):
     """The library that turns JPEG bytes into pixels."""
 
@@ -217,6 +224,7 @@ class DataConfig:
     train_images_per_class: int = 0  # of the demo, which is drawn
     validation_images_per_class: int = 0
     decoder: Decoder = Decoder.torchcodec
+    order: ImageOrder = ImageOrder.random  # blocks: shards are shuffled, then the images of a few shards at a time
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # RGB in [0, 1]
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     description: DataDescription = field(default_factory=DataDescription)

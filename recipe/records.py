@@ -183,6 +183,7 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
     threads_per_process: int  # that decode, in all, for each process that trains
     first_indices: list[int]  # of epoch 0
     order_sha256: str  # over the order of the first two epochs
+    order: str = "random"  # blocks: of shards, then of images within a few shards
     loading_processes: int = 0  # of each process that trains; 0: it decodes in threads of its own
 
 

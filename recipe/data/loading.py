@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import Decoder, OptimizationConfig, TrainerConfig
+from recipe.config import Decoder, ImageOrder, OptimizationConfig, TrainerConfig
 from recipe.data.shards import Split
 from recipe.data.transforms import Decode, EvaluationTransform, Picture, opened
 from recipe.distributed import World, threads_per_process
@@ -30,6 +30,7 @@ from recipe.errors import UserError
 from recipe.records import LoaderFacts
 
 IMAGES_PER_TASK = 4  # handed to a thread at once: fewer Python calls, still even work
+WINDOW_SHARDS = 8  # whose images `data.order=blocks` mixes
 ORDER_STREAM = 1  # keeps the generator of the order apart from that of the augmentation
 Item = TypeVar("Item")
 
@@ -155,9 +156,29 @@ def _nearest_that_divide(size: int, processes: int, cap: int) -> list[int]:
     return [above] if below is None else [below, above]
 
 
-def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
-    """The order of an epoch, a function of (seed, epoch) and the number of images."""
-    return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(images)
+def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.uint32]:
+    """The order of an epoch, a function of (seed, epoch) and the number of images; 4 bytes an image."""
+    order = np.arange(images, dtype=np.uint32)
+    np.random.default_rng((ORDER_STREAM, seed, epoch)).shuffle(order)
+    return order
+
+
+def block_order(seed: int, epoch: int, shard_images: Sequence[int]) -> NDArray[np.uint32]:
+    """The same for storage that hates random reads: shards in a random order, images mixed in a few shards at a time.
+
+    `shard_images` are the images of each shard. Reads of a window stay within `WINDOW_SHARDS` files.
+    """
+    generator = np.random.default_rng((ORDER_STREAM, seed, epoch))
+    sizes = np.asarray(shard_images)
+    shards = generator.permutation(len(sizes))
+    first = np.cumsum(sizes) - sizes
+    before = np.cumsum(sizes[shards]) - sizes[shards]  # where each shard's images begin in the order
+    order: NDArray[np.uint32] = (np.arange(sizes.sum()) + np.repeat(first[shards] - before, sizes[shards])).astype(
+        np.uint32
+    )
+    for start in range(0, len(shards), WINDOW_SHARDS):
+        generator.shuffle(order[before[start] : before[start] + sizes[shards[start : start + WINDOW_SHARDS]].sum()])
+    return order
 
 
 class Filling:
@@ -338,8 +359,10 @@ class TrainingBatches:
         layout: BatchLayout,
         rank: int,
         seed: int,
+        order: ImageOrder = ImageOrder.random,
     ) -> None:
         self.threads = threads
+        self.order = order
         self.augmentation = augmentation
         self.layout = layout
         self.rank = rank
@@ -376,15 +399,20 @@ class TrainingBatches:
         A global batch holds its images once after the other and then all of them again for every further copy, so that
         neighbours, which are mixed with one another, are different images.
         """
-        order = epoch_order(self.seed, epoch, self.images)
+        order = self._order_of_images(epoch)
         layout, repeats = self.layout, self.augmentation.repeats
         images, per_forward = layout.global_batch_size // repeats, layout.images_per_forward
         copies = np.repeat(np.arange(repeats), images)
         for batch in range(first_batch, self.batches_per_epoch):
-            whole = np.tile(order[batch * images : (batch + 1) * images], repeats)
+            whole = np.tile(order[batch * images : (batch + 1) * images].astype(np.int64), repeats)
             for step in range(layout.accumulation_steps):
                 first = (step * layout.processes + rank) * per_forward
                 yield Part(batch, first, whole[first : first + per_forward], copies[first : first + per_forward])
+
+    def _order_of_images(self, epoch: int) -> NDArray[np.uint32]:
+        if self.order is ImageOrder.blocks:
+            return block_order(self.seed, epoch, [shard.images for shard in self.threads.split.shards])
+        return epoch_order(self.seed, epoch, self.images)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """All images of an epoch as they are handed out, put together from the parts of all processes."""
@@ -393,11 +421,14 @@ class TrainingBatches:
 
     def facts(self) -> LoaderFacts:
         """How batches are made, for the record."""
-        orders = [self._order(epoch).astype("<i8") for epoch in range(2)]
+        orders = [self._order(epoch).astype("<i8", copy=False) for epoch in range(2)]
+        is_seen = np.zeros(self.images, dtype=np.bool_)
+        is_seen[orders[0]] = True
+        unique = int(is_seen.sum())
         return LoaderFacts(
             images_per_epoch=self.images_per_epoch,
-            unique_images_per_epoch=len(np.unique(orders[0])),
-            images_left_out_per_epoch=self.images - len(np.unique(orders[0])),
+            unique_images_per_epoch=unique,
+            images_left_out_per_epoch=self.images - unique,
             global_batch_size=self.layout.global_batch_size,
             images_per_forward=self.layout.images_per_forward,
             images_per_batch_norm=self.layout.images_per_forward,
@@ -405,9 +436,18 @@ class TrainingBatches:
             decoder=self.threads.decoder_name,
             threads_per_process=self.threads.threads,
             loading_processes=self.threads.processes,
+            order=self.order.value,
             first_indices=orders[0][:8].tolist(),
-            order_sha256=hashlib.sha256(b"".join(order.tobytes() for order in orders)).hexdigest(),
+            order_sha256=sha256_of_arrays(orders),
         )
+
+
+def sha256_of_arrays(arrays: Iterable[NDArray[np.int64]]) -> str:
+    """Of their bytes, one after the other, without copies."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 class EvaluationBatches:

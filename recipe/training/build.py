@@ -150,7 +150,7 @@ def _build_batches(
     layout = derive_layout(config.optimization, config.trainer, world.size)
     transform = build_evaluation_transform(config.evaluation)
     return (
-        TrainingBatches(train, augmentation, layout, world.rank, config.seed),
+        TrainingBatches(train, augmentation, layout, world.rank, config.seed, config.data.order),
         EvaluationBatches(validation, transform, config.evaluation.batch_size, world),
     )
 

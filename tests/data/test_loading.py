@@ -17,11 +17,13 @@ from torchvision.transforms import InterpolationMode
 
 from recipe.config import Decoder, OptimizationConfig, TrainerConfig
 from recipe.data.loading import (
+    WINDOW_SHARDS,
     Batch,
     BatchLayout,
     DecodingThreads,
     EvaluationBatches,
     TrainingBatches,
+    block_order,
     derive_layout,
     epoch_order,
 )
@@ -165,11 +167,38 @@ def test_the_order_is_a_permutation_and_pure() -> None:
     assert np.array_equal(np.sort(order), np.arange(1000))
     np.random.seed(9)
     assert np.array_equal(order, epoch_order(3, 4, 1000))
+    assert np.array_equal(order, np.random.default_rng((1, 3, 4)).permutation(1000)), "as it always was"
 
 
 def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
     orders = {epoch_order(seed, epoch, 50).tobytes() for seed in range(6) for epoch in range(6)}
     assert len(orders) == 36
+
+
+def test_an_order_of_blocks_is_a_permutation_that_stays_within_a_few_shards() -> None:
+    sizes = [40] * 20 + [7]
+    shard_of = np.repeat(np.arange(21), sizes)
+    orders = [block_order(seed, epoch, sizes) for seed in (1, 2) for epoch in (0, 1)]
+    assert len({order.tobytes() for order in orders}) == 4
+    assert np.array_equal(orders[0], block_order(1, 0, sizes)), "pure"
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(807))
+        shards = shard_of[order]
+        assert len(set(shards[:273].tolist())) <= WINDOW_SHARDS
+        assert len(set(shards[:64].tolist())) > 4, "mixed within"
+        last_seen = [np.flatnonzero(shards == shard)[-1] - np.flatnonzero(shards == shard)[0] for shard in range(21)]
+        assert max(last_seen) < 40 * WINDOW_SHARDS
+
+
+def test_blocks_are_what_is_delivered_and_recorded(data_directory: Path) -> None:
+    config = compose_config("experiment=smoke", "data.order=blocks")
+    pool = DecodingThreads(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.trainer, world())
+    with closing(pool):
+        batches = TrainingBatches(pool, PlainViews(8), BatchLayout(36, 1, 1), 0, 5, config.data.order)
+        seen = [index for (batch,) in batches.epoch(0) for index in batch.indices.tolist()]
+        assert seen == block_order(5, 0, [shard.images for shard in pool.split.shards]).tolist()
+        assert batches.facts().order == "blocks"
+        assert batches.facts().first_indices == seen[:8]
 
 
 # ---- training batches -------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""The doctor's arithmetic, and one examination of the small set."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from recipe import doctor
+from recipe.doctor import Findings, verdict
+
+SLOW_LOADING = Findings(read=9000, decode=1000, transform=1000, small=1250, copy=None, model=4000, cores=4)
+
+
+def test_the_slowest_stage_is_named_with_its_rate() -> None:
+    assert SLOW_LOADING.load_on_a_core == pytest.approx(500)
+    assert verdict(SLOW_LOADING).startswith("decoding and augmentation bounds this experiment at 2,000 images/s; ")
+    assert verdict(replace(SLOW_LOADING, model=50)).startswith(
+        "the training step bounds this experiment at 50 images/s"
+    )
+    assert verdict(replace(SLOW_LOADING, read=70)).startswith("storage bounds this experiment at 70 images/s")
+    assert verdict(replace(SLOW_LOADING, copy=90)).startswith("the copy to the device bounds this experiment at 90")
+
+
+def test_workers_re_encoding_and_cores() -> None:
+    said = verdict(SLOW_LOADING)
+    assert "needs 9 of the 4 cores" in said, "4,000 images/s and a tenth more, 500 on each core"
+    assert "re-encoding (data.resize_short_side=256) would make loading 2.5 times as fast" in said
+    assert "with 9 cores instead of 4 the device would not wait" in said
+    enough = verdict(replace(SLOW_LOADING, model=400, small=None))
+    assert "needs 1 of the 4 cores" in enough
+    assert "re-encoding" not in enough
+    assert "instead of" not in enough
+
+
+def test_an_examination(
+    smoke: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "SAMPLE", 8)
+    monkeypatch.setattr(doctor, "STEPS", 1)
+    parser = argparse.ArgumentParser()
+    doctor.describe(parser)
+    assert doctor.answer(parser.parse_args(smoke("trainer.gpus=null"))) == 0
+    told = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("  ")[0] for line in told[:4]] == [
+        "reading",
+        "decoding, one core",
+        "augmentation, one core",
+        "training step",
+    ]
+    assert "bounds this experiment at" in told[4]
