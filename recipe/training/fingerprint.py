@@ -31,7 +31,7 @@ from recipe.distributed import World
 from recipe.evaluation import protocol_name, view_name
 from recipe.model import build_model, model_facts
 from recipe.provenance import source_sha256, versions
-from recipe.records import Fingerprint, ProbeStep, Schedule, Setting, TrainingRecord
+from recipe.records import Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
@@ -94,9 +94,6 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
         facts=settings
         | {
             "augmentation": augmentation.facts(config.optimization.epochs),
-            "batch_norm": facts.batch_norm,
-            "zero_initialised_norms": facts.zero_initialised_norms,
-            "alterations": facts.alterations,
             "schedule": _schedule_facts(schedule.facts()),
         },
         steps=steps,
@@ -213,6 +210,17 @@ def _small_training(config: Config) -> Iterator[Training]:
         watch = HangWatch(world, run, small.trainer.timeout_seconds)  # silent: one process
         with build_training(small, world, run, None, StopWish(world), watch, keeps_journal=False) as training:
             yield training
+
+
+def _model_facts(facts: ModelFacts) -> dict[str, Setting]:
+    """What the network says of itself, after it was altered."""
+    return {
+        "modules": dict(facts.modules),
+        "batch_norm": facts.batch_norm,
+        "zero_initialised_norms": facts.zero_initialised_norms,
+        "alterations": facts.alterations,
+        "initial_weights": facts.initial_weights,
+    }
 
 
 def _schedule_facts(schedule: Schedule) -> dict[str, Setting]:
@@ -348,6 +356,7 @@ def _facts(config: Config, training: Training) -> dict[str, Setting]:
     transform = build_evaluation_transform(config.evaluation)
     averaging = {name: value for name, value in training.average.facts().items() if name != "updates"}
     return {
+        "model": _model_facts(training.facts),
         "loss": loss_facts(training.stepper.loss),
         "optimizer": type(training.stepper.optimizer).__name__,
         "averaging": averaging,
