@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from recipe.errors import SAVED
 from tests.faults.launched import finish, processes_of, start, steps_done, wait_until
 
 WORDS = ("trainer.data_processes=2", "trainer.data_threads=2", "optimization.epochs=1000", "trainer.log_every_steps=1")
+SECONDS_TO_START = 240  # torch is imported twice, one after the other, on a machine that may be busy
 TRAINING_AND_LOADING = 4  # the training process, the one that divided, and the two that decode
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """A test that fails must not leave an endless training behind."""
+    yield
+    for pid in processes_of(tmp_path):
+        os.kill(pid, signal.SIGKILL)
 
 
 def decoding(directory: Path) -> list[int]:
@@ -24,7 +34,7 @@ def decoding(directory: Path) -> list[int]:
 @pytest.mark.parametrize("victim", ["training", "divider"])
 def test_no_decoding_process_outlives_a_kill(victim: str, data_directory: Path, tmp_path: Path) -> None:
     process = start(tmp_path, data_directory, *WORDS)
-    wait_until(lambda: steps_done(tmp_path) > 2)
+    wait_until(lambda: steps_done(tmp_path) > 2, SECONDS_TO_START)
     assert len(processes_of(tmp_path)) == TRAINING_AND_LOADING
     if victim == "training":
         process.kill()
@@ -40,7 +50,7 @@ def test_no_decoding_process_outlives_a_kill(victim: str, data_directory: Path, 
 def test_a_signal_to_the_whole_group_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
     """Ctrl-C on a terminal, and torchrun's closing signal, reach the processes that decode as well."""
     process = start(tmp_path, data_directory, *WORDS, new_session=True)
-    wait_until(lambda: steps_done(tmp_path) > 2)
+    wait_until(lambda: steps_done(tmp_path) > 2, SECONDS_TO_START)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = finish(process, SAVED, seconds=60)
     assert "saved at step" in errors
