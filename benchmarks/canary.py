@@ -32,7 +32,8 @@ from torch import nn  # noqa: E402
 from recipe.composition import composed_outside  # noqa: E402
 from recipe.data import processes  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
-from recipe.data.transforms import Normalisation  # noqa: E402
+from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
+from recipe.evaluation import Predictions  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
 from recipe.review.canary import TOLERANCE, compared  # noqa: E402
 from recipe.training import build, fingerprint, measurement  # noqa: E402
@@ -218,6 +219,61 @@ def one_image_late(original: Any) -> Any:
     return iterate
 
 
+def without_antialias(original: Any) -> Any:
+    def built(*arguments: Any) -> Any:
+        return replace(original(*arguments), antialias=False)
+
+    return built
+
+
+def smaller_crops(original: Any) -> Any:
+    def built(*arguments: Any) -> Any:
+        return replace(original(*arguments), scale=(0.08, 1.0))
+
+    return built
+
+
+def without_warmup(original: Any) -> Any:
+    def built(*arguments: Any) -> Any:
+        return replace(original(*arguments), warmup_steps=0)
+
+    return built
+
+
+def no_op(original: Any) -> Any:
+    def nothing(self: Any, *arguments: Any, **named: Any) -> None:
+        return None
+
+    return nothing
+
+
+def one_more(original: Any) -> Any:
+    def correct(self: Predictions, within: int) -> Any:
+        return original(self, within + 1)
+
+    return correct
+
+
+def corner(original: Any) -> Any:
+    def crop(self: EvaluationTransform, image: torch.Tensor) -> torch.Tensor:
+        wide = replace(self, crop_pixels=self.resize_pixels)
+        return original(wide, image)[:, : self.crop_pixels, : self.crop_pixels]
+
+    return crop
+
+
+def twice(original: Any) -> Any:
+    def normalised(self: Normalisation, images: torch.Tensor) -> torch.Tensor:
+        return original(self, original(self, images))
+
+    return normalised
+
+
+def in_both(name: str, make: Callable[[Any], Any]) -> Patch:
+    """A builder, for the training and for the fingerprint of the recipe's own size."""
+    return all_of(replaced(build, name, make), replaced(fingerprint, name, make))
+
+
 def at(step: Callable[[int], int], scale: float = 1.0) -> Callable[[Any], Any]:
     """The schedule at another step, or times a factor."""
 
@@ -249,14 +305,14 @@ FAULTS = [
         SMALL,
         replaced(sys.modules["recipe.data.loading"], "epoch_order", one_epoch_order),
     ),
-    Fault(
-        "resize 232 for 256",
-        SMALL,
-        all_of(
-            replaced(build, "build_evaluation_transform", smaller_resize),
-            replaced(fingerprint, "build_evaluation_transform", smaller_resize),
-        ),
-    ),
+    Fault("resize 232 for 256", SMALL, in_both("build_evaluation_transform", smaller_resize)),
+    Fault("crop from the corner", SMALL, replaced(EvaluationTransform, "__call__", corner)),
+    Fault("no antialiasing", SMALL, in_both("build_augmentation", without_antialias)),
+    Fault("crops from 8 % of the area for 35 %", SMALL, in_both("build_augmentation", smaller_crops)),
+    Fault("no warm-up", SMALL, in_both("build_schedule", without_warmup)),
+    Fault("normalised twice", SMALL, replaced(Normalisation, "__call__", twice)),
+    Fault("gradients never cleared", SMALL, replaced(torch.optim.SGD, "zero_grad", no_op)),
+    Fault("counted within 2 for 1", SMALL, replaced(Predictions, "correct", one_more)),
     Fault("no label smoothing", SMALL, replaced(build, "build_loss", without_smoothing)),
     Fault("average with decay 0.99 for 0.9", SMALL, replaced(WeightAverage, "decay_now", slower)),
     Fault("average not applied", SMALL, replaced(WeightAverage, "update", unaveraged)),

@@ -284,7 +284,7 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     steps: list[ProbeStep]
     evaluation_logits: list[float]  # of the first images of the validation set, through the weights that count
     evaluation_labels: list[int]
-    evaluation_correct: list[int]  # within 1 and 5
+    evaluation_correct: list[int]  # within 1, 2, ... 5
 
 
 class SeedDynamics(Record, frozen=True, kw_only=True):

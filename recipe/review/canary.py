@@ -171,4 +171,4 @@ def _evaluation(recipe: Fingerprint, here: Fingerprint, tolerance: float, same_p
         yield Difference("logits of the evaluation", f"within {tolerance:g} of the largest", f"{apart / largest:.2g}")
     if recipe.evaluation_correct != here.evaluation_correct:
         kind = CHANGED if same_pixels else CANNOT_TELL
-        yield Difference("correct within 1 and 5", str(recipe.evaluation_correct), str(here.evaluation_correct), kind)
+        yield Difference("correct within 1 to 5", str(recipe.evaluation_correct), str(here.evaluation_correct), kind)

@@ -333,13 +333,13 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 def _evaluated(training: Training) -> tuple[list[float], list[int], list[int]]:
-    """Logits and labels of the first validation batch, and how many of all images are right within 1 and 5."""
+    """Logits and labels of the first validation batch, and how many of all images are right within 1 to 5."""
     predict = validation_predictor(training)
     batch = next(iter(training.validation))
     logits = predict(batch.images)
     predictions = predict_validation(training, predict)
     assert predictions is not None, "one process is the first"
-    correct = [int(predictions.correct(within).sum()) for within in (1, 5)]
+    correct = [int(predictions.correct(within).sum()) for within in range(1, 6)]
     return logits.double().flatten().tolist(), batch.labels.tolist(), correct
 
 
