@@ -342,12 +342,80 @@ def clean_code() -> Clean:
     return clean
 
 
+# (file, a part of the line, a part of the change) -> why the change cannot show in any recipe
+EQUIVALENT: list[tuple[str, str, str, str]] = [
+    (
+        "alterations.py",
+        "BLURRED_CHANNELS_MIN = 16",
+        "",
+        "no strided convolution of a torchvision ResNet has 16 channels",
+    ),
+    (
+        "alterations.py",
+        "self.kernel_size == (1, 1)",
+        "",
+        "a shorter way to the same values for convolutions of one pixel",
+    ),
+    ("alterations.py", "len(ends) < 2", "", "every residual block has two convolutions or more"),
+    ("schedule.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
+]
+
+
+def reason(row: dict[str, Any]) -> str:
+    """Why a survivor is equivalent; empty where it was missed."""
+    for file, text, change, why in EQUIVALENT:
+        if row["file"].endswith(file) and text in row["text"] and change in row["change"]:
+            return why
+    return ""
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The results as markdown."""
+    found = [row for row in rows if row["found"]]
+    unreached = [row for row in rows if not row["found"] and not row["recipes"]]
+    survived = [row for row in rows if not row["found"] and row["recipes"]]
+    equivalent = [row for row in survived if reason(row)]
+    missed = [row for row in survived if not reason(row)]
+    share = 100 * len(found) / max(1, len(found) + len(missed))
+    lines = [
+        "# Which changes of the code does drift find?",
+        "",
+        "Made by `python benchmarks/mutations.py`. Every number (the next whole one, half as much again), comparison (the",
+        "edge, the opposite) and sign (+ and -, * and /, a minus) of the files below was changed, one at a time.",
+        "",
+        f"{len(rows)} changes: {len(found)} found, {len(equivalent)} equivalent, {len(missed)} missed, {len(unreached)} in lines",
+        f"that none of the {len(RECIPES)} recipes runs. **{share:.1f} % of those that are run and not equivalent are found.**",
+        "0 findings on the clean tree.",
+        "",
+        "| File | Changes | Found | Equivalent | Missed | Not run |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    for file in TARGETS:
+        counts = [sum(row["file"] == file for row in part) for part in (rows, found, equivalent, missed, unreached)]
+        lines.append(f"| `{file}` | {' | '.join(map(str, counts))} |")
+    lines += ["", "The recipes:", ""] + [f"- {name}: `{' '.join(words)}`" for name, words in RECIPES.items()]
+    for title, part in (("Equivalent", equivalent), ("Missed", missed)):
+        lines += ["", f"## {title}", "", "| Place | Line | Change | Why |", "|:--|:--|:--|:--|"]
+        for row in part:
+            text = row["text"].replace("|", "\\|")
+            lines.append(f"| `{row['file']}:{row['line']}` | `{text[:90]}` | {row['change']} | {reason(row)} |")
+    lines += ["", "## Not run by these recipes", "", "Messages, given weights, several processes, and the like."]
+    places = sorted({(row["file"], row["line"], row["text"][:70]) for row in unreached})
+    lines += ["", *(f"- `{file}:{line}` `{text}`" for file, line, text in places), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="files whose name ends so")
     parser.add_argument("--output", type=Path, default=RESULTS / "mutations.jsonl")
+    parser.add_argument("--page", nargs="+", type=Path, help="write the page from these results, and run nothing")
     parser.add_argument("--share", default="0/1", help="k/n: every n-th mutant from k, to use several cores")
     arguments = parser.parse_args()
+    if arguments.page:
+        rows = [json.loads(line) for path in arguments.page for line in lines_of(path)]
+        (RESULTS / "mutations.md").write_text(page(rows))
+        return
     sys.path.insert(0, str(ROOT))
     load_libraries()
     clean = clean_code()
