@@ -380,8 +380,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Which changes of the code does drift find?",
         "",
-        "Made by `python benchmarks/mutations.py`. Every number (the next whole one, half as much again), comparison (the",
-        "edge, the opposite) and sign (+ and -, * and /, a minus) of the files below was changed, one at a time.",
+        "Made by `python benchmarks/mutations.py`. Every number (the next whole one, half as much again), comparison",
+        "(the edge, the opposite) and sign (+ and -, * and /, a minus) of the files below was changed, one at a time.",
         "",
         f"{len(rows)} changes: {len(found)} found, {len(equivalent)} equivalent, {len(missed)} missed,",
         f"{len(unreached)} in lines that none of the {len(RECIPES)} recipes runs.",
