@@ -20,7 +20,7 @@ from recipe.document.dynamics import MetricRow, joined_rows
 from recipe.document.facts import gather
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
-from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, TrainingRecord, from_json
+from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
 from recipe.review.convergence import METRICS, phases
 from recipe.review.subject import Subject, open_subject, read_text
 from recipe.run import Run, shown_path
@@ -68,7 +68,7 @@ def _one_reference(path: str | Path) -> Dynamics:
     if path.suffix == ".json" and path.is_file():
         return _checked(_read_dynamics(path), shown_path(path))
     subject = open_subject(path)
-    own = _from_claims(subject)
+    own = _with_published_seeds(_from_claims(subject), subject)
     file = (path if path.is_dir() else path.parent) / DYNAMICS_FILE
     if not file.is_file():
         return _checked(own, subject.name)
@@ -76,6 +76,27 @@ def _one_reference(path: str | Path) -> Dynamics:
     refuse_differences(own, published.config, published.steps_per_epoch, shown_path(file))
     seeds = _without_repeats([*own.seeds, *published.seeds])
     return _checked(msgspec.structs.replace(own, seeds=seeds), subject.name)
+
+
+def _with_published_seeds(own: Dynamics, subject: Subject) -> Dynamics:
+    """The other seeds that were published with a recipe: of the same recipe on the same data, as `publish` saw to."""
+    published = subject.run.read(SeedsRecord) if subject.run is not None else None
+    if published is None:
+        return own
+    if published.recipe_id != own.recipe_id:
+        raise UserError(f"the seeds in the records of {subject.name} are of another recipe")
+    others = [
+        SeedDynamics(
+            seed=run.seed,
+            weights_sha256=run.weights_sha256,
+            source_sha256=run.source_sha256,
+            images_per_batch_norm=None,
+            raw_sha256=own.seeds[0].raw_sha256,
+            epochs={name: list(values) for name, values in run.epochs.items()},
+        )
+        for run in published.runs
+    ]
+    return msgspec.structs.replace(own, seeds=_without_repeats([*own.seeds, *others]))
 
 
 def _read_dynamics(path: Path) -> Dynamics:

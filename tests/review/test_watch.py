@@ -18,7 +18,7 @@ import pytest
 from recipe.__main__ import main
 from recipe.config import pinned, recipe_id
 from recipe.errors import UserError
-from recipe.records import Dynamics, SeedDynamics, to_json
+from recipe.records import Dynamics, SeedDynamics, SeedRun, SeedsRecord, to_json
 from recipe.review.convergence import METRICS, OFF_TRACK, ON_TRACK
 from recipe.review.reference import open_reference, watched_run
 from recipe.review.watch import TrainingWatch, training_watch
@@ -173,6 +173,29 @@ def test_documents_and_dynamics_beside_them_make_one_reference(capsys: pytest.Ca
     assert main(["aggregate", folder, write_document(9, "other"), "--output", "all.json"]) == 0
     assert "5 seeds" in capsys.readouterr().out
     assert open_reference(["all.json"]).seeds == open_reference([folder, "other"]).seeds
+
+
+def test_seeds_that_were_published_with_a_recipe_are_its_reference() -> None:
+    folder = write_document(0, "published")
+    runs = [
+        SeedRun(
+            seed=seed,
+            weights_sha256="d" * 64,
+            source_sha256="a" * 64,
+            correct_top1=1,
+            correct_top5=1,
+            epochs=course(seed),
+        )
+        for seed in range(4)
+    ]
+    plain = {key: value for key, value in CONFIG.items() if key != "seed"}
+    record = SeedsRecord(recipe_id=recipe_id(plain), protocol="resize", images=2, runs=runs)
+    run = Run(folder)
+    run.write(record)
+    assert sorted(seed.seed for seed in open_reference([folder]).seeds) == [0, 1, 2, 3]
+    run.write(msgspec.structs.replace(record, recipe_id="0" * 64))
+    with pytest.raises(UserError, match="another recipe"):
+        open_reference([folder])
 
 
 def test_a_document_can_be_judged_too() -> None:
