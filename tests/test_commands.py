@@ -92,6 +92,7 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_two_processes_by_either_launch_give_the_same_weights_and_leave_nothing_else(
     run_command: Command, tmp_path: Path
 ) -> None:
@@ -248,6 +249,7 @@ def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, 
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_names_a_path_a_host_or_a_user(run_command: Command, tmp_path: Path) -> None:
     run_command("preprocess.py", "run_dir=x")
     run_command("train.py", "run_dir=x", "optimization.epochs=1")
@@ -260,6 +262,7 @@ def test_no_file_of_a_run_names_a_path_a_host_or_a_user(run_command: Command, tm
             assert socket.gethostname() not in path.name
 
 
+@pytest.mark.slow
 def test_a_run_with_a_name_of_its_own_is_evaluated_by_the_same_words(run_command: Command) -> None:
     words = ("name=mine", "run_dir=x", "optimization.epochs=1")
     run_command("train.py", *words)

@@ -325,7 +325,7 @@ def test_ctrl_c_ends_quickly_and_continues(
     started = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=20)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # it takes a second; a busy machine has taken five
     assert process.returncode != 0
     assert not list((tmp_path / "out").glob("*.tmp-*"))
     preprocess(config(official, tmp_path / "out"))

@@ -11,12 +11,13 @@ import pytest
 from torch import Tensor
 
 from recipe.config import Config, Corrupt
+from recipe.data import processes
 from recipe.data.processing import preprocess
 from recipe.data.shards import open_split, read_manifest
 from recipe.distributed import launch
 from recipe.errors import UserError, WorkerError
 from recipe.records import TrainingRecord
-from recipe.training import build, loop
+from recipe.training import loop
 from tests.conftest import compose_config
 from tests.data.layouts import config, encoded, pixels, train_images, write_official
 from tests.data.test_processing import jpeg_header_of
@@ -81,7 +82,7 @@ def test_f12_training_names_a_shard_that_is_missing(smoke: Words, data_directory
 
 def train_noting_refusals(config: Config) -> TrainingRecord | None:
     """Train; the moment at which an image was refused is the first line of `refused`, that of the end of `ended`."""
-    decode = build.build_decoder(config.data.decoder)
+    decode = processes.build_decoder(config.data.decoder)
 
     def noting(content: bytes) -> Tensor:
         try:
@@ -91,7 +92,7 @@ def train_noting_refusals(config: Config) -> TrainingRecord | None:
                 file.write(f"{time.time()}\n")
             raise
 
-    build.build_decoder = lambda decoder: noting  # type: ignore[assignment]
+    processes.build_decoder = lambda decoder: noting  # type: ignore[assignment]
     try:
         return loop.train(config)
     except UserError as error:

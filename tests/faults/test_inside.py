@@ -196,7 +196,7 @@ def test_f17_a_run_directory_that_vanishes_ends_the_run_at_its_next_checkpoint(
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         step(training, batches)
 
-    monkeypatch.setattr(loop, "_step", vanishing_step)
+    monkeypatch.setattr(loop, "take_step", vanishing_step)
     with pytest.raises(DiskError, match="run has vanished; nothing more can be saved there"):
         loop.train(compose_config(*words))
     assert not (tmp_path / "run").exists()

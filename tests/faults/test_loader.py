@@ -31,8 +31,9 @@ def decoding(directory: Path) -> list[int]:
     return [pid for pid, command in commands.items() if b"recipe.data.worker" in command]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["training", "divider"])
-def test_no_decoding_process_outlives_a_kill(victim: str, data_directory: Path, tmp_path: Path) -> None:
+def test_f02_no_decoding_process_outlives_a_kill(victim: str, data_directory: Path, tmp_path: Path) -> None:
     process = start(tmp_path, data_directory, *WORDS)
     wait_until(lambda: steps_done(tmp_path) > 2, SECONDS_TO_START)
     assert len(processes_of(tmp_path)) == TRAINING_AND_LOADING
@@ -47,12 +48,13 @@ def test_no_decoding_process_outlives_a_kill(victim: str, data_directory: Path, 
     wait_until(lambda: not processes_of(tmp_path), seconds=10)
 
 
-def test_a_signal_to_the_whole_group_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_f03_a_signal_to_the_whole_group_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
     """Ctrl-C on a terminal, and torchrun's closing signal, reach the processes that decode as well."""
     process = start(tmp_path, data_directory, *WORDS, new_session=True)
     wait_until(lambda: steps_done(tmp_path) > 2, SECONDS_TO_START)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = finish(process, SAVED, seconds=60)
+    _, errors = finish(process, SAVED, seconds=150)
     assert "saved at step" in errors
     assert "Traceback" not in errors
     wait_until(lambda: not processes_of(tmp_path), seconds=10)

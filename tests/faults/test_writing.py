@@ -59,6 +59,7 @@ def files_of(run: Run) -> dict[str, bytes]:
     return {str(path.relative_to(run.directory)): path.read_bytes() for path in (run.document, run.twin)}
 
 
+@pytest.mark.slow
 def test_f19_a_kill_at_any_file_leaves_each_whole_and_the_next_time_is_as_the_first(
     documented: Path, tmp_path: Path
 ) -> None:
