@@ -19,6 +19,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"]
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python \S+\.py|make) ?[^`]*)`")
+GENERATED = re.compile(r"<!-- recipe:begin .*?<!-- recipe:end [^>]*>", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 ACCURACY = re.compile(r"\d(?:\.\d+)? ?%")
 MARKS = ("measured", "published", "declared")
@@ -140,7 +141,8 @@ def test_every_configuration_group_and_every_experiment_has_its_place() -> None:
 def test_every_accuracy_says_where_it_is_from() -> None:
     """In tables and sentences; printed output stands in a block of its own and agrees with the table."""
     readme = text_of("README.md")
-    lines = [line for line in FENCE.sub("", readme).splitlines() if ACCURACY.search(line)]
+    by_hand = GENERATED.sub("", FENCE.sub("", readme))  # the table of published recipes has the mark in its head
+    lines = [line for line in by_hand.splitlines() if ACCURACY.search(line)]
     assert lines
     assert all(any(mark in line for mark in MARKS) for line in lines), lines
     correct, images = re.findall(r"\((\d+) of (\d+)\)\*\*, n = 1, spread unknown", readme)[0]
