@@ -84,7 +84,7 @@ def exact_and_positions(words: list[str], run_dir: str, rank: int) -> tuple[list
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_f04_a_stopped_run_continues_bit_by_bit_on_several_processes(
     smoke: Words, tmp_path: Path, processes: int
