@@ -16,6 +16,7 @@ from typing import Any
 
 from recipe.composition import composed_outside
 from recipe.config import MACHINE_FACTS, differences, pinned
+from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.provenance import source_sha256
@@ -27,7 +28,6 @@ from recipe.run import CHECKOUT
 from recipe.training.fingerprint import take_fingerprint
 
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
-EXPERIMENTS = CHECKOUT / "conf" / "experiment"
 LARGEST_COUNT = 10**8
 OVERRIDE = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
 

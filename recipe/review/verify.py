@@ -12,12 +12,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from recipe.composition import composed_outside
+from recipe.config import NAME
+from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.review.chain import BROKEN, Link, links
-from recipe.review.drift import EXPERIMENTS, fingerprint_here
+from recipe.review.drift import fingerprint_here
 from recipe.review.subject import Subject, open_subject
 
 DECIDING = 3  # differences shown of a canary that fails; the others follow from them
@@ -66,8 +68,9 @@ def found_links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -
 
 def usual_places(subject: Subject) -> tuple[Path | None, Path | None]:
     """Where this checkout's file of the experiment has raw and processed data."""
-    name = str((subject.identity or {}).get("config", {}).get("name", ""))
-    if not name or "/" in name or not (EXPERIMENTS / f"{name}.yaml").is_file():
+    config = (subject.identity or {}).get("config")
+    name = str(config.get("name", "")) if isinstance(config, dict) else ""
+    if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None
     try:
         data = composed_outside([f"experiment={name}"]).data
