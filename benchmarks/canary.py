@@ -382,8 +382,9 @@ def spread(clean: Fingerprint, other: Fingerprint) -> dict[str, float]:
         note("norm of the gradient", ours.gradient_norm, theirs.gradient_norm, ours.gradient_norm)
         for name, way in ours.distances.items():
             note("way of the weights", way, theirs.distances[name], way)
-    largest = max(abs(logit) for logit in clean.evaluation_logits)
-    for ours_logit, theirs_logit in zip(clean.evaluation_logits, other.evaluation_logits, strict=True):
+    ours_seen, theirs_seen = clean.evaluation, other.evaluation
+    largest = max(abs(logit) for logit in ours_seen.logits)
+    for ours_logit, theirs_logit in zip(ours_seen.logits, theirs_seen.logits, strict=True):
         note("logits", ours_logit, theirs_logit, largest)
     return found
 

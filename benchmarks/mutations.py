@@ -56,6 +56,7 @@ RECIPES = {
         *("optimization.averaging.decay=0.9", "optimization.averaging.form=torchvision"),
         *("optimization.averaging.every_steps=2", "optimization.schedule=step", "optimization.step_epochs=[2,4]"),
         *("optimization.nesterov=true", "evaluation.flip=true", "optimization.decay_norms_and_biases=true"),
+        "model.blur_pool=true",
     ],
     "binary loss, repeats, growing images, average with recalibration": [
         *SMALL,
@@ -342,22 +343,23 @@ def clean_code() -> Clean:
     return clean
 
 
-# (file, a part of the line, a part of the change) -> why the change cannot show in any recipe
+ONE_PIXEL = "a shorter way to the same values, for convolutions of one pixel"
+ALL_ALIKE = "which one is looked at does not matter: all are the same there"
+FAST_PATH = "decides by which of two ways the same pixels come about"
+# (file, a part of the line, a part of the change, why the change cannot show in any recipe)
 EQUIVALENT: list[tuple[str, str, str, str]] = [
-    (
-        "alterations.py",
-        "BLURRED_CHANNELS_MIN = 16",
-        "",
-        "no strided convolution of a torchvision ResNet has 16 channels",
-    ),
-    (
-        "alterations.py",
-        "self.kernel_size == (1, 1)",
-        "",
-        "a shorter way to the same values for convolutions of one pixel",
-    ),
-    ("alterations.py", "len(ends) < 2", "", "every residual block has two convolutions or more"),
+    ("alterations.py", "self.kernel_size == (1, 1)", "", ONE_PIXEL),
+    ("alterations.py", "convolution.bias is not None", "", "the parameters are replaced in the line after the call"),
+    ("alterations.py", "len(ends) < 2", "", "every residual network has three blocks or more; it is a message"),
+    ("alterations.py", "blurred[0].blur[0, 0].tolist()", "", ALL_ALIKE),
+    ("alterations.py", "torch.all(head.bias == head.bias[0])", "0 -> 1", ALL_ALIKE),
+    ("alterations.py", "float(head.bias[0].detach())", "0 -> 1", ALL_ALIKE),
     ("schedule.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
+    ("transforms.py", "if content[:2] != JPEG_START", "", FAST_PATH),
+    ("transforms.py", "if image.stride(0) != 1", "", FAST_PATH),
+    ("transforms.py", "header = read_header(content)", "", FAST_PATH),
+    ("transforms.py", "if height <= width else", "", "for a square picture both are the same size"),
+    ("transforms.py", "for source, size in (((97, 131)", "", "pictures by which a fast path is tried out"),
 ]
 
 

@@ -262,6 +262,20 @@ class ProbeStep(Record, frozen=True, kw_only=True):
     distances: dict[str, float]  # after the step, of each parameter group and of the moving average from their start
 
 
+class EvaluationProbe(Record, frozen=True, kw_only=True):
+    """What the evaluation makes of a few validation images, through the weights that count."""
+
+    logits: list[float]  # of the first batch
+    labels: list[int]  # of all images, as are the lists below
+    losses: list[float]
+    margins: list[float]  # best logit less the second best
+    best_classes: int  # kept for each image
+    correct: list[int]  # within 1, 2, ... 5
+    loss: float
+    accuracies: list[float]  # within 1 and 5
+    class_counts: list[tuple[int, int, int]]  # of each class: images, right within 1 and 5
+
+
 class Fingerprint(Record, frozen=True, kw_only=True):
     """What this recipe's code does with a few images that it draws itself, in fp32 on one CPU thread.
 
@@ -269,7 +283,7 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     checkout still does what the recipe's did.
     """
 
-    format: str = "fingerprint/1"
+    format: str = "fingerprint/2"
     source_sha256: str
     versions: dict[str, str]
     instructions: str  # of the processor, as torch uses them: they decide how pixels are rounded
@@ -282,9 +296,7 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     order_sha256: str
     facts: dict[str, Setting]  # of loss, averaging, augmentation, normalisation and evaluation, read back
     steps: list[ProbeStep]
-    evaluation_logits: list[float]  # of the first images of the validation set, through the weights that count
-    evaluation_labels: list[int]
-    evaluation_correct: list[int]  # within 1, 2, ... 5
+    evaluation: EvaluationProbe
 
 
 class SeedDynamics(Record, frozen=True, kw_only=True):

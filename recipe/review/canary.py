@@ -159,16 +159,30 @@ def _step(where: str, theirs: ProbeStep, ours: ProbeStep, tolerance: float) -> I
 
 
 def _evaluation(recipe: Fingerprint, here: Fingerprint, tolerance: float, same_pixels: bool) -> Iterator[Difference]:
-    """Labels and logits of the first validation images, and the counts over all of them."""
-    theirs, ours = recipe.evaluation_logits, here.evaluation_logits
-    yield from _equal("labels of the evaluation", recipe.evaluation_labels, here.evaluation_labels)
-    if len(theirs) != len(ours):
-        yield Difference("logits of the evaluation", str(len(theirs)), str(len(ours)))
+    """What the evaluator says of the validation images; numbers are held to the size of the logits they come from."""
+    theirs, ours = recipe.evaluation, here.evaluation
+    scale = max((abs(logit) for logit in theirs.logits), default=0.0)
+    yield from _equal("labels of the evaluation", theirs.labels, ours.labels)
+    yield from _row("logits of the evaluation", theirs.logits, ours.logits, tolerance, scale)
+    yield from _row("margins of the evaluation", theirs.margins, ours.margins, 2 * tolerance, scale)
+    yield from _row("losses of the evaluation", theirs.losses, ours.losses, 2 * tolerance, scale)
+    yield from _close("loss of the evaluation", theirs.loss, ours.loss, 2 * tolerance, scale)
+    yield from _equal("classes kept for each image", theirs.best_classes, ours.best_classes)
+    for what, counted, here_counted in (
+        ("correct within 1 to 5", theirs.correct, ours.correct),
+        ("accuracy within 1 and 5", theirs.accuracies, ours.accuracies),
+        ("counts of each class", theirs.class_counts, ours.class_counts),
+    ):
+        if counted != here_counted:
+            kind = CHANGED if same_pixels else CANNOT_TELL
+            yield Difference(what, str(counted), str(here_counted), kind)
+
+
+def _row(what: str, recipe: list[float], here: list[float], tolerance: float, scale: float) -> Iterator[Difference]:
+    """Many numbers of one kind, by the two that lie farthest apart."""
+    if len(recipe) != len(here):
+        yield Difference(what, str(len(recipe)), str(len(here)))
         return
-    largest = max((abs(logit) for logit in theirs), default=0.0)
-    apart = max((abs(one - other) for one, other in zip(theirs, ours, strict=True)), default=0.0)
-    if not apart <= tolerance * largest:
-        yield Difference("logits of the evaluation", f"within {tolerance:g} of the largest", f"{apart / largest:.2g}")
-    if recipe.evaluation_correct != here.evaluation_correct:
-        kind = CHANGED if same_pixels else CANNOT_TELL
-        yield Difference("correct within 1 to 5", str(recipe.evaluation_correct), str(here.evaluation_correct), kind)
+    apart = max((abs(one - other) for one, other in zip(recipe, here, strict=True)), default=0.0)
+    if not apart <= tolerance * scale:
+        yield Difference(what, f"within {tolerance:g} of the largest logit", f"{apart / max(scale, 1e-30):.2g}")

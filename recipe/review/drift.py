@@ -68,9 +68,10 @@ def drifted(subject: Subject) -> Iterator[Difference]:
 
 def fingerprint_here(subject: Subject) -> Fingerprint:
     """The recipe's configuration through this checkout's code."""
-    claims = subject.claims().get("claims") or {}
-    steps_per_epoch = counted(subject, claims.get("training"), "steps_per_epoch")
-    classes = counted(subject, claims.get("data"), "classes")
+    claims = subject.claims().get("claims")
+    training, data = (claims.get("training"), claims.get("data")) if isinstance(claims, dict) else (None, None)
+    steps_per_epoch = counted(subject, training, "steps_per_epoch")
+    classes = counted(subject, data, "classes")
     return take_fingerprint(restored_config(subject.claims()), steps_per_epoch, classes)
 
 

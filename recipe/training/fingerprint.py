@@ -28,10 +28,10 @@ from recipe.data.loading import BatchLayout, TrainingBatches
 from recipe.data.processing import preprocess
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
-from recipe.evaluation import protocol_name, view_name
+from recipe.evaluation import class_table, protocol_name, view_name
 from recipe.model import build_model, model_facts
 from recipe.provenance import source_sha256, versions
-from recipe.records import Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
+from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
@@ -78,7 +78,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
         groups = optimizer_facts(training.stepper.optimizer)
         start = _start(training)
         steps = list(_probes(training, start))
-        logits, labels, correct = _evaluated(training)
+        evaluation = _evaluated(training)
         order = _order_sha256(training)
     return Fingerprint(
         source_sha256=source_sha256(),
@@ -97,9 +97,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
             "schedule": _schedule_facts(schedule.facts()),
         },
         steps=steps,
-        evaluation_logits=logits,
-        evaluation_labels=labels,
-        evaluation_correct=correct,
+        evaluation=evaluation,
     )
 
 
@@ -332,15 +330,24 @@ def _norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in tensors))
 
 
-def _evaluated(training: Training) -> tuple[list[float], list[int], list[int]]:
-    """Logits and labels of the first validation batch, and how many of all images are right within 1 to 5."""
+def _evaluated(training: Training) -> EvaluationProbe:
+    """Everything that the evaluator says of the validation images."""
     predict = validation_predictor(training)
-    batch = next(iter(training.validation))
-    logits = predict(batch.images)
-    predictions = predict_validation(training, predict)
-    assert predictions is not None, "one process is the first"
-    correct = [int(predictions.correct(within).sum()) for within in range(1, 6)]
-    return logits.double().flatten().tolist(), batch.labels.tolist(), correct
+    logits = predict(next(iter(training.validation)).images)
+    found = predict_validation(training, predict)
+    assert found is not None, "one process is the first"
+    classes = [("", "")] * logits.shape[1]
+    return EvaluationProbe(
+        logits=logits.double().flatten().tolist(),
+        labels=found.labels.tolist(),
+        losses=found.losses.tolist(),
+        margins=found.margins.astype(float).tolist(),
+        best_classes=found.top.shape[1],
+        correct=[int(found.correct(within).sum()) for within in range(1, 6)],
+        loss=found.loss,
+        accuracies=[found.accuracy(1), found.accuracy(5)],
+        class_counts=[(row.images, row.correct_top1, row.correct_top5) for row in class_table(found, classes)],
+    )
 
 
 def _order_sha256(training: Training) -> str:

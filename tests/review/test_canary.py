@@ -37,15 +37,27 @@ def test_torch_is_left_as_it_was(clean: Fingerprint) -> None:
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
+def evaluated(clean: Fingerprint, **values: Any) -> dict[str, Any]:
+    """Another evaluation."""
+    return {"evaluation": msgspec.structs.replace(clean.evaluation, **values)}
+
+
 CHANGES: list[tuple[Callable[[Any], dict[str, Any]], str]] = [
     (lambda f: {"architecture_sha256": "0" * 64}, "architecture"),
     (lambda f: {"parameters": f.parameters + 1}, "parameters"),
     (lambda f: {"learning_rates": [*f.learning_rates[:-1], 1.0]}, "learning rate at 1 of"),
     (lambda f: {"order_sha256": "0" * 64}, "order of the images"),
     (lambda f: {"augmentation_sha256": "0" * 64}, "pixels of the augmentation"),
-    (lambda f: {"evaluation_labels": f.evaluation_labels[::-1]}, "labels of the evaluation"),
-    (lambda f: {"evaluation_logits": [2 * logit for logit in f.evaluation_logits]}, "logits of the evaluation"),
-    (lambda f: {"evaluation_correct": [0, 0]}, "correct within 1 to 5"),
+    (lambda f: evaluated(f, labels=f.evaluation.labels[::-1]), "labels of the evaluation"),
+    (lambda f: evaluated(f, logits=[2 * logit for logit in f.evaluation.logits]), "logits of the evaluation"),
+    (lambda f: evaluated(f, logits=f.evaluation.logits[1:]), "logits of the evaluation"),
+    (lambda f: evaluated(f, margins=[margin + 1.0 for margin in f.evaluation.margins]), "margins of the evaluation"),
+    (lambda f: evaluated(f, losses=[float("nan")] * len(f.evaluation.losses)), "losses of the evaluation"),
+    (lambda f: evaluated(f, loss=2 * f.evaluation.loss), "loss of the evaluation"),
+    (lambda f: evaluated(f, best_classes=6), "classes kept for each image"),
+    (lambda f: evaluated(f, correct=[0, 0]), "correct within 1 to 5"),
+    (lambda f: evaluated(f, accuracies=[1.0, 0.0]), "accuracy within 1 and 5"),
+    (lambda f: evaluated(f, class_counts=f.evaluation.class_counts[1:]), "counts of each class"),
     (lambda f: {"facts": {**f.facts, "loss": {}}}, "loss"),
     (lambda f: {"steps": f.steps[:-1]}, "probe steps"),
 ]
