@@ -12,6 +12,7 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.document.render import write_document
+from recipe.errors import UserError
 from recipe.performance import evaluate_run
 from recipe.records import TrainingRecord
 from recipe.review import drift
@@ -198,6 +199,15 @@ def test_claimed_numbers_that_shape_the_work_are_checked(finished: Path, value: 
     assert subject.identity is not None
     subject.identity["claims"]["training"]["steps_per_epoch"] = value
     with pytest.raises(ValueError, match="steps_per_epoch"):
+        drift.fingerprint_here(subject)
+
+
+@pytest.mark.parametrize("value", [[], "x", 1, {"training": []}, {"training": "x"}])
+def test_claims_of_no_known_form_are_one_sentence(finished: Path, value: Any) -> None:
+    subject = open_subject(finished / "run")
+    assert subject.identity is not None
+    subject.identity["claims"] = value
+    with pytest.raises(UserError, match="claims steps_per_epoch=None"):
         drift.fingerprint_here(subject)
 
 
