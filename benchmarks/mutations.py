@@ -77,7 +77,7 @@ RECIPES = {
         *("augmentation.mixing.cutmix_alpha=0.7", "optimization.loss=binary_cross_entropy"),
     ],
 }
-STEPS_PER_EPOCH, CLASSES = 15, 12
+STEPS_PER_EPOCH, CLASSES = 150, 12  # of the schedule: more steps than are recorded
 SECONDS_PER_MUTANT = 240.0
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -354,10 +354,20 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("alterations.py", "blurred[0].blur[0, 0].tolist()", "", ALL_ALIKE),
     ("alterations.py", "torch.all(head.bias == head.bias[0])", "0 -> 1", ALL_ALIKE),
     ("alterations.py", "float(head.bias[0].detach())", "0 -> 1", ALL_ALIKE),
+    ("evaluation.py", "margins = values", "0 -> 1", "the margin of a network of one class is zero in any column"),
+    ("evaluation.py", "margins = values", "Gt -> GtE", "a network of one class makes one column, and has no second"),
+    ("evaluation.py", "margins = values", "1 -> 2", "decides only for networks of two classes"),
+    ("evaluation.py", "top1, top5 =", "5 -> 6", "no more than five classes of an image are kept"),
+    ("loss.py", "wanted = wanted > self.target_threshold", "Gt -> GtE", "a mixed target never is the threshold itself"),
+    ("optimizer.py", "if moved and kept != 1", "", "whether weights are multiplied by one or not"),
+    ("schedule.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
+    ("schedule.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),
+    ("schedule.py", "self._falls()) if step < self.steps", "", "no rate falls at the very end"),
     ("schedule.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
     ("transforms.py", "if content[:2] != JPEG_START", "", FAST_PATH),
     ("transforms.py", "if image.stride(0) != 1", "", FAST_PATH),
     ("transforms.py", "header = read_header(content)", "", FAST_PATH),
+    ("transforms.py", "KERNELS[interpolation](image[None]", "", FAST_PATH),
     ("transforms.py", "if height <= width else", "", "for a square picture both are the same size"),
     ("transforms.py", "for source, size in (((97, 131)", "", "pictures by which a fast path is tried out"),
 ]
@@ -416,17 +426,21 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="k/n: every n-th mutant from k, to use several cores")
     arguments = parser.parse_args()
     if arguments.page:
+        now = {mutant.key: mutant.text for file in TARGETS for mutant in mutants(file)}
         rows = [json.loads(line) for path in arguments.page for line in lines_of(path)]
+        rows = [row for row in rows if now.get(row["key"]) == row["text"]]  # the others are of code that has changed
+        print(f"{len(rows)} of {len(now)} changes of the code as it is now were tried")
         (RESULTS / "mutations.md").write_text(page(rows))
         return
     sys.path.insert(0, str(ROOT))
     load_libraries()
     clean = clean_code()
     print(f"0 findings on the clean tree, {len(RECIPES)} recipes", flush=True)
-    done = {json.loads(line)["key"] for line in lines_of(arguments.output)}
+    tried = [json.loads(line) for line in lines_of(arguments.output)]
+    done = {(row["key"], row["text"]) for row in tried}
     every = [mutant for file in TARGETS if file.endswith(arguments.only or "") for mutant in mutants(file)]
     first, step = (int(part) for part in arguments.share.split("/"))
-    waiting = [mutant for mutant in every[first::step] if mutant.key not in done]
+    waiting = [mutant for mutant in every[first::step] if (mutant.key, mutant.text) not in done]
     clock = time.perf_counter()
     for number, mutant in enumerate(waiting, start=1):
         found = in_child(lambda mutant=mutant: verdict(mutant, clean), SECONDS_PER_MUTANT)

@@ -253,7 +253,7 @@ class ProbeStep(Record, frozen=True, kw_only=True):
 
     step: int  # of the recipe's own schedule
     epoch: int
-    indices: list[int]  # of the images, in order
+    indices: list[int]  # of the images, in order, over all forward passes of the step
     learning_rate: float
     images_mean: float  # of the normalised, mixed images that go into the network
     images_std: float
@@ -296,6 +296,7 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     order_sha256: str
     facts: dict[str, Setting]  # of loss, averaging, augmentation, normalisation and evaluation, read back
     steps: list[ProbeStep]
+    training_counts: list[int]  # over all these steps: images, right within 1 and 5, steps that were skipped
     evaluation: EvaluationProbe
 
 

@@ -24,6 +24,7 @@ from recipe.review.subject import Subject
 
 TOLERANCE = 5e-4  # relative
 TOLERANCE_OF_OTHER_PIXELS = 0.2
+TOLERATED_COUNT = 2  # of 160 images: two classes may be as likely as one another, and the last digits decide
 SCHEDULE_TOLERANCE = 1e-12  # relative: a closed form
 WITHOUT_AVX2 = ("DEFAULT", "NO AVX")
 CHANGED, CANNOT_TELL = "changed", "cannot tell"
@@ -67,6 +68,7 @@ def compared(recipe: Fingerprint, here: Fingerprint) -> list[Difference]:
         *_equal("order of the images", recipe.order_sha256[:16], here.order_sha256[:16]),
         *_pixels(recipe, here, same_pixels),
         *_steps(recipe, here, tolerance),
+        *_counts(recipe, here, same_pixels),
         *_evaluation(recipe, here, tolerance, same_pixels),
     ]
 
@@ -156,6 +158,15 @@ def _step(where: str, theirs: ProbeStep, ours: ProbeStep, tolerance: float) -> I
     yield from _equal(f"{where} what moves", sorted(theirs.distances), sorted(ours.distances))
     for name in sorted(theirs.distances.keys() & ours.distances.keys()):
         yield from _close(f"{where} way of {name}", theirs.distances[name], ours.distances[name], tolerance)
+
+
+def _counts(recipe: Fingerprint, here: Fingerprint, same_pixels: bool) -> Iterator[Difference]:
+    """What training counted over all steps: images, those that were right, steps that were skipped."""
+    what, theirs, ours = "counts of the training", recipe.training_counts, here.training_counts
+    yield from _equal(what, theirs[::3], ours[::3])
+    if any(abs(one - other) > TOLERATED_COUNT for one, other in zip(theirs[1:3], ours[1:3], strict=False)):
+        kind = CHANGED if same_pixels else CANNOT_TELL
+        yield Difference(what, str(theirs), str(ours), kind)
 
 
 def _evaluation(recipe: Fingerprint, here: Fingerprint, tolerance: float, same_pixels: bool) -> Iterator[Difference]:

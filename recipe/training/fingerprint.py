@@ -50,6 +50,7 @@ RATE_SHARE = 0.05
 MANY_UPDATES = 10**6
 LARGEST_PIXELS = 64
 SMALLEST_BATCH = 16
+IMAGES_PER_FORWARD = 8  # half of that, so that gradients of several passes are added up
 TRAIN_IMAGES_PER_CLASS, VALIDATION_IMAGES_PER_CLASS = 8, 2
 SCHEDULE_POINTS = 101
 PARTS = BatchLayout(global_batch_size=SMALLEST_BATCH, processes=2, accumulation_steps=2)  # how batches are divided
@@ -77,7 +78,8 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
         settings = _facts(config, training)
         groups = optimizer_facts(training.stepper.optimizer)
         start = _start(training)
-        steps = list(_probes(training, start))
+        counts = [0, 0, 0, 0]
+        steps = list(_probes(training, start, counts))
         evaluation = _evaluated(training)
         order = _order_sha256(training)
     return Fingerprint(
@@ -97,6 +99,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
             "schedule": _schedule_facts(schedule.facts()),
         },
         steps=steps,
+        training_counts=counts,
         evaluation=evaluation,
     )
 
@@ -172,7 +175,7 @@ def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
         precision=Precision.fp32,
         compile=False,
         deterministic=True,
-        max_images_per_process=2**20,
+        max_images_per_process=IMAGES_PER_FORWARD,
         cpu_threads=1,
         data_threads=1,
         data_processes=0,
@@ -260,15 +263,22 @@ def _evenly(total: int, count: int) -> list[int]:
     return [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
 
 
-def _probes(training: Training, start: Start) -> Iterator[ProbeStep]:
-    """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up."""
+def _probes(training: Training, start: Start, counts: list[int]) -> Iterator[ProbeStep]:
+    """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up.
+
+    What training counts along the way is added to `counts`.
+    """
     for number, position in enumerate(_positions(training)):
         if number == STEPS // 2:
             training.average.updates = MANY_UPDATES
-        yield _probe(training, position, start)
+        probe, tally = _probe(training, position, start)
+        for place, count in enumerate((tally.images, tally.top1, tally.top5)):
+            counts[place] += round(count)
+        yield probe
+    counts[-1] = int(training.stepper.skipped_steps)
 
 
-def _probe(training: Training, position: int, start: Start) -> ProbeStep:
+def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, Tally]:
     """Take the step at `position` and look at what it does."""
     progress = training.progress
     epoch, batch = divmod(position, training.batches.batches_per_epoch)
@@ -276,36 +286,55 @@ def _probe(training: Training, position: int, start: Start) -> ProbeStep:
     batches = training.batches.epoch(epoch, batch)
     found = next(batches)
     batches.close()  # type: ignore[attr-defined]  # it is a generator
-    seen: dict[str, float] = {}
+    seen = Seen([], [])
     with _watched(training, seen):
         take_step(training, found)
-    loss, _, _, images = training.stepper.take_tally().tolist()
-    return ProbeStep(
+    tally = Tally(*training.stepper.take_tally().tolist())
+    images = torch.cat([part.flatten() for part in seen.images])
+    probe = ProbeStep(
         step=position,
         epoch=epoch,
-        indices=found[0].indices.tolist(),
+        indices=[index for batch in found for index in batch.indices.tolist()],
         learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
-        loss=loss / images,
+        images_mean=images.mean().item(),
+        images_std=images.std().item(),
+        loss=tally.loss / tally.images,
+        gradient_norm=_norm(seen.gradients),
         distances=_distances(training, start),
-        **seen,
     )
+    return probe, tally
+
+
+class Tally(NamedTuple):
+    """What a step counted; the loss is a sum over its images."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: float
+
+
+class Seen(NamedTuple):
+    """What goes into the network in each forward pass, and the gradients as the optimizer gets them."""
+
+    images: list[Tensor]
+    gradients: list[Tensor]
 
 
 @contextmanager
-def _watched(training: Training, seen: dict[str, float]) -> Iterator[None]:
-    """Note what goes into the network, and the gradient as the optimizer gets it."""
+def _watched(training: Training, seen: Seen) -> Iterator[None]:
+    """Note both while a step is made."""
 
     def look_at_images(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        images: Tensor = arguments[0]
-        seen["images_mean"], seen["images_std"] = images.mean().item(), images.std().item()
+        seen.images.append(arguments[0].detach())
 
-    def look_at_gradient(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def look_at_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        seen["gradient_norm"] = _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        seen.gradients.extend(parameter.grad.clone() for parameter in parameters if parameter.grad is not None)
 
     hooks = [
         training.stepper.model.register_forward_pre_hook(look_at_images),
-        training.stepper.optimizer.register_step_pre_hook(look_at_gradient),
+        training.stepper.optimizer.register_step_pre_hook(look_at_gradients),
     ]
     try:
         yield
@@ -366,6 +395,7 @@ def _facts(config: Config, training: Training) -> dict[str, Setting]:
         "model": _model_facts(training.facts),
         "loss": loss_facts(training.stepper.loss),
         "optimizer": type(training.stepper.optimizer).__name__,
+        "gradient_scaler": training.stepper.scaler.is_enabled(),
         "averaging": averaging,
         "normalisation": training.stepper.normalisation.facts(),
         "evaluation": transform.facts(),

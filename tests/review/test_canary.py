@@ -60,6 +60,8 @@ CHANGES: list[tuple[Callable[[Any], dict[str, Any]], str]] = [
     (lambda f: evaluated(f, class_counts=f.evaluation.class_counts[1:]), "counts of each class"),
     (lambda f: {"facts": {**f.facts, "loss": {}}}, "loss"),
     (lambda f: {"steps": f.steps[:-1]}, "probe steps"),
+    (lambda f: {"training_counts": [159, *f.training_counts[1:]]}, "counts of the training"),
+    (lambda f: {"training_counts": [160, *(count + 3 for count in f.training_counts[1:3]), 0]}, "counts of the"),
 ]
 
 
