@@ -79,20 +79,31 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
             raise DamagedImageError(too_large(f"{image.width} x {image.height}"))
         oddity = odd_kind(image, content, is_named_png and rules.keeps_png)
         is_rotated = orientation(image) not in (0, 1)
-        image.load()
-        short_side = min(image.size)
-        if rules.resize_short_side is not None and short_side > rules.resize_short_side:
+        if rules.resize_short_side is not None and min(image.size) > rules.resize_short_side:
             return resized(image, rules.resize_short_side, rules.quality, oddity, is_rotated)
         if oddity is not None:
             return as_png(image, oddity, is_rotated)
         extension = "jpg" if image.format in JPEG_FORMATS else "png"
-        return StoredImage(content, extension, image.width, image.height, image.mode == "L", is_rotated)
+        as_it_came = StoredImage(content, extension, image.width, image.height, image.mode == "L", is_rotated)
+        check(image)
+        return as_it_came
+
+
+def check(image: Image.Image) -> None:
+    """Decode all that can be corrupt: every marker and every coefficient of every component.
+
+    What follows in a decoder of JPEG (inverse transform, upsampling, colours) is arithmetic that cannot fail, so
+    libjpeg is asked for the least of it: brightness, at an eighth of the size. Size and mode of `image` change.
+    """
+    if image.format in JPEG_FORMATS:
+        image.draft("L", (1, 1))
+    image.load()
 
 
 def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
     """What is unusual about an image, by its header; None for one that keeps its bytes."""
     if image.format in JPEG_FORMATS:
-        if content.rfind(JPEG_END) < content.rfind(JPEG_SCAN):
+        if JPEG_SCAN in content[max(content.rfind(JPEG_END), 0) :]:
             return "JPEG without an end marker"  # Pillow reads it, TorchCodec does not
         return None if image.mode in ("RGB", "L") else f"{image.mode} JPEG"
     depth, colour_type = content[PNG_BIT_DEPTH], content[PNG_BIT_DEPTH + 1]
