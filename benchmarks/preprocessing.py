@@ -152,7 +152,7 @@ def floor(way: str, files: list[Path]) -> Any:
                 short = min(image.size)
                 if way == "floor-small" and short > SHORT_SIDE:
                     width, height = (max(SHORT_SIDE, round(side * SHORT_SIDE / short)) for side in image.size)
-                    small = image.resize((width, height), Image.Resampling.BICUBIC)
+                    small = image.resize((width, height), Image.Resampling.BILINEAR)
                     small.save(io.BytesIO(), "JPEG", quality=QUALITY)
 
     return run

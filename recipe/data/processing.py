@@ -33,7 +33,7 @@ from recipe.config import Config, Corrupt, DataConfig, Expectation, Source, diff
 from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
-from recipe.data.images import Rules
+from recipe.data.images import FILTER, Rules
 from recipe.data.listing import Raw, Rows, listing_sha256
 from recipe.data.merging import Merged, Part, merge, part_of
 from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here, run_task, start_worker
@@ -90,6 +90,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
     }
     if data.resize_short_side is not None:
         settings["quality"] = data.quality
+        settings["resize_filter"] = FILTER  # so that no shard of another filter is continued
     if data.source is Source.folder:
         settings["validation_fraction"] = data.validation_fraction
     if data.source is Source.demo:

@@ -101,3 +101,27 @@ def test_a_sound_image_is_described_as_it_came(size: tuple[int, int], channels: 
     assert (stored.content, stored.width, stored.height) == (content, *size)
     assert stored.is_grey == (channels == 1)
     assert stored.oddity is None
+
+
+METADATA: dict[str, Any] = {
+    "icc_profile": b"profile" * 20,
+    "comment": b"hello",
+    "exif": b"Exif\0\0II*\0",
+    "dpi": (300, 300),
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_resized_image_holds_its_pixels_and_nothing_else(mode: str) -> None:
+    content = encoded(pixels("with metadata", 90, 60).convert(mode), **METADATA)
+    stored = store(content, False, Rules(keeps_png=False, resize_short_side=30, quality=77))
+    with Image.open(io.BytesIO(content)) as image:
+        plain = Image.fromarray(np.asarray(image.convert("RGB") if mode == "CMYK" else image))
+    assert stored.content == encoded(plain.resize((45, 30), Image.Resampling.BILINEAR), quality=77)
+    assert not any(value in stored.content for value in (b"hello", b"profile", b"Exif"))
+
+
+def test_two_thirds_of_a_picture_are_refused_where_it_is_resized_too() -> None:
+    content = encoded(pixels("cut", 400, 300))
+    with pytest.raises(DamagedImageError, match="truncated"):
+        store(content[: 2 * len(content) // 3], False, Rules(keeps_png=False, resize_short_side=30, quality=77))
