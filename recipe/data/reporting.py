@@ -135,9 +135,9 @@ def stored_as(data: DataConfig) -> str:
     if data.resize_short_side is None:
         return "original bytes; odd images as lossless RGB PNG"
     return (
-        f"training images with a short side above {data.resize_short_side} pixels resized to it ({FILTER}, antialiased) "
-        f"as JPEG of quality {data.quality}; all others, and the validation set, in original bytes; odd images as "
-        "lossless RGB PNG"
+        f"training images with a short side above {data.resize_short_side} pixels resized to it ({FILTER}, "
+        f"antialiased) as JPEG of quality {data.quality}; all others, and the validation set, in original bytes; odd "
+        "images as lossless RGB PNG"
     )
 
 

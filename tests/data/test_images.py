@@ -1,4 +1,7 @@
-"""The check of a JPEG that keeps its bytes decodes less than a reader will, and has to find all that the reader would."""
+"""The check of a JPEG that keeps its bytes decodes less than a reader will, and has to find all that the reader finds.
+
+And what is written anew holds the picture only.
+"""
 
 from __future__ import annotations
 
