@@ -220,7 +220,7 @@ class DataConfig:
     quality: int = 90  # JPEG quality of resized training images
     validation_fraction: float = 0.1  # share held out by hash where a folder brings no validation set
     images_per_shard: int = 1000
-    processes: int | None = None  # of preprocess.py; None: one per core; 0: no other than its own
+    processes: int | None = None  # of preprocess.py; None: one per core (torchrun's share them); 0: no other
     train_images_per_class: int = 0  # of the demo, which is drawn
     validation_images_per_class: int = 0
     decoder: Decoder = Decoder.torchcodec

@@ -428,9 +428,9 @@ def test_no_wrong_shard_of_a_repair_gets_its_name(
     assert (out / "val-00000.tar").exists()
 
 
-def interrupted_when_done(place: packing.Workplace, tasks: list[packing.Task], processes: int) -> None:
+def interrupted_when_done(*arguments: Any) -> None:
     """Ctrl-C after the last shard was written."""
-    PACKED(place, tasks, processes)
+    PACKED(*arguments)
     raise KeyboardInterrupt
 
 
