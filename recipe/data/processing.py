@@ -36,7 +36,7 @@ from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.images import FILTER, Rules
-from recipe.data.listing import Raw, Rows, listing_sha256
+from recipe.data.listing import Raw, Rows, in_parts, listing_sha256
 from recipe.data.merging import Merged, Part, merge, part_of
 from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here, run_task, start_worker
 from recipe.data.progress import Progress
@@ -394,8 +394,8 @@ def plan_of(data: DataConfig, tasks: list[Task], archive_hashes: list[str]) -> P
 
 def in_hash_order(rows: Rows) -> Rows:
     """Rows in the order of the SHA-256 of their keys: mixed for good, and the same everywhere."""
-    digest = b"".join(hashlib.sha256(key).digest() for key in rows["key"].tolist())
-    words = np.frombuffer(digest, dtype=">u8").reshape(-1, 4)
+    parts = [b"".join(hashlib.sha256(key).digest() for key in part.tolist()) for part in in_parts(rows["key"])]
+    words = np.frombuffer(b"".join(parts), dtype=">u8").reshape(-1, 4)
     return rows[np.lexsort(words.T[::-1])]
 
 
