@@ -39,7 +39,7 @@ FLOOR_IMAGES = 200
 MEMORY_SIZES = {"ours": (700, 2800, 8400), "ffcv": (700, 2800)}
 SAMPLE_SECONDS = 0.25
 WAYS = {
-    "ours-original": "this project, original bytes kept, every image decoded once",
+    "ours-original": "this project, original bytes kept, every image checked to its last coefficient",
     "ffcv-original": "FFCV's writer, `write_mode='jpg'`, original size (every image decoded and encoded again)",
     "ours-small": f"this project, re-encoded to short side {SHORT_SIDE}",
     "ffcv-small": "FFCV's writer, `write_mode='jpg'`, `max_resolution` for the same short side",

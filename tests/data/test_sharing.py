@@ -114,13 +114,15 @@ def record_in(directory: Path) -> PreprocessingRecord:
     return from_json((directory / "preprocessing.json").read_bytes(), PreprocessingRecord, "record")
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_that_share_the_shards_make_the_same_bytes(alone: Path, ranks: Ranks, size: int) -> None:
+@pytest.mark.parametrize(("size", "workers"), [(2, 1), (3, 0)])
+def test_processes_that_share_the_shards_make_the_same_bytes(
+    alone: Path, ranks: Ranks, size: int, workers: int
+) -> None:
     for rank in reversed(range(size)):
-        ranks.start(rank, size, processes=1)
+        ranks.start(rank, size, processes=workers)
     assert [code for code, _ in ranks.ended()] == [0] * size
     assert content_of(ranks.out) == content_of(alone)
-    assert record_in(ranks.out).processes == size
+    assert record_in(ranks.out).processes == size * workers
     assert not (ranks.out / ".recipe-work").exists()
     ranks.start(1, size)
     ((code, words),) = ranks.ended()
