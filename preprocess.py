@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from recipe.composition import composed_config, run_command
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
+from recipe.data.sharing import launched
 from recipe.document.render import check_document, write_document
 from recipe.errors import one_clear_sentence
 from recipe.run import Run, append_to_journal, recorded_path, shown_path
@@ -17,11 +18,14 @@ from recipe.run import Run, append_to_journal, recorded_path, shown_path
 def main(composed: DictConfig) -> None:
     """Preprocess the experiment's data set and begin its document."""
     with one_clear_sentence():
-        config = composed_config(composed)
+        config, launch = composed_config(composed), launched()
+        if not launch.is_first:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
+            preprocess(config, launch)
+            return
         run = Run(config.run_dir)
         check_document(run)
         append_to_journal(run, "preprocess", "started", name=config.name)
-        record = preprocess(config)
+        record = preprocess(config, launch)
         bring_record(run, Path(config.data.directory), record)
         append_to_journal(run, "preprocess", "ended", manifest=record.outputs["manifest"])
         write_document(run, recorded_path(config.run_dir))

@@ -34,13 +34,13 @@ AUGMENTATION = Augmentation(0, PIXELS, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, next(it
 
 
 def shrunk(content: bytes) -> bytes:
-    """As preprocessing re-encodes: short side 256, bicubic, quality 90."""
+    """As preprocessing re-encodes: short side 256, bilinear, quality 90."""
     with Image.open(io.BytesIO(content)) as image:
         plain = image.convert("RGB")
     scale = min(1.0, 256 / min(plain.size))
     size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
     stream = io.BytesIO()
-    plain.resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    plain.resize(size, Image.Resampling.BILINEAR).save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 

@@ -15,7 +15,8 @@ ground floor, torch
     checkpoint     atomic save, verified load
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
-                   images, shards, packing, merging, expectation, processing, reporting, progress; adoption;
+                   images, shards, packing, merging, expectation, sharing, processing, reporting, progress;
+                   adoption;
                    jpeg, transforms, interface, loading; worker, processes: the same in processes of their own
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;

@@ -216,11 +216,11 @@ class DataConfig:
     directory: str  # the processed shards, index and manifest
     expect: Expectation
     corrupt: Corrupt = Corrupt.stop
-    resize_short_side: int | None = None  # pixels; training images only; None keeps the original bytes
+    resize_short_side: int | None = None  # pixels; training images only (bilinear, JPEG); None keeps the original bytes
     quality: int = 90  # JPEG quality of resized training images
     validation_fraction: float = 0.1  # share held out by hash where a folder brings no validation set
     images_per_shard: int = 1000
-    processes: int | None = None  # of preprocess.py; None: one per core; 0: no other than its own
+    processes: int | None = None  # of preprocess.py; None: one per core (torchrun's share them); 0: no other
     train_images_per_class: int = 0  # of the demo, which is drawn
     validation_images_per_class: int = 0
     decoder: Decoder = Decoder.torchcodec

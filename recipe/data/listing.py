@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from recipe.errors import UserError
 from recipe.run import shown_path
 
 Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset (u8), changed_ns (i8)
+ROWS_AT_ONCE = 10_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 Naming = Callable[[str, list[str]], dict[str, str]]  # (class, file names) -> accepted file name -> key
 Labeller = Callable[[str], int]  # key -> label
@@ -140,10 +141,17 @@ def listing_sha256(rows: Mapping[str, Rows]) -> str:
     """
     digest = hashlib.sha256()
     for split, listed in rows.items():
-        columns = (listed[name].tolist() for name in ("key", "label", "bytes"))
-        for key, label, size in zip(*columns, strict=True):
-            digest.update(b"%s %s %d %d\n" % (split.encode(), key, label, size))
+        for part in in_parts(listed):
+            columns = (part[name].tolist() for name in ("key", "label", "bytes"))
+            for key, label, size in zip(*columns, strict=True):
+                digest.update(b"%s %s %d %d\n" % (split.encode(), key, label, size))
     return digest.hexdigest()
+
+
+def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Pieces of an array that may be as long as a data set, for what makes Python objects of its elements."""
+    for first in range(0, len(array), ROWS_AT_ONCE):
+        yield array[first : first + ROWS_AT_ONCE]
 
 
 # ---- folders of class folders -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.data.listing import Rows
+from recipe.data.listing import Rows, in_parts
 from recipe.data.packing import Note, Task
 from recipe.data.shards import INDEX, Shard
 from recipe.records import Oddity
@@ -86,9 +86,9 @@ def raw_sha256(parts: Sequence[Part]) -> str:
     labels = np.concatenate([part.rows["label"] for part in parts])
     content = b"".join(part.raw_sha256 for part in parts)
     digest = hashlib.sha256()
-    for i in np.argsort(keys, kind="stable").tolist():
-        line = f"{keys[i].decode()} {labels[i]} {content[32 * i : 32 * i + 32].hex()}\n"
-        digest.update(line.encode("ascii"))
+    for part in in_parts(np.argsort(keys, kind="stable")):
+        for i, key, label in zip(part.tolist(), keys[part].tolist(), labels[part].tolist(), strict=True):
+            digest.update(b"%b %d %b\n" % (key, label, content[32 * i : 32 * i + 32].hex().encode()))
     return digest.hexdigest()
 
 

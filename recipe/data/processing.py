@@ -3,6 +3,8 @@
     find and list the raw images -> hold them to what is expected -> deal them to shards -> make the shards in parallel
     -> merge their notes into index, manifest and record
 
+Several processes, of one node or many, can share the shards: `sharing`.
+
 The result depends on the raw images and the settings only, never on the number of processes, on the order in which they
 finish or on how often the work was interrupted: a shard's images are fixed before any worker starts, and a shard is
 written whole or not at all. Training images are dealt to shards in the order of the SHA-256 of their keys, so that
@@ -17,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,8 +35,8 @@ from recipe.config import Config, Corrupt, DataConfig, Expectation, Source, diff
 from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
-from recipe.data.images import Rules
-from recipe.data.listing import Raw, Rows, listing_sha256
+from recipe.data.images import FILTER, Rules
+from recipe.data.listing import Raw, Rows, in_parts, listing_sha256
 from recipe.data.merging import Merged, Part, merge, part_of
 from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here, run_task, start_worker
 from recipe.data.progress import Progress
@@ -52,6 +54,7 @@ from recipe.data.shards import (
     read_manifest,
     size_of,
 )
+from recipe.data.sharing import ALONE, LOST_SECONDS, Launch, Plan, Team, require_same_plan
 from recipe.errors import UserError
 from recipe.provenance import Stage, machine, usable_cores
 from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
@@ -62,19 +65,27 @@ LOCK = "lock"
 SHARD_FILE = re.compile(r"^(train|val)-\d{5,}\.tar$")
 
 
-def preprocess(config: Config) -> PreprocessingRecord:
-    """Make the data set of `config.data`, continue an interrupted run, or recognise a finished one."""
+def preprocess(config: Config, launch: Launch = ALONE) -> PreprocessingRecord:
+    """Make the data set of `config.data`, continue an interrupted run, or recognise a finished one.
+
+    `launch` says which of several processes this is, that share the shards; each returns when all is finished.
+    """
     data, directory = config.data, Path(config.data.directory)
     done = finished_record(data, directory)
     if done is not None:
         return done
     refuse_foreign_directory(directory, given_raw_dir(data), data)  # before anything is created
+    if launch.size > 1:
+        refuse_damaged_data_set(directory)
+    if not launch.is_first:
+        return assisted(data, directory, launch)
     with sole_writer(directory):
         done = finished_record(data, directory)  # another process may have finished while this one was starting
         if done is None:
-            stage = Stage(directory)
-            raw = find_raw(data)
-            done = repaired(data, directory, raw) or made(data, directory, raw, stage)
+            with Team(directory, launch) as team:
+                stage = Stage(directory)
+                raw = find_raw(data)
+                done = repaired(data, directory, raw) or made(data, directory, raw, stage, team)
     return done
 
 
@@ -90,6 +101,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
     }
     if data.resize_short_side is not None:
         settings["quality"] = data.quality
+        settings["resize_filter"] = FILTER  # so that no shard of another filter is continued
     if data.source is Source.folder:
         settings["validation_fraction"] = data.validation_fraction
     if data.source is Source.demo:
@@ -175,12 +187,20 @@ def refuse_foreign_directory(directory: Path, raw_dir: Path, data: DataConfig) -
             f"data.directory={shown_path(directory)} and data.raw_dir={shown_path(raw_dir)} lie inside one another; "
             "give data.directory= a place of its own"
         )
-    is_ours = any((directory / name).exists() for name in (MANIFEST, RECORD, WORK))
-    holds_others = directory.is_dir() and any(path.name != LOCK for path in directory.iterdir())
-    if holds_others and not is_ours:
+    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()  # at once: others may begin
+    if found - {LOCK} and not found & {MANIFEST, RECORD, WORK}:
         raise UserError(
             f"data.directory={shown_path(directory)} holds files that preprocess.py did not write, and some of them "
             "could be lost; give a new or an empty folder"
+        )
+
+
+def refuse_damaged_data_set(directory: Path) -> None:
+    """Only a single process repairs what was finished once."""
+    if (directory / MANIFEST).is_file():
+        raise UserError(
+            f"{shown_path(directory)} holds a finished data set that is damaged: let one process repair it, with "
+            "`python preprocess.py` instead of torchrun"
         )
 
 
@@ -196,18 +216,16 @@ def sole_writer(directory: Path) -> Iterator[None]:
         yield
 
 
-def made(data: DataConfig, directory: Path, raw: Raw, stage: Stage) -> PreprocessingRecord:
+def made(data: DataConfig, directory: Path, raw: Raw, stage: Stage, team: Team) -> PreprocessingRecord:
     """Everything from the listing to the record."""
     archives = verified_archives(data, directory, raw)
-    tasks = planned(data, raw, [archive.sha256 for archive in archives])
+    archive_hashes = [archive.sha256 for archive in archives]
+    tasks = planned(data, raw, archive_hashes)
     remove_strays(directory, {task.name for task in tasks})
-    parts = {task.name: part_of(task, note) for task in tasks if (note := finished(directory, task)) is not None}
-    continued_shards = len(parts)
-    fresh = [task for task in tasks if task.name not in parts]
-    processes = process_count(data, fresh)
+    team.announce(plan_of(data, tasks, archive_hashes))
     clock = time.perf_counter()
-    parts |= packed(workplace(data, directory, raw), fresh, processes)
-    images_per_second = sum(len(task.rows) for task in fresh) / (time.perf_counter() - clock)
+    parts = shared_parts(data, directory, raw, tasks, team)
+    seconds = time.perf_counter() - clock
     merged = {name: merge([parts[task.name] for task in tasks if task.split == name]) for name in SPLITS}
     require_images_left(raw, merged)
     write_data_set(data, directory, raw, merged)
@@ -218,13 +236,89 @@ def made(data: DataConfig, directory: Path, raw: Raw, stage: Stage) -> Preproces
         archives,
         merged,
         stage.finish(machine()),
-        processes=processes,
-        images_per_second=images_per_second,
-        continued_shards=continued_shards,
+        processes=team.total("processes"),
+        images_per_second=team.total("fresh_images") / seconds,
+        continued_shards=team.total("continued_shards"),
     )
     write_atomically(directory / RECORD, to_json(record))
+    team.stop_beating()
     shutil.rmtree(directory / WORK)
     report(record, merged)
+    return record
+
+
+def assisted(data: DataConfig, directory: Path, launch: Launch) -> PreprocessingRecord:
+    """A rank other than 0: make this one's shards, and wait until rank 0 has merged all."""
+    with Team(directory, launch) as team:
+        plan = team.await_plan()
+        raw = find_raw(data)  # not before: rank 0 may have had to draw or download it
+        tasks = planned(data, raw, plan.archives)
+        require_same_plan(launch.rank, plan, plan_of(data, tasks, plan.archives))
+        kept = kept_parts(directory, tasks, team)
+        fresh_parts(data, directory, raw, without(kept, team.share_of(tasks)), team, ignored)
+        team.await_end()
+    return awaited_record(directory)
+
+
+def shared_parts(data: DataConfig, directory: Path, raw: Raw, tasks: list[Task], team: Team) -> dict[str, Part]:
+    """All shards by name, this process's own and those of its peers."""
+    parts = kept_parts(directory, tasks, team)
+    with Progress("making shards", sum(len(task.rows) for task in tasks), "images", done=team.images) as progress:
+        parts |= fresh_parts(data, directory, raw, without(parts, team.share_of(tasks)), team, progress.reach)
+        team.await_others(progress.reach)
+    return parts | {task.name: part_of(task, peers_note(directory, task)) for task in without(parts, tasks)}
+
+
+def kept_parts(directory: Path, tasks: list[Task], team: Team) -> dict[str, Part]:
+    """Of this process's shards those that an earlier launch finished."""
+    mine = team.share_of(tasks)
+    parts = {task.name: part_of(task, note) for task in mine if (note := finished(directory, task)) is not None}
+    team.continued_shards, team.images = len(parts), sum(len(part.rows) for part in parts.values())
+    return parts
+
+
+def without(parts: dict[str, Part], tasks: list[Task]) -> list[Task]:
+    """The shards that are not there yet."""
+    return [task for task in tasks if task.name not in parts]
+
+
+def fresh_parts(
+    data: DataConfig, directory: Path, raw: Raw, tasks: list[Task], team: Team, on_images: Callable[[int], None]
+) -> dict[str, Part]:
+    """Make these shards; `on_images` is told how many images all processes have made."""
+    team.processes = process_count(data, tasks, team.on_this_node)
+
+    def count(images: int) -> None:
+        team.has_made(images)
+        on_images(team.total("images"))
+
+    return packed(workplace(data, directory, raw), tasks, team.processes, count)
+
+
+def ignored(images: int) -> None:
+    """Rank 0 shows the progress of all."""
+
+
+def peers_note(directory: Path, task: Task) -> Note:
+    """The note of a shard that another process made; a network file system may show it late."""
+    deadline = time.monotonic() + LOST_SECONDS
+    while (note := finished(directory, task)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{task.name} was made by another process but is not in {shown_path(directory)}: is that the same "
+                "folder for all processes? Run the same command to continue"
+            )
+        time.sleep(1)
+    return note
+
+
+def awaited_record(directory: Path) -> PreprocessingRecord:
+    """What rank 0 wrote last; a network file system may show it late."""
+    deadline = time.monotonic() + LOST_SECONDS
+    while not (directory / MANIFEST).is_file() or (record := stored_record(directory)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"rank 0 ended without finishing {shown_path(directory)}: run the same command to continue")
+        time.sleep(1)
     return record
 
 
@@ -238,7 +332,8 @@ def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord
     if not damaged or {task.name for task in tasks} != set(shards):
         return None
     # In the work folder: one that is not what the manifest names, but of the right size, must never get its name.
-    parts = packed(workplace(data, directory / WORK, raw), damaged, process_count(data, damaged))
+    with Progress("making shards", sum(len(task.rows) for task in damaged), "images") as progress:
+        parts = packed(workplace(data, directory / WORK, raw), damaged, process_count(data, damaged), progress.add)
     wrong = sorted(name for name, part in parts.items() if part.shard != shards[name])
     with disk_errors(directory):
         for name in parts.keys() - wrong:
@@ -291,10 +386,16 @@ def planned(data: DataConfig, raw: Raw, archive_hashes: list[str]) -> list[Task]
     return tasks
 
 
+def plan_of(data: DataConfig, tasks: list[Task], archive_hashes: list[str]) -> Plan:
+    """What several processes have to agree on."""
+    shards = sha256_of([task.plan_sha256 for task in tasks])
+    return Plan(settings=data_settings(data), archives=archive_hashes, shards_sha256=shards)
+
+
 def in_hash_order(rows: Rows) -> Rows:
     """Rows in the order of the SHA-256 of their keys: mixed for good, and the same everywhere."""
-    digest = b"".join(hashlib.sha256(key).digest() for key in rows["key"].tolist())
-    words = np.frombuffer(digest, dtype=">u8").reshape(-1, 4)
+    parts = [b"".join(hashlib.sha256(key).digest() for key in part.tolist()) for part in in_parts(rows["key"])]
+    words = np.frombuffer(b"".join(parts), dtype=">u8").reshape(-1, 4)
     return rows[np.lexsort(words.T[::-1])]
 
 
@@ -310,27 +411,32 @@ def workplace(data: DataConfig, directory: Path, raw: Raw) -> Workplace:
     )
 
 
-def process_count(data: DataConfig, tasks: list[Task]) -> int:
-    """As many as were asked for, else one a core; never more than there are shards to make. 0: this one alone."""
+def process_count(data: DataConfig, tasks: list[Task], sharers: int = 1) -> int:
+    """As many as were asked for, else one a core; never more than there are shards to make. 0: this one alone.
+
+    `sharers` are the processes of this launch on this node, between which its cores are divided.
+    """
     if data.processes == 0:
         return 0
-    return max(1, min(data.processes or usable_cores(), len(tasks)))
+    return max(1, min(data.processes or usable_cores() // sharers, len(tasks)))
 
 
-def packed(place: Workplace, tasks: list[Task], processes: int) -> dict[str, Part]:
-    """Make the shards in worker processes; returns them by name. The first failure stops all."""
+def packed(place: Workplace, tasks: list[Task], processes: int, on_images: Callable[[int], None]) -> dict[str, Part]:
+    """Make the shards in worker processes; returns them by name. The first failure stops all.
+
+    `on_images` is told of the images of each finished shard; what it raises stops all too.
+    """
     if not tasks:
         return {}
     if processes == 0:
-        return {task.name: part_of(task, pack_here(task, place)) for task in tasks}
+        return {task.name: counted(part_of(task, pack_here(task, place)), on_images) for task in tasks}
     context = get_context("spawn")
     stop = context.Event()
     executor = ProcessPoolExecutor(processes, context, start_worker, (place, stop))
     try:
         with no_ctrl_c_for_children():
             futures = {executor.submit(run_task, task): task for task in tasks}
-        with Progress("making shards", sum(len(task.rows) for task in tasks), "images") as progress:
-            return {part.shard.name: part for part in finishing(futures, progress)}
+        return {part.shard.name: counted(part, on_images) for part in finishing(futures)}
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, perhaps for want of memory; run the same command again to continue, "
@@ -339,6 +445,12 @@ def packed(place: Workplace, tasks: list[Task], processes: int) -> dict[str, Par
     finally:
         stop.set()  # workers look at it between two images, so that Ctrl-C ends them within one
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def counted(part: Part, on_images: Callable[[int], None]) -> Part:
+    """The same, when its images were told of."""
+    on_images(len(part.rows))
+    return part
 
 
 @contextmanager
@@ -354,12 +466,11 @@ def no_ctrl_c_for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def finishing(futures: dict[Future[Note], Task], progress: Progress) -> Iterator[Part]:
-    """Finished shards as they come, counted."""
+def finishing(futures: dict[Future[Note], Task]) -> Iterator[Part]:
+    """Finished shards as they come."""
     for future in as_completed(list(futures)):
         task = futures.pop(future)  # lets go of the future, which would keep its note
         yield part_of(task, future.result())
-        progress.add(len(task.rows))
 
 
 def remove_strays(directory: Path, wanted: set[str]) -> None:

@@ -45,6 +45,10 @@ class Progress:
             self.spoke = time.perf_counter()
             print(self.line(), file=sys.stderr, flush=True)
 
+    def reach(self, count: int) -> None:
+        """`count` units are done in all."""
+        self.add(count - self.count)
+
     def line(self) -> str:
         """One line for a log file."""
         rate = (self.count - self.initial) / max(time.perf_counter() - self.started, 1e-9)

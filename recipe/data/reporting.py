@@ -13,7 +13,7 @@ from PIL import features
 
 from recipe.config import DataConfig, Expectation, sha256_of, untyped
 from recipe.data import imagenet
-from recipe.data.images import GREY, ROTATED
+from recipe.data.images import FILTER, GREY, ROTATED
 from recipe.data.listing import Raw
 from recipe.data.merging import Merged
 from recipe.data.shards import MANIFEST
@@ -135,9 +135,9 @@ def stored_as(data: DataConfig) -> str:
     if data.resize_short_side is None:
         return "original bytes; odd images as lossless RGB PNG"
     return (
-        f"training images with a short side above {data.resize_short_side} pixels resized to it (bicubic, antialiased) "
-        f"as JPEG of quality {data.quality}; all others, and the validation set, in original bytes; odd images as "
-        "lossless RGB PNG"
+        f"training images with a short side above {data.resize_short_side} pixels resized to it ({FILTER}, "
+        f"antialiased) as JPEG of quality {data.quality}; all others, and the validation set, in original bytes; odd "
+        "images as lossless RGB PNG"
     )
 
 

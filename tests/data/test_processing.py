@@ -428,9 +428,9 @@ def test_no_wrong_shard_of_a_repair_gets_its_name(
     assert (out / "val-00000.tar").exists()
 
 
-def interrupted_when_done(place: packing.Workplace, tasks: list[packing.Task], processes: int) -> None:
+def interrupted_when_done(*arguments: Any) -> None:
     """Ctrl-C after the last shard was written."""
-    PACKED(place, tasks, processes)
+    PACKED(*arguments)
     raise KeyboardInterrupt
 
 
@@ -807,14 +807,23 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     assert {key: stored[key] for key in train_images()} == train_images()
     assert (sizes["n01440764_9"], sizes["n01440764_8"]) == ((96, 64), (129, 64))
     with Image.open(io.BytesIO(large["n01440764_9"])) as image:
-        oracle = encoded(image.resize((96, 64), Image.Resampling.BICUBIC), quality=80)
+        oracle = encoded(image.resize((96, 64), Image.Resampling.BILINEAR), quality=80)
     assert stored["n01440764_9"] == oracle
     assert record.splits["train"].grey_images == 1
     val = open_split(tmp_path / "out", "val")
     assert {val.key(i): val.read(i) for i in range(len(val))} == validation
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (manifest["settings"]["resize_short_side"], manifest["settings"]["quality"]) == (64, 80)
-    assert "64 pixels" in record.stored_as
+    settings = manifest["settings"]
+    assert (settings["resize_short_side"], settings["quality"], settings["resize_filter"]) == (64, 80, "bilinear")
+    assert "64 pixels resized to it (bilinear, antialiased)" in record.stored_as
+
+
+def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_official(tmp_path / "raw")
+    data = config(raw, tmp_path, resize_short_side=16).data
+    plans = [task.plan_sha256 for task in processing.planned(data, find_raw(data), [])]
+    monkeypatch.setattr(processing, "FILTER", "bicubic")
+    assert not set(plans) & {task.plan_sha256 for task in processing.planned(data, find_raw(data), [])}
 
 
 def test_an_odd_image_is_resized_too() -> None:

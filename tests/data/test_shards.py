@@ -24,12 +24,14 @@ from recipe.data.shards import (
     npy_bytes,
     open_split,
     read_manifest,
+    tar_header,
     write_shard,
 )
 from recipe.errors import DiskError, UserError
 from recipe.records import to_json
 from recipe.run import CHECKOUT
 
+NAMES = ("a.jpg", "x" * 99, "x" * 100, "x" * 101, "cat/" + "y" * 150, "cat/a%2Epng.cls", "~!}.png")
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -181,3 +183,11 @@ def test_more_shards_than_the_usual_limit_of_open_files(tmp_path: Path, hard_lim
         [sys.executable, "-c", LIMITED, str(tmp_path), str(hard_limit)], cwd=CHECKOUT, capture_output=True, text=True
     )
     assert expected in (done.stdout if hard_limit == 4096 else done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 107_000, 2**31])
+def test_a_header_is_what_tarfile_would_write(name: str, size: int) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = size
+    assert tar_header(name, size) == header.tobuf(tarfile.PAX_FORMAT)

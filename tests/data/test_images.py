@@ -1,0 +1,130 @@
+"""The check of a JPEG that keeps its bytes decodes less than a reader will, and has to find all that the reader finds.
+
+And what is written anew holds the picture only.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipe.data.images import DamagedImageError, Rules, reason, store
+from tests.data.layouts import encoded, pixels
+
+KEEP = Rules(keeps_png=False, resize_short_side=None, quality=90)
+KINDS: dict[str, dict[str, Any]] = {
+    "4:2:0": {"subsampling": "4:2:0"},
+    "4:4:4": {"subsampling": "4:4:4"},
+    "grey": {},
+    "restart markers": {"restart_marker_blocks": 3},
+    "progressive": {"progressive": True, "subsampling": "4:2:0"},
+    "progressive 4:4:4": {"progressive": True, "subsampling": "4:4:4"},
+    "progressive grey": {"progressive": True},
+    "progressive, restart markers": {"progressive": True, "restart_marker_rows": 1},
+    "RGB inside": {"keep_rgb": True},
+    "two pictures": {"save_all": True, "append_images": [pixels("behind", 50, 40)]},
+}
+MARKERS = (0x01, 0xC0, 0xC2, 0xC4, 0xC9, 0xD0, 0xD7, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE, 0xFE)
+DAMAGES = 12  # of each sort
+
+
+def picture(kind: str) -> bytes:
+    """A JPEG of that kind, detailed enough for several hundred bytes of coefficients."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(noise).resize((100, 70), Image.Resampling.BICUBIC)
+    form = "MPO" if kind == "two pictures" else "JPEG"
+    return encoded(image.convert("L") if "grey" in kind else image, form, quality=90, **KINDS[kind])
+
+
+def damaged(content: bytes, generator: np.random.Generator) -> Iterator[bytes]:
+    """Bits flipped, bytes changed, cut, deleted, zeroed, repeated, and markers where none belong."""
+    for first in (0, content.index(b"\xff\xda")) * DAMAGES:  # anywhere, and among the coefficients
+        at, length = int(generator.integers(first, len(content))), int(generator.choice([1, 2, 20, 300]))
+        flipped, changed = bytearray(content), bytearray(content)
+        flipped[at] ^= 1 << int(generator.integers(8))
+        for place in generator.integers(first, len(content), 20):
+            changed[place] = int(generator.integers(256))
+        behind = content[at + length :]
+        yield from (bytes(flipped), bytes(changed), content[:at], content[:at] + behind)
+        yield content[:at] + bytes(length) + behind
+        yield content[: at + length] + content[at:]
+        yield content[:at] + bytes([0xFF, int(generator.choice(MARKERS))]) + content[at + 2 :]
+
+
+def verdict_of_all_pixels(content: bytes) -> str:
+    """What decoding to pixels says: the oracle."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+                image.load()
+                return f"{image.mode} {image.size}"
+    except Exception as error:
+        return reason(content, error)
+
+
+def verdict(content: bytes) -> str | None:
+    """What is said of an image that keeps its bytes; None: it does not."""
+    try:
+        stored = store(content, False, KEEP)
+    except DamagedImageError as error:
+        return str(error)
+    if stored.oddity is not None:
+        return None
+    assert stored.content == content
+    return f"{'L' if stored.is_grey else 'RGB'} {(stored.width, stored.height)}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_finds_what_decoding_to_pixels_would_find(kind: str) -> None:
+    verdicts = set()
+    count = {"sound": 0, "rejected": 0}
+    for content in damaged(picture(kind), np.random.default_rng(list(kind.encode()))):
+        said = verdict(content)
+        if said is None:
+            continue
+        assert said == verdict_of_all_pixels(content)
+        verdicts.add(said)
+        count["sound" if said.startswith(("L ", "RGB ")) else "rejected"] += 1
+    assert min(count.values()) >= 10
+    assert len(verdicts) >= 4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (8, 8), (9, 300)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sound_image_is_described_as_it_came(size: tuple[int, int], channels: int) -> None:
+    content = encoded(pixels("sound", *size, channels=channels))
+    stored = store(content, False, KEEP)
+    assert (stored.content, stored.width, stored.height) == (content, *size)
+    assert stored.is_grey == (channels == 1)
+    assert stored.oddity is None
+
+
+METADATA: dict[str, Any] = {
+    "icc_profile": b"profile" * 20,
+    "comment": b"hello",
+    "exif": b"Exif\0\0II*\0",
+    "dpi": (300, 300),
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_resized_image_holds_its_pixels_and_nothing_else(mode: str) -> None:
+    content = encoded(pixels("with metadata", 90, 60).convert(mode), **METADATA)
+    stored = store(content, False, Rules(keeps_png=False, resize_short_side=30, quality=77))
+    with Image.open(io.BytesIO(content)) as image:
+        plain = Image.fromarray(np.asarray(image.convert("RGB") if mode == "CMYK" else image))
+    assert stored.content == encoded(plain.resize((45, 30), Image.Resampling.BILINEAR), quality=77)
+    assert not any(value in stored.content for value in (b"hello", b"profile", b"Exif"))
+
+
+def test_two_thirds_of_a_picture_are_refused_where_it_is_resized_too() -> None:
+    content = encoded(pixels("cut", 400, 300))
+    with pytest.raises(DamagedImageError, match="truncated"):
+        store(content[: 2 * len(content) // 3], False, Rules(keeps_png=False, resize_short_side=30, quality=77))
