@@ -19,6 +19,7 @@ from recipe.data.jpeg import BLOCK_PIXELS, CONTEXT_PIXELS, END, SIZE_AT, Header
 
 FIRST_MARKER, MARKERS = 0xD0, 8  # they count from 0 to 7, over and over
 MARKER_BYTES = 2
+COLUMN_PIXELS = 64  # between two markers of a re-encoded image, at most: 1.8 % more bytes; see benchmarks/README.md
 COUNTS_KEPT = 256  # numbers of intervals whose markers are remembered: as many as there are shapes of pictures
 
 
@@ -99,7 +100,7 @@ def joined(content: bytearray, scan: int, begins: NDArray[np.int64], rows: list[
     return bytearray().join([pixels[:scan], *[pixels[edges[first] : edges[last]] for first, last in rows]])
 
 
-def interval_for(width: int, unit_pixels: int, units_max: int) -> int:
-    """Units between two markers of a picture that is to be cut well: a divisor of those in a row aligns the columns."""
+def interval_for(width: int, unit_pixels: int) -> int:
+    """Units between two markers, for a picture to be cut well: a divisor of those in a row, so that columns align."""
     across = -(-width // unit_pixels)
-    return max(units for units in range(1, units_max + 1) if across % units == 0)
+    return max(units for units in range(1, COLUMN_PIXELS // unit_pixels + 1) if across % units == 0)

@@ -27,7 +27,7 @@ DIVISIONS = {  # what Pillow is asked for, by the units in a row
     "rows": lambda across: {"restart_marker_rows": 1},
     "two rows": lambda across: {"restart_marker_rows": 2},
     "units": lambda across: {"restart_marker_blocks": 1},
-    "parts of rows": lambda across: {"restart_marker_blocks": interval_for(across * 8, 8, 4)},
+    "parts of rows": lambda across: {"restart_marker_blocks": interval_for(across * 16, 16)},
 }
 
 
@@ -113,7 +113,7 @@ def test_of_damaged_bytes_the_pixels_or_the_error_are_those_of_the_whole(
 ) -> None:
     """Bytes of the pixels changed, put in, left out, or markers among them; also what ends too early."""
     options, unit = KINDS[kind]
-    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit, 4))
+    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit))
     header = read_header(sound)
     assert header is not None
     chance, cuts = random.Random(kind), 0
@@ -146,7 +146,7 @@ def test_of_damaged_headers_the_pixels_or_the_error_are_those_of_the_whole(
     kind: str, decode: Callable[[bytes], Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     options, unit = KINDS[kind]
-    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit, 4))
+    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit))
     header = read_header(sound)
     assert header is not None
     chance = random.Random(kind)
@@ -165,10 +165,12 @@ def test_of_damaged_headers_the_pixels_or_the_error_are_those_of_the_whole(
     capfd.readouterr()
 
 
-def test_an_interval_divides_a_row() -> None:
+@pytest.mark.parametrize("unit", [8, 16])
+def test_an_interval_divides_a_row(unit: int) -> None:
+    most = 64 // unit
     for width in range(1, 700):
-        across = -(-width // 16)
-        units = interval_for(width, 16, 4)
-        assert 1 <= units <= 4
+        across = -(-width // unit)
+        units = interval_for(width, unit)
+        assert 1 <= units <= most
         assert across % units == 0
-        assert all(across % more for more in range(units + 1, 5))
+        assert all(across % more for more in range(units + 1, most + 1))
