@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 JPEG_START, EXIF_SEGMENT, EXIF = b"\xff\xd8", 0xE1, b"Exif\x00\x00"
-MARKER_AND_LENGTH = struct.Struct(">BBH")
+MARKER_AND_LENGTH, HEIGHT_AND_WIDTH = struct.Struct(">BBH"), struct.Struct(">HH")
 SCAN, END, FILL = 0xDA, 0xD9, 0xFF
 WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xD8)))  # stuffing, TEM, restart markers: no segment follows
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # baseline and extended, Huffman: rows of blocks one after the other
@@ -21,6 +22,7 @@ FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 
 RESTART_INTERVAL = 0xDD
 SIZE_AT = 5  # bytes behind the frame segment's first: height, then width, two bytes each
 BLOCK_PIXELS = 8
+KINDS_KEPT = 64  # of sampling factors: nearly all pictures have the same few
 CONTEXT_PIXELS = 2  # that upsampling looks at beside a pixel, when colour is stored at half the height or width
 
 Content = bytes | bytearray  # a decoder takes over what can be written to, and copies what cannot
@@ -44,7 +46,7 @@ def read_header(content: bytes) -> Header | None:
     for marker, start, end in header_segments(content):
         if marker in FRAMES and not frame and end - start >= 10 and end <= len(content):
             frame = start
-            height, width = (int.from_bytes(content[start + at : start + at + 2]) for at in (SIZE_AT, SIZE_AT + 2))
+            height, width = HEIGHT_AND_WIDTH.unpack_from(content, start + SIZE_AT)
             sampling = content[start + 11 : end : 3] if marker in SEQUENTIAL_FRAMES else b""
         elif marker == RESTART_INTERVAL:
             interval = int.from_bytes(content[start + 4 : end])
@@ -54,6 +56,7 @@ def read_header(content: bytes) -> Header | None:
     return None
 
 
+@lru_cache(KINDS_KEPT)
 def unit_pixels(sampling: bytes) -> tuple[int, int] | None:
     """Rows and columns of pixels that are stored together, by the sampling factors of each colour."""
     if len(sampling) == 1:  # one colour alone: its blocks simply follow one another, whatever its factors

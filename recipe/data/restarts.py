@@ -13,11 +13,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recipe.data.jpeg import BLOCK_PIXELS, CONTEXT_PIXELS, END, SIZE_AT, Header
 
-FIRST_MARKER, MARKERS = 0xD0, 8  # they count from 0 to 7, over and over
+NUMBERS = bytes(range(0xD0, 0xD8))  # second bytes of the markers, over and over
 MARKER_BYTES = 2
 COLUMN_PIXELS = 64  # between two markers of a re-encoded image, at most: 1.8 % more bytes; see benchmarks/README.md
 COUNTS_KEPT = 256  # numbers of intervals whose markers are remembered: as many as there are shapes of pictures
@@ -42,15 +41,13 @@ def excerpt(content: bytes, header: Header, top: int, left: int, height: int, wi
     if size == (header.height, header.width):
         return None
     across, down = -(-header.width // grid[1]), -(-header.height // grid[0])
-    begins = interval_begins(content, header.scan, down * across)
-    if begins is None:
+    edges = interval_edges(content, header.scan, down * across)
+    if edges is None:
         return None
-    numbered = bytearray(content)
-    numbered[header.frame + SIZE_AT : header.frame + SIZE_AT + 4] = size[0].to_bytes(2) + size[1].to_bytes(2)
-    behind = begins.reshape(down, across)[first_row:last_row, first_column:last_column].ravel()  # each kept interval
-    np.frombuffer(numbered, np.uint8)[behind - 1] = markers_of(len(behind))[1]
-    rows = [(row * across + first_column, row * across + last_column) for row in range(first_row, last_row)]
-    return Excerpt(joined(numbered, header.scan, begins, rows), top, left)
+    at = header.frame + SIZE_AT
+    head = b"".join((content[:at], size[0].to_bytes(2), size[1].to_bytes(2), content[at + 4 : header.scan]))
+    rows = [edges[row * across + first_column : row * across + last_column + 1] for row in range(first_row, last_row)]
+    return Excerpt(joined(content, head, rows), top, left)
 
 
 def grid_of(header: Header) -> tuple[int, int] | None:
@@ -72,32 +69,36 @@ def intervals(start: int, size: int, end: int, pixels: int) -> tuple[int, int]:
     return first, -(-min(start + size + CONTEXT_PIXELS, end) // pixels)
 
 
-def interval_begins(content: bytes, scan: int, count: int) -> NDArray[np.int64] | None:
-    """Where the byte behind the marker of each interval is; None where the markers are not those of so many."""
+def interval_edges(content: bytes, scan: int, count: int) -> list[int] | None:
+    """Where the first interval begins and each one ends, its marker included; None where markers are not of so many."""
     if scan >= len(content):
         return None
     data = np.frombuffer(content, np.uint8, offset=scan)
     found = (data[:-1] == 0xFF).nonzero()[0]
     kinds = data[found + 1]
     markers = kinds.nonzero()[0][:count]  # 0xFF in the pixels themselves is followed by 0
-    if len(markers) < count or kinds[markers].tobytes() != markers_of(count)[0]:
+    if len(markers) < count or kinds[markers].tobytes() != numbers_of(count):
         return None
-    begins: NDArray[np.int64] = found[markers] + (scan + MARKER_BYTES)
-    return begins
+    return [scan, *(found[markers] + (scan + MARKER_BYTES)).tolist()]
 
 
 @lru_cache(COUNTS_KEPT)
-def markers_of(count: int) -> tuple[bytes, NDArray[np.uint8]]:
-    """The markers behind so many intervals, without their first byte, which is always 0xFF."""
-    numbers = bytes(FIRST_MARKER + number for number in range(MARKERS)) * (count // MARKERS + 1)
-    markers = numbers[: count - 1] + bytes([END])
-    return markers, np.frombuffer(markers, np.uint8)
+def numbers_of(count: int) -> bytes:
+    """The second bytes of the markers behind so many intervals; the first is always 0xFF."""
+    return (NUMBERS * (count // len(NUMBERS) + 1))[: count - 1] + bytes([END])
 
 
-def joined(content: bytearray, scan: int, begins: NDArray[np.int64], rows: list[tuple[int, int]]) -> bytearray:
-    """What is before the pixels and these rows of intervals, of which each is one slice."""
-    pixels, edges = memoryview(content), [scan, *begins.tolist()]
-    return bytearray().join([pixels[:scan], *[pixels[edges[first] : edges[last]] for first, last in rows]])
+def joined(content: bytes, head: bytes, rows: list[list[int]]) -> bytearray:
+    """A JPEG of these rows of intervals, given by their edges; of each row, one slice."""
+    pixels = memoryview(content)
+    part = bytearray().join([head, *[pixels[edges[0] : edges[-1]] for edges in rows]])
+    position, numbers = len(head) - 1, iter(numbers_of(len(rows) * (len(rows[0]) - 1)))
+    for edges in rows:
+        shift = position - edges[0]
+        for edge in edges[1:]:
+            part[edge + shift] = next(numbers)
+        position = edges[-1] + shift
+    return part
 
 
 def interval_for(width: int, unit_pixels: int) -> int:
