@@ -6,7 +6,6 @@ python benchmarks/profile_image.py --images DIR
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -21,11 +20,12 @@ sys.path.insert(0, str(CHECKOUT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
 
 from recipe.config import Decoder  # noqa: E402
-from recipe.data.jpeg import read_header, upper_rows, without_exif  # noqa: E402
+from recipe.data.images import Rules, store  # noqa: E402
+from recipe.data.jpeg import Content, read_header, upper_rows, without_exif  # noqa: E402
+from recipe.data.restarts import excerpt  # noqa: E402
 from recipe.data.transforms import INTERPOLATIONS, WholePicture, build_decoder, empty_image, opened  # noqa: E402
 from recipe.training.augmentation import Augmentation  # noqa: E402
 
@@ -34,14 +34,8 @@ AUGMENTATION = Augmentation(0, PIXELS, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, next(it
 
 
 def shrunk(content: bytes) -> bytes:
-    """As preprocessing re-encodes: short side 256, bilinear, quality 90."""
-    with Image.open(io.BytesIO(content)) as image:
-        plain = image.convert("RGB")
-    scale = min(1.0, 256 / min(plain.size))
-    size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
-    stream = io.BytesIO()
-    plain.resize(size, Image.Resampling.BILINEAR).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
+    """As preprocessing re-encodes: restart markers and all; a picture that is small already keeps its bytes."""
+    return store(content, is_named_png=False, rules=Rules(keeps_png=True, resize_short_side=256, quality=90)).content
 
 
 def former_way(image: torch.Tensor, index: int, batch: torch.Tensor) -> None:
@@ -58,14 +52,18 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
     """Each part of the work, for all images."""
     decode, out = build_decoder(Decoder.torchcodec), empty_image((PIXELS, PIXELS))
     images, headers = [decode(content) for content in contents], [read_header(content) for content in contents]
-    bottoms = []
-    for index, image in enumerate(images):
-        view = AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])
-        bottoms.append(view.top + view.height)
-    cut = [
-        content if header is None else upper_rows(content, header, bottom)
-        for content, header, bottom in zip(contents, headers, bottoms, strict=True)
-    ]
+    views = [AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1]) for index, image in enumerate(images)]
+
+    def upper(i: int) -> Content:
+        header = headers[i]
+        return contents[i] if header is None else upper_rows(contents[i], header, views[i].top + views[i].height)
+
+    def part(i: int) -> Content:
+        header = headers[i]
+        found = None if header is None else excerpt(contents[i], header, *views[i][:4])
+        return upper(i) if found is None else found.content
+
+    uppers, cut = ([choose(i) for i in range(len(contents))] for choose in (upper, part))
 
     def each(do: Callable[[int], Any]) -> Callable[[], None]:
         def all_of_them() -> None:
@@ -76,7 +74,9 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
 
     return {
         "decode all of it": each(lambda i: decode(contents[i])),
-        "decode down to the crop's last row": each(lambda i: decode(cut[i])),
+        "decode down to the crop's last row": each(lambda i: decode(uppers[i])),
+        "decode what the crop needs": each(lambda i: decode(cut[i])),
+        "cut that out": each(part),
         "leave EXIF out": each(lambda i: without_exif(contents[i])),
         "read the header": each(lambda i: read_header(contents[i])),
         "draw the crop": each(lambda i: AUGMENTATION.view(0, i, 300, 400)),
@@ -119,6 +119,7 @@ def main() -> None:
     original = [path.read_bytes() for path in paths[: max(arguments.count, arguments.parity)]]
     result: dict[str, Any] = {
         "parity_with_torchvision": parity(original[: arguments.parity]),
+        "parity_re_encoded": parity([shrunk(content) for content in original[: arguments.parity]]),
         "rounds": arguments.rounds,
     }
     for kind, contents in {"original": original, "small": [shrunk(c) for c in original[: arguments.count]]}.items():

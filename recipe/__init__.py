@@ -17,15 +17,15 @@ chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
                    images, shards, packing, merging, expectation, sharing, processing, reporting, progress;
                    adoption;
-                   jpeg, transforms, interface, loading; worker, processes: the same in processes of their own
+                   jpeg, restarts, transforms, interface, loading; worker, processes: the same in other processes
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
-                   build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal, record,
-                   fingerprint
+    training       schedule, loss, optimizer, optimization, policies, mixing, draws, augmentation, averaging,
+                   recalibration; build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal,
+                   record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
                    render: from records to pages, without torch; model_card, publishable, seeds, published_folder,

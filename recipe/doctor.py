@@ -22,7 +22,7 @@ from recipe.config import Config
 from recipe.data.images import Rules, store
 from recipe.data.loading import Batch, derive_layout
 from recipe.data.shards import Split, open_split, read_manifest
-from recipe.data.transforms import Decode, Normalisation, WholePicture, build_decoder, empty_image
+from recipe.data.transforms import Decode, Normalisation, build_decoder, empty_image, opened
 from recipe.distributed import World, memory_format, processes_per_node, start_world
 from recipe.model import build_model
 from recipe.provenance import usable_cores
@@ -127,7 +127,7 @@ def small_rate(
 
     def work() -> None:
         for number, content in enumerate(small):
-            augmentation.write(WholePicture(decode(content)), 10**6, number, 0, out)
+            augmentation.write(opened(content, decode, stops_early=False), 10**6, number, 0, out)
 
     return rate(len(small), work)
 

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from recipe.data.jpeg import BLOCK_PIXELS
+from recipe.data.restarts import interval_for
+
 PIXELS_MAX = 50_000_000  # the largest image of ILSVRC2012 has 37 million; Pillow's own limit is 179 million
 FILE_BYTES_MAX = 4 * PIXELS_MAX  # an uncompressed picture of that size
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view behind it, which readers of JPEG ignore
@@ -154,9 +157,14 @@ def resized(image: Image.Image, short_side: int, quality: int, oddity: str | Non
     scale = short_side / min(plain.size)
     width, height = (max(short_side, round(side * scale)) for side in plain.size)
     small = without_metadata(plain.resize((width, height), Image.Resampling[FILTER.upper()]))
-    content = encoded(small, "JPEG", quality=quality)
+    content = encoded(small, "JPEG", quality=quality, restart_marker_blocks=restart_interval(small))
     done = "" if oddity is None else "stored as resized RGB JPEG"
     return StoredImage(content, "jpg", width, height, small.mode == "L", is_rotated, oddity, done)
+
+
+def restart_interval(image: Image.Image) -> int:
+    """Units between restart markers; Pillow stores colour at half the height and width unless it is told otherwise."""
+    return interval_for(image.width, BLOCK_PIXELS if image.mode == "L" else 2 * BLOCK_PIXELS)
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config import Decoder, ImageOrder, OptimizationConfig, TrainerConfig
+from recipe.data.jpeg import Content
 from recipe.data.shards import Split
 from recipe.data.transforms import Decode, EvaluationTransform, Picture, opened
 from recipe.distributed import World, threads_per_process
@@ -187,7 +188,7 @@ class Filling:
     def __init__(self, split: Split, decode: Decode, stops_early: bool = False) -> None:
         self.split = split
         self.decode = decode
-        self.stops_early = stops_early  # decode no rows below those that are seen; a decoder may grumble on stderr
+        self.stops_early = stops_early  # before a file ends, of which a decoder may grumble on stderr
 
     @property
     def decoder_name(self) -> str:
@@ -203,7 +204,7 @@ class Filling:
         """One image, decoded no further than it is looked at where that was asked for."""
         content = self.split.read(index)
 
-        def decoded(content: bytes) -> Tensor:
+        def decoded(content: Content) -> Tensor:
             """A failure names the image and its shard, since it was readable when it was stored."""
             try:
                 return self.decode(content)

@@ -22,11 +22,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from recipe.config import Decoder, EvaluationConfig, Interpolation
-from recipe.data.jpeg import JPEG_START, Header, read_header, upper_rows, without_exif
+from recipe.data.jpeg import JPEG_START, Content, Header, read_header, upper_rows, without_exif
+from recipe.data.restarts import excerpt
 from recipe.errors import UserError
 from recipe.records import Setting
 
-Decode = Callable[[bytes], Tensor]
+Decode = Callable[[Content], Tensor]
 INTERPOLATIONS = {
     Interpolation.bilinear: InterpolationMode.BILINEAR,
     Interpolation.bicubic: InterpolationMode.BICUBIC,
@@ -47,17 +48,19 @@ def build_decoder(decoder: Decoder) -> Decode:
             f"data.decoder=torchcodec cannot be loaded beside this torch ({torch.__version__}); use data.decoder=pillow"
         ) from error
 
-    def decode_with_torchcodec(content: bytes) -> Tensor:
+    def decode_with_torchcodec(content: Content) -> Tensor:
         if content[:2] != JPEG_START:
             return decode_with_pillow(content)  # the few images that preprocessing stored as lossless PNG
-        image = decode_jpeg(without_exif(content), mode="RGB")
+        plain = without_exif(content)  # a tensor: given bytes, TorchCodec silences torch's warning in all threads
+        own = plain if isinstance(plain, bytearray) else bytearray(plain)
+        image = decode_jpeg(torch.frombuffer(own, dtype=torch.uint8), mode="RGB")
         assert isinstance(image, Tensor), "one source gives one image"
         return image
 
     return decode_with_torchcodec
 
 
-def decode_with_pillow(content: bytes) -> Tensor:
+def decode_with_pillow(content: Content) -> Tensor:
     """uint8 RGB of shape [3, H, W]; the tests' oracle and the decoder where TorchCodec does not load."""
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
         pixels = np.array(image.convert("RGB"))
@@ -91,11 +94,14 @@ class WholePicture:
         return self.image[:, top : top + height, left : left + width]
 
 
-class UpperPicture:
-    """A JPEG that is decoded from above down to the last row that is looked at."""
+class PartialPicture:
+    """A JPEG of which little more is decoded than what is looked at.
 
-    def __init__(self, content: bytes, header: Header, decode: Decode) -> None:
-        self.content, self.header, self.decode = content, header, decode
+    Between restart markers any part; else, where that is wanted, from above down to the last row.
+    """
+
+    def __init__(self, content: bytes, header: Header, decode: Decode, stops_early: bool) -> None:
+        self.content, self.header, self.decode, self.stops_early = content, header, decode, stops_early
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,14 +110,21 @@ class UpperPicture:
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
         """uint8 [3, height, width], a view of what was decoded."""
-        rows = self.decode(upper_rows(self.content, self.header, top + height))
-        return rows[:, top : top + height, left : left + width]
+        shown: Content = self.content
+        if (found := excerpt(self.content, self.header, top, left, height, width)) is not None:
+            shown, top, left = found.content, top - found.top, left - found.left
+        elif self.stops_early:
+            shown = upper_rows(self.content, self.header, top + height)
+        return self.decode(shown)[:, top : top + height, left : left + width]
 
 
 def opened(content: bytes, decode: Decode, stops_early: bool) -> Picture:
-    """A picture that is decoded at once, or, where that was asked for and its header can be read, as far as needed."""
-    header = read_header(content) if stops_early and content[:2] == JPEG_START else None
-    return WholePicture(decode(content)) if header is None else UpperPicture(content, header, decode)
+    """A picture that is decoded no further than it is looked at; at once where its header cannot be read.
+
+    `stops_early` allows what a decoder grumbles about on stderr: to end before the file does.
+    """
+    header = read_header(content) if content[:2] == JPEG_START else None
+    return WholePicture(decode(content)) if header is None else PartialPicture(content, header, decode, stops_early)
 
 
 @dataclass(frozen=True)

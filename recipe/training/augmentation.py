@@ -28,6 +28,7 @@ from recipe.data.transforms import (
     resize,
 )
 from recipe.records import Setting
+from recipe.training.draws import Draws
 from recipe.training.mixing import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
 from recipe.training.policies import Policy, build_policy
 
@@ -114,16 +115,15 @@ class Augmentation:
     def view(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> View:
         """Draw for copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
         sample = (index, copy) if copy else (index,)
-        generator = np.random.default_rng((AUGMENTATION_STREAM, self.seed, epoch, *sample))
-        flip = bool(generator.random() < self.flip_probability)
+        draws = Draws((AUGMENTATION_STREAM, self.seed, epoch, *sample))
+        flip = draws.random() < self.flip_probability
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for _ in range(ATTEMPTS):
-            area = height * width * generator.uniform(*self.scale)
-            ratio = math.exp(generator.uniform(*log_ratio))
+            area = height * width * draws.uniform(*self.scale)
+            ratio = math.exp(draws.uniform(*log_ratio))
             crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < crop_width <= width and 0 < crop_height <= height:
-                top = int(generator.integers(0, height - crop_height + 1))
-                left = int(generator.integers(0, width - crop_width + 1))
+                top, left = draws.below(height - crop_height + 1), draws.below(width - crop_width + 1)
                 return View(top, left, crop_height, crop_width, flip)
         return self._central(height, width, flip)
 

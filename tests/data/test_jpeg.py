@@ -14,9 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from recipe.config import Decoder
-from recipe.data.jpeg import read_header, upper_rows
+from recipe.data.jpeg import Content, read_header, upper_rows
 from recipe.data.transforms import (
-    UpperPicture,
+    PartialPicture,
     WholePicture,
     build_decoder,
     decode_with_pillow,
@@ -70,7 +70,9 @@ def test_upper_rows_have_the_pixels_of_the_whole(
         assert len(cut) == len(content)
         assert bottom <= rows.shape[1] <= size[0]
         assert torch.equal(rows[:, :bottom], whole[:, :bottom])
-        assert torch.equal(UpperPicture(content, header, decode).part(0, 3, bottom, 40), whole[:, :bottom, 3:43])
+        assert torch.equal(
+            PartialPicture(content, header, decode, True).part(0, 3, bottom, 40), whole[:, :bottom, 3:43]
+        )
     assert (shortened > 0) == (kind != "progressive"), "only rows that follow one another can be left out"
     capfd.readouterr()  # libjpeg warns of what it skips
 
@@ -78,10 +80,21 @@ def test_upper_rows_have_the_pixels_of_the_whole(
 def test_what_is_no_plain_jpeg_is_decoded_whole() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (9, 7)).save(stream, "PNG")
-    for content in (stream.getvalue(), jpeg(40, 50)):
-        picture = opened(content, decode_with_pillow, stops_early=content[:2] != b"\xff\xd8")
-        assert isinstance(picture, WholePicture)
-        assert picture.size == tuple(decode_with_pillow(content).shape[-2:])
+    picture = opened(stream.getvalue(), decode_with_pillow, stops_early=True)
+    assert isinstance(picture, WholePicture)
+    assert picture.size == (7, 9)
+
+
+def test_a_decoder_that_may_not_stop_early_is_given_all_of_a_file() -> None:
+    content, given = jpeg(60, 50), []
+
+    def noting(content: Content) -> Tensor:
+        given.append(content)
+        return decode_with_pillow(content)
+
+    part = opened(content, noting, stops_early=False).part(3, 4, 5, 6)
+    assert torch.equal(part, decode_with_pillow(content)[:, 3:8, 4:10])
+    assert given == [content]
 
 
 @pytest.mark.parametrize("length", range(0, 640, 7))

@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
+from torch import Tensor
 
 from recipe.config import Corrupt, Decoder, Expectation, Source
 from recipe.data import packing, processing
@@ -33,7 +35,7 @@ from recipe.data.images import DamagedImageError, Rules, store
 from recipe.data.processing import preprocess
 from recipe.data.raw import find_raw
 from recipe.data.shards import open_split, read_manifest
-from recipe.data.transforms import build_decoder
+from recipe.data.transforms import build_decoder, decode_with_pillow, opened
 from recipe.errors import DiskError, UserError
 from recipe.records import PreprocessingRecord
 from recipe.run import CHECKOUT
@@ -807,7 +809,8 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     assert {key: stored[key] for key in train_images()} == train_images()
     assert (sizes["n01440764_9"], sizes["n01440764_8"]) == ((96, 64), (129, 64))
     with Image.open(io.BytesIO(large["n01440764_9"])) as image:
-        oracle = encoded(image.resize((96, 64), Image.Resampling.BILINEAR), quality=80)
+        small = image.resize((96, 64), Image.Resampling.BILINEAR)
+    oracle = encoded(small, quality=80, restart_marker_blocks=3)  # six units of 16 pixels in a row
     assert stored["n01440764_9"] == oracle
     assert record.splits["train"].grey_images == 1
     val = open_split(tmp_path / "out", "val")
@@ -815,7 +818,9 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     settings = manifest["settings"]
     assert (settings["resize_short_side"], settings["quality"], settings["resize_filter"]) == (64, 80, "bilinear")
+    assert settings["restart_marker_pixels"] == 64
     assert "64 pixels resized to it (bilinear, antialiased)" in record.stored_as
+    assert "restart markers" in record.stored_as
 
 
 def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -824,6 +829,21 @@ def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch:
     plans = [task.plan_sha256 for task in processing.planned(data, find_raw(data), [])]
     monkeypatch.setattr(processing, "FILTER", "bicubic")
     assert not set(plans) & {task.plan_sha256 for task in processing.planned(data, find_raw(data), [])}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_resized_image_is_decoded_where_a_crop_needs_it_only(mode: str) -> None:
+    content = encoded(pixels("c", 700, 400).convert(mode))
+    stored = store(content, False, Rules(keeps_png=False, resize_short_side=128, quality=90)).content
+    given = []
+
+    def noting(content: bytes) -> Tensor:
+        given.append(content)
+        return decode_with_pillow(content)
+
+    part = opened(stored, noting, stops_early=False).part(40, 90, 20, 30)
+    assert torch.equal(part, decode_with_pillow(stored)[:, 40:60, 90:120])
+    assert len(given[0]) < len(stored) / 2
 
 
 def test_an_odd_image_is_resized_too() -> None:
