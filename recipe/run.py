@@ -27,6 +27,7 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
+    ProjectionRecord,
     PublicationRecord,
     Record,
     ReproductionRecord,
@@ -51,6 +52,7 @@ RECORD_FILES: dict[type[Record], str] = {
     SeedsRecord: "seeds.json",
     ReproductionRecord: "reproduction.json",
     PublicationRecord: "publication.json",
+    ProjectionRecord: "projection.json",
 }
 
 

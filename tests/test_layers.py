@@ -30,6 +30,7 @@ ALLOWED = {
     "training": [*GROUND, "distributed", "alterations", "model", "checkpoint", "data", "evaluation", "training"],
     "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
+    "projection": [*GROUND, "composition", "data", "document"],
     "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
     "notebook": [*GROUND, "composition", "document"],
     "review": [

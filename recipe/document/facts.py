@@ -18,6 +18,7 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
+    ProjectionRecord,
     Provenance,
     PublicationRecord,
     ReproductionRecord,
@@ -52,6 +53,7 @@ class Facts:
     seeds: SeedsRecord | None = None
     reproduction: ReproductionRecord | None = None
     publication: PublicationRecord | None = None
+    projection: ProjectionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         seeds=run.read(SeedsRecord),
         reproduction=run.read(ReproductionRecord),
         publication=publication,
+        projection=run.read(ProjectionRecord),
     )
 
 

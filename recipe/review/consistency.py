@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from recipe.config import config_sha256, differences, leaves, recipe_id
+from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.findings import Finding, Level, listed
@@ -60,7 +61,7 @@ class Sum:
 def record_findings(facts: Facts) -> list[Finding]:
     """Sums that do not add up, hashes that are none, sections that are stale."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + projection_findings(facts)
 
 
 def sums(facts: Facts) -> Iterator[Sum]:
@@ -209,6 +210,14 @@ def final_findings(facts: Facts) -> list[Finding]:
         what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
         found.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
     return found
+
+
+def projection_findings(facts: Facts) -> list[Finding]:
+    """A projection is what its factors give, to the last digit."""
+    if facts.projection is None or facts.projection.rows == projected_again(facts.projection):
+        return []
+    what = "its factors do not give its rows"
+    return [Finding(Level.resolvable, "records/projection.json, rows", what, "run `python -m recipe project` again")]
 
 
 def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:

@@ -33,7 +33,7 @@ SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that shou
 
 def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
     """(file of the record, provenance) of every stage that ran."""
-    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
+    for name in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
         record = getattr(facts, name)
         if record is not None:
             yield f"records/{name}.json", record.provenance
