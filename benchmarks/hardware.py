@@ -1,10 +1,10 @@
 """Everything that a machine with a GPU is wanted for, in one command: python benchmarks/hardware.py --raw-dir DIR
 
-DIR holds CIFAR-10 as conf/data/cifar10.yaml describes it. The parts, in the order of their worth where time is short: the
+DIR holds CIFAR-10 as conf/data/cifar10.yaml describes it. The parts, the most valuable first where time is short: the
 step beside its peers with floors and profile; the step of the reference recipe; with `--images` the loaders; then
 `resnet50_cifar10` from raw images to a published recipe (several seeds, evaluation, export, latency, dynamics,
-projection), and `check`, `drift` and `verify` of it; last the best batch. Begin on a clean commit: `publish` refuses any
-other.
+projection), and `check`, `drift` and `verify` of it; last the best batch. Begin on a clean commit: `publish` refuses
+any other.
 
 Each part is a command that is printed and can be typed alone. A part that ended well is not run again, so the same line
 continues where it stopped; one that fails costs only those that need it. `--seconds 540` stops what runs then (training
