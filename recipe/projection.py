@@ -12,11 +12,12 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,10 +29,11 @@ from recipe.data.shards import read_manifest
 from recipe.document.arithmetic import projected_again
 from recipe.document.render import check_document, projection_page, write_document
 from recipe.errors import UserError
-from recipe.provenance import Stage, machine
+from recipe.provenance import Stage, machine, shown_argument
 from recipe.records import MeasuredEvaluation, MeasuredLoading, MeasuredStep, Projected, ProjectionRecord
 from recipe.run import Run, recorded_path, shown_path
 
+Found = TypeVar("Found")
 OURS = "this project"
 LOADER = "ours-processes"  # of benchmarks/loading.py: the default beside a GPU
 KINDS = {"original": "original files", "small": "re-encoded to short side 256"}
@@ -80,29 +82,41 @@ def answer(arguments: argparse.Namespace) -> int:
     if not run.records.is_dir():
         raise UserError(f"--run {arguments.run} holds no run")
     check_document(run)
-    run.write(projection(config, arguments, Stage(run.directory)))
+    run.write(projection(config, arguments, Stage(run.directory, retyped(arguments))))
     write_document(run, recorded_path(run.directory))
     print(f"wrote {shown_path(run.document)}")
     return 0
 
 
+def retyped(arguments: argparse.Namespace) -> str:
+    """The command, which is this process's own only where it was typed."""
+    words = [*arguments.words, "--step", *map(str, arguments.step)]
+    words += ["--loading", str(arguments.loading)] if arguments.loading else []
+    words += ["--gpus", *map(str, arguments.gpus)]
+    price = arguments.dollars_per_gpu_hour
+    words += ["--dollars-per-gpu-hour", f"{price:g}"] if price is not None else []
+    return " ".join(["python -m recipe project", *map(shown_argument, [*words, "--run", arguments.run])])
+
+
 def projection(config: Config, arguments: argparse.Namespace, stage: Stage) -> ProjectionRecord:
     """The record; raises `UserError` where a measurement is not of this recipe's step."""
     require_plain_numbers(arguments)
-    files = [measurement(path, "contestants") for path in arguments.step]
     refuse_other_steps(config)
-    steps = [step for file in files for step in measured_steps(config, file)]
+    files = [measurement(path, "contestants") for path in arguments.step]
+    steps = [step for file in files for step in read(file, partial(measured_steps, config))]
     if not steps:
         raise UserError(why_none(config, files))
     kinds = sorted({step.accelerator for step in steps})
     if len(kinds) > 1:
         raise UserError(f"--step: the files are of different machines ({', '.join(kinds)}): give those of one")
-    loading = arguments.loading and measurement(arguments.loading, "kinds")
+    loading = [measurement(arguments.loading, "kinds")] if arguments.loading else []
+    loaders = [found for file in loading for found in read(file, partial(measured_loading, config, files[0]))]
+    evaluations = [found for file in files for found in read(file, partial(measured_evaluations, config))]
     train_images, validation_images, source = image_counts(config)
     record = ProjectionRecord(
         config_sha256=config_sha256(pinned(config)),
         provenance=stage.finish(machine()),
-        inputs={file.name: file.sha256 for file in [*files, *([loading] if loading else [])]},
+        inputs={file.name: file.sha256 for file in [*files, *loading]},
         name=config.name,
         settings=[word for word in arguments.words if not word.startswith(("experiment=", "run_dir="))],
         train_images=train_images,
@@ -111,8 +125,8 @@ def projection(config: Config, arguments: argparse.Namespace, stage: Stage) -> P
         epochs=config.optimization.epochs,
         batch_size=config.optimization.batch_size,
         steps=steps,
-        evaluation=measured_evaluation(config, files),
-        loading=measured_loading(config, loading, files[0]) if loading else None,
+        evaluation=next(iter(evaluations), None),
+        loading=next(iter(loaders), None),
         dollars_per_accelerator_hour=arguments.dollars_per_gpu_hour,
         rows=[wanted(config, count) for count in dict.fromkeys(arguments.gpus)],
     )
@@ -198,6 +212,15 @@ def measurement(path: Path, must_hold: str) -> Measurement:
     return Measurement(path, values, hashlib.sha256(content).hexdigest())
 
 
+def read(file: Measurement, look: Callable[[Measurement], Iterable[Found]]) -> list[Found]:
+    """What is in a file; raises `UserError` where it is not as the benchmarks write it."""
+    try:
+        return list(look(file))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise UserError(f"{file.name} is not as benchmarks/ writes such files: {what}") from error
+
+
 def measured_steps(config: Config, file: Measurement) -> Iterator[MeasuredStep]:
     """The steps of a file that this recipe makes, one for each batch."""
     values, arguments = file.values, file.values["arguments"]
@@ -247,21 +270,19 @@ def why_none(config: Config, files: Sequence[Measurement]) -> str:
     )
 
 
-def measured_evaluation(config: Config, files: Sequence[Measurement]) -> MeasuredEvaluation | None:
+def measured_evaluations(config: Config, file: Measurement) -> Iterator[MeasuredEvaluation]:
     """The forward pass at this recipe's evaluation size, where one was measured; two views are not one."""
-    for file in files:
-        found = file.values.get("evaluation")
-        if found and found["pixels"] == config.evaluation.crop_pixels and not config.evaluation.flip:
-            return MeasuredEvaluation(
-                file=file.name,
-                pixels=found["pixels"],
-                batch_size=found["batch"],
-                images_per_second=statistics.median(found["images_per_second"]),
-            )
-    return None
+    found = file.values.get("evaluation")
+    if found and found["pixels"] == config.evaluation.crop_pixels and not config.evaluation.flip:
+        yield MeasuredEvaluation(
+            file=file.name,
+            pixels=found["pixels"],
+            batch_size=found["batch"],
+            images_per_second=statistics.median(found["images_per_second"]),
+        )
 
 
-def measured_loading(config: Config, loading: Measurement, step: Measurement) -> MeasuredLoading:
+def measured_loading(config: Config, step: Measurement, loading: Measurement) -> Iterator[MeasuredLoading]:
     """This project's loader, on the machine of the step; raises `UserError` for one of another machine."""
     machines = [(file["processor"], file["cores"]) for file in (loading.values, step.values["hardware"])]
     if machines[0] != machines[1]:
@@ -271,7 +292,7 @@ def measured_loading(config: Config, loading: Measurement, step: Measurement) ->
     rows = [row for row in loading.values["kinds"][kind] if row["peer"] == LOADER and not row["absent"]]
     if not rows:
         raise UserError(f"--loading {loading.name} has no measurement of this project on {KINDS[kind]}")
-    return MeasuredLoading(
+    yield MeasuredLoading(
         file=loading.name,
         sha256=loading.sha256,
         measured=loading.values["date"],
