@@ -18,7 +18,6 @@ nowhere else: it shows that the commands fit together, and none of its numbers m
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
@@ -30,6 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+from recipe.energy import accelerator_joules  # noqa: E402
+
 SAVED = 75  # exit code of a training that was stopped and can be continued
 PATIENCE_SECONDS = 60  # for a part that was told to stop
 
@@ -79,7 +82,7 @@ def main() -> None:
         print(f"-- {part.name}: {outcome.said}", flush=True)
     report = work / "report.md"
     report.write_text(table(list(outcomes.values())))
-    print(f"wrote {report}")
+    print(f"wrote {report}; what is to be kept: cp {work}/results/* benchmarks/results/")
     raise SystemExit(0 if all(outcome.is_done for outcome in outcomes.values()) else 1)
 
 
@@ -160,6 +163,8 @@ def recipe_parts(
     yield Part("publish", [*publish, *(["--seeds", *(runs[seed] for seed in others)] if others else [])], evaluated)
     for verb in ("check", "drift", "verify"):
         yield Part(verb, ["-m", "recipe", verb, output], ("publish",))
+    data = [f"--data-dir={work}/data", f"--raw-dir={work}/raw"] if is_small else []
+    yield Part("verify-run", ["-m", "recipe", "verify", shown, *data], evaluated)  # with weights and data beside it
 
 
 def data_word(words: list[str]) -> str:
@@ -207,12 +212,12 @@ def run(part: Part, log: Path, until: float | None) -> Outcome:
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     words = [found for word in part.words for found in spread(word)]
     words += loaders(part, log.parent.parent)
-    joules, started = gpu_joules(), time.monotonic()
+    joules, started = accelerator_joules(), time.monotonic()
     with log.open("w") as kept:
         process = subprocess.Popen([sys.executable, *words], env=environment, stdout=kept, stderr=subprocess.STDOUT)
         code = ended(process, until)
     print(log.read_text(errors="replace")[-4000:], flush=True)
-    after = gpu_joules()
+    after = accelerator_joules()
     spent = None if joules is None or after is None else round(after - joules, 1)
     seconds = time.monotonic() - started
     said = "done" if code == 0 else "stopped, to be continued" if code == SAVED else f"FAILED with exit code {code}"
@@ -241,36 +246,6 @@ def ended(process: subprocess.Popen[bytes], until: float | None) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def gpu_joules() -> float | None:
-    """What all GPUs of this machine have used since their driver was loaded, by NVML; None where it cannot say."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if library.nvmlInit_v2() != 0:
-        return None
-    try:
-        return sum(millijoules(library)) / 1000
-    except ArithmeticError:
-        return None
-    finally:
-        library.nvmlShutdown()
-
-
-def millijoules(library: ctypes.CDLL) -> Iterator[int]:
-    """Of each GPU; raises `ArithmeticError` where one of them has no counter (before Volta)."""
-    count = ctypes.c_uint()
-    if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0 or count.value == 0:
-        raise ArithmeticError
-    for index in range(count.value):
-        device, used = ctypes.c_void_p(), ctypes.c_ulonglong()
-        if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
-            raise ArithmeticError
-        if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(used)) != 0:
-            raise ArithmeticError
-        yield used.value
 
 
 def table(outcomes: list[Outcome]) -> str:

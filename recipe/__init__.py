@@ -6,6 +6,7 @@ ground floor, importable without torch
     config         typed schema of every knob, cross-field checks, identity of a recipe
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
+    energy         what GPUs have used, by their driver's counter
     provenance     commit and tree state, command, hardware, versions
     composition    from the command line to a Config
 ground floor, torch
@@ -23,7 +24,7 @@ chapters
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, augmentation, averaging, recalibration;
-                   build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal, record,
+                   build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement, journal, record,
                    fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run

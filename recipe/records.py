@@ -248,6 +248,17 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     circumstances: dict[str, Setting] = {}  # what must be equal for another run to give the same bits
 
 
+class EnergyRecord(Record, frozen=True, kw_only=True):
+    """What the accelerators used from the first step of a training to the end of its last validation."""
+
+    format: str = "energy/1"
+    inputs: dict[str, str]  # the weights that it was spent on
+    joules: float  # of the whole devices, by their driver's counter
+    seconds: float  # over which it was counted
+    accelerators: int
+    counter: str
+
+
 class ProbeStep(Record, frozen=True, kw_only=True):
     """One optimizer step of the canary."""
 

@@ -22,6 +22,7 @@ from recipe import faults
 from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.records import (
     AnyRecord,
+    EnergyRecord,
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
@@ -44,6 +45,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 RECORD_FILES: dict[type[Record], str] = {
     PreprocessingRecord: "preprocessing.json",
     TrainingRecord: "training.json",
+    EnergyRecord: "energy.json",
     EvaluationRecord: "evaluation.json",
     SerializationRecord: "serialization.json",
     InferenceRecord: "inference.json",

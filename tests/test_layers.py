@@ -9,10 +9,11 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["errors", "faults", "config", "records", "run", "provenance"]
+GROUND = ["errors", "faults", "energy", "config", "records", "run", "provenance"]
 ALLOWED = {
     "errors": [],
     "faults": [],
+    "energy": [],
     "config": ["errors"],
     "records": ["errors"],
     "run": ["errors", "faults", "records"],

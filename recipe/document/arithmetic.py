@@ -23,7 +23,7 @@ def project(
     index = step_for(images_per_forward, steps)
     images_per_second = steps[index].images_per_second * accelerators
     training_seconds = training_images / images_per_second
-    validation_seconds = evaluation and validation_images / (evaluation.images_per_second * accelerators)
+    validation_seconds = evaluation_seconds(validation_images, accelerators, evaluation)
     hours = accelerators * (training_seconds + (validation_seconds or 0.0)) / 3600
     return Projected(
         accelerators=accelerators,
@@ -34,8 +34,18 @@ def project(
         accelerator_hours=hours,
         dollars=None if dollars_per_accelerator_hour is None else hours * dollars_per_accelerator_hour,
         loader_images_per_second=images_per_second,
-        loader_cores=loading and math.ceil(images_per_second / (loading.images_per_second / loading.cores)),
+        loader_cores=cores_for(images_per_second, loading),
     )
+
+
+def evaluation_seconds(images: int, accelerators: int, evaluation: MeasuredEvaluation | None) -> float | None:
+    """None where no evaluation was measured."""
+    return None if evaluation is None else images / (evaluation.images_per_second * accelerators)
+
+
+def cores_for(images_per_second: float, loading: MeasuredLoading | None) -> int | None:
+    """Whole cores like those on which the loader was measured; None where none was."""
+    return None if loading is None else math.ceil(images_per_second / (loading.images_per_second / loading.cores))
 
 
 def step_for(images_per_forward: int, steps: Sequence[MeasuredStep]) -> int:

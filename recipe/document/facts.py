@@ -13,6 +13,7 @@ from typing import Any
 from recipe.config import config_sha256
 from recipe.document.dynamics import MetricRow
 from recipe.records import (
+    EnergyRecord,
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
@@ -54,6 +55,7 @@ class Facts:
     reproduction: ReproductionRecord | None = None
     publication: PublicationRecord | None = None
     projection: ProjectionRecord | None = None
+    energy: EnergyRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         reproduction=run.read(ReproductionRecord),
         publication=publication,
         projection=run.read(ProjectionRecord),
+        energy=run.read(EnergyRecord),
     )
 
 

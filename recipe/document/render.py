@@ -246,6 +246,7 @@ def twin(facts: Facts) -> bytes:
         "reproduction": facts.reproduction,
         "publication": facts.publication,
         "projection": facts.projection,
+        "energy": facts.energy,
     }
     content = {
         **identity(facts),

@@ -268,7 +268,16 @@ def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding
     return [Finding(Level.resolvable, place, what, RENDER)]
 
 
-RECORD_NAMES = ("preprocessing", "training", "evaluation", "serialization", "inference", "fingerprint", "projection")
+RECORD_NAMES = (
+    "preprocessing",
+    "training",
+    "evaluation",
+    "serialization",
+    "inference",
+    "fingerprint",
+    "projection",
+    "energy",
+)
 
 
 def read_twin(path: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Sum:
 def record_findings(facts: Facts) -> list[Finding]:
     """Sums that do not add up, hashes that are none, sections that are stale."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + projection_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
 
 
 def sums(facts: Facts) -> Iterator[Sum]:
@@ -212,12 +212,18 @@ def final_findings(facts: Facts) -> list[Finding]:
     return found
 
 
-def projection_findings(facts: Facts) -> list[Finding]:
-    """A projection is what its factors give, to the last digit."""
-    if facts.projection is None or facts.projection.rows == projected_again(facts.projection):
-        return []
-    what = "its factors do not give its rows"
-    return [Finding(Level.resolvable, "records/projection.json, rows", what, "run `python -m recipe project` again")]
+def later_findings(facts: Facts) -> list[Finding]:
+    """A projection is what its factors give, to the last digit; an energy was spent on the weights that are here."""
+    found = []
+    if facts.projection is not None and facts.projection.rows != projected_again(facts.projection):
+        what, mend = "its factors do not give its rows", "run `python -m recipe project` again"
+        found.append(Finding(Level.resolvable, "records/projection.json, rows", what, mend))
+    if facts.energy is not None and facts.training is not None:
+        spent, trained = (record.get("weights") for record in (facts.energy.inputs, facts.training.outputs))
+        if spent != trained:
+            what = "it was spent on other weights than training left"
+            found.append(Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again"))
+    return found
 
 
 def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:

@@ -14,6 +14,7 @@ import msgspec
 from recipe.document.facts import Facts, gather
 from recipe.errors import UserError
 from recipe.records import (
+    EnergyRecord,
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
@@ -113,6 +114,7 @@ FACTS: dict[Any, str] = {
     JournalRecord: "journal",
     Fingerprint: "fingerprint",
     ProjectionRecord: "projection",
+    EnergyRecord: "energy",
 }
 FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
 
@@ -147,6 +149,8 @@ def refuse_impossible_numbers(value: Any) -> None:
         raise UserError("it holds a training without steps")
     if isinstance(value, EvaluationRecord | SerializationRecord) and value.images < 1:
         raise UserError("it holds a count over no image")
+    if isinstance(value, EnergyRecord) and (value.seconds <= 0 or value.joules < 0):
+        raise UserError("it holds an energy of no time, or a negative one")
     if isinstance(value, ProjectionRecord):
         require_possible(value)
 
