@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from recipe import energy
 from recipe.distributed import World
 from recipe.energy import accelerator_joules
+from recipe.records import EnergyRecord
+from recipe.review.consistency import later_findings
 from recipe.training.energy import Meter, accelerator_uuids
-from tests.document.test_document import session
+from tests.document import test_document as document
 
 USED = {"GPU-a": 1_500, "GPU-b": 40_000}  # millijoules
 
@@ -94,12 +97,24 @@ def test_a_training_counts_the_difference_unless_another_session_did_a_part(
 ) -> None:
     alone = World(0, 1, 0, 1, torch.device("cpu"), "none")
     assert accelerator_uuids(alone) == []
-    assert Meter(alone).record([session()]) is None
+    assert Meter(alone).record([document.session()]) is None
     monkeypatch.setattr("recipe.training.energy.accelerator_uuids", lambda world: ["GPU-a"])
     meter = Meter(alone)
     monkeypatch.setitem(USED, "GPU-a", 9_000)
-    record = meter.record([session()])
+    record = meter.record([document.session()])
     assert record is not None
     assert (record.joules, record.accelerators) == (7.5, 1)
     assert record.seconds > 0
-    assert meter.record([session(), session(first_step=3)]) is None
+    assert meter.record([document.session(), document.session(is_exact=True)]) is None
+
+
+def test_the_dynamics_name_the_energy_of_the_weights_that_are_here() -> None:
+    trained = document.training_record().outputs["weights"]
+    spent = EnergyRecord(inputs={"weights": trained}, joules=90_000, seconds=300, accelerators=1, counter="NVML")
+    assert "Energy of" not in document.document()
+    row = "| Energy of 1 accelerator, validation included (NVML) | 90.0 kJ in 5 min 00 s, 300 W in the mean |"
+    assert row in document.section(document.document(energy=spent), "dynamics")
+    other = msgspec.structs.replace(spent, inputs={"weights": document.sha("other")})
+    assert "Energy of" not in document.document(energy=other)
+    assert len(later_findings(document.facts(energy=other))) == 1
+    assert later_findings(document.facts(energy=spent)) == []
