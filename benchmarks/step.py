@@ -57,12 +57,13 @@ MATRIX = 8192  # side of the matrices of the measured rate
 COPY_BYTES = 2**31
 OURS = "this project"
 PROFILED_STEPS = 3
+RANGES = ("Optimizer.", "Torch-Compiled", "CompiledFunction", "ProfilerStep", "## ")
 # Kernels by their names, and operators where there are no kernels (on a CPU); the first group that fits. A kernel that
 # the compiler fused is named after all that is in it, and counts as normalisation where that is among it.
 KERNELS = {
     "normalisation, with what is fused to it": r"batch_norm|bn_fw|bn_bw|batchnorm",
     "optimizer": r"multi_tensor|fused_sgd|_foreach|sgd",
-    "convolution and matrix products": r"conv|xmma|implicit|wgrad|dgrad|gemm|cutlass|addmm|aten::mm|nvjet",
+    "convolution and matrix products": r"conv(?!ert)|xmma|implicit|wgrad|dgrad|gemm|cutlass|addmm|aten::mm|nvjet",
     "pooling": r"pool",
     "loss and accuracy": r"softmax|nll|topk|sort|cross_entropy",
     "copies and layouts": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|transpose",
@@ -395,7 +396,8 @@ def profiled(step: Callable[[], object], world: World) -> dict[str, float]:
     groups: dict[str, float] = {}
     for event in found.key_averages():
         is_kernel = event.device_type != torch.autograd.DeviceType.CPU
-        if is_kernel == on_gpu:
+        is_range = getattr(event, "is_user_annotation", False) or event.key.startswith(RANGES)  # of other kernels' time
+        if is_kernel == on_gpu and not is_range:
             microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             group = kernel_group(event.key)
             groups[group] = groups.get(group, 0.0) + microseconds / 1000 / PROFILED_STEPS

@@ -17,15 +17,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipe.config import Config, OptimizationConfig, Precision
+from recipe.config import Config, OptimizationConfig, Precision, config_sha256, pinned
 from recipe.data.loading import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world
+from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
 from recipe.training.augmentation import build_augmentation
 from recipe.training.averaging import build_average
 from recipe.training.loss import build_loss, loss_facts
-from recipe.training.optimization import Stepper, replicate
+from recipe.training.optimization import Stepper, compiled, replicate
 from recipe.training.optimizer import build_optimizer, optimizer_facts, parameters_by_kind
 from tests.conftest import compose_config
 from tests.worlds import run_world
@@ -531,3 +532,25 @@ def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
 )
 def test_waiting_would_be_seen(work: Callable[[Tensor], object]) -> None:
     assert waits_of(lambda: work(torch.ones(3))) != []
+
+
+# ---- compilation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("graphs", "mode"), [("false", None), ("true", "reduce-overhead")])
+def test_the_network_is_compiled_as_asked(graphs: str, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs replay the same kernels, so they are a fact of the machine and no part of the recipe."""
+    model, asked = nn.Identity(), []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: asked.append(mode) or model)
+    config = configuration("trainer.compile=true", f"trainer.cuda_graphs={graphs}")
+    assert compiled(model, config.trainer) is model
+    assert asked == [mode]
+    assert config_sha256(pinned(config)) == config_sha256(pinned(configuration("trainer.compile=true")))
+
+
+def test_graphs_without_compilation_are_refused_and_neither_is_the_default(config: Config) -> None:
+    with pytest.raises(UserError, match=r"trainer\.cuda_graphs=True cannot be"):
+        configuration("trainer.cuda_graphs=true")
+    model = nn.Identity()
+    assert compiled(model, config.trainer) is model
+    assert not config.trainer.compile
