@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def main() -> None:
     os.chdir(CHECKOUT)
     until = time.monotonic() + arguments.seconds if arguments.seconds else None
     work = Path("runs", "hardware-small" if arguments.small else "hardware")
-    parts = list((small_parts if arguments.small else parts_of)(arguments, work))
+    parts = chosen((small_parts if arguments.small else parts_of)(arguments, work), arguments.skip)
     if arguments.list:
         print("\n".join(part.command for part in parts))
         return
@@ -86,6 +86,14 @@ def main() -> None:
     raise SystemExit(0 if all(outcome.is_done for outcome in outcomes.values()) else 1)
 
 
+def chosen(parts: Iterable[Part], skipped: list[str]) -> list[Part]:
+    """All but those to leave out; what needs one of these is not started."""
+    every = list(parts)
+    if unknown := set(skipped) - {part.name for part in every}:
+        raise SystemExit(f"--skip {' '.join(sorted(unknown))}: the parts are {', '.join(part.name for part in every)}")
+    return [part for part in every if part.name not in skipped]
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw-dir", type=Path, help="CIFAR-10 as train/<class>/ and val/<class>/ (not with --small)")
@@ -94,6 +102,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--words", nargs="*", default=[], help="key=value for train.py, such as trainer.compile=true")
     parser.add_argument("--seconds", type=float, default=0, help="start nothing after so long; 0: no limit")
     parser.add_argument("--small", action="store_true", help="a rehearsal on a CPU; publishes nothing into recipes/")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="PART", help="names of parts to leave out")
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     arguments = parser.parse_args()
     if not arguments.small and arguments.raw_dir is None:
@@ -195,7 +204,7 @@ def one(part: Part, outcomes: dict[str, Outcome], work: Path, until: float | Non
     if before is not None and before.is_done and before.command == part.command:
         before.said = f"done before, {before.seconds:.0f} s"
         return before
-    missing = [name for name in part.needs if not outcomes[name].is_done]
+    missing = [name for name in part.needs if name not in outcomes or not outcomes[name].is_done]
     if missing:
         return Outcome(part.name, part.command, f"not started: it needs {', '.join(missing)}")
     if until is not None and time.monotonic() >= until:

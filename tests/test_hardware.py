@@ -81,6 +81,14 @@ def test_parts_are_done_once_and_a_failure_costs_only_what_needs_it(hardware: Mo
     assert json.loads((tmp_path / "parts" / "bad.json").read_text())["code"] == 3
 
 
+def test_parts_can_be_left_out_by_name(hardware: ModuleType, tmp_path: Path) -> None:
+    parts = [hardware.Part("a", ["-c", "pass"]), hardware.Part("b", ["-c", "pass"], ("a",))]
+    (left,) = hardware.chosen(parts, ["a"])
+    assert hardware.one(left, {}, tmp_path, None).said == "not started: it needs a"
+    with pytest.raises(SystemExit, match="--skip c: the parts are a, b"):
+        hardware.chosen(parts, ["c"])
+
+
 def test_what_runs_when_time_is_up_is_told_to_stop_and_can_be_continued(hardware: ModuleType, tmp_path: Path) -> None:
     saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)"
     began = time.monotonic()
