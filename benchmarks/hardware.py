@@ -6,10 +6,11 @@ step beside its peers with floors and profile; the step of the reference recipe;
 projection), and `check`, `drift` and `verify` of it; last the best batch. Begin on a clean commit: `publish` refuses
 any other.
 
-Each part is a command that is printed and can be typed alone. A part that ended well is not run again, so the same line
-continues where it stopped; one that fails costs only those that need it. `--seconds 540` stops what runs then (training
-saves, and continues at the next call) and starts nothing more. What was printed, seconds and, where the driver counts
-it, the energy of the machine's GPUs are kept for each part in runs/hardware/; nothing there touches a file of git.
+Each part is a command that is printed and can be typed alone. A part that ended well is not run again by the same code,
+so the same line continues where it stopped; one that fails costs only those that need it. `--seconds 540` stops what
+runs then (training saves, and continues at the next call) and starts nothing more. What was printed, seconds and, where
+the driver counts it, the energy of the machine's GPUs are kept for each part in runs/hardware/; only `publish` writes
+where git looks.
 
 `--small` is the same list with a network and images that a CPU trains in seconds, into runs/hardware-small/ and
 nowhere else: it shows that the commands fit together, and none of its numbers means anything.
@@ -32,6 +33,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from recipe.energy import accelerator_joules  # noqa: E402
+from recipe.provenance import source_sha256  # noqa: E402
 
 SAVED = 75  # exit code of a training that was stopped and can be continued
 PATIENCE_SECONDS = 60  # for a part that was told to stop
@@ -59,6 +61,7 @@ class Outcome:
     said: str
     code: int | None = None
     seconds: float | None = None
+    source: str = ""  # hash of the code that ran: a part of other code is run again
     joules: float | None = None  # of all GPUs of the machine, by the driver's own counter; None: it has none
 
     @property
@@ -201,7 +204,8 @@ def one(part: Part, outcomes: dict[str, Outcome], work: Path, until: float | Non
     kept = work / "parts" / f"{part.name}.json"
     before = Outcome(**json.loads(kept.read_text())) if kept.exists() else None
     print(f"$ {part.command}", flush=True)
-    if before is not None and before.is_done and before.command == part.command:
+    same = before is not None and (before.command, before.source) == (part.command, source_sha256())
+    if before is not None and before.is_done and same:
         before.said = f"done before, {before.seconds:.0f} s"
         return before
     missing = [name for name in part.needs if name not in outcomes or not outcomes[name].is_done]
@@ -209,7 +213,9 @@ def one(part: Part, outcomes: dict[str, Outcome], work: Path, until: float | Non
         return Outcome(part.name, part.command, f"not started: it needs {', '.join(missing)}")
     if until is not None and time.monotonic() >= until:
         return Outcome(part.name, part.command, "not started: time is up")
+    source = source_sha256()
     outcome = run(part, work / "logs" / f"{part.name}.txt", until)
+    outcome.source = source
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
     return outcome

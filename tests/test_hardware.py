@@ -60,7 +60,9 @@ def test_a_rehearsal_writes_into_its_own_folder_only(hardware: ModuleType, monke
                 assert value.startswith(str(work)), word
 
 
-def test_parts_are_done_once_and_a_failure_costs_only_what_needs_it(hardware: ModuleType, tmp_path: Path) -> None:
+def test_parts_are_done_once_and_a_failure_costs_only_what_needs_it(
+    hardware: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted = "print('x', end='', file=open('count', 'a'))"
     parts = [
         hardware.Part("good", ["-c", counted]),
@@ -79,6 +81,9 @@ def test_parts_are_done_once_and_a_failure_costs_only_what_needs_it(hardware: Mo
     again = hardware.one(hardware.Part("good", ["-c", f"{counted}; 1"]), {}, tmp_path, None)
     assert "before" not in again.said, "another command is another part"
     assert json.loads((tmp_path / "parts" / "bad.json").read_text())["code"] == 3
+    monkeypatch.setattr(hardware, "source_sha256", lambda: "other code")
+    again = hardware.one(parts[0], {}, tmp_path, None)
+    assert "before" not in again.said
 
 
 def test_parts_can_be_left_out_by_name(hardware: ModuleType, tmp_path: Path) -> None:
