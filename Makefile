@@ -12,7 +12,7 @@ INSTALLED := .venv/installed-$(subst /,-,$(CONSTRAINTS))
 OVERRIDES = experiment=$(EXPERIMENT) $(if $(RAW_DIR),data.raw_dir=$(RAW_DIR)) $(ARGS)
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
-.PHONY: help setup preprocess train evaluate serialize inference all reproduce test test-faults check clean
+.PHONY: help setup preprocess train evaluate serialize inference all hardware reproduce test test-faults check clean
 .NOTPARALLEL:  # a stage reads what the one before it wrote
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,9 @@ inference: setup  ## the example notebook on that model: pictures, names, latenc
 	$(BIN)/python -m recipe.notebook $(OVERRIDES)
 
 all: preprocess train evaluate serialize inference  ## the whole recipe
+
+hardware: setup  ## all that a machine with a GPU is wanted for: RAW_DIR=folder with CIFAR-10, or ARGS=--small to rehearse
+	$(BIN)/python benchmarks/hardware.py $(if $(RAW_DIR),--raw-dir $(RAW_DIR)) $(ARGS)
 
 reproduce: setup  ## train in a temporary folder, delete all but the document, run it again: the same bits?
 	PYTHON=$(CURDIR)/$(BIN)/python tests/reproduce.sh $(EXPERIMENT)

@@ -536,8 +536,9 @@ def measure(arguments: argparse.Namespace) -> None:
     page = table(result)
     print(page)
     if arguments.keep:
-        (CHECKOUT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (CHECKOUT / "benchmarks" / "results" / f"{name}.md").write_text(page)
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        (arguments.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.results / f"{name}.md").write_text(page)
 
 
 def main() -> None:
@@ -549,6 +550,7 @@ def main() -> None:
     parser.add_argument("--at-least", type=int, default=4096, help="images of an epoch; few ones are repeated")
     parser.add_argument("--peers", help="only these, by comma: " + ", ".join(PEERS))
     parser.add_argument("--work", help="a folder to keep the prepared bytes in")
+    parser.add_argument("--results", type=Path, default=CHECKOUT / "benchmarks" / "results")
     parser.add_argument("--no-keep", dest="keep", action="store_false", help="print only")
     arguments = parser.parse_args()
     if arguments.role[:1] == ["serve"]:

@@ -8,6 +8,12 @@ all of them down; what is printed is the median over rounds with the smallest an
 
 Two floors stand beside them: the arithmetic of the step at the measured rate of a matrix product, and one write and one
 read of everything that the backward pass needs at the measured bandwidth of a copy.
+
+`--batches 128 512` measures other batches too and says which is the best of each contestant; `--evaluation-pixels 224`
+adds the forward pass of an evaluation; `--profile` says which kernels the time of our own steps goes to. It runs on a
+CPU at a small size, to see that it works; the file of such a table says `cpu` in its name:
+
+    python benchmarks/step.py --batch 4 --batches 2 8 --pixels 64 --rounds 2 --steps 1 --precision fp32 --profile
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,12 +42,13 @@ from recipe.config import Config, typed
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
+from recipe.evaluation import predictor
 from recipe.inference.timing import clock_facts, machine_name
 from recipe.model import build_model
-from recipe.provenance import commit, tree_state, versions
+from recipe.provenance import commit, shown_argument, tree_state, versions
 from recipe.run import CHECKOUT, now, write_atomically
 from recipe.training.loss import build_loss
-from recipe.training.optimization import Stepper
+from recipe.training.optimization import Stepper, compiled
 from recipe.training.optimizer import build_optimizer
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -47,6 +56,20 @@ CLASSES = 1000
 MATRIX = 8192  # side of the matrices of the measured rate
 COPY_BYTES = 2**31
 OURS = "this project"
+PROFILED_STEPS = 3
+RANGES = ("Optimizer.", "Torch-Compiled", "CompiledFunction", "ProfilerStep", "## ")
+# Kernels by their names, and operators where there are no kernels (on a CPU); the first group that fits. A kernel that
+# the compiler fused is named after all that is in it, and counts as normalisation where that is among it.
+KERNELS = {
+    "normalisation, with what is fused to it": r"batch_norm|bn_fw|bn_bw|batchnorm",
+    "optimizer": r"multi_tensor|fused_sgd|_foreach|sgd",
+    "convolution and matrix products": r"conv(?!ert)|xmma|implicit|wgrad|dgrad|gemm|cutlass|addmm|aten::mm|nvjet",
+    "pooling": r"pool",
+    "loss and accuracy": r"softmax|nll|topk|sort|cross_entropy",
+    "copies and layouts": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|transpose",
+    "elementwise": r"elementwise|triton_poi|relu|threshold|aten::(add|mul|sub|div|fill|zero)",
+    "reductions": r"reduce|triton_(red|per)|aten::(sum|mean)",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -62,6 +85,16 @@ class Contestant:
     absent: str = ""
 
 
+@dataclass
+class Results:
+    """What was measured: contestants by batch, and beside them what is ours alone."""
+
+    by_batch: dict[int, list[Contestant]]
+    floors: dict[str, float]
+    evaluation: dict[str, Any] | None = None
+    profile: dict[str, dict[str, float]] = field(default_factory=dict)  # contestant -> group -> milliseconds of a step
+
+
 def main() -> None:
     """Measure, print the table with the ratios last, and write it to benchmarks/results/."""
     arguments = parsed()
@@ -69,23 +102,52 @@ def main() -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
         config = typed(compose("config", words))
     with start_world(config.trainer) as world:
-        contestants = build(config, world, arguments)
-        warm_up(contestants, world)
-        measure(contestants, world, arguments)
-        floors = measured_floors(config, world, arguments)
-        report(contestants, floors, world, arguments)
+        sizes = dict.fromkeys([*arguments.batches, arguments.batch])  # the table's own batch last: it is profiled
+        by_batch = {size: contest(config, world, at_batch(arguments, size)) for size in sizes}
+        results = Results(by_batch, measured_floors(config, world, arguments))
+        if arguments.evaluation_pixels:
+            results.evaluation = evaluation_pass(config, world, arguments)
+        if arguments.profile:
+            results.profile = profiles(by_batch[arguments.batch], world)
+        report(results, world, arguments)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[], help="others, in which the best one is looked for"
+    )
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--steps", type=int, default=20, help="in one round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"], help="of this project")
     parser.add_argument("--only", nargs="*", default=[], help="words that a contestant's name has to hold, any of them")
+    parser.add_argument("--evaluation-pixels", type=int, default=0, help="also the forward pass of an evaluation")
+    parser.add_argument("--profile", action="store_true", help="also which kernels our own steps spend their time in")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.main_batch = arguments.batch
+    return arguments
+
+
+def at_batch(arguments: argparse.Namespace, batch: int) -> argparse.Namespace:
+    return argparse.Namespace(**vars(arguments) | {"batch": batch})
+
+
+def contest(config: Config, world: World, arguments: argparse.Namespace) -> list[Contestant]:
+    """All contestants at one batch; what they held is free afterwards but for the last one's, which may be profiled."""
+    torch.compiler.reset()  # else the second batch would be compiled for any size, which is slower
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    contestants = build(config, world, arguments)
+    warm_up(contestants, world)
+    measure(contestants, world, arguments)
+    if arguments.batch != arguments.main_batch:
+        for contestant in contestants:
+            contestant.step = None
+    return contestants
 
 
 # ---- the contestants --------------------------------------------------------------------------------
@@ -96,6 +158,7 @@ def build(config: Config, world: World, arguments: argparse.Namespace) -> list[C
     made: list[tuple[str, str, Callable[[], Callable[[], object]]]] = [
         (f"{OURS}, eager", f"{arguments.precision}, channels-last", lambda: ours(config, world, arguments, False)),
         (f"{OURS}, compiled", f"{arguments.precision}, channels-last", lambda: ours(config, world, arguments, True)),
+        *cuda_graphs(config, world, arguments),
         ("torchvision, as shipped", "fp16 autocast, contiguous", lambda: torchvisions(world, arguments, False)),
         ("torchvision, best", "bf16 autocast, channels-last", lambda: torchvisions(world, arguments, True)),
         ("timm, eager", "bf16 autocast, channels-last", lambda: timms(world, arguments, False)),
@@ -112,13 +175,25 @@ def build(config: Config, world: World, arguments: argparse.Namespace) -> list[C
     return contestants
 
 
-def ours(config: Config, world: World, arguments: argparse.Namespace, is_compiled: bool) -> Callable[[], object]:
+def cuda_graphs(
+    config: Config, world: World, arguments: argparse.Namespace
+) -> list[tuple[str, str, Callable[[], Callable[[], object]]]]:
+    """The compiled step as one graph, where the device knows such graphs."""
+    if world.device.type != "cuda":
+        return []
+    settings = f"{arguments.precision}, channels-last"
+    return [(f"{OURS}, compiled, CUDA graphs", settings, lambda: ours(config, world, arguments, True, True))]
+
+
+def ours(
+    config: Config, world: World, arguments: argparse.Namespace, is_compiled: bool, has_graphs: bool = False
+) -> Callable[[], object]:
     """The pipeline's own step, from its own parts, on uint8 images as the loader hands them over."""
-    config = replace(config, trainer=replace(config.trainer, compile=is_compiled))
+    config = replace(config, trainer=replace(config.trainer, compile=is_compiled, cuda_graphs=has_graphs))
     model = build_model(config.model, CLASSES, config.seed).to(world.device)
     model = model.to(memory_format=memory_format(config.trainer))  # type: ignore[call-overload]
     optimizer = build_optimizer(config.optimization, model, world.device)
-    stepped: nn.Module = torch.compile(model) if is_compiled else model  # type: ignore[assignment]
+    stepped = compiled(model, config.trainer)
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     stepper = Stepper(stepped, optimizer, build_loss(config.optimization), normalisation, config.trainer, world)
     images = torch.randint(0, 256, shape(arguments), dtype=torch.uint8, device=world.device)
@@ -283,19 +358,69 @@ def copy_bandwidth(world: World) -> float:
     return 10 * 2 * count / timed(lambda: target.copy_(source), 10, world)
 
 
+def evaluation_pass(config: Config, world: World, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of what an evaluation computes, from uint8 on the device to logits there; eager, as it runs."""
+    size = (arguments.batch, 3, arguments.evaluation_pixels, arguments.evaluation_pixels)
+    model = build_model(config.model, CLASSES, config.seed).to(world.device)
+    model = model.to(memory_format=memory_format(config.trainer))  # type: ignore[call-overload]
+    normalisation = Normalisation(config.data.mean, config.data.std, world.device)
+    trainer = config.trainer
+    predict = predictor(model, normalisation, trainer.precision, world.device, trainer.channels_last)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, device=world.device)
+    for _ in range(3):
+        predict(images)
+    seconds = [timed(lambda: predict(images), arguments.steps, world) for _ in range(arguments.rounds)]
+    speeds = [round(arguments.batch * arguments.steps / value, 1) for value in seconds]
+    return {"pixels": arguments.evaluation_pixels, "batch": arguments.batch, "images_per_second": speeds}
+
+
+# ---- the profile ------------------------------------------------------------------------------------
+
+
+def profiles(contestants: list[Contestant], world: World) -> dict[str, dict[str, float]]:
+    """Of each step of ours that runs."""
+    return {c.name: profiled(c.step, world) for c in contestants if c.step is not None and c.name.startswith(OURS)}
+
+
+def profiled(step: Callable[[], object], world: World) -> dict[str, float]:
+    """Milliseconds of one step by group of kernels, on a CPU by group of operators, largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = world.device.type == "cuda"
+    step()
+    synchronise(world)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
+        for _ in range(PROFILED_STEPS):
+            step()
+        synchronise(world)
+    groups: dict[str, float] = {}
+    for event in found.key_averages():
+        is_kernel = event.device_type != torch.autograd.DeviceType.CPU
+        is_range = getattr(event, "is_user_annotation", False) or event.key.startswith(RANGES)  # of other kernels' time
+        if is_kernel == on_gpu and not is_range:
+            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            group = kernel_group(event.key)
+            groups[group] = groups.get(group, 0.0) + microseconds / 1000 / PROFILED_STEPS
+    return {name: round(value, 3) for name, value in sorted(groups.items(), key=lambda pair: -pair[1])}
+
+
+def kernel_group(name: str) -> str:
+    """The first group whose pattern the name of a kernel or an operator holds."""
+    return next((group for group, pattern in KERNELS.items() if re.search(pattern, name.lower())), "other")
+
+
 # ---- the report -------------------------------------------------------------------------------------
 
 
-def report(
-    contestants: list[Contestant], floors: dict[str, float], world: World, arguments: argparse.Namespace
-) -> None:
+def report(results: Results, world: World, arguments: argparse.Namespace) -> None:
     """The table as text and as JSON, by machine."""
     machine = hardware(world)
-    name = f"step-{machine_name(machine)}-{arguments.batch}x{arguments.pixels}"
+    device = "cpu-" if world.device.type == "cpu" else ""
+    name = f"step-{device}{machine_name(machine)}-{arguments.batch}x{arguments.pixels}"
     with TemporaryDirectory() as nowhere:  # where the patch of a modified tree would go
         tree = tree_state(Path(nowhere)).state
     facts: dict[str, Any] = {
-        "command": f"python benchmarks/step.py --batch {arguments.batch} --pixels {arguments.pixels}",
+        "command": " ".join(["python benchmarks/step.py", *map(shown_argument, sys.argv[1:])]),
         "time": now(),
         "commit": commit(),
         "tree": tree,
@@ -303,44 +428,101 @@ def report(
         "versions": versions() | device_versions(world),
         "arithmetic": arithmetic_switches(),
         "clock": clock_facts(world),
-        "arguments": {key: value for key, value in vars(arguments).items() if key != "results"},
-        "floors": floors,
-        "contestants": [
-            {
-                "name": c.name,
-                "settings": c.settings,
-                "images_per_second": [round(value, 1) for value in c.images_per_second],
-                "warmup_seconds": c.warmup_seconds,
-                "absent": c.absent,
-            }
-            for c in contestants
-        ],
+        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("results", "main_batch")},
+        "floors": results.floors,
+        "contestants": [as_json(contestant) for contestant in results.by_batch[arguments.batch]],
+        "batches": {str(size): [as_json(one) for one in found] for size, found in results.by_batch.items()},
+        "evaluation": results.evaluation,
+        "profile": results.profile,
     }
-    text = table(contestants, floors, facts)
+    text = table(results, facts)
     print(text)
     write_atomically(arguments.results / f"{name}.json", json.dumps(facts, indent=2).encode() + b"\n")
     write_atomically(arguments.results / f"{name}.md", text.encode() + b"\n")
 
 
-def table(contestants: list[Contestant], floors: dict[str, float], facts: dict[str, Any]) -> str:
+def as_json(contestant: Contestant) -> dict[str, Any]:
+    """A contestant without what it calls."""
+    return {
+        "name": contestant.name,
+        "settings": contestant.settings,
+        "images_per_second": [round(value, 1) for value in contestant.images_per_second],
+        "warmup_seconds": contestant.warmup_seconds,
+        "absent": contestant.absent,
+    }
+
+
+def table(results: Results, facts: dict[str, Any]) -> str:
     """Rows, floors, and the ratios last."""
     batch, pixels = facts["arguments"]["batch"], facts["arguments"]["pixels"]
+    contestants = results.by_batch[batch]
     machine, used = facts["hardware"], facts["versions"]
+    on_cpu = "" if machine["accelerator"] else " **A CPU: these speeds say nothing of a GPU.**"
     return "\n".join(
         [
             f"# A training step of ResNet-50, batch {batch}, {pixels} pixels",
             "",
             f"{machine['accelerator'] or machine['processor']}, torch {used['torch']}, {facts['clock']}; "
-            f"{facts['time']}, commit {facts['commit']} ({facts['tree']})",
+            f"{facts['time']}, commit {facts['commit']} ({facts['tree']}).{on_cpu}",
             "",
             "| Step | Arithmetic | Images/s, median | smallest to largest | ms | Share of the larger floor |",
             "|:--|:--|--:|--:|--:|--:|",
-            *(row(contestant, floors, batch) for contestant in contestants),
+            *(row(contestant, results.floors, batch) for contestant in contestants),
             "",
-            *floor_lines(floors),
+            *floor_lines(results.floors),
+            *best_batch_lines(results.by_batch),
+            *evaluation_lines(results.evaluation),
+            *profile_lines(results.profile),
             *ratio_lines([contestant for contestant in contestants if contestant.images_per_second]),
         ]
     )
+
+
+def best_batch_lines(by_batch: dict[int, list[Contestant]]) -> list[str]:
+    """Median images per second of every contestant at every batch, its best one in bold."""
+    if len(by_batch) < 2:
+        return []
+    sizes = sorted(by_batch)
+    lines = [
+        "| Images/s, median | " + " | ".join(f"batch {size}" for size in sizes) + " | Best batch |",
+        "|:--|" + "--:|" * (len(sizes) + 1),
+    ]
+    for name in [contestant.name for contestant in by_batch[sizes[0]]]:
+        found = {size: one for size in sizes for one in by_batch[size] if one.name == name}
+        medians = {
+            size: statistics.median(one.images_per_second) for size, one in found.items() if one.images_per_second
+        }
+        best = max(medians, key=lambda size: medians[size], default=None)
+        cells = [shown_speed(medians.get(size), is_best=size == best) for size in sizes]
+        lines.append(f"| {name} | {' | '.join(cells)} | {best or '–'} |")
+    return [*lines, ""]
+
+
+def shown_speed(speed: float | None, is_best: bool) -> str:
+    text = "absent" if speed is None else f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+    return f"**{text}**" if is_best else text
+
+
+def evaluation_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    speeds = found["images_per_second"]
+    return [
+        f"The forward pass of an evaluation at {found['pixels']} pixels, batch {found['batch']}, data on the device: "
+        f"{statistics.median(speeds):,.1f} images/s ({min(speeds):,.1f} to {max(speeds):,.1f}).",
+        "",
+    ]
+
+
+def profile_lines(profile: dict[str, dict[str, float]]) -> list[str]:
+    """The share of each group; what is not kernel time (the device waiting) is not in it."""
+    lines: list[str] = []
+    for name, groups in profile.items():
+        total = sum(groups.values()) or 1.0
+        lines += [f"| {name}: where its time goes | ms a step | share |", "|:--|--:|--:|"]
+        lines += [f"| {group} | {value:.2f} | {value / total:.0%} |" for group, value in groups.items()]
+        lines.append("")
+    return lines
 
 
 def row(contestant: Contestant, floors: dict[str, float], batch: int) -> str:

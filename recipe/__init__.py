@@ -6,6 +6,7 @@ ground floor, importable without torch
     config         typed schema of every knob, cross-field checks, identity of a recipe
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
+    energy         what GPUs have used, by their driver's counter
     provenance     commit and tree state, command, hardware, versions
     composition    from the command line to a Config
 ground floor, torch
@@ -24,12 +25,13 @@ chapters
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, draws, augmentation, averaging,
-                   recalibration; build, state, pinning; loop, stopping, hanging, space, saving, measurement, journal,
-                   record, fingerprint
+                   recalibration; build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement,
+                   journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
+    projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
-                   render: from records to pages, without torch; model_card, publishable, seeds, published_folder,
-                   publish: a run as a folder to commit; index: the table of those
+                   arithmetic (of a projection), render: from records to pages, without torch; model_card, publishable,
+                   seeds, published_folder, publish: a run as a folder to commit; index: the table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
                    findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),

@@ -41,6 +41,7 @@ MACHINE_FACTS = (
     "trainer.data_threads",
     "trainer.data_processes",
     "trainer.prefetch_batches",
+    "trainer.cuda_graphs",
     "trainer.timeout_seconds",
     "trainer.save_every_steps",
     "trainer.max_restarts",
@@ -502,6 +503,7 @@ class TrainerConfig:
     precision: Precision
     channels_last: bool
     compile: bool
+    cuda_graphs: bool  # of the compiled network: replay its kernels, the same ones, as one graph
     deterministic: bool
     max_images_per_process: int  # caps one forward pass; gradient accumulation is derived from it
     cpu_threads: int | None  # of torch in each process; None: the cores divided by the processes
@@ -530,6 +532,12 @@ class TrainerConfig:
         require(self.max_restarts >= 0, "trainer.max_restarts", self.max_restarts, "0 or more")
         processes = self.data_processes
         require(processes is None or processes >= 0, "trainer.data_processes", processes, "0 or more, or null")
+        require(
+            self.compile or not self.cuda_graphs,
+            "trainer.cuda_graphs",
+            self.cuda_graphs,
+            "false, or trainer.compile=true",
+        )
 
 
 @dataclass(kw_only=True)

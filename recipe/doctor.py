@@ -28,7 +28,7 @@ from recipe.model import build_model
 from recipe.provenance import usable_cores
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.loss import build_loss
-from recipe.training.optimization import Stepper
+from recipe.training.optimization import Stepper, compiled
 from recipe.training.optimizer import build_optimizer
 
 SAMPLE = 200  # images
@@ -153,7 +153,7 @@ def model_rate(config: Config, world: World, processes: int) -> float:
     model = build_model(config.model, classes, config.seed)
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     stepper = Stepper(
-        torch.compile(model) if config.trainer.compile else model,  # type: ignore[arg-type]
+        compiled(model, config.trainer),
         build_optimizer(config.optimization, model, world.device),
         build_loss(config.optimization),
         Normalisation(config.data.mean, config.data.std, world.device),

@@ -22,11 +22,13 @@ from recipe import faults
 from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.records import (
     AnyRecord,
+    EnergyRecord,
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
+    ProjectionRecord,
     PublicationRecord,
     Record,
     ReproductionRecord,
@@ -43,6 +45,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 RECORD_FILES: dict[type[Record], str] = {
     PreprocessingRecord: "preprocessing.json",
     TrainingRecord: "training.json",
+    EnergyRecord: "energy.json",
     EvaluationRecord: "evaluation.json",
     SerializationRecord: "serialization.json",
     InferenceRecord: "inference.json",
@@ -51,6 +54,7 @@ RECORD_FILES: dict[type[Record], str] = {
     SeedsRecord: "seeds.json",
     ReproductionRecord: "reproduction.json",
     PublicationRecord: "publication.json",
+    ProjectionRecord: "projection.json",
 }
 
 

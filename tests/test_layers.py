@@ -9,10 +9,11 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["errors", "faults", "config", "records", "run", "provenance"]
+GROUND = ["errors", "faults", "energy", "config", "records", "run", "provenance"]
 ALLOWED = {
     "errors": [],
     "faults": [],
+    "energy": [],
     "config": ["errors"],
     "records": ["errors"],
     "run": ["errors", "faults", "records"],
@@ -30,6 +31,7 @@ ALLOWED = {
     "training": [*GROUND, "distributed", "alterations", "model", "checkpoint", "data", "evaluation", "training"],
     "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
+    "projection": [*GROUND, "composition", "data", "document"],
     "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
     "notebook": [*GROUND, "composition", "document"],
     "review": [

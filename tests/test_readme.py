@@ -125,7 +125,8 @@ def test_the_section_table_names_scripts_code_configuration_and_records() -> Non
     rows = section_table()
     assert len(rows) >= 7
     for _, script, code, configuration, record in rows:
-        assert script.strip("`") in (*SCRIPTS, NOTEBOOK.name, "every script")
+        verbs = (f"python -m recipe {verb}" for verb in VERBS)
+        assert script.strip("`") in (*SCRIPTS, NOTEBOOK.name, "every script", *verbs)
         assert "recipe/" in code
         assert configuration == "–" or "conf/" in configuration
         assert set(re.findall(r"`([^`]+)`", record)) <= left

@@ -17,12 +17,14 @@ import pytest
 from recipe.errors import DiskError, UserError
 from recipe.records import (
     ClassCounts,
+    EnergyRecord,
     EvaluationRecord,
     Fingerprint,
     Hardware,
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
+    ProjectionRecord,
     Protocol,
     Provenance,
     PublicationRecord,
@@ -314,6 +316,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
 def test_every_stage_has_a_file_of_its_own() -> None:
     stages = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord)
     kinds = (*stages, Fingerprint, JournalRecord, SeedsRecord, ReproductionRecord, PublicationRecord)
+    kinds = (*kinds, ProjectionRecord, EnergyRecord)
     assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
     assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
 

@@ -13,11 +13,13 @@ from typing import Any
 from recipe.config import config_sha256
 from recipe.document.dynamics import MetricRow
 from recipe.records import (
+    EnergyRecord,
     EvaluationRecord,
     Fingerprint,
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
+    ProjectionRecord,
     Provenance,
     PublicationRecord,
     ReproductionRecord,
@@ -52,6 +54,8 @@ class Facts:
     seeds: SeedsRecord | None = None
     reproduction: ReproductionRecord | None = None
     publication: PublicationRecord | None = None
+    projection: ProjectionRecord | None = None
+    energy: EnergyRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         seeds=run.read(SeedsRecord),
         reproduction=run.read(ReproductionRecord),
         publication=publication,
+        projection=run.read(ProjectionRecord),
+        energy=run.read(EnergyRecord),
     )
 
 

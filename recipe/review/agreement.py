@@ -116,6 +116,14 @@ def block_findings(page: Page, facts: Facts) -> list[Finding]:
     ]
 
 
+def orphaned_projection(page: Page, facts: Facts) -> list[Finding]:
+    """The one block that not every document has must have its record."""
+    if "projection" not in page.blocks or facts.projection is not None:
+        return []
+    what = "the document projects, and records/projection.json is not there"
+    return [Finding(Level.resolvable, page.place("projection"), what, RESTORE)]
+
+
 def differing_blocks(page: Page, facts: Facts) -> dict[str, str]:
     """Block id -> its first changed lines, under the name of the run directory that explains most."""
     as_it_lies = differences_as(page, facts, facts.run_dir)
@@ -260,7 +268,16 @@ def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding
     return [Finding(Level.resolvable, place, what, RENDER)]
 
 
-RECORD_NAMES = ("preprocessing", "training", "evaluation", "serialization", "inference", "fingerprint")
+RECORD_NAMES = (
+    "preprocessing",
+    "training",
+    "evaluation",
+    "serialization",
+    "inference",
+    "fingerprint",
+    "projection",
+    "energy",
+)
 
 
 def read_twin(path: Path) -> dict[str, Any]:

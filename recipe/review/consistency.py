@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from recipe.config import config_sha256, differences, leaves, recipe_id
+from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.findings import Finding, Level, listed
@@ -60,7 +61,7 @@ class Sum:
 def record_findings(facts: Facts) -> list[Finding]:
     """Sums that do not add up, hashes that are none, sections that are stale."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
 
 
 def sums(facts: Facts) -> Iterator[Sum]:
@@ -208,6 +209,20 @@ def final_findings(facts: Facts) -> list[Finding]:
     if steps != facts.training.schedule.steps:
         what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
         found.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
+    return found
+
+
+def later_findings(facts: Facts) -> list[Finding]:
+    """A projection is what its factors give, to the last digit; an energy was spent on the weights that are here."""
+    found = []
+    if facts.projection is not None and facts.projection.rows != projected_again(facts.projection):
+        what, mend = "its factors do not give its rows", "run `python -m recipe project` again"
+        found.append(Finding(Level.resolvable, "records/projection.json, rows", what, mend))
+    if facts.energy is not None and facts.training is not None:
+        spent, trained = (record.get("weights") for record in (facts.energy.inputs, facts.training.outputs))
+        if spent != trained:
+            what = "it was spent on other weights than training left"
+            found.append(Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again"))
     return found
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from recipe.training.averaging import WeightAverage, build_average
 from recipe.training.hanging import HangWatch
 from recipe.training.journal import DataWait, Journal
 from recipe.training.loss import build_loss
-from recipe.training.optimization import Stepper, replicate
+from recipe.training.optimization import Stepper, compiled, replicate
 from recipe.training.optimizer import build_optimizer
 from recipe.training.schedule import LearningRate, build_schedule
 from recipe.training.state import Progress, TrainingState, saved_state
@@ -191,8 +191,7 @@ def _stepped(model: nn.Module, config: Config, world: World, batches: TrainingBa
     size = config.augmentation.crop_pixels
     example = torch.zeros(batches.layout.images_per_forward, 3, size, size, device=world.device)
     example = example.to(memory_format=memory_format(config.trainer))
-    compiled = cast(nn.Module, torch.compile(model)) if config.trainer.compile else model
-    return replicate(compiled, world, example, config.trainer.precision)
+    return replicate(compiled(model, config.trainer), world, example, config.trainer.precision)
 
 
 def _circumstances(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:

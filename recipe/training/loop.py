@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import msgspec
 import numpy as np
 import torch
 
@@ -22,6 +23,7 @@ from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
 from recipe.run import Run, append_to_journal, shown_path
 from recipe.training.build import Training, build_training
+from recipe.training.energy import Meter
 from recipe.training.hanging import hang_watch
 from recipe.training.measurement import measure_steps, validate
 from recipe.training.pinning import finished_record, pin, set_aside
@@ -53,8 +55,9 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
         ):
             with world.first_decides():
                 check_space(training)
+            meter = Meter(world)
             fit(training, after_validation)
-            return _leave_record(training) if world.is_first else None
+            return _leave_record(training, meter) if world.is_first else None
 
 
 def _started(run: Run, config: Config) -> Stage:
@@ -115,11 +118,14 @@ def _complete_epoch(training: Training) -> None:
     training.wait.lap()
 
 
-def _leave_record(training: Training) -> TrainingRecord:
+def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
+    energy = meter.record(training.progress.session_records())
     record = training_record(training)
     weights = training.average.model.state_dict()
     write_released_weights(training.run.checkpoints, training.progress.step, weights, record.outputs["weights"])
     training.run.write(record)
+    if energy is not None:
+        training.run.write(msgspec.structs.replace(energy, inputs={"weights": record.outputs["weights"]}))
     append_to_journal(training.run, "train", "ended", config_sha256=record.config_sha256, **record.final)
     return record
 

@@ -221,7 +221,8 @@ def soft_targets(labels: Tensor, draws: DeviceDraws | None, classes: int) -> Ten
     """Labels [N] as they are, or mixed as the images were: float [N, classes] whose rows sum to 1."""
     if draws is None or not len(draws.partner):
         return labels
-    own, others = (torch.nn.functional.one_hot(found, classes) for found in (labels, labels[draws.partner]))
+    every_class = torch.arange(classes, device=labels.device)  # one_hot reads its labels back on some devices
+    own, others = (found[:, None] == every_class for found in (labels, labels[draws.partner]))
     weight = draws.weight.view(-1, 1)
     return weight * own + (1 - weight) * others
 

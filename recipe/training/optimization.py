@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
 from recipe.training.loss import Loss
 from recipe.training.mixing import blended, heavier_labels, soft_targets
+
+
+def compiled(model: nn.Module, trainer: TrainerConfig) -> nn.Module:
+    """The model as it is stepped: compiled if asked, and replayed as CUDA graphs if that is asked too."""
+    if not trainer.compile:
+        return model
+    return cast(nn.Module, torch.compile(model, mode="reduce-overhead" if trainer.cuda_graphs else None))
 
 
 def replicate(model: nn.Module, world: World, example: Tensor, precision: Precision) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +14,19 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipe.config import Config, OptimizationConfig, Precision
+from recipe.config import Config, OptimizationConfig, Precision, config_sha256, pinned
 from recipe.data.loading import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world
+from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
+from recipe.training.augmentation import build_augmentation
+from recipe.training.averaging import build_average
 from recipe.training.loss import build_loss, loss_facts
-from recipe.training.optimization import Stepper, replicate
+from recipe.training.optimization import Stepper, compiled, replicate
 from recipe.training.optimizer import build_optimizer, optimizer_facts, parameters_by_kind
 from tests.conftest import compose_config
 from tests.worlds import run_world
@@ -428,3 +434,123 @@ def test_reductions_over_processes(two_and_three: Found) -> None:
         assert [rank["sum"] for rank in ranks] == [[size, sum(range(size))]] * size
         assert [rank["gather"] for rank in ranks] == [[10 * rank for rank in range(size)], *[None] * (size - 1)]
         assert [rank["first"] for rank in ranks] == [{"rank": 0}] * size
+
+
+# ---- no waiting for the device ----------------------------------------------------------------------
+
+WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__"}
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique")
+
+
+class Calls(TorchFunctionMode):
+    """Notes calls by which the host would read a number from a device, also where on a CPU they do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in WAITS:
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Notes operators whose result the host has to wait for, whoever calls them: the backward pass, the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.name().startswith(READS) or self.is_by_mask(function.name(), args):
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def is_by_mask(name: str, args: Any) -> bool:
+        """An index of truth values: how many are true decides the size of the result."""
+        indices = args[1] if name.startswith("aten::index") and len(args) > 1 else []
+        return isinstance(indices, list | tuple) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices
+        )
+
+
+def waits_of(work: Callable[[], object]) -> list[str]:
+    """What a GPU would be waited for, by the same work on a CPU."""
+    with Calls() as calls, Operators() as operators:
+        work()
+    return calls.found + operators.found
+
+
+MIXED = ["augmentation.mixing.mixup_alpha=0.2", "augmentation.mixing.cutmix_alpha=1.0"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["trainer.precision=bf16"],
+        ["optimization.averaging.decay=0.9", "augmentation.erasing.probability=0.5", *MIXED],
+        ["optimization.loss=binary_cross_entropy", "optimization.binary_target_threshold=0.2", *MIXED],
+        ["optimization.optimizer=sgd_decoupled"],
+    ],
+    ids=lambda overrides: " ".join(overrides)[:60] or "plain",
+)
+def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
+    """A proxy on a CPU: over accumulated steps with counting and averaging the host reads nothing back."""
+    config = configuration(*overrides)
+    model = network(config, "batch").float()
+    stepper, average = stepper_of(config, model), build_average(model, config.optimization, 1)
+    augmentation = build_augmentation(config.augmentation, 0)
+    indices = np.arange(GLOBAL_BATCH)
+    draws = augmentation.draws(0, 0, 0, indices, np.zeros(GLOBAL_BATCH, np.int64))
+    batch = global_batch()._replace(draws=draws)
+    stepper.step([batch], 0.1)  # the optimizer makes its state
+
+    def work() -> None:
+        for step in (1, 2):
+            stepper.step([batch, batch], 0.1)
+            average.update(step)
+
+    assert waits_of(work) == []
+    assert (draws is not None) is any(word in " ".join(overrides) for word in ("mixing", "erasing"))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda tensor: tensor.sum().item(),
+        lambda tensor: float(tensor.sum()),
+        lambda tensor: bool(tensor.sum() > 0),
+        lambda tensor: tensor.cpu(),
+        lambda tensor: tensor.tolist(),
+        lambda tensor: tensor[tensor > 0],
+        lambda tensor: torch.equal(tensor, tensor),
+    ],
+    ids=["item", "float", "bool", "cpu", "tolist", "mask", "equal"],
+)
+def test_waiting_would_be_seen(work: Callable[[Tensor], object]) -> None:
+    assert waits_of(lambda: work(torch.ones(3))) != []
+
+
+# ---- compilation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("graphs", "mode"), [("false", None), ("true", "reduce-overhead")])
+def test_the_network_is_compiled_as_asked(graphs: str, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs replay the same kernels, so they are a fact of the machine and no part of the recipe."""
+    model, asked = nn.Identity(), []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: asked.append(mode) or model)
+    config = configuration("trainer.compile=true", f"trainer.cuda_graphs={graphs}")
+    assert compiled(model, config.trainer) is model
+    assert asked == [mode]
+    assert config_sha256(pinned(config)) == config_sha256(pinned(configuration("trainer.compile=true")))
+
+
+def test_graphs_without_compilation_are_refused_and_neither_is_the_default(config: Config) -> None:
+    with pytest.raises(UserError, match=r"trainer\.cuda_graphs=True cannot be"):
+        configuration("trainer.cuda_graphs=true")
+    model = nn.Identity()
+    assert compiled(model, config.trainer) is model
+    assert not config.trainer.compile
