@@ -330,7 +330,8 @@ def _watched(training: Training, seen: Seen) -> Iterator[None]:
 
     def look_at_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        seen.gradients.extend(parameter.grad.clone() for parameter in parameters if parameter.grad is not None)
+        # in place of those before: torch calls this again for the step of a base class, where that was wrapped
+        seen.gradients[:] = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
     hooks = [
         training.stepper.model.register_forward_pre_hook(look_at_images),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
 from recipe.composition import composed_outside
 from recipe.config import Config, leaves, pinned
-from recipe.records import Fingerprint
+from recipe.records import Fingerprint, from_json
 from recipe.review.canary import CANNOT_TELL, CHANGED, TOLERANCE, compared
+from recipe.run import CHECKOUT
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
 
@@ -29,6 +32,16 @@ def test_the_same_code_gives_the_same_bits_and_no_finding(clean: Fingerprint) ->
     assert compared(clean, again) == []
     assert len(clean.steps) == 10
     assert {step.epoch for step in clean.steps} == set(range(5)), "the steps are spread over the whole schedule"
+
+
+def test_what_another_recipe_left_behind_changes_nothing() -> None:
+    """torch wraps an optimizer class at its first use, and ours is a subclass of one of its own."""
+    decoupled = ("experiment=smoke", "optimization.epochs=1", "optimization.optimizer=sgd_decoupled")
+    script = "from benchmarks.canary import taken; from recipe.records import to_json; import sys;"
+    script += f"sys.stdout.buffer.write(to_json(taken({decoupled!r})))"
+    alone = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, check=True).stdout
+    taken(SMALL)
+    assert from_json(alone, Fingerprint, "alone").steps == taken(decoupled).steps
 
 
 def test_torch_is_left_as_it_was(clean: Fingerprint) -> None:
