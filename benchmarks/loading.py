@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,9 @@ def link(source: Path, target: Path) -> None:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file or of all files of a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    """Bytes of a file or of all files of a folder; 0 where nothing was written."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def write_ffcv(peer: str, kind: str, work: Path) -> None:
@@ -487,9 +488,10 @@ def told_ratios(rows: list[dict[str, Any]], what: str) -> str:
     return ", ".join(told)
 
 
-def installed() -> dict[str, str]:
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that do the work."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -524,7 +526,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "cores": cores,
         "load": load,
         "python": platform.python_version(),
-        "versions": installed(),
+        "versions": installed(PACKAGES),
         "rounds": arguments.rounds,
         "images": images,
         "distinct": sum(1 for path in Path(arguments.images).rglob("*") if path.suffix.lower() in (".jpeg", ".jpg")),

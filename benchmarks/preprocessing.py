@@ -25,12 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
+
+from benchmarks.loading import installed, size_on_disk  # noqa: E402
 
 SHORT_SIDE, QUALITY = 256, 90
 CLASSES = 4  # one validation image each; validation images are never resized
@@ -192,12 +193,6 @@ def run_once(way: str, tree: Path, target: Path, workers: int, resolution: int) 
     if way == "ffcv-original":
         found["changed_levels"] = changed_levels(files[:50])
     return found
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file or of all files of a folder; 0 where nothing was written."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 # ---- from outside -----------------------------------------------------------------------------------
@@ -368,17 +363,6 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines + ["- FFCV is absent: no ratios"] * (not result["ratios"])) + "\n"
 
 
-def installed() -> dict[str, str]:
-    """Versions of the packages that do the work."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
 def measure(arguments: argparse.Namespace) -> None:
     """Everything, into benchmarks/results/."""
     from recipe.provenance import processor_name, usable_cores
@@ -403,7 +387,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "load_least": min(loads),
         "load_most": max(loads),
         "python": platform.python_version(),
-        "versions": installed(),
+        "versions": installed(PACKAGES),
         "rounds": arguments.rounds,
         "images": arguments.count,
         "distinct": min(len(sources), arguments.count),
