@@ -22,7 +22,7 @@ from recipe.errors import UserError
 from recipe.records import Fingerprint, ProbeStep
 from recipe.review.subject import Subject
 
-TOLERANCE = 5e-4  # relative
+TOLERANCE = 1.25e-3  # relative
 TOLERANCE_OF_OTHER_PIXELS = 0.2
 TOLERATED_COUNT = 2  # of 160 images: two classes may be as likely as one another, and the last digits decide
 SCHEDULE_TOLERANCE = 1e-12  # relative: a closed form
