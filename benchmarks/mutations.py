@@ -60,7 +60,7 @@ RECIPES = {
     ],
     "binary loss, repeats, growing images, average with recalibration": [
         *SMALL,
-        *("augmentation.policy.kind=rand_augment", "augmentation.policy.strength_std=0.1"),
+        *("augmentation.policy.kind=rand_augment", "augmentation.policy.strength_std=0.6"),
         *("augmentation.policy.operation_probability=0.7", "augmentation.repeats=2", "optimization.optimizer=lamb"),
         *("augmentation.mixing.mixup_alpha=0.3", "augmentation.mixing.probability=0.8"),
         *("optimization.loss=binary_cross_entropy", "optimization.binary_sum_classes=true"),
@@ -346,6 +346,17 @@ def clean_code() -> Clean:
 ONE_PIXEL = "a shorter way to the same values, for convolutions of one pixel"
 ALL_ALIKE = "which one is looked at does not matter: all are the same there"
 FAST_PATH = "decides by which of two ways the same pixels come about"
+SQUARE = "the images of a batch are square"
+NEVER_EQUAL = "a number that is drawn is never the very threshold"
+NO_STRENGTH = "the operation has no strength"
+DEFAULTS = {  # of fields that the builders fill from the configuration, whatever stands here
+    "augmentation.py": ("start_epoch: float", "end_epoch: float", "multiple: int", "repeats: int = 1", "copy: int = 0"),
+    "policies.py": ("operations: int", "strength: float", "strength_std: float", "operation_probability: float"),
+    "mixing.py": (
+        *("seed: int", "probability: float", "scale: tuple", "ratio: tuple", "mixup_alpha: float"),
+        *("cutmix_alpha: float", "cutmix_share: float", "group_images: int"),
+    ),
+}
 # (file, a part of the line, a part of the change, why the change cannot show in any recipe)
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("alterations.py", "self.kernel_size == (1, 1)", "", ONE_PIXEL),
@@ -360,12 +371,32 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("evaluation.py", "top1, top5 =", "5 -> 6", "no more than five classes of an image are kept"),
     ("loss.py", "wanted = wanted > self.target_threshold", "Gt -> GtE", "a mixed target never is the threshold itself"),
     ("optimizer.py", "if moved and kept != 1", "", "whether weights are multiplied by one or not"),
+    *(
+        (file, text, "", "a default that no recipe uses: the configuration's value is passed")
+        for file, texts in DEFAULTS.items()
+        for text in texts
+    ),
+    ("augmentation.py", "flip = draws.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("augmentation.py", "view, size = self.view(", "", SQUARE),
+    ("augmentation.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
+    ("augmentation.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
+    ("policies.py", '"identity": Range(', "", NO_STRENGTH),
+    ("policies.py", '"autocontrast": Range(', "", NO_STRENGTH),
+    ("policies.py", '"equalize": Range(', "", NO_STRENGTH),
+    ("policies.py", "FILL = ", "0.0 -> 0.5", "pixels are whole numbers: half a level is none"),
+    ("policies.py", "generator.random() < 0.5", "Lt -> LtE", NEVER_EQUAL),
+    ("policies.py", "if generator.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("mixing.py", "if generator.random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
+    ("mixing.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
+    ("mixing.py", "draws.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
+    ("mixing.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),
     ("schedule.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
     ("schedule.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),
     ("schedule.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
     ("transforms.py", "if content[:2] != JPEG_START", "", FAST_PATH),
     ("transforms.py", "if image.stride(0) != 1", "", FAST_PATH),
     ("transforms.py", "header = read_header(content)", "", FAST_PATH),
+    ("transforms.py", "if header is None else PartialPicture", "", FAST_PATH),
     ("transforms.py", "KERNELS[interpolation](image[None]", "", FAST_PATH),
     ("transforms.py", "if height <= width else", "", "for a square picture both are the same size"),
     ("transforms.py", "for source, size in (((97, 131)", "", "pictures by which a fast path is tried out"),

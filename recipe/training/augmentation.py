@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -159,10 +160,12 @@ class Augmentation:
         """Identifies what this object does: by the pixels of 16 samples of fixed pictures, and by draws for the device.
 
         Of those, the rectangles and shares of 16 groups of images; where nothing of the kind is on, nothing is added.
+        What few samples show is looked at by itself: crops that no draw fits, each operation of the policy.
         """
         sizes = [(96, 128), (150, 100), (40, 400), (64, 64)]
         views = [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]
-        return pixels_sha256([*views, *self._drawn()])
+        central = [self._central(*size, flip=False)[:4] for size in ((30, 201), (201, 30), (45, 51))]
+        return pixels_sha256([*views, torch.tensor(central), *self.policy.examples(), *self._drawn()])
 
     def _drawn(self) -> list[Tensor]:
         """What `draws` gives in two batches of each of two epochs."""

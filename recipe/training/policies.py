@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from recipe.config import PolicyConfig, PolicyKind
+from recipe.data.transforms import fixed_image
 from recipe.records import Setting
 
 TRIVIAL_STEPS = 31  # strengths that TrivialAugmentWide draws from, the ends included
@@ -85,12 +86,17 @@ class Policy:
         """The operations for one square image of `pixels`, in the order in which they are applied."""
         if self.kind is PolicyKind.trivial_augment:
             strength = int(generator.integers(TRIVIAL_STEPS)) / (TRIVIAL_STEPS - 1)
-            return [_operation(generator, TRIVIAL_RANGES, strength)]
-        ranges = RAND_RANGES | {
-            name: Range(TRANSLATION_SHARE * pixels, True) for name in ("translate_x", "translate_y")
-        }
+            return [_operation(generator, self._ranges(pixels), strength)]
+        ranges = self._ranges(pixels)
         drawn = [_operation(generator, ranges, self._strength(generator)) for _ in range(self.operations)]
         return [operation for operation in drawn if generator.random() < self.operation_probability]
+
+    def _ranges(self, pixels: int) -> dict[str, Range]:
+        """How far each operation goes, in an image of `pixels`."""
+        if self.kind is PolicyKind.trivial_augment:
+            return TRIVIAL_RANGES
+        shift = Range(TRANSLATION_SHARE * pixels, True)
+        return RAND_RANGES | {"translate_x": shift, "translate_y": shift}
 
     def _strength(self, generator: np.random.Generator) -> float:
         if self.strength_std == 0:
@@ -102,6 +108,17 @@ class Policy:
         for operation in operations:
             image = OPERATIONS[operation.name](image, operation.value, self.interpolation)
         return image
+
+    def examples(self) -> list[Tensor]:
+        """What each operation makes of a fixed picture at three strengths, in both directions; nothing where off."""
+        picture = fixed_image(160, 160)
+        ranges = self._ranges(picture.shape[-1]) if self.is_on else {}
+        return [
+            self.apply(picture, [Operation(name, sign * share * largest)])
+            for name, (largest, is_signed) in ranges.items()
+            for share in (0.1, 0.5, 1.0)
+            for sign in ((1.0, -1.0) if is_signed else (1.0,))
+        ]
 
     def facts(self) -> dict[str, Setting]:
         """What this object does, for the record."""
