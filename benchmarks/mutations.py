@@ -458,7 +458,8 @@ def main() -> None:
     if arguments.page:
         now = {mutant.key: mutant.text for file in TARGETS for mutant in mutants(file)}
         rows = [json.loads(line) for path in arguments.page for line in lines_of(path)]
-        rows = [row for row in rows if now.get(row["key"]) == row["text"]]  # the others are of code that has changed
+        of_now = {row["key"]: row for row in rows if now.get(row["key"]) == row["text"]}  # other code has changed since
+        rows = [of_now[key] for key in now if key in of_now]  # each once, in the order of the code
         print(f"{len(rows)} of {len(now)} changes of the code as it is now were tried")
         (RESULTS / "mutations.md").write_text(page(rows))
         return
