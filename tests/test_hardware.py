@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks import hardware
 from recipe.run import CHECKOUT
 
 
-@pytest.fixture(scope="module")
-def hardware() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("hardware", CHECKOUT / "benchmarks" / "hardware.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["hardware"] = module  # where dataclasses look for the names of their annotations
-    specification.loader.exec_module(module)
-    return module
-
-
-def arguments_of(hardware: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     monkeypatch.setattr("sys.argv", ["hardware.py", *words])
     return hardware.parsed()
 
@@ -34,9 +21,9 @@ def arguments_of(hardware: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: 
     "words", [["--raw-dir", "raw"], ["--raw-dir", "raw", "--images", "i", "--seeds", "5"], ["--small"]]
 )
 def test_every_part_needs_earlier_ones_only_and_names_files_that_exist(
-    words: list[str], hardware: ModuleType, monkeypatch: pytest.MonkeyPatch
+    words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = arguments_of(hardware, monkeypatch, *words)
+    arguments = arguments_of(monkeypatch, *words)
     make = hardware.small_parts if words == ["--small"] else hardware.parts_of
     parts = list(make(arguments, Path("runs/work")))
     names = [part.name for part in parts]
@@ -49,9 +36,9 @@ def test_every_part_needs_earlier_ones_only_and_names_files_that_exist(
     )
 
 
-def test_a_rehearsal_writes_into_its_own_folder_only(hardware: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_writes_into_its_own_folder_only(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Path("runs/work")
-    for part in hardware.small_parts(arguments_of(hardware, monkeypatch, "--small"), work):
+    for part in hardware.small_parts(arguments_of(monkeypatch, "--small"), work):
         for word in part.words:
             key, _, value = word.rpartition("=")
             if key.endswith(("run_dir", "directory", "raw_dir")) or (
@@ -61,7 +48,7 @@ def test_a_rehearsal_writes_into_its_own_folder_only(hardware: ModuleType, monke
 
 
 def test_parts_are_done_once_and_a_failure_costs_only_what_needs_it(
-    hardware: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = "print('x', end='', file=open('count', 'a'))"
     parts = [
@@ -86,7 +73,7 @@ def test_parts_are_done_once_and_a_failure_costs_only_what_needs_it(
     assert "before" not in again.said
 
 
-def test_parts_can_be_left_out_by_name(hardware: ModuleType, tmp_path: Path) -> None:
+def test_parts_can_be_left_out_by_name(tmp_path: Path) -> None:
     parts = [hardware.Part("a", ["-c", "pass"]), hardware.Part("b", ["-c", "pass"], ("a",))]
     (left,) = hardware.chosen(parts, ["a"])
     assert hardware.one(left, {}, tmp_path, None).said == "not started: it needs a"
@@ -94,7 +81,7 @@ def test_parts_can_be_left_out_by_name(hardware: ModuleType, tmp_path: Path) -> 
         hardware.chosen(parts, ["c"])
 
 
-def test_what_runs_when_time_is_up_is_told_to_stop_and_can_be_continued(hardware: ModuleType, tmp_path: Path) -> None:
+def test_what_runs_when_time_is_up_is_told_to_stop_and_can_be_continued(tmp_path: Path) -> None:
     saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)"
     began = time.monotonic()
     stopped = hardware.one(hardware.Part("slow", ["-c", saves]), {}, tmp_path, began + 1.5)
@@ -106,7 +93,7 @@ def test_what_runs_when_time_is_up_is_told_to_stop_and_can_be_continued(hardware
     assert not stopped.is_done
 
 
-def test_a_pattern_is_the_files_that_it_names(hardware: ModuleType) -> None:
+def test_a_pattern_is_the_files_that_it_names() -> None:
     for name in ("step-b-4x32.json", "step-a-4x32.json", "step-a-4x64.json"):
         Path(name).touch()
     assert hardware.spread("step-*4x32.json") == ["step-a-4x32.json", "step-b-4x32.json"]

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
-
 import pytest
 
-from recipe.run import CHECKOUT
-
-
-@pytest.fixture(scope="module")
-def step() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("step", CHECKOUT / "benchmarks" / "step.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["step"] = module  # where dataclasses look for the names of their annotations
-    specification.loader.exec_module(module)
-    return module
+from benchmarks import step
 
 
 @pytest.mark.parametrize(
@@ -39,11 +24,11 @@ def step() -> ModuleType:
         ("something_new", "other"),
     ],
 )
-def test_a_kernel_belongs_to_the_first_group_that_its_name_fits(kernel: str, group: str, step: ModuleType) -> None:
+def test_a_kernel_belongs_to_the_first_group_that_its_name_fits(kernel: str, group: str) -> None:
     assert step.kernel_group(kernel).startswith(group)
 
 
-def test_the_best_batch_is_each_contestants_own(step: ModuleType) -> None:
+def test_the_best_batch_is_each_contestants_own() -> None:
     def found(a: list[float], b: list[float]) -> list[object]:
         return [step.Contestant("a", "", None, a), step.Contestant("b", "", None, b)]
 
@@ -54,6 +39,6 @@ def test_the_best_batch_is_each_contestants_own(step: ModuleType) -> None:
     assert step.best_batch_lines({256: found([1.0], [2.0])}) == []
 
 
-def test_shares_of_a_profile_are_of_its_sum(step: ModuleType) -> None:
+def test_shares_of_a_profile_are_of_its_sum() -> None:
     lines = step.profile_lines({"eager": {"convolution": 3.0, "other": 1.0}})
     assert lines[2:4] == ["| convolution | 3.00 | 75% |", "| other | 1.00 | 25% |"]

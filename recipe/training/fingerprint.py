@@ -45,7 +45,7 @@ from recipe.training.stopping import StopWish
 
 STEPS = 10
 # Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
-# ten they are a percent apart; so they stay within a millionth (measured: benchmarks/results/fingerprint.md).
+# ten they are a percent apart; so they stay within some ten-thousandths (measured: benchmarks/results/canary.md).
 RATE_SHARE = 0.05
 MANY_UPDATES = 10**6
 LARGEST_PIXELS = 64
@@ -78,8 +78,8 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
         settings = _facts(config, training)
         groups = optimizer_facts(training.stepper.optimizer)
         start = _start(training)
-        counts = [0, 0, 0, 0]
-        steps = list(_probes(training, start, counts))
+        probes = list(_probes(training, start))
+        counts = _counts([tally for _, tally in probes], int(training.stepper.skipped_steps))
         evaluation = _evaluated(training)
         order = _order_sha256(training)
     return Fingerprint(
@@ -98,7 +98,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
             "augmentation": augmentation.facts(config.optimization.epochs),
             "schedule": _schedule_facts(schedule.facts()),
         },
-        steps=steps,
+        steps=[probe for probe, _ in probes],
         training_counts=counts,
         evaluation=evaluation,
     )
@@ -263,19 +263,18 @@ def _evenly(total: int, count: int) -> list[int]:
     return [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
 
 
-def _probes(training: Training, start: Start, counts: list[int]) -> Iterator[ProbeStep]:
-    """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up.
-
-    What training counts along the way is added to `counts`.
-    """
+def _probes(training: Training, start: Start) -> Iterator[tuple[ProbeStep, Tally]]:
+    """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up."""
     for number, position in enumerate(_positions(training)):
         if number == STEPS // 2:
             training.average.updates = MANY_UPDATES
-        probe, tally = _probe(training, position, start)
-        for place, count in enumerate((tally.images, tally.top1, tally.top5)):
-            counts[place] += round(count)
-        yield probe
-    counts[-1] = int(training.stepper.skipped_steps)
+        yield _probe(training, position, start)
+
+
+def _counts(tallies: list[Tally], skipped_steps: int) -> list[int]:
+    """What training counted over these steps: images, right within 1 and 5, steps that were skipped."""
+    sums = (sum(column) for column in zip(*((tally.images, tally.top1, tally.top5) for tally in tallies), strict=True))
+    return [*map(round, sums), skipped_steps]
 
 
 def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, Tally]:

@@ -11,7 +11,7 @@ from PIL import features
 from torch import Tensor
 
 from recipe.config import Decoder
-from recipe.data.jpeg import read_header
+from recipe.data.jpeg import Header, read_header
 from recipe.data.restarts import excerpt, interval_for
 from recipe.data.transforms import build_decoder, decode_with_pillow, opened
 from tests.data.test_jpeg import jpeg
@@ -107,15 +107,21 @@ def result_of(read: Callable[[], Tensor]) -> Tensor | str:
         return type(error).__name__
 
 
+def divided(kind: str) -> tuple[bytes, Header]:
+    """A picture as preprocessing divides it, and its header."""
+    options, unit = KINDS[kind]
+    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit))
+    header = read_header(sound)
+    assert header is not None
+    return sound, header
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_damaged_bytes_the_pixels_or_the_error_are_those_of_the_whole(
     kind: str, decode: Callable[[bytes], Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Bytes of the pixels changed, put in, left out, or markers among them; also what ends too early."""
-    options, unit = KINDS[kind]
-    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit))
-    header = read_header(sound)
-    assert header is not None
+    sound, header = divided(kind)
     chance, cuts = random.Random(kind), 0
     for _ in range(150):
         at = chance.randrange(header.scan, len(sound))
@@ -145,10 +151,7 @@ def test_of_damaged_bytes_the_pixels_or_the_error_are_those_of_the_whole(
 def test_of_damaged_headers_the_pixels_or_the_error_are_those_of_the_whole(
     kind: str, decode: Callable[[bytes], Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options, unit = KINDS[kind]
-    sound = jpeg(97, 163, **options, restart_marker_blocks=interval_for(163, unit))
-    header = read_header(sound)
-    assert header is not None
+    sound, header = divided(kind)
     chance = random.Random(kind)
     ends = range(2, header.scan)
     interesting = [sound.index(b"\xff\xdd") + at for at in range(6)] + [header.frame + at for at in range(19)]
