@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from recipe.composition import composed_outside  # noqa: E402
-from recipe.data import processes  # noqa: E402
+from recipe.data.decoding import PartialPicture  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
 from recipe.evaluation import Predictions  # noqa: E402
@@ -139,15 +139,10 @@ def other_labels(original: Any) -> Any:
 
 
 def in_bgr(original: Any) -> Any:
-    def built(decoder: Any) -> Any:
-        decode = original(decoder)
+    def part(self: PartialPicture, *box: int) -> torch.Tensor:
+        return original(self, *box).flip(0)
 
-        def decode_with_torchcodec(content: bytes) -> torch.Tensor:
-            return decode(content).flip(0)
-
-        return decode_with_torchcodec
-
-    return built
+    return part
 
 
 def swapped(original: Any) -> Any:
@@ -294,7 +289,7 @@ FAULTS = [
     Fault("momentum 0.85 for 0.9", SMALL, other_optimizer(momentum=0.85)),
     Fault("Nesterov's momentum", SMALL, other_optimizer(nesterov=True)),
     Fault("mean and deviation swapped", SMALL, replaced(Normalisation, "__init__", swapped)),
-    Fault("BGR for RGB", SMALL, replaced(processes, "build_decoder", in_bgr)),
+    Fault("BGR for RGB", SMALL, replaced(PartialPicture, "part", in_bgr)),
     Fault("labels + 1", SMALL, replaced(TrainingBatches, "epoch", other_labels)),
     Fault("batch-norm eps 1e-3 for 1e-5", SMALL, other_model(larger_epsilon)),
     Fault("last norms do not start at zero", SMALL, other_model(no_zero_norms)),

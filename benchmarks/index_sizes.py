@@ -84,7 +84,6 @@ def measured(directory: Path, processes: int) -> dict[str, float]:
     import torch
     from loading import composed
 
-    from recipe.config import Decoder
     from recipe.data.loading import BatchLayout, TrainingBatches
     from recipe.data.processes import open_decoding
     from recipe.data.shards import open_split
@@ -97,7 +96,7 @@ def measured(directory: Path, processes: int) -> dict[str, float]:
     clocks = [(time.perf_counter(), time.process_time())]
     split = open_split(directory, "train")
     clocks.append((time.perf_counter(), time.process_time()))
-    with open_decoding([split], Decoder.torchcodec, config.trainer, world) as (decoding,):
+    with open_decoding([split], config.data.decoder, config.trainer, world) as (decoding,):
         batches = TrainingBatches(decoding, build_augmentation(config.augmentation, 0), BatchLayout(256, 1, 1), 0, 0)
         next(iter(batches.epoch(0)))
         clocks.append((time.perf_counter(), time.process_time()))

@@ -45,10 +45,10 @@ PEERS = {
 PACKAGES = (
     "torch",
     "torchvision",
-    "torchcodec",
+    "nvidia-nvimgcodec-cu13",
     "timm",
     "webdataset",
-    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
     "ffcv",
     "pillow",
     "numpy",
@@ -156,7 +156,6 @@ Epochs = Callable[[], Iterator[int]]  # images of each batch of one more epoch
 def ours(kind: str, work: Path, cores: int, processes: int) -> Epochs:
     import torch
 
-    from recipe.config import Decoder
     from recipe.data.loading import BatchLayout, TrainingBatches
     from recipe.data.processes import open_decoding
     from recipe.data.shards import open_split
@@ -165,7 +164,7 @@ def ours(kind: str, work: Path, cores: int, processes: int) -> Epochs:
 
     config = composed(f"trainer.data_processes={processes}", f"trainer.data_threads={cores}")
     world = World(0, 1, 0, 1, torch.device("cpu"), "none")
-    context = open_decoding([open_split(work / kind, "train")], Decoder.torchcodec, config.trainer, world)
+    context = open_decoding([open_split(work / kind, "train")], config.data.decoder, config.trainer, world)
     (decoding,) = context.__enter__()
     batches = TrainingBatches(decoding, build_augmentation(config.augmentation, 0), BatchLayout(BATCH, 1, 1), 0, 0)
     numbers = iter(range(10**6))
@@ -206,10 +205,10 @@ def same_decoder_loader(kind: str, work: Path, cores: int) -> Epochs:
     from torchvision.transforms import v2
 
     from recipe.config import Decoder
+    from recipe.data.decoding import build_decoder, decoded
     from recipe.data.shards import open_split
-    from recipe.data.transforms import build_decoder
 
-    split, decode = open_split(work / kind, "train"), build_decoder(Decoder.torchcodec)
+    split, decoder = open_split(work / kind, "train"), build_decoder(Decoder.nvimgcodec)
     steps = v2.Compose([v2.RandomResizedCrop(PIXELS, antialias=True), v2.RandomHorizontalFlip()])
 
     class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -217,7 +216,7 @@ def same_decoder_loader(kind: str, work: Path, cores: int) -> Epochs:
             return len(split)
 
         def __getitem__(self, index: int) -> tuple[Any, int]:
-            return steps(decode(split.read(index))), int(split.labels[index])
+            return steps(decoded(split.read(index), decoder)), int(split.labels[index])
 
     return torch_loader(Images(), cores, shuffle=True, drop_last=True)
 

@@ -323,11 +323,10 @@ def load_libraries() -> None:
     import scipy.io
     import timm.optim.lamb
     import torch
-    import torchcodec.decoders
     import torchvision.transforms.v2
 
     torch.set_num_threads(1)
-    assert all((hydra, msgspec, numpy, scipy.io, timm, torchcodec, torchvision))
+    assert all((hydra, msgspec, numpy, scipy.io, timm, torchvision))
 
 
 def clean_code() -> Clean:

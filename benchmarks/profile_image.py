@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -23,10 +22,9 @@ import torch  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
 
 from recipe.config import Decoder  # noqa: E402
+from recipe.data.decoding import WholePicture, build_decoder, decoded  # noqa: E402
 from recipe.data.images import Rules, store  # noqa: E402
-from recipe.data.jpeg import Content, read_header, upper_rows, without_exif  # noqa: E402
-from recipe.data.restarts import excerpt  # noqa: E402
-from recipe.data.transforms import INTERPOLATIONS, WholePicture, build_decoder, empty_image, opened  # noqa: E402
+from recipe.data.transforms import INTERPOLATIONS, empty_image  # noqa: E402
 from recipe.training.augmentation import Augmentation  # noqa: E402
 
 PIXELS = 224
@@ -34,7 +32,7 @@ AUGMENTATION = Augmentation(0, PIXELS, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, next(it
 
 
 def shrunk(content: bytes) -> bytes:
-    """As preprocessing re-encodes: restart markers and all; a picture that is small already keeps its bytes."""
+    """As preprocessing re-encodes; a picture that is small already keeps its bytes."""
     return store(content, is_named_png=False, rules=Rules(keeps_png=True, resize_short_side=256, quality=90)).content
 
 
@@ -50,20 +48,10 @@ def former_way(image: torch.Tensor, index: int, batch: torch.Tensor) -> None:
 
 def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
     """Each part of the work, for all images."""
-    decode, out = build_decoder(Decoder.torchcodec), empty_image((PIXELS, PIXELS))
-    images, headers = [decode(content) for content in contents], [read_header(content) for content in contents]
-    views = [AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1]) for index, image in enumerate(images)]
-
-    def upper(i: int) -> Content:
-        header = headers[i]
-        return contents[i] if header is None else upper_rows(contents[i], header, views[i].top + views[i].height)
-
-    def part(i: int) -> Content:
-        header = headers[i]
-        found = None if header is None else excerpt(contents[i], header, *views[i][:4])
-        return upper(i) if found is None else found.content
-
-    uppers, cut = ([choose(i) for i in range(len(contents))] for choose in (upper, part))
+    decoder, pillow = build_decoder(Decoder.nvimgcodec), build_decoder(Decoder.pillow)
+    out = empty_image((PIXELS, PIXELS))
+    images = [decoded(content, decoder) for content in contents]
+    views = [AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])[:4] for index, image in enumerate(images)]
 
     def each(do: Callable[[int], Any]) -> Callable[[], None]:
         def all_of_them() -> None:
@@ -73,32 +61,25 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
         return all_of_them
 
     return {
-        "decode all of it": each(lambda i: decode(contents[i])),
-        "decode down to the crop's last row": each(lambda i: decode(uppers[i])),
-        "decode what the crop needs": each(lambda i: decode(cut[i])),
-        "cut that out": each(part),
-        "leave EXIF out": each(lambda i: without_exif(contents[i])),
-        "read the header": each(lambda i: read_header(contents[i])),
+        "decode all of it": each(lambda i: decoded(contents[i], decoder)),
+        "decode all of it, Pillow": each(lambda i: decoded(contents[i], pillow)),
+        "decode what the crop needs": each(lambda i: decoder.open(contents[i]).part(*views[i])),
+        "read the header": each(lambda i: decoder.open(contents[i]).size),
         "draw the crop": each(lambda i: AUGMENTATION.view(0, i, 300, 400)),
         "crop, resize, mirror, copy: before": each(lambda i: former_way(images[i], i, out)),
         "crop, resize, mirror, copy: now": each(lambda i: AUGMENTATION.write(WholePicture(images[i]), 0, i, 0, out)),
-        "everything: before": each(lambda i: former_way(decode(contents[i]), i, out)),
-        "everything: now, in threads": each(
-            lambda i: AUGMENTATION.write(opened(contents[i], decode, False), 0, i, 0, out)
-        ),
-        "everything: now, in processes": each(
-            lambda i: AUGMENTATION.write(opened(contents[i], decode, True), 0, i, 0, out)
-        ),
+        "everything: before": each(lambda i: former_way(decoded(contents[i], decoder), i, out)),
+        "everything: now": each(lambda i: AUGMENTATION.write(decoder.open(contents[i]), 0, i, 0, out)),
     }
 
 
 def parity(contents: list[bytes]) -> dict[str, int]:
-    """Largest difference of a pixel from torchvision's transform with the same parameters, over these images."""
-    decode, worst, differing = build_decoder(Decoder.torchcodec), 0, 0
+    """Largest difference of a pixel from Pillow and torchvision's transform with the same parameters."""
+    decoder, pillow, worst, differing = build_decoder(Decoder.nvimgcodec), build_decoder(Decoder.pillow), 0, 0
     for index, content in enumerate(contents):
         ours, theirs = empty_image((PIXELS, PIXELS)), empty_image((PIXELS, PIXELS))
-        AUGMENTATION.write(opened(content, decode, True), 0, index, 0, ours)
-        former_way(decode(content), index, theirs)
+        AUGMENTATION.write(decoder.open(content), 0, index, 0, ours)
+        former_way(decoded(content, pillow), index, theirs)
         difference = int((ours.int() - theirs.int()).abs().max())
         worst, differing = max(worst, difference), differing + (difference > 0)
     return {"images": len(contents), "largest_difference_levels": worst, "images_that_differ": differing}
@@ -113,8 +94,6 @@ def main() -> None:
     parser.add_argument("--keep", help="write the JSON here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    silence = os.open(os.devnull, os.O_WRONLY)  # libjpeg warns of what it skips
-    os.dup2(silence, 2)
     paths = sorted(path for path in Path(arguments.images).rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     original = [path.read_bytes() for path in paths[: max(arguments.count, arguments.parity)]]
     result: dict[str, Any] = {

@@ -32,7 +32,6 @@ import torch  # noqa: E402
 from loading import composed  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from recipe.config import Decoder  # noqa: E402
 from recipe.data.loading import BatchLayout, TrainingBatches  # noqa: E402
 from recipe.data.processes import open_decoding  # noqa: E402
 from recipe.data.processing import preprocess  # noqa: E402
@@ -74,7 +73,7 @@ def decoding(directory: Path, pixels: int, threads: int, processes: int) -> Iter
     ]
     config = composed(*words)
     splits = [open_split(directory, "train")]
-    with open_decoding(splits, Decoder.torchcodec, config.trainer, ALONE) as (made,):
+    with open_decoding(splits, config.data.decoder, config.trainer, ALONE) as (made,):
         batches = TrainingBatches(made, build_augmentation(config.augmentation, 0), BatchLayout(BATCH, 1, 1), 0, 0)
         yield itertools.chain.from_iterable(batches.epoch(number) for number in itertools.count())
 

@@ -18,7 +18,7 @@ chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
                    images, shards, packing, merging, expectation, sharing, processing, reporting, progress;
                    adoption;
-                   jpeg, restarts, transforms, interface, loading; worker, processes: the same in other processes
+                   decoding, transforms, interface, loading; worker, processes: the same in other processes
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine

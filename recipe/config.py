@@ -81,9 +81,9 @@ class ImageOrder(str, Enum):
 
 
 class Decoder(str, Enum):
-    """The library that turns JPEG bytes into pixels."""
+    """The library that turns JPEG bytes into pixels: the same ones, by both."""
 
-    torchcodec = "torchcodec"
+    nvimgcodec = "nvimgcodec"
     pillow = "pillow"
 
 
@@ -224,7 +224,7 @@ class DataConfig:
     processes: int | None = None  # of preprocess.py; None: one per core (torchrun's share them); 0: no other
     train_images_per_class: int = 0  # of the demo, which is drawn
     validation_images_per_class: int = 0
-    decoder: Decoder = Decoder.torchcodec
+    decoder: Decoder = Decoder.nvimgcodec
     order: ImageOrder = ImageOrder.random  # blocks: shards are shuffled, then the images of a few shards at a time
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # RGB in [0, 1]
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recipe.composition import config_of
 from recipe.config import Config
+from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
 from recipe.data.loading import Batch, derive_layout
 from recipe.data.shards import Split, open_split, read_manifest
-from recipe.data.transforms import Decode, Normalisation, build_decoder, empty_image, opened
+from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
 from recipe.model import build_model
 from recipe.provenance import usable_cores
@@ -84,24 +86,33 @@ def answer(arguments: argparse.Namespace) -> int:
 
 def examined(config: Config, world: World) -> Findings:
     """All stages, each alone."""
-    split, decode = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
+    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
     chosen = np.random.default_rng(config.seed).permutation(len(split))[:SAMPLE].tolist()
     augmentation = build_augmentation(config.augmentation, config.seed)
     contents = [split.read(index) for index in chosen]
     processes = processes_per_node(config.trainer)
     torch.set_num_threads(1)  # as in the threads that decode
-    decoded = [decode(content) for content in contents]
+    images = [decoded(content, decoder) for content in contents]
     found = {
         "read": rate(len(chosen), lambda: [split.read(index) for index in chosen]),
-        "decode": rate(len(chosen), lambda: [decode(content) for content in contents]),
-        "transform": rate(len(chosen), lambda: [augmentation(image, 0, i) for i, image in enumerate(decoded)]),
-        "small": small_rate(split, chosen, contents, decode, augmentation),
+        "decode": rate(
+            len(chosen), lambda: [crop(decoder, content, augmentation, i) for i, content in enumerate(contents)]
+        ),
+        "transform": rate(len(chosen), lambda: [augmentation(image, 0, i) for i, image in enumerate(images)]),
+        "small": small_rate(split, chosen, contents, decoder, augmentation),
         "copy": copy_rate(config, world),
     }
     torch.set_num_threads(usable_cores())
     model = processes * model_rate(config, world, processes)
     copy = None if found["copy"] is None else processes * found["copy"]
     return Findings(**(found | {"copy": copy}), model=model, cores=usable_cores())  # type: ignore[arg-type]
+
+
+def crop(decoder: ImageDecoder, content: bytes, augmentation: Augmentation, index: int) -> Tensor:
+    """What training decodes of an image, uint8 [3, H, W]: the part that a crop shows."""
+    picture = decoder.open(content)
+    view = augmentation.view(0, index, *picture.size)
+    return picture.part(view.top, view.left, view.height, view.width)
 
 
 def rate(count: int, work: Callable[[], object]) -> float:
@@ -115,7 +126,7 @@ def rate(count: int, work: Callable[[], object]) -> float:
 
 
 def small_rate(
-    split: Split, chosen: list[int], contents: list[bytes], decode: Decode, augmentation: Augmentation
+    split: Split, chosen: list[int], contents: list[bytes], decoder: ImageDecoder, augmentation: Augmentation
 ) -> float | None:
     """Decoding and transforming after re-encoding to a short side of 256; None where images are as small already."""
     sides = [min(int(split.index[i]["width"]), int(split.index[i]["height"])) for i in chosen]
@@ -127,7 +138,7 @@ def small_rate(
 
     def work() -> None:
         for number, content in enumerate(small):
-            augmentation.write(opened(content, decode, stops_early=False), 10**6, number, 0, out)
+            augmentation.write(decoder.open(content), 10**6, number, 0, out)
 
     return rate(len(small), work)
 
@@ -180,7 +191,7 @@ def report(found: Findings) -> str:
     """The table and the sentences."""
     lines = [
         f"reading                     {found.read:10,.0f} images/s (this sample was read before: from the cache)",
-        f"decoding, one core          {found.decode:10,.0f} images/s",
+        f"decoding crops, one core    {found.decode:10,.0f} images/s",
         f"augmentation, one core      {found.transform:10,.0f} images/s",
         *([f"copy to the device          {found.copy:10,.0f} images/s"] if found.copy is not None else []),
         f"training step               {found.model:10,.0f} images/s, data on the device",

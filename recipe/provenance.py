@@ -23,7 +23,17 @@ from pathlib import Path
 from recipe.records import Hardware, Provenance, TreeState
 from recipe.run import CHECKOUT, now, recorded_path, without_paths, write_atomically
 
-PACKAGES = ("torch", "torchvision", "torchcodec", "pillow", "numpy", "hydra-core", "omegaconf", "msgspec", "timm")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "nvidia-nvimgcodec-cu13",
+    "pillow",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "msgspec",
+    "timm",
+)
 TYPED_WORDS = "RECIPE_TYPED_WORDS"  # environment variable; jobs inherit it
 PATCHES = Path("records", "patches")  # below a stage's directory
 NAMED_MAX = 50  # untracked files in a record

@@ -46,7 +46,7 @@ def test_an_examination(
     told = capsys.readouterr().out.strip().splitlines()
     assert [line.split("  ")[0] for line in told[:4]] == [
         "reading",
-        "decoding, one core",
+        "decoding crops, one core",
         "augmentation, one core",
         "training step",
     ]

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config import Config, Precision
+from recipe.data.decoding import build_decoder
 from recipe.data.loading import Batch, DecodingThreads, EvaluationBatches
 from recipe.data.shards import open_split
-from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, start_world
 from recipe.evaluation import (
     Predictions,

@@ -34,13 +34,12 @@ from torchvision.transforms.v2 import functional as transforms_functional
 
 from recipe import config as configuration
 from recipe import performance
-from recipe.config import Config, Decoder
-from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, Filling, TrainingBatches
+from recipe.config import Config
+from recipe.data.decoding import NvImageCodecDecoder, Picture, PillowDecoder, build_decoder
+from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, TrainingBatches
 from recipe.data.shards import open_split
 from recipe.data.transforms import (
     Normalisation,
-    Picture,
-    build_decoder,
     build_evaluation_transform,
     uses_native_kernel,
 )
@@ -178,7 +177,7 @@ def test_pillow_and_its_jpeg_library_are_recorded(proven: Proven) -> None:
     assert decoded_with.startswith(f"Pillow {proven.preprocessing.provenance.versions['pillow']}, libjpeg")
     assert str(features.version("libjpeg_turbo") or features.version("jpg")) in decoded_with
     assert decoded_with in proven.block("processing_methods")
-    assert proven.evaluation.protocol.decoder == proven.training.loader.decoder == "torchcodec"
+    assert proven.evaluation.protocol.decoder == proven.training.loader.decoder == "nvimgcodec"
 
 
 def test_every_stage_has_versions_of_its_own(proven: Proven) -> None:
@@ -188,8 +187,15 @@ def test_every_stage_has_versions_of_its_own(proven: Proven) -> None:
         (proven.training, "optimization_methods"),
         (proven.evaluation, "performance_metrics"),
     ):
-        assert {"python", "torch", "torchvision", "torchcodec", "pillow", "numpy"} <= record.provenance.versions.keys()
-        for package in ("torch", "torchvision", "torchcodec", "pillow"):
+        assert {
+            "python",
+            "torch",
+            "torchvision",
+            "nvidia-nvimgcodec-cu13",
+            "pillow",
+            "numpy",
+        } <= record.provenance.versions.keys()
+        for package in ("torch", "torchvision", "nvidia-nvimgcodec-cu13", "pillow"):
             assert f"{package} {record.provenance.versions[package]}" in proven.block(block).replace("`", "")
         assert str(torch.__version__).startswith(record.provenance.versions["torch"])
 
@@ -302,8 +308,8 @@ def augmented(data_directory: Path, epoch: int, processes: int, threads: int) ->
     augmentation = build_augmentation(config.augmentation, 3)
     found: dict[int, str] = {}
     for rank in range(processes):
-        split, decode = open_split(data_directory, "train"), build_decoder(Decoder.torchcodec)
-        with closing(DecodingThreads(split, decode, config.trainer, ALONE)) as pool:
+        split, decoder = open_split(data_directory, "train"), build_decoder(config.data.decoder)
+        with closing(DecodingThreads(split, decoder, config.trainer, ALONE)) as pool:
             layout = BatchLayout(36, processes, 1)
             for (batch,) in TrainingBatches(pool, augmentation, layout, rank, 3).epoch(epoch):
                 for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
@@ -357,8 +363,8 @@ def test_a_change_in_torchvision_changes_the_fingerprint(monkeypatch: pytest.Mon
 
 def delivered_orders(config: Config, epochs: int) -> list[list[int]]:
     """The indices that the live loader hands out."""
-    split, decode = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
-    with closing(DecodingThreads(split, decode, config.trainer, ALONE)) as pool:
+    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
+    with closing(DecodingThreads(split, decoder, config.trainer, ALONE)) as pool:
         batches = TrainingBatches(pool, PlainViews(8), BatchLayout(24, 1, 1), 0, config.seed)
         return [
             [index for (batch,) in batches.epoch(epoch) for index in batch.indices.tolist()] for epoch in range(epochs)
@@ -378,7 +384,7 @@ def test_a_loader_that_forgets_the_epoch_changes_the_record(
 ) -> None:
     """The record is to be read back from the batches that are handed out."""
     config = compose_config("experiment=smoke")
-    with closing(DecodingThreads(open_split(data_directory, "train"), lambda _: None, config.trainer, ALONE)) as pool:  # type: ignore[arg-type, return-value]
+    with closing(DecodingThreads(open_split(data_directory, "train"), PillowDecoder(), config.trainer, ALONE)) as pool:
         batches = TrainingBatches(pool, PlainViews(8), BatchLayout(24, 1, 1), 0, 0)
         before = batches.facts().order_sha256
         original = TrainingBatches._parts
@@ -550,7 +556,7 @@ def test_there_is_no_other_way_to_run_on_several_devices() -> None:
     """T41, T16, T27: no DataParallel, no spawned ranks, no DistributedSampler, no DALI, no SyncBatchNorm."""
     used = set().union(*(names_in(path) for path in source_files() if path.suffix == ".py"))
     assert "DistributedDataParallel" in used
-    assert not used & {"DataParallel", "spawn", "start_processes", "DistributedSampler", "SyncBatchNorm", "nvidia"}
+    assert not used & {"DataParallel", "spawn", "start_processes", "DistributedSampler", "SyncBatchNorm", "dali"}
 
 
 # ---- time (T37, T38) --------------------------------------------------------------------------------
@@ -577,18 +583,18 @@ def waiting_share(words: list[str]) -> float:
 
 def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["optimization.epochs=1", "trainer.data_threads=1"]
-    decoded, step = Filling.picture, Stepper.step
+    opened, step = NvImageCodecDecoder.open, Stepper.step
 
-    def slowly_decoded(self: Filling, index: int) -> Picture:
+    def slowly_opened(self: NvImageCodecDecoder, content: bytes) -> Picture:
         time.sleep(0.008)
-        return decoded(self, index)
+        return opened(self, content)
 
     def slow_step(self: Stepper, batches: list[Batch], learning_rate: float) -> None:
         time.sleep(0.15)
         step(self, batches, learning_rate)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Filling, "picture", slowly_decoded)
+        patch.setattr(NvImageCodecDecoder, "open", slowly_opened)
         slow_data = waiting_share(smoke(*words, run="data"))
     monkeypatch.setattr(Stepper, "step", slow_step)
     slow_steps = waiting_share(smoke(*words, run="steps"))

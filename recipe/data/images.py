@@ -20,9 +20,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from recipe.data.jpeg import BLOCK_PIXELS
-from recipe.data.restarts import interval_for
-
 PIXELS_MAX = 50_000_000  # the largest image of ILSVRC2012 has 37 million; Pillow's own limit is 179 million
 FILE_BYTES_MAX = 4 * PIXELS_MAX  # an uncompressed picture of that size
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view behind it, which readers of JPEG ignore
@@ -108,7 +105,7 @@ def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
     """What is unusual about an image, by its header; None for one that keeps its bytes."""
     if image.format in JPEG_FORMATS:
         if JPEG_SCAN in content[max(content.rfind(JPEG_END), 0) :]:
-            return "JPEG without an end marker"  # Pillow reads it, TorchCodec does not
+            return "JPEG without an end marker"  # Pillow reads it, others do not
         return None if image.mode in ("RGB", "L") else f"{image.mode} JPEG"
     depth, colour_type = content[PNG_BIT_DEPTH], content[PNG_BIT_DEPTH + 1]
     if image.mode == "P":
@@ -157,14 +154,9 @@ def resized(image: Image.Image, short_side: int, quality: int, oddity: str | Non
     scale = short_side / min(plain.size)
     width, height = (max(short_side, round(side * scale)) for side in plain.size)
     small = without_metadata(plain.resize((width, height), Image.Resampling[FILTER.upper()]))
-    content = encoded(small, "JPEG", quality=quality, restart_marker_blocks=restart_interval(small))
+    content = encoded(small, "JPEG", quality=quality)
     done = "" if oddity is None else "stored as resized RGB JPEG"
     return StoredImage(content, "jpg", width, height, small.mode == "L", is_rotated, oddity, done)
-
-
-def restart_interval(image: Image.Image) -> int:
-    """Units between restart markers; Pillow stores colour at half the height and width unless it is told otherwise."""
-    return interval_for(image.width, BLOCK_PIXELS if image.mode == "L" else 2 * BLOCK_PIXELS)
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import Decoder, ImageOrder, OptimizationConfig, TrainerConfig
-from recipe.data.jpeg import Content
+from recipe.config import ImageOrder, OptimizationConfig, TrainerConfig
+from recipe.data.decoding import ImageDecoder, Picture, UndecodableError
 from recipe.data.shards import Split
-from recipe.data.transforms import Decode, EvaluationTransform, Picture, opened
+from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError
 from recipe.records import LoaderFacts
@@ -185,33 +185,21 @@ def block_order(seed: int, epoch: int, shard_images: Sequence[int]) -> NDArray[n
 class Filling:
     """Reads and decodes images of a split and writes what is seen of them into a batch; threads may share one."""
 
-    def __init__(self, split: Split, decode: Decode, stops_early: bool = False) -> None:
+    def __init__(self, split: Split, decoder: ImageDecoder) -> None:
         self.split = split
-        self.decode = decode
-        self.stops_early = stops_early  # before a file ends, of which a decoder may grumble on stderr
-
-    @property
-    def decoder_name(self) -> str:
-        """The library that decodes, from the function that is called: torchcodec or pillow."""
-        return getattr(self.decode, "__name__", str(self.decode)).removeprefix("decode_with_")
+        self.decoder = decoder
 
     def fill(self, images: Tensor, order: Order, first: int, last: int) -> None:
-        """Write images `first` to `last` (not included) of an order."""
+        """Write images `first` to `last` (not included) of an order.
+
+        A failure names the image and its shard, since it was readable when it was stored.
+        """
         for place in range(first, last):
-            order.view.write(self.picture(int(order.indices[place])), place, images[place])
-
-    def picture(self, index: int) -> Picture:
-        """One image, decoded no further than it is looked at where that was asked for."""
-        content = self.split.read(index)
-
-        def decoded(content: Content) -> Tensor:
-            """A failure names the image and its shard, since it was readable when it was stored."""
+            index = int(order.indices[place])
             try:
-                return self.decode(content)
-            except Exception as error:  # each decoder raises its own kinds
-                raise UserError(self._refusal(index, " ".join(str(error).split())[:120])) from error
-
-        return opened(content, decoded, self.stops_early)
+                order.view.write(self.decoder.open(self.split.read(index)), place, images[place])
+            except UndecodableError as error:
+                raise UserError(self._refusal(index, str(error)[:120])) from error
 
     def _refusal(self, index: int, reason: str) -> str:
         """Why an image cannot be decoded: making a sound shard again would only lead back to this sentence."""
@@ -219,9 +207,7 @@ class Filling:
         if not self.split.is_intact(index):
             return f"{what}: the shard is damaged; delete that file and run `python preprocess.py` again"
         sound = f"{what}, but the shard is as preprocessing wrote it"
-        if self.decoder_name == Decoder.pillow.value:
-            return f"{sound}: another Pillow read this image then; install the version that the Data chapter names"
-        return f"{sound}: {self.decoder_name} refuses an image that Pillow could read; data.decoder=pillow reads it"
+        return f"{sound}: another Pillow read this image then; install the version that the Data chapter names"
 
 
 class DecodingThreads:
@@ -229,9 +215,9 @@ class DecodingThreads:
 
     processes = 0
 
-    def __init__(self, split: Split, decode: Decode, trainer: TrainerConfig, world: World) -> None:
+    def __init__(self, split: Split, decoder: ImageDecoder, trainer: TrainerConfig, world: World) -> None:
         self.split = split
-        self.filling = Filling(split, decode)
+        self.filling = Filling(split, decoder)
         self.threads = threads_per_process(trainer.data_threads, world)
         self.prefetch_batches = trainer.prefetch_batches
         self.pin = world.device.type == "cuda"
@@ -239,8 +225,8 @@ class DecodingThreads:
 
     @property
     def decoder_name(self) -> str:
-        """The library that decodes: torchcodec or pillow."""
-        return self.filling.decoder_name
+        """The library that decodes: nvimgcodec or pillow."""
+        return self.filling.decoder.name
 
     def close(self) -> None:
         """Drop what is queued and wait for what is being decoded."""

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from recipe.config import Decoder, TrainerConfig
+from recipe.data.decoding import build_decoder
 from recipe.data.loading import (
     Batch,
     Decoding,
@@ -45,7 +46,6 @@ from recipe.data.loading import (
     empty_images,
 )
 from recipe.data.shards import Split
-from recipe.data.transforms import build_decoder
 from recipe.data.worker import SIGNAL_BASE, Done, Job, Start, batch_at
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError, WorkerError
@@ -68,8 +68,8 @@ def open_decoding(
     processes = processes_for(trainer, world)
     with ExitStack() as held:
         if processes == 0:
-            decode = build_decoder(decoder)
-            yield [held.enter_context(closing(DecodingThreads(split, decode, trainer, world))) for split in splits]
+            library = build_decoder(decoder)
+            yield [held.enter_context(closing(DecodingThreads(split, library, trainer, world))) for split in splits]
         else:
             build_decoder(decoder)  # refuses here, in one sentence, what cannot be loaded
             threads = threads_per_process(trainer.data_threads, world)
@@ -347,7 +347,7 @@ class DecodingProcesses:
 
     @property
     def decoder_name(self) -> str:
-        """The library that decodes: torchcodec or pillow."""
+        """The library that decodes: nvimgcodec or pillow."""
         return self.pool.decoder.value
 
     def batches(self, orders: Iterable[Order]) -> Iterator[Batch]:

@@ -42,7 +42,6 @@ from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here
 from recipe.data.progress import Progress
 from recipe.data.raw import find_raw, given_raw_dir, read_errors
 from recipe.data.reporting import record_of
-from recipe.data.restarts import COLUMN_PIXELS
 from recipe.data.shards import (
     MANIFEST,
     SPLITS,
@@ -101,7 +100,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
         "resize_short_side": data.resize_short_side,
     }
     if data.resize_short_side is not None:
-        settings |= {"quality": data.quality, "restart_marker_pixels": COLUMN_PIXELS}
+        settings["quality"] = data.quality
         settings["resize_filter"] = FILTER  # so that no shard of another filter is continued
     if data.source is Source.folder:
         settings["validation_fraction"] = data.validation_fraction

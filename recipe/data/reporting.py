@@ -136,8 +136,8 @@ def stored_as(data: DataConfig) -> str:
         return "original bytes; odd images as lossless RGB PNG"
     return (
         f"training images with a short side above {data.resize_short_side} pixels resized to it ({FILTER}, "
-        f"antialiased) as JPEG of quality {data.quality} with restart markers; all others, and the validation set, in "
-        "original bytes; odd images as lossless RGB PNG"
+        f"antialiased) as JPEG of quality {data.quality}; all others, and the validation set, in original "
+        "bytes; odd images as lossless RGB PNG"
     )
 
 

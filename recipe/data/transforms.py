@@ -1,130 +1,27 @@
-"""From bytes to pixels to the network's input, without randomness: the contract of training and evaluation.
+"""From pixels to the network's input, without randomness: the contract of training and evaluation.
 
-Decoding gives uint8 RGB; an evaluation view is a resize of the short side and a centre crop, with the pixels of
-torchvision's functional v2 with antialiasing; normalisation happens on the device. EXIF orientation is never
-applied: ImageNet training never did, and one image in a thousand carries one.
+An evaluation view is a resize of the short side and a centre crop, with the pixels of torchvision's functional v2 with
+antialiasing; normalisation happens on the device.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from recipe.config import Decoder, EvaluationConfig, Interpolation
-from recipe.data.jpeg import JPEG_START, Content, Header, read_header, upper_rows, without_exif
-from recipe.data.restarts import excerpt
-from recipe.errors import UserError
+from recipe.config import EvaluationConfig, Interpolation
 from recipe.records import Setting
 
-Decode = Callable[[Content], Tensor]
 INTERPOLATIONS = {
     Interpolation.bilinear: InterpolationMode.BILINEAR,
     Interpolation.bicubic: InterpolationMode.BICUBIC,
 }
-
-
-def build_decoder(decoder: Decoder) -> Decode:
-    """The function that turns JPEG or PNG bytes into uint8 RGB of shape [3, H, W]; both libraries ignore EXIF.
-
-    Raises `UserError` where TorchCodec's wheel does not load (a CPU-only or CUDA 12 torch).
-    """
-    if decoder is Decoder.pillow:
-        return decode_with_pillow
-    try:
-        from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]  # here: it loads shared libraries
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"data.decoder=torchcodec cannot be loaded beside this torch ({torch.__version__}); use data.decoder=pillow"
-        ) from error
-
-    def decode_with_torchcodec(content: Content) -> Tensor:
-        if content[:2] != JPEG_START:
-            return decode_with_pillow(content)  # the few images that preprocessing stored as lossless PNG
-        plain = without_exif(content)  # a tensor: given bytes, TorchCodec silences torch's warning in all threads
-        own = plain if isinstance(plain, bytearray) else bytearray(plain)
-        image = decode_jpeg(torch.frombuffer(own, dtype=torch.uint8), mode="RGB")
-        assert isinstance(image, Tensor), "one source gives one image"
-        return image
-
-    return decode_with_torchcodec
-
-
-def decode_with_pillow(content: Content) -> Tensor:
-    """uint8 RGB of shape [3, H, W]; the tests' oracle and the decoder where TorchCodec does not load."""
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-class Picture(Protocol):
-    """An image that is decoded when somebody looks at it, and no further than that."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-
-    def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 [3, height, width] of the image; whole lines of memory lie between its rows."""
-
-
-class WholePicture:
-    """Decoded as a whole: uint8 [3, H, W]."""
-
-    def __init__(self, image: Tensor) -> None:
-        self.image = image
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.image.shape[-2], self.image.shape[-1]
-
-    def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 [3, height, width], a view of the image."""
-        return self.image[:, top : top + height, left : left + width]
-
-
-class PartialPicture:
-    """A JPEG of which little more is decoded than what is looked at.
-
-    Between restart markers any part; else, where that is wanted, from above down to the last row.
-    """
-
-    def __init__(self, content: bytes, header: Header, decode: Decode, stops_early: bool) -> None:
-        self.content, self.header, self.decode, self.stops_early = content, header, decode, stops_early
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels, as the header says."""
-        return self.header.height, self.header.width
-
-    def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 [3, height, width], a view of what was decoded."""
-        shown: Content = self.content
-        if (found := excerpt(self.content, self.header, top, left, height, width)) is not None:
-            shown, top, left = found.content, top - found.top, left - found.left
-        elif self.stops_early:
-            shown = upper_rows(self.content, self.header, top + height)
-        return self.decode(shown)[:, top : top + height, left : left + width]
-
-
-def opened(content: bytes, decode: Decode, stops_early: bool) -> Picture:
-    """A picture that is decoded no further than it is looked at; at once where its header cannot be read.
-
-    `stops_early` allows what a decoder grumbles about on stderr: to end before the file does.
-    """
-    header = read_header(content) if content[:2] == JPEG_START else None
-    return WholePicture(decode(content)) if header is None else PartialPicture(content, header, decode, stops_early)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import mmap
 import os
 import pickle
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Sequence
@@ -29,13 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config import Decoder
+from recipe.data.decoding import build_decoder
 from recipe.data.loading import IMAGES_PER_TASK, Filling, Order
 from recipe.data.shards import Split
-from recipe.data.transforms import build_decoder
 from recipe.distributed import PARENT_DEATH_SIGNAL
 from recipe.errors import UserError
 
-ERRORS_DESCRIPTOR = 2
 SIGNAL_BASE = 128  # exit codes of processes that a signal ended, as shells count
 
 
@@ -80,8 +78,8 @@ class Worker:
         self.link, self.memory_descriptor = link, start.memory
         self.sending = threading.Lock()
         self.map = mmap.mmap(-1, mmap.PAGESIZE)
-        decode, stops_early = build_decoder(start.decoder), start.decoder is Decoder.torchcodec
-        self.fillings = [Filling(split, decode, stops_early) for split in start.splits]
+        decoder = build_decoder(start.decoder)
+        self.fillings = [Filling(split, decoder) for split in start.splits]
         self.cancelled: set[int] = set()
         self.pool = ThreadPoolExecutor(start.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -164,7 +162,6 @@ def main(told: int, *links: int) -> None:
         file.seek(0)
         start = pickle.load(file)
     assert threading.active_count() == 1, "only a process without threads may divide"
-    silence_decoders()
     gc.freeze()
     children = {fork_worker(start, links, link) for link in links}
     for link in links:
@@ -201,14 +198,3 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it went in between
         os._exit(1)
-
-
-def silence_decoders() -> None:
-    """Python's own words still go to stderr; those of C libraries do not.
-
-    libjpeg warns of every picture of which it is shown the upper rows only: "extraneous bytes before marker".
-    """
-    sys.stderr = os.fdopen(os.dup(ERRORS_DESCRIPTOR), "w", buffering=1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, ERRORS_DESCRIPTOR)
-    os.close(nowhere)

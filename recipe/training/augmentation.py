@@ -18,11 +18,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from recipe.config import AugmentationConfig, ProgressiveConfig
+from recipe.data.decoding import Picture, WholePicture
 from recipe.data.loading import DeviceDraws
 from recipe.data.transforms import (
     INTERPOLATIONS,
-    Picture,
-    WholePicture,
     empty_image,
     fixed_image,
     pixels_sha256,

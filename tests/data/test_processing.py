@@ -23,19 +23,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from PIL import Image
-from torch import Tensor
 
 from recipe.config import Corrupt, Decoder, Expectation, Source
 from recipe.data import packing, processing
+from recipe.data.decoding import build_decoder, decoded
 from recipe.data.demo import write_demo_archives
 from recipe.data.images import DamagedImageError, Rules, store
 from recipe.data.processing import preprocess
 from recipe.data.raw import find_raw
 from recipe.data.shards import open_split, read_manifest
-from recipe.data.transforms import build_decoder, decode_with_pillow, opened
 from recipe.errors import DiskError, UserError
 from recipe.records import PreprocessingRecord
 from recipe.run import CHECKOUT
@@ -220,7 +218,7 @@ def test_workers_import_no_torch(official: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
     modules = set(seen.read_text().split())
     assert "recipe.data.packing" in modules
-    assert not {"torch", "torchvision", "torchcodec"} & modules
+    assert not {"torch", "torchvision", "nvidia"} & modules
 
 
 # ---- killed, stopped, continued ---------------------------------------------------------------------
@@ -640,7 +638,7 @@ def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", [b"", b"\0\0", b"\r\n\r\n\r\n", bytes(64)])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_no_jpeg_without_its_end_keeps_its_bytes(tail: bytes, progressive: bool) -> None:
-    """Pillow reads some of these, TorchCodec does not: training would stop at them."""
+    """Pillow reads some of these, other decoders do not."""
     whole = encoded(pixels("end", 200, 150), progressive=progressive)
     assert store(whole + b"whatever follows", False, KEEP).oddity is None
     try:
@@ -649,7 +647,9 @@ def test_no_jpeg_without_its_end_keeps_its_bytes(tail: bytes, progressive: bool)
         return
     assert (stored.oddity, stored.extension) == ("JPEG without an end marker", "png")
     for decoder in Decoder:
-        assert np.array_equal(build_decoder(decoder)(stored.content).permute(1, 2, 0).numpy(), pixels_of(whole))
+        assert np.array_equal(
+            decoded(stored.content, build_decoder(decoder)).permute(1, 2, 0).numpy(), pixels_of(whole)
+        )
 
 
 def test_a_jpeg_that_only_pillow_reads_is_stored_losslessly() -> None:
@@ -810,7 +810,7 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     assert (sizes["n01440764_9"], sizes["n01440764_8"]) == ((96, 64), (129, 64))
     with Image.open(io.BytesIO(large["n01440764_9"])) as image:
         small = image.resize((96, 64), Image.Resampling.BILINEAR)
-    oracle = encoded(small, quality=80, restart_marker_blocks=3)  # six units of 16 pixels in a row
+    oracle = encoded(small, quality=80)
     assert stored["n01440764_9"] == oracle
     assert record.splits["train"].grey_images == 1
     val = open_split(tmp_path / "out", "val")
@@ -818,9 +818,7 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     settings = manifest["settings"]
     assert (settings["resize_short_side"], settings["quality"], settings["resize_filter"]) == (64, 80, "bilinear")
-    assert settings["restart_marker_pixels"] == 64
     assert "64 pixels resized to it (bilinear, antialiased)" in record.stored_as
-    assert "restart markers" in record.stored_as
 
 
 def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -829,21 +827,6 @@ def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch:
     plans = [task.plan_sha256 for task in processing.planned(data, find_raw(data), [])]
     monkeypatch.setattr(processing, "FILTER", "bicubic")
     assert not set(plans) & {task.plan_sha256 for task in processing.planned(data, find_raw(data), [])}
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_resized_image_is_decoded_where_a_crop_needs_it_only(mode: str) -> None:
-    content = encoded(pixels("c", 700, 400).convert(mode))
-    stored = store(content, False, Rules(keeps_png=False, resize_short_side=128, quality=90)).content
-    given = []
-
-    def noting(content: bytes) -> Tensor:
-        given.append(content)
-        return decode_with_pillow(content)
-
-    part = opened(stored, noting, stops_early=False).part(40, 90, 20, 30)
-    assert torch.equal(part, decode_with_pillow(stored)[:, 40:60, 90:120])
-    assert len(given[0]) < len(stored) / 2
 
 
 def test_an_odd_image_is_resized_too() -> None:

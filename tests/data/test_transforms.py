@@ -1,9 +1,6 @@
-"""Pixels: torchvision's, within a grey level of Pillow's, and never turned by EXIF (T8, T9, T35)."""
+"""Views: torchvision's pixels, within a grey level of Pillow's (T8, T9)."""
 
 from __future__ import annotations
-
-import io
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,23 +9,22 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.v2 import functional
 
-from recipe.config import Decoder
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
-    build_decoder,
     build_evaluation_transform,
-    decode_with_pillow,
+    empty_image,
     fixed_image,
     pixels_sha256,
-    without_exif,
+    resize,
+    uses_native_kernel,
 )
 from tests.conftest import compose_config
 
 SIZES = [(300, 400), (400, 300), (257, 255), (60, 90), (224, 224), (500, 101)]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-ORIENTATION = 0x0112
 
 
 def transform(
@@ -43,27 +39,6 @@ def smooth_picture(height: int, width: int) -> Image.Image:
     """A photograph-like picture: noise of a low frequency, so that JPEG keeps it."""
     coarse = np.random.default_rng(height * width).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def jpeg(picture: Image.Image, **options: object) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", **{"quality": 90, **options})
-    return stream.getvalue()
-
-
-def exif(orientation: int) -> Image.Exif:
-    values = Image.Exif()
-    values[ORIENTATION] = orientation
-    return values
-
-
-def segment(marker: int, payload: bytes) -> bytes:
-    return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2) + payload
-
-
-@pytest.fixture(scope="module")
-def torchcodec() -> Callable[[bytes], Tensor]:
-    return build_decoder(Decoder.torchcodec)
 
 
 def largest_difference(one: Tensor, other: Tensor) -> int:
@@ -159,112 +134,29 @@ def test_normalisation_is_torchvisions() -> None:
     assert mine.facts() == {"mean": [0.1, 0.5, 0.9], "std": [0.2, 0.3, 0.4]}
 
 
-# ---- EXIF -------------------------------------------------------------------------------------------
+# ---- resizing in place ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_no_decoder_applies_an_exif_orientation(orientation: int, torchcodec: Callable[[bytes], Tensor]) -> None:
-    picture = smooth_picture(40, 64)
-    plain, marked = jpeg(picture), jpeg(picture, exif=exif(orientation))
-    assert marked != plain
-    for decode in (torchcodec, decode_with_pillow):
-        assert decode(marked).shape == (3, 40, 64)
-        assert torch.equal(decode(marked), decode(plain))
-
-
-@pytest.mark.parametrize("order", ["EXI", "IXE", "XEI", "EXE"])
-def test_only_the_exif_segments_go(order: str, torchcodec: Callable[[bytes], Tensor]) -> None:
-    picture = smooth_picture(40, 64)
-    plain = jpeg(picture)
-    segments = {
-        "E": segment(0xE1, exif(6).tobytes()),
-        "X": segment(0xE1, b"http://ns.adobe.com/xap/1.0/\x00<x/>"),
-        "I": segment(0xE2, b"ICC_PROFILE\x00\x01\x01" + bytes(500)),
-    }
-    marked = plain[:2] + b"".join(segments[kind] for kind in order) + plain[2:]
-    expected = plain[:2] + b"".join(segments[kind] for kind in order if kind != "E") + plain[2:]
-    assert without_exif(marked) == expected
-    assert torch.equal(torchcodec(marked), torchcodec(plain))
-
-
-def test_exif_behind_a_large_segment_goes_too(torchcodec: Callable[[bytes], Tensor]) -> None:
-    plain = jpeg(smooth_picture(40, 64))
-    profile = segment(0xE2, b"ICC_PROFILE\x00\x01\x01" + bytes(20_000))
-    marked = plain[:2] + profile + segment(0xE1, exif(6).tobytes()) + plain[2:]
-    assert decode_with_pillow(marked).shape == torchcodec(marked).shape
-    assert without_exif(marked) == plain[:2] + profile + plain[2:]
-
-
-def test_exif_behind_fill_bytes_goes_too(torchcodec: Callable[[bytes], Tensor]) -> None:
-    """ITU T.81, B.1.1.2: any marker may be preceded by any number of bytes 0xFF."""
-    plain = jpeg(smooth_picture(40, 64))
-    marked = plain[:2] + b"\xff\xff" + segment(0xE1, exif(6).tobytes()) + plain[2:]
-    assert decode_with_pillow(marked).shape == torchcodec(marked).shape
-
-
-@pytest.mark.parametrize(
-    "between", [b"\x00", b"stray", b"\xff\x00", b"\xff\xd0", b"\xff\xff\xff", b"\x00\xff\xd7\xff\x01 \xff\x00\xff"]
-)
-def test_exif_behind_stray_bytes_goes_too(between: bytes, torchcodec: Callable[[bytes], Tensor]) -> None:
-    """libjpeg searches for the next marker and takes restart markers for nothing, so what it finds has to go."""
-    plain = jpeg(smooth_picture(40, 64))
-    marked = plain[:2] + segment(0xFE, b"a comment") + between + segment(0xE1, exif(6).tobytes()) + plain[2:]
-    assert b"Exif" not in without_exif(marked)
-    assert torch.equal(torchcodec(marked), torchcodec(plain))
-
-
-def test_without_exif_the_bytes_stay_as_they_are() -> None:
-    content = jpeg(smooth_picture(40, 64))
-    assert without_exif(content) == content
-    words = jpeg(smooth_picture(40, 64), comment=b"Exif\x00\x00 is only mentioned here")
-    assert without_exif(words) == words
-
-
-def test_cut_off_headers_neither_raise_nor_hang() -> None:
-    content = jpeg(smooth_picture(40, 64), exif=exif(6))
-    for length in range(700):
-        assert len(without_exif(content[:length])) <= length
-    for length in (0, 1, 0xFFFF):  # a segment that claims less than its own length field, or more than the file
-        damaged = content[:2] + b"\xff\xe1" + length.to_bytes(2) + b"Exif\x00\x00" + content[2:]
-        assert isinstance(without_exif(damaged), bytes)
-
-
-# ---- decoders ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"quality": 30}, {"optimize": True}]
-)
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_decoders_agree(mode: str, options: dict[str, object], torchcodec: Callable[[bytes], Tensor]) -> None:
-    content = jpeg(smooth_picture(97, 131).convert(mode), **options)
-    one, other = torchcodec(content), decode_with_pillow(content)
-    assert one.dtype is other.dtype is torch.uint8
-    assert one.shape == (3, 97, 131)
-    assert largest_difference(one, other) <= 2
-    if mode == "L":
-        assert torch.equal(one[0], one[1])
-        assert torch.equal(one[0], one[2])
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_png_is_decoded_without_loss(mode: str, torchcodec: Callable[[bytes], Tensor]) -> None:
-    picture = smooth_picture(33, 47).convert(mode)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    assert torch.equal(torchcodec(stream.getvalue()), expected)
-
-
-@pytest.mark.parametrize("decoder", list(Decoder))
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"GIF89a" + bytes(50), bytes(100)])
-def test_what_is_no_image_raises(decoder: Decoder, content: bytes) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011 - each decoder has its own kinds; the loader names the image
-        build_decoder(decoder)(content)
-
-
-@pytest.mark.parametrize("decoder", list(Decoder))
-def test_a_cut_off_image_is_an_error_not_grey_pixels(decoder: Decoder) -> None:
-    content = jpeg(smooth_picture(97, 131))
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        build_decoder(decoder)(content[: len(content) // 2])
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+def test_resizing_into_a_batch_is_torchvisions_and_touches_nothing_else(mode: InterpolationMode) -> None:
+    """The kernel works in words of four bytes on pixels of three."""
+    assert uses_native_kernel(mode)
+    image = fixed_image(90, 130).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for top, left, height, width in (
+        (0, 0, 90, 130),
+        (3, 5, 40, 77),
+        (50, 1, 1, 129),
+        (10, 20, 64, 1),
+        (60, 90, 30, 40),
+    ):
+        for pixels in (32, 33):
+            part = image[:, top : top + height, left : left + width]
+            batch = torch.full((3, pixels, pixels, 3), 77, dtype=torch.uint8)
+            resize(part, (pixels, pixels), mode, True, batch.permute(0, 3, 1, 2)[1])
+            expected = functional.resize(part, [pixels, pixels], interpolation=mode, antialias=True)
+            assert torch.equal(batch[1].permute(2, 0, 1), expected)
+            assert torch.equal(resize(part.contiguous(), (pixels, pixels), mode, True), expected)
+            assert bool((batch[0] == 77).all())
+            assert bool((batch[2] == 77).all())
+    without = functional.resize(image, [20, 20], interpolation=mode, antialias=False)
+    assert torch.equal(resize(image, (20, 20), mode, False, empty_image((20, 20))), without)

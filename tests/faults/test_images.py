@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from recipe.config import Config, Corrupt
-from recipe.data import processes
+from recipe.data.decoding import Picture, PillowDecoder, UndecodableError
 from recipe.data.processing import preprocess
 from recipe.data.shards import open_split, read_manifest
 from recipe.distributed import launch
@@ -82,17 +81,17 @@ def test_f12_training_names_a_shard_that_is_missing(smoke: Words, data_directory
 
 def train_noting_refusals(config: Config) -> TrainingRecord | None:
     """Train; the moment at which an image was refused is the first line of `refused`, that of the end of `ended`."""
-    decode = processes.build_decoder(config.data.decoder)
+    decode = PillowDecoder.open
 
-    def noting(content: bytes) -> Tensor:
+    def noting(self: PillowDecoder, content: bytes) -> Picture:
         try:
-            return decode(content)
-        except Exception:
+            return decode(self, content)
+        except UndecodableError:
             with Path("refused").open("a") as file:
                 file.write(f"{time.time()}\n")
             raise
 
-    processes.build_decoder = lambda decoder: noting  # type: ignore[assignment]
+    PillowDecoder.open = noting  # type: ignore[method-assign]
     try:
         return loop.train(config)
     except UserError as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipe.data.transforms import decode_with_pillow
+from recipe.data.decoding import PillowDecoder, decoded
 from recipe.errors import UserError
 from recipe.inference.pictures import pixels_of
 from tests.data.layouts import pixels
@@ -38,7 +38,7 @@ def test_an_ordinary_picture_is_what_pillow_shows(form: str) -> None:
 
 def test_a_jpeg_has_the_pixels_of_the_evaluation() -> None:
     content = saved(pixels("picture"), "JPEG")
-    assert torch.equal(pixels_of(content, apply_orientation=False), decode_with_pillow(content))
+    assert torch.equal(pixels_of(content, apply_orientation=False), decoded(content, PillowDecoder()))
 
 
 def test_cmyk_is_converted() -> None:

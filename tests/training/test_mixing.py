@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from recipe.config import Config
+from recipe.data.decoding import Picture, WholePicture, decoded
 from recipe.data.loading import Batch, BatchLayout, DecodingThreads, DeviceDraws, TrainingBatches
 from recipe.errors import UserError
 from recipe.training.augmentation import Augmentation, Growth, build_augmentation
@@ -198,10 +199,16 @@ class Numbers:
         return index.to_bytes(4, "little")
 
 
-def striped(content: bytes) -> Tensor:
-    value = int.from_bytes(content, "little")
-    rows = torch.arange(PIXELS).view(1, -1, 1) * (value % 7 + 1)
-    return ((rows + torch.arange(PIXELS).view(1, 1, -1) + value).expand(3, -1, -1) % 256).to(torch.uint8)
+class Stripes:
+    """Stands in for a decoder."""
+
+    name = "stripes"
+
+    def open(self, content: bytes) -> Picture:
+        value = int.from_bytes(content, "little")
+        rows = torch.arange(PIXELS).view(1, -1, 1) * (value % 7 + 1)
+        stripes = (rows + torch.arange(PIXELS).view(1, 1, -1) + value).expand(3, -1, -1) % 256
+        return WholePicture(stripes.to(torch.uint8))
 
 
 def configuration(*words: str) -> Config:
@@ -220,7 +227,7 @@ def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
     augmentation = build_augmentation(config.augmentation, config.seed)
     ranks = []
     for rank in range(layout.processes):
-        threads = DecodingThreads(Numbers(100), striped, config.trainer, ALONE)  # type: ignore[arg-type]
+        threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
         ranks.append(list(TrainingBatches(threads, augmentation, layout, rank, config.seed).epoch(1)))
         threads.close()
     wholes = []
@@ -242,7 +249,7 @@ def test_a_global_batch_is_mixed_and_erased_alike_on_any_number_of_processes(lay
 def test_repeated_augmentation_holds_every_image_so_many_times_in_other_views() -> None:
     config = configuration("augmentation.repeats=4")
     augmentation = build_augmentation(config.augmentation, 0)
-    threads = DecodingThreads(Numbers(100), striped, config.trainer, ALONE)  # type: ignore[arg-type]
+    threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
     batches = TrainingBatches(threads, augmentation, BatchLayout(48, 1, 1), 0, 0)
     (first,), (second,) = batches.epoch(0)
     facts = batches.facts()
@@ -287,7 +294,7 @@ def test_views_and_the_record_have_the_sizes_of_their_epochs() -> None:
         "augmentation.progressive.multiple=4",
     )
     augmentation = build_augmentation(config.augmentation, 0)
-    image = striped((3).to_bytes(4, "little"))
+    image = decoded((3).to_bytes(4, "little"), Stripes())
     sizes = [tuple(augmentation(image, epoch, 0).shape) for epoch in range(4)]
     assert sizes == [(3, 12, 12), (3, 12, 12), (3, 16, 16), (3, 20, 20)]
     expected = ["12 from epoch 1", "16 from epoch 3", "20 from epoch 4"]
@@ -319,7 +326,7 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
     with start_world(config.trainer) as world:
         layout = BatchLayout(48, world.size, 1)
         augmentation: Augmentation = build_augmentation(config.augmentation, config.seed)
-        threads = DecodingThreads(Numbers(100), striped, config.trainer, world)  # type: ignore[arg-type]
+        threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, world)  # type: ignore[arg-type]
         batches = TrainingBatches(threads, augmentation, layout, world.rank, config.seed)
         from recipe.training.optimization import replicate
         from tests.training.test_optimization import network

@@ -16,9 +16,10 @@ from torch.optim.swa_utils import update_bn
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config import ModelConfig, Precision
+from recipe.data.decoding import build_decoder, decoded
 from recipe.data.loading import Batch, DecodingThreads
 from recipe.data.shards import open_split
-from recipe.data.transforms import Normalisation, build_decoder, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
@@ -103,7 +104,7 @@ def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
         assert len(set(chosen.tolist())) == len(chosen)
         assert np.array_equal(chosen, np.concatenate(same.parts()))
         assert not np.array_equal(chosen, np.concatenate(other.parts()))
-        first: Tensor = transform(threads.filling.decode(split.read(int(chosen[0]))))
+        first: Tensor = transform(decoded(split.read(int(chosen[0])), threads.filling.decoder))
         assert torch.equal(found[0].images[0], first)
 
 

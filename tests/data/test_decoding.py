@@ -1,0 +1,237 @@
+"""Decoding no further than somebody looks: Pillow's pixels to the last bit, and Pillow's verdict (T7, T35)."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from recipe.config import Decoder
+from recipe.data import decoding
+from recipe.data.decoding import (
+    ImageDecoder,
+    NvImageCodecDecoder,
+    PartialPicture,
+    PillowDecoder,
+    UndecodableError,
+    decoded,
+)
+from recipe.errors import UserError
+from tests.data import test_images as damages
+
+ORIENTATION = 0x0112
+PILLOW = PillowDecoder()
+KINDS = {
+    "colour as fine as light": {"subsampling": "4:4:4", "quality": 95},
+    "half as wide": {"subsampling": "4:2:2"},
+    "half as wide and high": {"subsampling": "4:2:0"},
+    "a quarter as wide": {"subsampling": "4:1:1"},
+    "tables of its own": {"optimize": True, "quality": 30},
+    "grey": {"grey": True},
+    "progressive": {"progressive": True},
+    "progressive, half as wide": {"progressive": True, "subsampling": "4:2:2"},
+    "restart markers": {"restart_marker_rows": 1, "subsampling": "4:2:0"},
+    "RGB inside": {"keep_rgb": True},
+    "with EXIF and a comment": {"exif": Image.Exif().tobytes(), "comment": b"\xff\xc0\xff\xda"},
+}
+SIZES = [(64, 96), (97, 51), (200, 133), (7, 9), (1, 1), (3, 40)]
+
+
+def jpeg(height: int, width: int, **options: object) -> bytes:
+    """A JPEG full of detail, so that a wrong row or a wrong neighbour shows."""
+    noise = np.random.default_rng((height, width)).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    (picture.convert("L") if options.pop("grey", False) else picture).save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    values = Image.Exif()
+    values[ORIENTATION] = orientation
+    return values
+
+
+@pytest.fixture(scope="module")
+def decoder() -> NvImageCodecDecoder:
+    return NvImageCodecDecoder()
+
+
+@pytest.fixture
+def alone(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> NvImageCodecDecoder:
+    """Without Pillow behind it."""
+
+    def asked(self: PillowDecoder, content: bytes) -> None:
+        raise AssertionError("Pillow was asked")
+
+    monkeypatch.setattr(PillowDecoder, "open", asked)
+    return decoder
+
+
+# ---- pixels -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_any_part_has_the_pixels_of_the_whole_by_pillow(
+    kind: str, size: tuple[int, int], decoder: NvImageCodecDecoder
+) -> None:
+    content = jpeg(*size, **KINDS[kind])
+    whole, picture = decoded(content, PILLOW), decoder.open(content)
+    assert isinstance(picture, PartialPicture)
+    assert picture.size == size == tuple(whole.shape[-2:])
+    assert torch.equal(decoded(content, decoder), whole)
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        height, width = (int(generator.integers(1, side + 1)) for side in size)
+        top, left = int(generator.integers(size[0] - height + 1)), int(generator.integers(size[1] - width + 1))
+        part = picture.part(top, left, height, width)
+        assert part.dtype is torch.uint8
+        assert part.stride(0) == 1, "channels last"
+        assert torch.equal(part, whole[:, top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("kind", ["half as wide and high", "half as wide", "a quarter as wide", "progressive"])
+@pytest.mark.parametrize("width", [1, 2, 9, 17, 33, 34, 35, 50])
+def test_the_narrowest_parts_are_those_of_the_whole_too(kind: str, width: int, decoder: NvImageCodecDecoder) -> None:
+    """Left to itself, the library gets the first and last columns wrong by up to 13 levels."""
+    content = jpeg(34, width, **KINDS[kind])
+    whole, picture = decoded(content, PILLOW), decoder.open(content)
+    for columns in (1, 2, 3, 5):
+        for left in range(width - columns + 1):
+            assert torch.equal(picture.part(17, left, 3, columns), whole[:, 17:20, left : left + columns])
+
+
+def test_no_more_is_decoded_than_is_looked_at(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    decode = NvImageCodecDecoder.decode
+
+    def noting(self: NvImageCodecDecoder, stream: object, *region: int) -> Tensor | None:
+        asked.append(region)
+        return decode(self, stream, *region)
+
+    monkeypatch.setattr(NvImageCodecDecoder, "decode", noting)
+    picture = decoder.open(jpeg(300, 400))
+    picture.part(100, 200, 50, 60)
+    picture.part(100, 399, 50, 1)
+    assert asked == [(100, 200, 150, 260), (100, 392, 150, 400)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pillow_is_not_needed_for_a_sound_jpeg(kind: str, alone: NvImageCodecDecoder) -> None:
+    """Where it were, loading would be slow and nobody would know why."""
+    picture = alone.open(jpeg(97, 131, **KINDS[kind]))
+    assert picture.part(3, 4, 50, 60).shape == (3, 50, 60)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_png_is_decoded_without_loss(mode: str, decoder: NvImageCodecDecoder) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(decoded(stream.getvalue(), decoder), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", list(Decoder))
+def test_no_decoder_applies_an_exif_orientation(name: Decoder, orientation: int) -> None:
+    plain, marked = jpeg(40, 64), jpeg(40, 64, exif=exif(orientation))
+    library = decoding.build_decoder(name)
+    assert marked != plain
+    assert library.open(marked).size == (40, 64)
+    assert torch.equal(decoded(marked, library), decoded(plain, library))
+
+
+def test_threads_share_a_decoder(decoder: NvImageCodecDecoder) -> None:
+    contents = [jpeg(100 + i, 150 - i) for i in range(8)]
+    expected = [decoded(content, PILLOW) for content in contents]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            found = list(pool.map(lambda content: decoded(content, decoder), contents))
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+# ---- what is no image, or a damaged one -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(Decoder))
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"GIF89a" + bytes(50), bytes(100)])
+def test_what_is_no_image_is_undecodable(name: Decoder, content: bytes) -> None:
+    with pytest.raises(UndecodableError) as raised:
+        decoded(content, decoding.build_decoder(name))
+    assert "0x" not in str(raised.value), "the same words on every run"
+
+
+@pytest.mark.parametrize("name", list(Decoder))
+def test_a_cut_off_image_is_an_error_not_grey_pixels(name: Decoder) -> None:
+    content = jpeg(97, 131)
+    with pytest.raises(UndecodableError, match="truncated"):
+        decoded(content[: len(content) // 2], decoding.build_decoder(name))
+
+
+@pytest.mark.parametrize("kind", damages.KINDS)
+def test_of_a_damaged_image_both_say_the_same(kind: str, decoder: NvImageCodecDecoder) -> None:
+    """Pixels where Pillow has pixels, and the same; else Pillow's reason."""
+    refused = 0
+    for content in damages.damaged(damages.picture(kind), np.random.default_rng(1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF
+            expected, found = outcome(content, PILLOW), outcome(content, decoder)
+        assert type(found) is type(expected), (expected, found)
+        assert torch.equal(found, expected) if isinstance(found, Tensor) else found == expected  # type: ignore[arg-type]
+        refused += isinstance(found, str)
+    assert refused > 10
+
+
+def outcome(content: bytes, library: ImageDecoder) -> Tensor | str:
+    try:
+        return decoded(content, library)
+    except UndecodableError as error:
+        return str(error)
+
+
+# ---- the library ------------------------------------------------------------------------------------
+
+LOADING = """
+import os
+from recipe.config import Decoder
+from recipe.data.decoding import build_decoder, decoded
+before = dict(os.environ)
+print(tuple(decoded(open(0, "rb").read(), build_decoder(Decoder.nvimgcodec)).shape))
+assert dict(os.environ) == before
+"""
+
+
+def test_loading_says_nothing_and_leaves_the_environment_as_it_was() -> None:
+    """On a machine without CUDA its other extensions would print eight lines."""
+    done = subprocess.run([sys.executable, "-c", LOADING], input=jpeg(30, 40), capture_output=True, check=True)
+    assert done.stdout.decode() == "(3, 30, 40)\n"
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("lacking", ["the package", "the extension"])
+def test_where_it_cannot_be_loaded_the_way_out_is_named(
+    lacking: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if lacking == "the package":
+        monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(decoding, "PROCESSOR_EXTENSION", "nothing*")
+    decoding.load_nvimgcodec.cache_clear()
+    before = dict(os.environ)
+    with pytest.raises(UserError, match=r"data\.decoder=nvimgcodec cannot be loaded .* use data\.decoder=pillow"):
+        decoding.build_decoder(Decoder.nvimgcodec)
+    assert dict(os.environ) == before
+    decoding.build_decoder(Decoder.pillow)
