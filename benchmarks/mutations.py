@@ -37,6 +37,7 @@ TARGETS = [
     "recipe/model.py",
     "recipe/alterations.py",
     "recipe/evaluation.py",
+    "recipe/data/decoding.py",
     "recipe/data/transforms.py",
     *(
         f"recipe/training/{name}.py"
