@@ -37,7 +37,7 @@ def shrunk(content: bytes) -> bytes:
 
 
 def former_way(image: torch.Tensor, index: int, batch: torch.Tensor) -> None:
-    """Crop, resize and mirror through torchvision, then into the batch: what this project did before."""
+    """Crop, resize and mirror through torchvision, then into the batch."""
     view = AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])
     box = (view.top, view.left, view.height, view.width)
     cropped = functional.resized_crop(
@@ -66,9 +66,9 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
         "decode what the crop needs": each(lambda i: decoder.open(contents[i]).part(*views[i])),
         "read the header": each(lambda i: decoder.open(contents[i]).size),
         "draw the crop": each(lambda i: AUGMENTATION.view(0, i, 300, 400)),
-        "crop, resize, mirror, copy: before": each(lambda i: former_way(images[i], i, out)),
+        "crop, resize, mirror, copy: torchvision": each(lambda i: former_way(images[i], i, out)),
         "crop, resize, mirror, copy: now": each(lambda i: AUGMENTATION.write(WholePicture(images[i]), 0, i, 0, out)),
-        "everything: before": each(lambda i: former_way(decoded(contents[i], decoder), i, out)),
+        "everything: whole picture, torchvision": each(lambda i: former_way(decoded(contents[i], decoder), i, out)),
         "everything: now": each(lambda i: AUGMENTATION.write(decoder.open(contents[i]), 0, i, 0, out)),
     }
 

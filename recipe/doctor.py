@@ -20,9 +20,9 @@ from torch import Tensor
 
 from recipe.composition import config_of
 from recipe.config import Config
-from recipe.data.decoding import ImageDecoder, build_decoder, decoded
+from recipe.data.decoding import ImageDecoder, UndecodableError, build_decoder, decoded
 from recipe.data.images import Rules, store
-from recipe.data.loading import Batch, derive_layout
+from recipe.data.loading import Batch, derive_layout, refusal
 from recipe.data.shards import Split, open_split, read_manifest
 from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
@@ -92,7 +92,7 @@ def examined(config: Config, world: World) -> Findings:
     contents = [split.read(index) for index in chosen]
     processes = processes_per_node(config.trainer)
     torch.set_num_threads(1)  # as in the threads that decode
-    images = [decoded(content, decoder) for content in contents]
+    images = [decoded_or_named(split, index, content, decoder) for index, content in zip(chosen, contents, strict=True)]
     found = {
         "read": rate(len(chosen), lambda: [split.read(index) for index in chosen]),
         "decode": rate(
@@ -106,6 +106,14 @@ def examined(config: Config, world: World) -> Findings:
     model = processes * model_rate(config, world, processes)
     copy = None if found["copy"] is None else processes * found["copy"]
     return Findings(**(found | {"copy": copy}), model=model, cores=usable_cores())  # type: ignore[arg-type]
+
+
+def decoded_or_named(split: Split, index: int, content: bytes, decoder: ImageDecoder) -> Tensor:
+    """The image, uint8 [3, H, W]; one that is damaged is named, as training would."""
+    try:
+        return decoded(content, decoder)
+    except UndecodableError as error:
+        raise refusal(split, index, str(error)) from error
 
 
 def crop(decoder: ImageDecoder, content: bytes, augmentation: Augmentation, index: int) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from recipe import doctor
 from recipe.doctor import Findings, verdict
+from recipe.errors import UserError
+from tests.faults.test_images import with_damaged_image
 
 SLOW_LOADING = Findings(read=9000, decode=1000, transform=1000, small=1250, copy=None, model=4000, cores=4)
 
@@ -51,3 +54,17 @@ def test_an_examination(
         "training step",
     ]
     assert "bounds this experiment at" in told[4]
+
+
+def test_a_damaged_image_is_named(
+    smoke: Callable[..., list[str]], data_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, shard = with_damaged_image(data_directory, tmp_path / "damaged")
+    monkeypatch.setattr(doctor, "SAMPLE", 10**6)
+    parser = argparse.ArgumentParser()
+    doctor.describe(parser)
+    words = smoke("trainer.gpus=null", f"data.directory={tmp_path / 'damaged'}")
+    with pytest.raises(UserError, match="the shard is damaged; delete that file") as stopped:
+        doctor.answer(parser.parse_args(words))
+    assert key in str(stopped.value)
+    assert shard in str(stopped.value)

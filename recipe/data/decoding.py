@@ -2,9 +2,9 @@
 
 A crop for training needs about half of a picture. nvImageCodec, NVIDIA's layer over libjpeg-turbo (and over the decoder
 of a GPU, which is not used here), leaves out the rows and columns that nobody asked for, with the pixels that decoding
-all of it would give; Pillow has the same pixels and decodes whole pictures. What one refuses, the other is asked for:
-preprocessing has stored only what Pillow reads. Neither applies an EXIF orientation: ImageNet training never did, and
-one image in a thousand carries one.
+all of it would give; damage in what it leaves out is not seen. Pillow has the same pixels and decodes whole pictures.
+What nvImageCodec refuses, Pillow is asked for: preprocessing has stored only what that reads. Neither applies an EXIF
+orientation: ImageNet training never did, and one image in a thousand carries one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,12 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 from recipe.config import Decoder
-from recipe.data.images import reason
+from recipe.data.images import encoded, reason
 from recipe.errors import UserError
 
 JPEG_START = b"\xff\xd8"
+MARKER, SEQUENTIAL_FRAMES = 0xFF, (0xC0, 0xC1)  # baseline and extended: rows of blocks, one after the other
+FRAMES_AND_SCAN = frozenset((*range(0xC0, 0xD0), 0xDA)) - {0xC4, 0xC8, 0xCC}  # those are tables and an extension
 PROCESSOR_EXTENSION = "libjpeg_turbo_ext.so*"  # the part of nvImageCodec that decodes JPEG without a GPU
-EXACT = ":fancy_upsampling=1 :fast_idct=0"  # as Pillow; the faster ways save 5 % and move pixels by up to 53 levels
+EXACT = ":fancy_upsampling=1 :fast_idct=0"  # as Pillow (and its defaults); faster ways save 5 % and move pixels
 COLUMNS_LEAST = 8  # of a part: where colour is two samples wide or less, libjpeg-turbo upsamples it in another way
 
 
@@ -86,6 +87,8 @@ class PillowDecoder:
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
                 pixels = np.array(image.convert("RGB"))
+        except MemoryError:
+            raise
         except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
             raise UndecodableError(reason(content, error)) from error
         return WholePicture(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -97,24 +100,27 @@ class NvImageCodecDecoder:
     name = Decoder.nvimgcodec.value
 
     def __init__(self) -> None:
-        self.library = load_nvimgcodec()
-        self.parameters = self.library.DecodeParams(
-            apply_exif_orientation=False, color_spec=self.library.ColorSpec.SRGB
-        )
-        self.pillow = PillowDecoder()
-        self.own = threading.local()
-        if self.decode(self.library.CodeStream(a_jpeg()), 0, 0, 1, 1) is None:
-            raise cannot_be_used("it does not decode JPEG here")  # else Pillow would do all, slowly, and nobody knew
+        self.library, self.pillow, self.per_thread = load_nvimgcodec(), PillowDecoder(), threading.local()
+        try:
+            self.parameters = self.library.DecodeParams(
+                apply_exif_orientation=False, color_spec=self.library.ColorSpec.SRGB
+            )
+            sound = self.library.CodeStream(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+            decodes = self.region(sound, 0, 0, 8, 8) is not None
+        except (AttributeError, RuntimeError) as error:
+            raise cannot_be_used(" ".join(str(error).split())) from error
+        if not decodes:  # else Pillow would do everything, slowly, and nobody would know why
+            raise cannot_be_used("it does not decode JPEG here")
 
     def open(self, content: bytes) -> Picture:
         """The picture, of which nothing but the header was read if it is a JPEG."""
         if content[:2] == JPEG_START:
             stream = self.library.CodeStream(content)
             with contextlib.suppress(RuntimeError):  # a header that it cannot read, and Pillow perhaps can
-                return PartialPicture(self, content, stream, (stream.height, stream.width))
+                return PartialPicture(self, content, stream)
         return self.pillow.open(content)
 
-    def decode(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Tensor | None:
+    def region(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Tensor | None:
         """Those rows and columns, uint8 [3, bottom - top, right - left]; None where the bytes are refused."""
         region = self.library.Region(top, left, bottom, right)
         image = self.codec.decode(stream.get_sub_code_stream(0, region), params=self.parameters)
@@ -123,30 +129,49 @@ class NvImageCodecDecoder:
     @property
     def codec(self) -> Any:
         """The library's own decoder: one for each thread, since none says that they may share one."""
-        if not hasattr(self.own, "codec"):
-            self.own.codec = self.library.Decoder(
+        if not hasattr(self.per_thread, "codec"):
+            self.per_thread.codec = self.library.Decoder(
                 device_id=self.library.NVIMGCODEC_DEVICE_CPU_ONLY,
                 max_num_cpu_threads=1,
                 backends=[self.library.Backend(self.library.BackendKind.CPU_ONLY)],
                 options=EXACT,
             )
-        return self.own.codec
+        return self.per_thread.codec
 
 
 class PartialPicture:
-    """A JPEG of which the rows and columns are decoded that are looked at."""
+    """A JPEG of which the rows and columns are decoded that are looked at; all of it where it is no sequential one.
 
-    def __init__(self, decoder: NvImageCodecDecoder, content: bytes, stream: Any, size: tuple[int, int]) -> None:
-        self.decoder, self.content, self.stream, self.size = decoder, content, stream, size
+    Of a progressive JPEG all has to be read for any pixel, and where its last scans are missing, libjpeg smooths what
+    it shows, a part in another way than the whole.
+    """
+
+    def __init__(self, decoder: NvImageCodecDecoder, content: bytes, stream: Any) -> None:
+        self.decoder, self.content, self.stream = decoder, content, stream
+        self.size = (stream.height, stream.width)
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
         """uint8 [3, height, width], a view of what was decoded."""
-        first = max(0, min(left, self.size[1] - COLUMNS_LEAST))
-        last = min(max(left + width, first + COLUMNS_LEAST), self.size[1])
-        pixels = self.decoder.decode(self.stream, top, first, top + height, last)
+        first_row, first_column, (last_row, last_column) = 0, 0, self.size
+        if is_sequential(self.content):
+            first_row, last_row = top, top + height
+            first_column = max(0, min(left, last_column - COLUMNS_LEAST))
+            last_column = min(max(left + width, first_column + COLUMNS_LEAST), last_column)
+        pixels = self.decoder.region(self.stream, first_row, first_column, last_row, last_column)
         if pixels is None:
             return self.decoder.pillow.open(self.content).part(top, left, height, width)
-        return pixels[:, :, left - first : left - first + width]
+        top, left = top - first_row, left - first_column
+        return pixels[:, top : top + height, left : left + width]
+
+
+def is_sequential(content: bytes) -> bool:
+    """Whether a JPEG's blocks follow one another, found in its segments (ITU T.81, annex B); False where unsure."""
+    position = len(JPEG_START)
+    while position + 4 <= len(content) and content[position] == MARKER:
+        if content[position + 1] in FRAMES_AND_SCAN:
+            return content[position + 1] in SEQUENTIAL_FRAMES
+        position += 2 + int.from_bytes(content[position + 2 : position + 4])
+    return False
 
 
 def build_decoder(decoder: Decoder) -> ImageDecoder:
@@ -160,13 +185,6 @@ def decoded(content: bytes, decoder: ImageDecoder) -> Tensor:
     return picture.part(0, 0, *picture.size)
 
 
-def a_jpeg() -> bytes:
-    """A sound one, as small as they come."""
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
 def cannot_be_used(why: str) -> UserError:
     """What to do where the library does not work."""
     return UserError(
@@ -176,7 +194,7 @@ def cannot_be_used(why: str) -> UserError:
 
 
 @cache
-def load_nvimgcodec() -> ModuleType:
+def load_nvimgcodec() -> Any:
     """The library, with nothing loaded but what decodes JPEG on the processor.
 
     Its other extensions look for CUDA's libraries, and complain on stderr where there are none.
@@ -186,7 +204,6 @@ def load_nvimgcodec() -> ModuleType:
             from nvidia import nvimgcodec
     except (ImportError, OSError) as error:
         raise cannot_be_used(" ".join(str(error).split())) from error
-    assert isinstance(nvimgcodec, ModuleType)
     return nvimgcodec
 
 
@@ -199,7 +216,7 @@ def only_the_processors_extension() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         for extension in (Path(package.origin).parent / "extensions").glob(PROCESSOR_EXTENSION):
             (Path(folder) / extension.name).symlink_to(extension)
-        wanted = {"NVIMGCODEC_EXTENSIONS_PATH": folder, "PYNVIMGCODEC_VERBOSITY": "0"}  # 0: what it refuses, it returns
+        wanted = {"NVIMGCODEC_EXTENSIONS_PATH": folder, "PYNVIMGCODEC_VERBOSITY": "0"}  # it returns what it refuses
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
         try:

@@ -1,7 +1,8 @@
 """Batches, from threads that decode straight into them.
 
-Decoding and resizing release Python's lock, so threads that write into one preallocated batch beat worker processes:
-no copies between processes, no pickling, no signals to forward. A batch is a pure function of (seed, epoch, number):
+Decoding and resizing release Python's lock, so threads that write into one preallocated batch beat the processes of a
+DataLoader: no copies, no pickling, no signals to forward. Where another thread of the process is in a hurry, as beside
+a GPU, `recipe.data.processes` decodes elsewhere. A batch is a pure function of (seed, epoch, number):
 global batch b holds the same images, with the same pixels, on any number of processes and threads. Resuming is
 asking for `epoch(epoch, first_batch)`.
 """
@@ -199,15 +200,18 @@ class Filling:
             try:
                 order.view.write(self.decoder.open(self.split.read(index)), place, images[place])
             except UndecodableError as error:
-                raise UserError(self._refusal(index, str(error)[:120])) from error
+                raise refusal(self.split, index, str(error)) from error
 
-    def _refusal(self, index: int, reason: str) -> str:
-        """Why an image cannot be decoded: making a sound shard again would only lead back to this sentence."""
-        what = f"{self.split.where(index)} cannot be decoded ({reason})"
-        if not self.split.is_intact(index):
-            return f"{what}: the shard is damaged; delete that file and run `python preprocess.py` again"
-        sound = f"{what}, but the shard is as preprocessing wrote it"
-        return f"{sound}: another Pillow read this image then; install the version that the Data chapter names"
+
+def refusal(split: Split, index: int, reason: str) -> UserError:
+    """Why an image cannot be decoded: making a sound shard again would only lead back to this sentence."""
+    what = f"{split.where(index)} cannot be decoded ({reason[:120]})"
+    if not split.is_intact(index):
+        return UserError(f"{what}: the shard is damaged; delete that file and run `python preprocess.py` again")
+    return UserError(
+        f"{what}, but the shard is as preprocessing wrote it: another Pillow read this image then; install the version "
+        "that the Data chapter names"
+    )
 
 
 class DecodingThreads:

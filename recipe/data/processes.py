@@ -71,7 +71,7 @@ def open_decoding(
             library = build_decoder(decoder)
             yield [held.enter_context(closing(DecodingThreads(split, library, trainer, world))) for split in splits]
         else:
-            build_decoder(decoder)  # refuses here, in one sentence, what cannot be loaded
+            build_decoder(decoder)  # refuses here, in one sentence, what cannot be used
             threads = threads_per_process(trainer.data_threads, world)
             pool = held.enter_context(closing(Processes(splits, decoder, processes, threads, world)))
             yield [DecodingProcesses(pool, number, trainer.prefetch_batches) for number in range(len(splits))]

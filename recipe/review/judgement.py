@@ -217,7 +217,7 @@ def counts(claims: Claims, evaluation: EvaluationRecord, theirs: int, ours: int,
 
 
 def allowed_images(images: int) -> int:
-    """How many images an equal evaluation may differ by: decoders and kernels change the last digits of logits."""
+    """How many images an equal evaluation may differ by: kernels change the last digits of logits."""
     return math.ceil(images / MOST_OTHER_IMAGES)
 
 

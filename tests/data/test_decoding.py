@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from recipe.data.decoding import (
     UndecodableError,
     decoded,
 )
-from recipe.errors import UserError
+from recipe.data.images import store
 from tests.data import test_images as damages
 
 ORIENTATION = 0x0112
@@ -132,17 +135,36 @@ def test_the_narrowest_parts_are_those_of_the_whole_too(kind: str, width: int, d
 
 def test_no_more_is_decoded_than_is_looked_at(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
-    decode = NvImageCodecDecoder.decode
+    decode = NvImageCodecDecoder.region
 
     def noting(self: NvImageCodecDecoder, stream: object, *region: int) -> Tensor | None:
         asked.append(region)
         return decode(self, stream, *region)
 
-    monkeypatch.setattr(NvImageCodecDecoder, "decode", noting)
+    monkeypatch.setattr(NvImageCodecDecoder, "region", noting)
     picture = decoder.open(jpeg(300, 400))
     picture.part(100, 200, 50, 60)
     picture.part(100, 399, 50, 1)
     assert asked == [(100, 200, 150, 260), (100, 392, 150, 400)]
+
+
+@pytest.mark.parametrize("scans", range(1, 10))
+def test_a_progressive_picture_without_its_last_scans_has_one_look(scans: int, decoder: NvImageCodecDecoder) -> None:
+    """libjpeg smooths what it lacks; left to itself the library shows parts up to 37 levels off."""
+    content = jpeg(200, 300, progressive=True)
+    begins = [found.start() for found in re.finditer(b"\xff\xda", content)]
+    tables = content.find(b"\xff\xc4", begins[scans - 1], begins[scans])
+    cut = content[: tables if tables > 0 else begins[scans]] + b"\xff\xd9"
+    assert store(cut, False, damages.KEEP).oddity is None, "it keeps its bytes"
+    whole, picture = decoded(cut, PILLOW), decoder.open(cut)
+    for top, left, height, width in ((0, 0, 20, 30), (33, 40, 100, 151), (180, 280, 20, 20)):
+        assert torch.equal(picture.part(top, left, height, width), whole[:, top : top + height, left : left + width])
+
+
+def test_what_is_set_to_be_exact_is_heard(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = jpeg(97, 131, subsampling="4:2:0")
+    monkeypatch.setattr(decoding, "EXACT", ":fancy_upsampling=0")
+    assert not torch.equal(decoded(content, NvImageCodecDecoder()), decoded(content, decoder))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,8 +223,8 @@ def test_a_cut_off_image_is_an_error_not_grey_pixels(name: Decoder) -> None:
 
 @pytest.mark.parametrize("kind", damages.KINDS)
 def test_of_a_damaged_image_both_say_the_same(kind: str, decoder: NvImageCodecDecoder) -> None:
-    """Pixels where Pillow has pixels, and the same; else Pillow's reason."""
-    refused = 0
+    """Pixels where Pillow has pixels, and the same, of parts too; else Pillow's reason."""
+    refused, generator = 0, np.random.default_rng(2)
     for content in damages.damaged(damages.picture(kind), np.random.default_rng(1)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF
@@ -210,6 +232,10 @@ def test_of_a_damaged_image_both_say_the_same(kind: str, decoder: NvImageCodecDe
         assert type(found) is type(expected), (expected, found)
         assert torch.equal(found, expected) if isinstance(found, Tensor) else found == expected  # type: ignore[arg-type]
         refused += isinstance(found, str)
+        if isinstance(expected, Tensor):
+            top, left = (int(generator.integers(side)) for side in expected.shape[1:])
+            part = decoder.open(content).part(top, left, expected.shape[1] - top, expected.shape[2] - left)
+            assert torch.equal(part, expected[:, top:, left:])
     assert refused > 10
 
 
@@ -227,31 +253,29 @@ import os
 from recipe.config import Decoder
 from recipe.data.decoding import build_decoder, decoded
 before = dict(os.environ)
+os.makedirs(os.environ["TMPDIR"])
 print(tuple(decoded(open(0, "rb").read(), build_decoder(Decoder.nvimgcodec)).shape))
 assert dict(os.environ) == before
+assert os.listdir(os.environ["TMPDIR"]) == []
 """
 
 
-def test_loading_says_nothing_and_leaves_the_environment_as_it_was() -> None:
+def test_loading_says_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """On a machine without CUDA its other extensions would print eight lines."""
-    done = subprocess.run([sys.executable, "-c", LOADING], input=jpeg(30, 40), capture_output=True, check=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], input=jpeg(30, 40), capture_output=True, check=True, env=environment
+    )
     assert done.stdout.decode() == "(3, 30, 40)\n"
     assert done.stderr == b""
 
 
-def test_where_it_is_not_installed_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)
-    decoding.load_nvimgcodec.cache_clear()
-    with pytest.raises(UserError, match=r"data\.decoder=nvimgcodec cannot be used .* use data\.decoder=pillow"):
-        decoding.build_decoder(Decoder.nvimgcodec)
-    decoding.build_decoder(Decoder.pillow)
-
-
-WITHOUT_EXTENSION = """
+REFUSED = """
 from recipe.config import Decoder
 from recipe.data import decoding
 from recipe.errors import UserError
-decoding.PROCESSOR_EXTENSION = "nothing*"
+{cause}
+decoding.build_decoder(Decoder.pillow)
 try:
     decoding.build_decoder(Decoder.nvimgcodec)
 except UserError as error:
@@ -259,7 +283,40 @@ except UserError as error:
 """
 
 
-def test_where_it_decodes_nothing_that_is_said_at_once() -> None:
+CAUSES = {
+    "it is not installed": "decoding.importlib.util.find_spec = lambda name: None",
+    "it does not decode JPEG here": "decoding.PROCESSOR_EXTENSION = 'nothing*'",
+    "module 'nvidia.nvimgcodec' has no attribute 'ColorSpec'": "del decoding.load_nvimgcodec().ColorSpec",
+}
+
+
+@pytest.mark.parametrize("why", CAUSES)
+def test_where_it_cannot_be_used_that_is_said_at_once_with_the_way_out(why: str) -> None:
     """Else Pillow would decode every image, and loading would be slow for no reason that anybody sees."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, check=True)
-    assert "(it does not decode JPEG here); use data.decoder=pillow" in done.stdout.decode()
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED.format(cause=CAUSES[why])], capture_output=True, check=True, text=True
+    )
+    assert done.stdout.startswith(f"data.decoder=nvimgcodec cannot be used on this machine ({why}); use data.decoder=")
+
+
+SILENCED = """
+import sys
+from recipe.config import Decoder
+from recipe.data.decoding import build_decoder, decoded
+from recipe.data.worker import silence_decoders
+if {silenced}:
+    silence_decoders()
+decoded(open(0, "rb").read(), build_decoder(Decoder.nvimgcodec))
+print("said by Python", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("silenced", [True, False])
+def test_processes_that_decode_do_not_repeat_what_libjpeg_thinks_of_a_picture(silenced: bool) -> None:
+    stray = jpeg(97, 131)[:-2] + bytes(13) + b"\xff\xd9"
+    assert store(stray, False, damages.KEEP).oddity is None, "it keeps its bytes"
+    done = subprocess.run(
+        [sys.executable, "-c", SILENCED.format(silenced=silenced)], input=stray, capture_output=True, check=True
+    )
+    assert done.stderr.endswith(b"said by Python\n")
+    assert (done.stderr == b"said by Python\n") == silenced
