@@ -37,7 +37,6 @@ TARGETS = [
     "recipe/model.py",
     "recipe/alterations.py",
     "recipe/evaluation.py",
-    "recipe/data/decoding.py",
     "recipe/data/transforms.py",
     *(
         f"recipe/training/{name}.py"
@@ -393,10 +392,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("schedule.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
     ("schedule.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),
     ("schedule.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
-    ("transforms.py", "if content[:2] != JPEG_START", "", FAST_PATH),
     ("transforms.py", "if image.stride(0) != 1", "", FAST_PATH),
-    ("transforms.py", "header = read_header(content)", "", FAST_PATH),
-    ("transforms.py", "if header is None else PartialPicture", "", FAST_PATH),
     ("transforms.py", "KERNELS[interpolation](image[None]", "", FAST_PATH),
     ("transforms.py", "if height <= width else", "", "for a square picture both are the same size"),
     ("transforms.py", "for source, size in (((97, 131)", "", "pictures by which a fast path is tried out"),
