@@ -3,10 +3,10 @@
     python benchmarks/loading.py --images DIR
 
 DIR holds JPEG files, in any folders. They are measured as they are and as `preprocess.py` re-encodes them to a short
-side of 256 pixels; all loaders of JPEGs read the very same bytes. Each loader lives in a process
-of its own and runs an epoch at a time, by turns with the others, so that a machine that is shared slows all of them
-alike; medians, with the least and the most. A peer that is not installed is listed as absent. The table ends with the
-ratios, and goes to benchmarks/results/.
+side of 256 pixels; all loaders of JPEGs read the very same bytes. Each loader lives in a process of its own and runs an
+epoch at a time, by turns with the others, so that a machine that is shared slows all of them alike; medians, with the
+least and the most. A peer that is not installed is listed as absent. The table ends with the ratios, and goes to
+benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -187,15 +187,9 @@ def test_every_stage_has_versions_of_its_own(proven: Proven) -> None:
         (proven.training, "optimization_methods"),
         (proven.evaluation, "performance_metrics"),
     ):
-        assert {
-            "python",
-            "torch",
-            "torchvision",
-            "nvidia-nvimgcodec-cu13",
-            "pillow",
-            "numpy",
-        } <= record.provenance.versions.keys()
-        for package in ("torch", "torchvision", "nvidia-nvimgcodec-cu13", "pillow"):
+        packages = ("torch", "torchvision", "nvidia-nvimgcodec-cu13", "pillow")
+        assert {"python", "numpy", *packages} <= record.provenance.versions.keys()
+        for package in packages:
             assert f"{package} {record.provenance.versions[package]}" in proven.block(block).replace("`", "")
         assert str(torch.__version__).startswith(record.provenance.versions["torch"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -27,10 +26,10 @@ from recipe.data.decoding import (
     UndecodableError,
     decoded,
 )
-from recipe.data.images import store
+from recipe.data.images import ORIENTATION_TAG, store
 from tests.data import test_images as damages
+from tests.data.layouts import encoded
 
-ORIENTATION = 0x0112
 PILLOW = PillowDecoder()
 KINDS = {
     "colour as fine as light": {"subsampling": "4:4:4", "quality": 95},
@@ -55,9 +54,7 @@ def jpeg(height: int, width: int, **options: object) -> bytes:
         return relabelled(height, width, **options)  # type: ignore[arg-type]
     noise = np.random.default_rng((height, width)).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), np.uint8)
     picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    (picture.convert("L") if options.pop("grey", False) else picture).save(stream, "JPEG", **options)
-    return stream.getvalue()
+    return encoded(picture.convert("L") if options.pop("grey", False) else picture, "JPEG", **options)
 
 
 def relabelled(height: int, width: int, subsampling: str, factors: tuple[int, int]) -> bytes:
@@ -77,7 +74,7 @@ def relabelled(height: int, width: int, subsampling: str, factors: tuple[int, in
 
 def exif(orientation: int) -> Image.Exif:
     values = Image.Exif()
-    values[ORIENTATION] = orientation
+    values[ORIENTATION_TAG] = orientation
     return values
 
 
@@ -178,10 +175,8 @@ def test_pillow_is_not_needed_for_a_sound_jpeg(kind: str, alone: NvImageCodecDec
 def test_png_is_decoded_without_loss(mode: str, decoder: NvImageCodecDecoder) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8)
     picture = Image.fromarray(noise).convert(mode)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
     expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    assert torch.equal(decoded(stream.getvalue(), decoder), expected)
+    assert torch.equal(decoded(encoded(picture, "PNG"), decoder), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
