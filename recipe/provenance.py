@@ -12,16 +12,19 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import NamedTuple
 
 from recipe.records import Hardware, Provenance, TreeState
-from recipe.run import CHECKOUT, now, recorded_path, without_paths, write_atomically
+from recipe.run import CHECKOUT, disk_errors, now, recorded_path, without_paths, write_atomically
 
 PACKAGES = (
     "torch",
@@ -37,6 +40,15 @@ PACKAGES = (
 TYPED_WORDS = "RECIPE_TYPED_WORDS"  # environment variable; jobs inherit it
 PATCHES = Path("records", "patches")  # below a stage's directory
 NAMED_MAX = 50  # untracked files in a record
+NO_GIT, GIT_REFUSED, NOT_OURS = "no git", "git refused", "not a repository of ours"  # states of the tree without commit
+OWN_FILE = "recipe/__init__.py"  # every commit of this project has it
+GIT_FILES = (
+    "GIT_CONFIG_GLOBAL",
+    "GIT_CONFIG_SYSTEM",
+    "GIT_CONFIG_NOSYSTEM",
+)  # the caller's variables that git is given
+PLAIN, LINK, SUBMODULE = "100644", "120000", "160000"  # modes in a commit
+LONGEST_REASON = 200
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -124,20 +136,99 @@ def shown_argument(argument: str) -> str:
     return shlex.quote(without_paths(argument))
 
 
-def git(*arguments: str, accepted: tuple[int, ...] = (0,)) -> str | None:
-    """The output of a git command in the checkout, or None where it fails or there is no repository."""
+class NoCommitError(Exception):
+    """Git cannot say which code this is; `tree` is what the records have in the place of a commit."""
+
+    def __init__(self, state: str, reason: str | None = None) -> None:
+        super().__init__(state)
+        self.tree = TreeState(state=state, reason=reason)
+
+
+class Committed(NamedTuple):
+    """A file as a commit holds it."""
+
+    mode: str
+    object_id: str
+
+
+def git(*arguments: str, given: bytes = b"") -> bytes:
+    """What git prints about this checkout; raises `NoCommitError` where it has no answer."""
+    settings = {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+    return _git("-c", "core.fsmonitor=false", *arguments, folder=CHECKOUT, settings=settings, given=given)
+
+
+def _git(
+    *arguments: str, folder: Path, settings: dict[str, str], given: bytes = b"", accepted: Sequence[int] = (0,)
+) -> bytes:
+    """The caller's GIT_* variables could name another repository, index or setting: none of them reaches git, but those
+    that name the files in which `safe.directory` may stand."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in GIT_FILES}
     try:
-        done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    # Names and patches may hold any bytes: escaped, they come back out as they were.
-    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode in accepted else None
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, env=kept | settings, input=given, capture_output=True, check=False
+        )
+    except OSError:
+        raise NoCommitError(NO_GIT) from None
+    if done.returncode in accepted:
+        return done.stdout
+    reason = _reason(done.stderr) or f"it ended with {done.returncode}"
+    if "not a git repository" in reason and not os.path.lexists(folder / ".git"):
+        raise NoCommitError(NO_GIT)
+    raise NoCommitError(GIT_REFUSED, reason)
+
+
+def _reason(complaint: bytes) -> str:
+    """The first line that says what went wrong, without the paths of this machine."""
+    lines = [line for line in _printable(os.fsdecode(complaint)).splitlines() if line.strip()]
+    first = next((line for line in lines if line.startswith(("fatal: ", "error: "))), "".join(lines[:1]))
+    without_quoted = re.sub(r"'.*/.*'", "'...'", re.sub(r"^(fatal|error): ", "", first))
+    return re.sub(r"(?<!\S)/.*", "...", without_quoted)[:LONGEST_REASON]
 
 
 def commit() -> str | None:
-    """The commit that is checked out."""
-    found = git("rev-parse", "HEAD")
-    return found.strip() if found is not None else None
+    """The commit that is checked out; None where git cannot say."""
+    try:
+        return _head()
+    except NoCommitError:
+        return None
+
+
+def _head() -> str:
+    """The commit that is checked out, in a repository that is this checkout's own."""
+    top = Path(os.fsdecode(git("rev-parse", "--show-toplevel").removesuffix(b"\n")))
+    if top.resolve() != CHECKOUT.resolve():
+        raise NoCommitError(NOT_OURS)
+    head = git("rev-parse", "--revs-only", "HEAD").decode().strip()
+    if not head:
+        raise NoCommitError(NO_GIT)  # nothing was committed yet
+    return head
+
+
+def committed_files(revision: str | None = None) -> dict[str, Committed]:
+    """Name -> file, of a commit of this project: the one that is checked out, or `revision`."""
+    head = _head()
+    found = {}
+    for entry in git("ls-tree", "-r", "-z", "--full-tree", revision or head).split(b"\0")[:-1]:
+        facts, _, name = entry.partition(b"\t")
+        mode, _, object_id = facts.decode().split()
+        found[os.fsdecode(name)] = Committed(mode, object_id)
+    if OWN_FILE not in found:
+        raise NoCommitError(NOT_OURS)
+    return found
+
+
+def contents(object_ids: Sequence[str]) -> list[bytes]:
+    """The bytes of several files, from git's objects."""
+    rest = git("cat-file", "--batch", given="".join(f"{object_id}\n" for object_id in object_ids).encode())
+    found = []
+    while rest:
+        header, _, rest = rest.partition(b"\n")
+        if b" blob " not in header:
+            raise NoCommitError(GIT_REFUSED, "it has not all of the commit's files")
+        size = int(header.split()[-1])
+        found.append(rest[:size])
+        rest = rest[size + 1 :]
+    return found
 
 
 def tree_state(outputs: Path) -> TreeState:
@@ -146,34 +237,74 @@ def tree_state(outputs: Path) -> TreeState:
     The stage's own outputs do not count. Untracked files do not make the tree *modified*, but those that are source
     are part of the patch, so that the commit and the patch together are the code that ran.
     """
-    status = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", "--", ".")
-    if status is None or commit() is None:
-        return TreeState(state="no git")
-    lines = status.split("\0")[:-1]  # unlike lines, these quote no name
-    untracked = sorted(line[3:] for line in lines if line.startswith("??") and not _is_inside(line[3:], outputs))
-    is_modified = any(not line.startswith("??") for line in lines)
-    if not (is_modified or untracked):
+    try:
+        committed = committed_files()
+        modified = _modified(committed)
+        untracked = [name for name in _untracked(committed) if not _is_inside(name, outputs)]
+        patch_sha256 = _keep_patch(outputs, committed, modified, untracked)
+    except NoCommitError as error:
+        return error.tree
+    if not (modified or untracked):
         return TreeState(state="clean")
     return TreeState(
-        state="modified" if is_modified else "untracked",
+        state="modified" if modified else "untracked",
         untracked=[_printable(name) for name in untracked[:NAMED_MAX]],
         untracked_files=len(untracked),
-        patch_sha256=_keep_patch(outputs, untracked),
+        patch_sha256=patch_sha256,
     )
 
 
-def modified_files(outside: Sequence[str] = ()) -> list[str] | None:
-    """Files of the checkout that are not as committed, and new source files; None without git. Writes nothing."""
-    status = git("status", "--porcelain", "--untracked-files=all", "--no-renames", "-z", "--", ".")
-    if status is None or commit() is None:
+def modified_files(outside: Sequence[str] = ()) -> list[str]:
+    """Files of the checkout that are not as committed, and new source files; raises `NoCommitError`. Writes nothing."""
+    committed = committed_files()
+    found = _modified(committed) + _new_sources(committed)
+    return [_printable(name) for name in found if not any(Path(name).is_relative_to(place) for place in outside)]
+
+
+def _modified(committed: Mapping[str, Committed]) -> list[str]:
+    """Files whose content is not the committed one, or that are gone.
+
+    They are compared here and not by `git status`, which settings, filters and marks in the index can make blind.
+    """
+    return sorted(
+        name
+        for name, (mode, object_id) in committed.items()
+        if mode != SUBMODULE and _object_id(_content(CHECKOUT / name), object_id) != object_id
+    )
+
+
+def _object_id(content: bytes | None, like: str) -> str | None:
+    """The name that git gives to this content, in the kind of hash that the repository has."""
+    if content is None:
         return None
-    sources = {path.relative_to(CHECKOUT).as_posix() for path in source_files()}
-    found = [(line[:2], line[3:]) for line in status.split("\0")[:-1]]
-    return [
-        _printable(name)
-        for state, name in found
-        if (state != "??" or name in sources) and not any(Path(name).is_relative_to(place) for place in outside)
-    ]
+    digest = hashlib.new("sha1" if len(like) == 40 else "sha256", b"blob %d\0" % len(content))
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> bytes | None:
+    """What git would store of a file: its bytes, or where a link points; None where there is no file to read."""
+    try:
+        if path.is_symlink():
+            return os.fsencode(os.readlink(path))
+        return path.read_bytes() if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _untracked(committed: Mapping[str, Committed]) -> list[str]:
+    """Files that are not in the commit: sources, and whatever git does not ignore."""
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split(b"\0")[:-1]
+    there = {name for name in map(os.fsdecode, listed) if os.path.lexists(CHECKOUT / name)}
+    return sorted({name for name in there if name.rstrip("/") not in committed} | set(_new_sources(committed)))
+
+
+def _new_sources(committed: Mapping[str, Committed]) -> list[str]:
+    return [name for name in _source_names() if name not in committed]
+
+
+def _source_names() -> list[str]:
+    return [path.relative_to(CHECKOUT).as_posix() for path in source_files()]
 
 
 def _printable(name: str) -> str:
@@ -185,22 +316,56 @@ def _is_inside(name: str, directory: Path) -> bool:
     return (CHECKOUT / name).is_relative_to(directory.absolute())
 
 
-def _keep_patch(outputs: Path, untracked: list[str]) -> str | None:
+def _keep_patch(
+    outputs: Path, committed: Mapping[str, Committed], modified: list[str], untracked: list[str]
+) -> str | None:
     """Write the difference to the commit beside the records; None where no source differs."""
-    sources = {path.relative_to(CHECKOUT).as_posix() for path in source_files()}
-    new = [
-        git("diff", "--no-index", "--binary", "--", os.devnull, name, accepted=(0, 1)) or ""
-        for name in untracked
-        if name in sources
-    ]
-    patch = "".join([git("diff", "--binary", "HEAD", "--", ".") or "", *new]).encode("utf-8", "surrogateescape")
-    if not patch:
+    new = sorted({*untracked} & {*_source_names()})
+    if not (modified or new):
         return None
+    patch = _patch(committed, modified, new)
     digest = hashlib.sha256(patch).hexdigest()
     target = outputs / PATCHES / f"{digest[:16]}.patch"
     if not target.exists():
         write_atomically(target, patch)
     return digest
+
+
+def _patch(committed: Mapping[str, Committed], modified: list[str], new: list[str]) -> bytes:
+    """The difference as `git apply` takes it, of two folders and without any setting of the user."""
+    before = contents([committed[name].object_id for name in modified])
+    with disk_errors(Path(gettempdir())), TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        for side in ("a", "b"):
+            (folder / side).mkdir()
+        for name, content in zip(modified, before, strict=True):
+            _write_side(folder / "a" / name, content, committed[name].mode)
+        for name in (*modified, *new):
+            if (now := _content(CHECKOUT / name)) is not None:
+                _write_side(folder / "b" / name, now, _mode(name, committed))
+        settings = {name: str(folder) for name in ("HOME", "XDG_CONFIG_HOME")}
+        settings |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+        settings |= {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+        words = ("diff", "--no-index", "--no-prefix", "--no-renames", "--binary", "--full-index", "a", "b")
+        return _git(*words, folder=folder, settings=settings, accepted=(0, 1))
+
+
+def _mode(name: str, committed: Mapping[str, Committed]) -> str:
+    """Of a file as it is now; the right to execute is no change, since not every file system has it."""
+    if (CHECKOUT / name).is_symlink():
+        return LINK
+    was = committed[name].mode if name in committed else PLAIN
+    return PLAIN if was == LINK else was
+
+
+def _write_side(path: Path, content: bytes, mode: str) -> None:
+    """A file as git has it, in one of the two folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if mode == LINK:
+        path.symlink_to(os.fsdecode(content))
+    else:
+        path.write_bytes(content)
+        path.chmod(0o644 if mode == PLAIN else 0o755)
 
 
 def source_files() -> list[Path]:

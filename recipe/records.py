@@ -23,9 +23,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TreeState(Record, frozen=True, kw_only=True):
-    """The working tree: `clean`, `untracked` files only, `modified`, or `no git`."""
+    """The working tree: `clean`, `untracked` files only, `modified`, or why no commit names the code: `no git`,
+    `git refused`, `not a repository of ours`."""
 
     state: str
+    reason: str | None = None  # for which git refused, in its words
     untracked: list[str] = []  # at most 50
     untracked_files: int = 0
     patch_sha256: str | None = None  # of records/patches/<hash>.patch beside the record

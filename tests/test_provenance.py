@@ -28,6 +28,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clean commit of a checkout in small; the machine's own git settings do not matter."""
     checkout = tmp_path / "checkout"
     for name, content in (
+        ("recipe/__init__.py", ""),
         ("recipe/model.py", "width = 16\n"),
         ("conf/model/small.yaml", "name: small\n"),
         ("train.py", "print('train')\n"),

@@ -166,7 +166,12 @@ def tree(provenance: Provenance) -> Markdown:
             f"**MODIFIED** after commit {commit}: patch {code(patch_path(state))}, "
             f"SHA-256 {code(state.patch_sha256 or 'unknown')}{extra}"
         )
-    return Markdown("no git: the code is identified by its content only")
+    return Markdown(f"{text(without_commit(state))}: the code is identified by its content only")
+
+
+def without_commit(state: TreeState) -> str:
+    """Why no commit names the code."""
+    return f"{state.state}, because {state.reason}" if state.reason else state.state
 
 
 def untracked(state: TreeState, most: int = 5) -> Markdown:

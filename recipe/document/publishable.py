@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from recipe.config import NAME
 from recipe.document.facts import STALE, Facts, gather, sections
+from recipe.document.formatting import without_commit
 from recipe.document.render import check_document
 from recipe.errors import UserError
-from recipe.provenance import modified_files
+from recipe.provenance import NoCommitError, modified_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, Provenance, TrainingRecord
 from recipe.run import Run, recorded_path, shown_path
 
@@ -65,18 +66,21 @@ def stage_problems(facts: Facts) -> Iterator[str]:
         states = (provenance.tree_at_start, provenance.tree_at_end)
         if any(state.state == "modified" or state.patch_sha256 for state in states):
             yield f"{stage} ran on a modified tree"
-        elif any(state.state == "no git" for state in states):
-            yield f"{stage} ran on code that is in no git repository"
+        else:
+            unknown = (without_commit(state) for state in states if state.state not in ("clean", "untracked"))
+            yield from (f"{stage} ran on code without a commit: {why}" for why in dict.fromkeys(unknown))
         if provenance.source_sha256 != provenance.source_sha256_at_end:
             yield f"the source changed during {stage}"
 
 
 def tree_problems(outside: tuple[str, ...]) -> Iterator[str]:
     """The working tree as it is now, but for what publishing itself changes."""
-    now = modified_files(outside)
-    if now is None:
-        yield "this checkout is no git repository"
-    elif now:
+    try:
+        now = modified_files(outside)
+    except NoCommitError as error:
+        yield f"no commit names the code of this checkout: {without_commit(error.tree)}"
+        return
+    if now:
         yield f"the working tree is modified now ({', '.join(now[:3])}{', ...' if len(now) > 3 else ''})"
 
 

@@ -29,7 +29,7 @@ class TrainingCode(Record, frozen=True, kw_only=True):
     """The code that trained the weights, not the code that exported them."""
 
     commit: str | None
-    tree: str  # clean, untracked, modified or no git
+    tree: str  # the state of a `TreeState`
     source_sha256: str
 
 

@@ -7,17 +7,17 @@ rebased. The hash of the source identifies the code then.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from recipe.config import known_keys
 from recipe.document.facts import Facts, source_changed
-from recipe.provenance import SOURCES, git, source_sha256
+from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
 from recipe.records import Provenance
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
 from recipe.run import CHECKOUT, Run
@@ -27,6 +27,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 MODULES = ("recipe.notebook",)
+RULE = "recipe/provenance.py"
 PROJECT = ["-m", "recipe", "project"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
@@ -112,32 +113,24 @@ def source_sha256_here() -> str:
 @cache
 def source_sha256_at(commit: str) -> str | None:
     """The source hash of a commit, from git alone; None where git cannot tell."""
-    listing = git("ls-tree", "-r", "-z", "--full-tree", commit)
-    if listing is None:
-        return None
-    blobs = dict(blob_of(entry) for entry in listing.split("\0") if entry)
-    if listing_rule(blobs.get("recipe/provenance.py")) != listing_rule(None, CHECKOUT / "recipe" / "provenance.py"):
-        return None
-    names = sorted((name for name in blobs if is_source(name)), key=lambda name: Path(name).parts)
-    contents = blob_contents([blobs[name] for name in names])
-    if contents is None:
+    try:
+        files = committed_files(commit)
+        rule = contents([files[RULE].object_id])[0] if RULE in files else b""
+        if listing_rule(rule) != listing_rule((CHECKOUT / RULE).read_bytes()):
+            return None
+        names = sorted((name for name in files if is_source(name)), key=lambda name: Path(name).parts)
+        sources = contents([files[name].object_id for name in names])
+    except NoCommitError:
         return None
     digest = hashlib.sha256()
-    for name, content in zip(names, contents, strict=True):
-        digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode("utf-8", "surrogateescape"))
+    for name, content in zip(names, sources, strict=True):
+        digest.update(os.fsencode(f"{name} {hashlib.sha256(content).hexdigest()}\n"))
     return digest.hexdigest()
 
 
-def blob_of(entry: str) -> tuple[str, str]:
-    """`mode type object<TAB>name` -> (name, object)."""
-    facts, _, name = entry.partition("\t")
-    return name, facts.split()[-1]
-
-
-def listing_rule(blob: str | None, path: Path | None = None) -> str | None:
+def listing_rule(source: bytes) -> bytes | None:
     """The line of provenance.py that says what counts as source: another rule gives another hash of the same code."""
-    text = path.read_text(encoding="utf-8") if path else git("cat-file", "blob", blob) if blob else None
-    found = re.search(r"^SOURCES = .*$", text or "", re.MULTILINE)
+    found = re.search(rb"^SOURCES = .*$", source, re.MULTILINE)
     return found[0] if found else None
 
 
@@ -149,21 +142,6 @@ def is_source(name: str) -> bool:
 def as_expression(pattern: str) -> str:
     """A glob of `pathlib` as a regular expression."""
     return re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
-
-
-def blob_contents(objects: Sequence[str]) -> list[bytes] | None:
-    """The bytes of several blobs by one git process."""
-    asked = "".join(f"{name}\n" for name in objects).encode()
-    done = subprocess.run(["git", "cat-file", "--batch"], cwd=CHECKOUT, input=asked, capture_output=True, check=False)
-    contents, rest = [], done.stdout
-    while rest:
-        header, _, rest = rest.partition(b"\n")
-        if b" blob " not in header:
-            return None
-        size = int(header.split()[-1])
-        contents.append(rest[:size])
-        rest = rest[size + 1 :]
-    return contents if len(contents) == len(objects) else None
 
 
 # What its commands say

@@ -600,6 +600,14 @@ def test_cold_and_warm_epochs_are_kept_apart() -> None:
             f"**MODIFIED** after commit `{COMMIT}`: patch `records/patches/{sha('patch')[:16]}.patch`",
         ),
         (TreeState(state="no git"), "no git: the code is identified by its content only"),
+        (
+            TreeState(state="git refused", reason="detected dubious ownership in repository at '...'"),
+            "git refused, because detected dubious ownership in repository at '...': the code is identified by its",
+        ),
+        (
+            TreeState(state="not a repository of ours"),
+            "not a repository of ours: the code is identified by its content only",
+        ),
     ],
 )
 def test_states_of_the_tree(state: TreeState, printed: str) -> None:

@@ -267,7 +267,12 @@ MODIFIED = TreeState(state="modified", patch_sha256=sha("patch"))
     ("change", "named"),
     [
         ({"tree_at_start": MODIFIED, "tree_at_end": MODIFIED}, "ran on a modified tree"),
-        ({"tree_at_start": TreeState(state="no git")}, "in no git repository"),
+        ({"tree_at_start": TreeState(state="no git")}, "ran on code without a commit: no git"),
+        (
+            {"tree_at_end": TreeState(state="git refused", reason="detected dubious ownership")},
+            "without a commit: git refused, because detected dubious ownership",
+        ),
+        ({"tree_at_start": TreeState(state="not a repository of ours")}, "without a commit: not a repository of ours"),
         ({"tree_at_end": TreeState(state="untracked", patch_sha256=sha("new"))}, "ran on a modified tree"),
         ({"source_sha256_at_end": sha("edited")}, "the source changed during"),
     ],

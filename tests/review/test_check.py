@@ -380,7 +380,16 @@ def test_a_commit_that_holds_other_source_is_found(run: Run) -> None:
 
 def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path, monkeypatch: Any) -> None:
     """From git's objects alone, in a repository of its own."""
-    for name in ("recipe/a.py", "recipe/b/c.py", "recipe/b-a.py", "conf/x/y.yaml", "train.py", "notes.txt", "t/x.py"):
+    for name in (
+        "recipe/__init__.py",
+        "recipe/a.py",
+        "recipe/b/c.py",
+        "recipe/b-a.py",
+        "conf/x/y.yaml",
+        "train.py",
+        "notes.txt",
+        "t/x.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}\n")
     shutil.copy(CHECKOUT / "recipe" / "provenance.py", tmp_path / "recipe" / "provenance.py")
