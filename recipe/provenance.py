@@ -182,7 +182,7 @@ def _reason(complaint: bytes) -> str:
     lines = [line for line in _printable(os.fsdecode(complaint)).splitlines() if line.strip()]
     first = next((line for line in lines if line.startswith(("fatal: ", "error: "))), "".join(lines[:1]))
     without_quoted = re.sub(r"'.*/.*'", "'...'", re.sub(r"^(fatal|error): ", "", first))
-    return re.sub(r"(?<!\S)/.*", "...", without_quoted)[:LONGEST_REASON]
+    return re.sub(r"(?<![\w.])/.*", "...", without_quoted)[:LONGEST_REASON]
 
 
 def commit() -> str | None:

@@ -15,7 +15,18 @@ import PIL
 import pytest
 
 from recipe import provenance
-from recipe.provenance import Stage, command, commit, environment, machine, source_sha256, tree_state, versions
+from recipe.provenance import (
+    NoCommitError,
+    Stage,
+    command,
+    commit,
+    environment,
+    machine,
+    modified_files,
+    source_sha256,
+    tree_state,
+    versions,
+)
 from recipe.records import TreeState, to_json
 
 
@@ -152,9 +163,182 @@ def test_the_stages_own_outputs_do_not_count(repository: Path) -> None:
     assert tree_state(repository / "results" / "other").untracked == ["results/x/weights.pt"]
 
 
+def change(repository: Path) -> None:
+    """A changed file, one that is gone, a new source, a link, a picture and a name of many bytes."""
+    (repository / "recipe" / "model.py").write_text("width = 32\n")
+    (repository / "conf" / "model" / "small.yaml").unlink()
+    (repository / "recipe" / "new.py").write_bytes(b"x = 1\r\ny = '\xe9'")
+    (repository / "recipe" / os.fsdecode(b"caf\xe9 \n.py")).write_text("z = 1\n")
+    (repository / "puppy.jpg").write_bytes(b"\x00\xff\xd8 other")
+    (repository / "README.md").unlink()
+    (repository / "README.md").symlink_to("train.py")
+
+
+def commit_all(repository: Path) -> None:
+    git(repository, "add", "-A")
+    git(repository, "-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "more")
+
+
+SETTINGS = [
+    *("color.ui=always", "color.diff=always", "diff.noprefix=true", "diff.mnemonicPrefix=true", "diff.context=0"),
+    *("diff.srcPrefix=x/", "diff.dstPrefix=y/", "diff.external=echo", "diff.orderFile=order", "diff.relative=true"),
+    *("diff.renames=copies", "diff.submodule=log", "diff.ignoreSubmodules=all", "diff.algorithm=patience"),
+    *("diff.wsErrorHighlight=all", "diff.interHunkContext=9", "diff.colorMoved=zebra", "diff.statGraphWidth=3"),
+    *("status.showUntrackedFiles=no", "status.relativePaths=false", "core.quotePath=false", "core.abbrev=4"),
+    *("core.autocrlf=true", "core.autocrlf=input", "core.eol=crlf", "core.safecrlf=true", "core.fileMode=false"),
+    *("core.fsmonitor=/bin/false", "core.pager=false", "core.excludesFile=ignored", "core.attributesFile=attributes"),
+    *("core.ignoreStat=true", "core.trustctime=false", "core.checkStat=minimal"),
+]
+
+
+@pytest.mark.parametrize(
+    ("scope", "settings"), [*(("global", [setting]) for setting in SETTINGS), ("local", SETTINGS)], ids=str
+)
+def test_the_settings_of_the_user_change_nothing(
+    scope: str, settings: list[str], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "puppy.jpg").write_bytes(b"\x00\xff\xd8")
+    commit_all(repository)
+    change(repository)
+    expected, ran = tree_state(outputs(repository)), source_sha256()
+    patch = kept_patch(repository, expected)
+    (tmp_path / "ignored").write_text("*\n")
+    (tmp_path / "order").write_text("train.py\n*.jpg\n")
+    (tmp_path / "attributes").write_text("* text diff=mine filter=mine ident\n*.jpg -text diff=mine\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "settings"))
+    for setting in [*settings, "diff.mine.textconv=wc", "filter.mine.clean=tr a-z A-Z"]:
+        key, _, value = setting.partition("=")
+        git(repository, "config", f"--{scope}", key, str(tmp_path / value) if (tmp_path / value).is_file() else value)
+    assert commit() is not None
+    assert tree_state(outputs(repository)) == expected
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    (repository / ".git" / "config").write_text("")
+    monkeypatch.setattr(provenance, "CHECKOUT", applied(repository, patch, tmp_path))
+    assert source_sha256() == ran
+    assert (tmp_path / "clone" / "puppy.jpg").read_bytes() == b"\x00\xff\xd8 other"
+    assert (tmp_path / "clone" / "README.md").is_symlink()
+
+
+OTHER = [
+    {"GIT_DIR": "{other}/.git"},
+    {"GIT_DIR": "{other}/.git", "GIT_WORK_TREE": "{other}"},
+    {"GIT_WORK_TREE": "{other}"},
+    {"GIT_INDEX_FILE": "{other}/.git/index"},
+    {"GIT_COMMON_DIR": "{other}/.git"},
+    {"GIT_OBJECT_DIRECTORY": "{other}/.git/objects"},
+    {"GIT_NAMESPACE": "other"},
+    {"GIT_CEILING_DIRECTORIES": "{other}"},
+    {"GIT_EXTERNAL_DIFF": "echo"},
+    {"GIT_DIFF_OPTS": "--unified=0"},
+    {"GIT_LITERAL_PATHSPECS": "1", "GIT_PREFIX": "recipe/", "GIT_PAGER": "false", "GIT_TRACE": "1"},
+    {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "diff.noprefix", "GIT_CONFIG_VALUE_0": "true"},
+    {"GIT_CONFIG_PARAMETERS": "'diff.external'='echo'"},
+]
+
+
+@pytest.mark.parametrize("variables", OTHER, ids=lambda variables: "+".join(variables))
+def test_the_callers_git_variables_change_nothing(
+    variables: dict[str, str], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git sets them itself for hooks and for `git rebase --exec`."""
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "-q")
+    (other / "theirs.py").write_text("")
+    commit_all(other)
+    change(repository)
+    expected, head = tree_state(outputs(repository)), commit()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(other=other))
+    assert (tree_state(outputs(repository)), commit()) == (expected, head)
+
+
+@pytest.mark.parametrize("mark", ["--assume-unchanged", "--skip-worktree"])
+def test_an_edit_that_the_index_is_asked_to_overlook_is_seen(mark: str, repository: Path) -> None:
+    git(repository, "update-index", mark, "recipe/model.py")
+    assert tree_state(outputs(repository)).state == "clean"
+    (repository / "recipe" / "model.py").write_text("width = 32\n")
+    assert tree_state(outputs(repository)).state == "modified"
+
+
+def test_a_source_that_git_ignores_is_part_of_the_patch(repository: Path) -> None:
+    (repository / ".git" / "info" / "exclude").write_text("*\n")
+    (repository / "notes.txt").write_text("mine")
+    assert tree_state(outputs(repository)).state == "clean"
+    (repository / "recipe" / "new.py").write_text("x = 1\n")
+    state = tree_state(outputs(repository))
+    assert (state.state, state.untracked) == ("untracked", ["recipe/new.py"])
+    assert b"new.py" in kept_patch(repository, state)
+
+
+def test_touched_files_are_clean_and_the_index_stays_as_it_was(repository: Path) -> None:
+    index = (repository / ".git" / "index").read_bytes()
+    for path in repository.rglob("*.py"):
+        os.utime(path, (1, 1))
+        path.chmod(0o755)
+    assert tree_state(outputs(repository)) == TreeState(state="clean")
+    assert (repository / ".git" / "index").read_bytes() == index
+
+
+@pytest.mark.parametrize("kind", ["worktree", "submodule", "link", "sha256", "shallow", "detached"])
+def test_every_kind_of_checkout_is_one(
+    kind: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / kind
+    if kind == "worktree":
+        git(repository, "worktree", "add", "-q", str(place))
+    elif kind == "submodule":
+        parent = tmp_path / "parent"
+        parent.mkdir()
+        git(parent, "init", "-q")
+        git(parent, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(repository), "inner")
+        commit_all(parent)
+        place = parent / "inner"
+    elif kind == "link":
+        place.symlink_to(repository)
+    elif kind == "sha256":
+        shutil.copytree(repository, place, ignore=shutil.ignore_patterns(".git"))
+        git(place, "init", "-q", "--object-format=sha256")
+        commit_all(place)
+    else:
+        words = ("--depth=1", repository.as_uri()) if kind == "shallow" else (str(repository),)
+        git(tmp_path, "clone", "-q", *words, str(place))
+        git(place, "checkout", "-q", "--detach")
+    monkeypatch.setattr(provenance, "CHECKOUT", place)
+    assert commit() == git(place, "rev-parse", "HEAD").strip()
+    assert tree_state(tmp_path / "out") == TreeState(state="clean")
+    (place / "recipe" / "model.py").write_text("width = 32\n")
+    assert tree_state(tmp_path / "out").state == "modified"
+
+
+# ---- no commit --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parent", ["ignores everything", "tracks everything", "has no commit"])
+def test_the_repository_around_an_unpacked_archive_is_not_ours(parent: str, repository: Path, tmp_path: Path) -> None:
+    """A dotfiles repository in the home directory, a monorepo's third_party/."""
+    shutil.rmtree(repository / ".git")
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text("*\n" if parent == "ignores everything" else "")
+    if parent != "has no commit":
+        git(tmp_path, "add", "-f", ".gitignore")
+        commit_all(tmp_path)
+    assert tree_state(outputs(repository)) == TreeState(state="not a repository of ours")
+    assert commit() is None
+    with pytest.raises(NoCommitError):
+        modified_files()
+
+
+def test_a_repository_of_other_files_in_the_same_folder_is_not_ours(repository: Path) -> None:
+    shutil.rmtree(repository / ".git")
+    git(repository, "init", "-q")
+    git(repository, "add", "README.md")
+    git(repository, "-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "mine")
+    assert tree_state(outputs(repository)) == TreeState(state="not a repository of ours")
+
+
 def test_without_git_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert tree_state(tmp_path / "out") == TreeState(state="no git")
     assert commit() is None
 
@@ -170,6 +354,64 @@ def test_a_repository_without_a_commit_counts_as_none(tmp_path: Path, monkeypatc
     git(tmp_path, "init", "-q")
     monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
     assert tree_state(tmp_path / "out").state == "no git"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_repository_of_another_user_is_refused_until_the_user_trusts_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (repository, *repository.rglob("*")):
+        os.chown(path, 4321, 4321)
+    monkeypatch.delenv("GIT_CONFIG_GLOBAL")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reason = "detected dubious ownership in repository at '...'"
+    assert tree_state(outputs(repository)) == TreeState(state="git refused", reason=reason)
+    assert commit() is None
+    (tmp_path / ".gitconfig").write_text(f'[safe]\n\tdirectory = "{repository}"\n')
+    assert tree_state(outputs(repository)) == TreeState(state="clean")
+
+
+@pytest.mark.parametrize("damage", ["HEAD", "index", "config", "objects", "pointer"])
+def test_a_damaged_repository_is_refused_with_gits_reason(damage: str, repository: Path) -> None:
+    folder = repository / ".git"
+    if damage == "HEAD":
+        (folder / "HEAD").unlink()
+    elif damage == "objects":
+        shutil.rmtree(folder / "objects")
+        (folder / "objects").mkdir()
+    elif damage == "pointer":
+        shutil.rmtree(folder)
+        folder.write_text("gitdir: /home/alice smith/gone\n")
+    else:
+        (folder / damage).write_bytes(b"[nonsense\n")
+    found = tree_state(outputs(repository))
+    assert found.state == "git refused"
+    assert found.reason
+    assert "alice" not in found.reason
+
+
+@pytest.mark.parametrize(
+    ("complaint", "reason"),
+    [
+        ("fatal: detected dubious ownership in repository at '/home/o'neil/x'\nTo add", "detected dubious ownership in "
+         "repository at '...'"),
+        ("fatal: not a git repository: /home/o neil/.git/worktrees/x", "not a git repository: ..."),
+        ("warning: slow\nfatal: unable to access '/root/.gitconfig': Permission denied", "unable to access '...': "
+         "Permission denied"),
+        ("xcrun: error: invalid developer path (/home/oneil)", "xcrun: error: invalid developer path (..."),
+        ("", "it ended with 128"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_one_line_that_names_no_place(
+    complaint: str, reason: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "git"
+    program.parent.mkdir()
+    (tmp_path / "complaint").write_text(complaint)
+    program.write_text(f"#!/bin/sh\n/bin/cat '{tmp_path}/complaint' >&2\nexit 128\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert tree_state(outputs(repository)) == TreeState(state="git refused", reason=reason)
 
 
 # ---- a stage ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from recipe.document.publish import publish
 from recipe.document.published_folder import thinned
 from recipe.document.render import render, write_document
 from recipe.errors import UserError
+from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
 from recipe.review.subject import contradictions, open_subject
 from recipe.run import CHECKOUT, Run
@@ -300,6 +301,16 @@ def test_a_tree_that_is_modified_now_is_refused(run: Run, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"modified now \(recipe/model.py\)"):
         publish(run)
     publish(run, allow_modified=True)
+
+
+def test_a_checkout_that_no_commit_names_now_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(outside: Any) -> list[str]:
+        raise NoCommitError(GIT_REFUSED, "detected dubious ownership")
+
+    monkeypatch.setattr(looking, "modified_files", refused)
+    with pytest.raises(UserError, match=r"git refused, because detected dubious ownership.*--allow-modified"):
+        publish(run)
+    assert "git refused, because detected dubious ownership" in page(publish(run, allow_modified=True))
 
 
 def test_stale_sections_are_refused_unless_told(run: Run) -> None:
