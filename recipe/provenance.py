@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
 from recipe.records import Hardware, Provenance, TreeState
-from recipe.run import CHECKOUT, disk_errors, now, recorded_path, without_paths, write_atomically
+from recipe.run import CHECKOUT, disk_errors, is_elsewhere, now, recorded_path, without_paths, write_atomically
 
 PACKAGES = (
     "torch",
@@ -57,7 +57,14 @@ ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
     "PYTHONHASHSEED",
 )
-PLACES = {"data.raw_dir": "$RAW_DIR", "data.directory": "$DATA_DIR", "model.weights": "$WEIGHTS"}
+PLACES = {
+    "data.raw_dir": "$RAW_DIR",
+    "data.directory": "$DATA_DIR",
+    "run_dir": "$RUN_DIR",
+    "model.weights": "$WEIGHTS",
+    "evaluation.weights": "$EVALUATED_WEIGHTS",
+    "reference": "$REFERENCE",
+}
 ENVIRONMENT_PREFIXES = ("NCCL_", "TORCH_NCCL_")
 SOURCES = ("recipe/**/*.py", "recipe/**/*.j2", "conf/**/*.yaml", "*.py", "constraints.txt")
 
@@ -129,9 +136,9 @@ def typed_words() -> list[str]:
 def shown_argument(argument: str) -> str:
     """One word of a command for a shell; a place outside the checkout is a variable, or its last part."""
     key, equals, value = argument.partition("=")
-    if equals and (value.startswith("~") or recorded_path(value).startswith("...")):
-        if key in PLACES:
-            return f'{key}="{PLACES[key]}"'
+    if equals and (value.startswith("~") or is_elsewhere(recorded_path(value.strip("'\"")))):
+        if key.lstrip("+") in PLACES:
+            return f'{key}="{PLACES[key.lstrip("+")]}"'
         return shlex.quote(f"{key}=.../{Path(value).name}")
     return shlex.quote(without_paths(argument))
 

@@ -568,7 +568,7 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     """One stage of one run, as the journal of experiments has it."""
 
     time: str  # started
-    run: str
+    run: str  # numbered where several places have the same recorded path
     stage: str
     outcome: str  # ended, stopped, or that no end was written
     step: int | None = None  # at which it was stopped
@@ -584,6 +584,7 @@ class JournalRecord(Record, frozen=True, kw_only=True):
 
     format: str = "journal/1"
     name: str
+    run_dir: str | None = None  # of this run, as the document's commands name it; None in older records
     entries: list[JournalEntry]  # the newest 200
     earlier_entries: int  # that are left out here
     unreadable_lines: int

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,7 @@ from recipe.records import (
 
 JOURNAL = Path("runs", "journal.jsonl")
 CHECKOUT = Path(__file__).resolve().parent.parent
+ELSEWHERE = "..."  # stands for the folders of a place outside the checkout
 RECORD_FILES: dict[type[Record], str] = {
     PreprocessingRecord: "preprocessing.json",
     TrainingRecord: "training.json",
@@ -241,11 +243,17 @@ def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
 
     It lies below the current directory wherever the run itself lies: one journal for all experiments.
     """
-    row = {"time": now(), "run": recorded_path(run.directory), "stage": stage, "event": event, **facts}
+    run_and_place = {"run": recorded_path(run.directory), "place": place_of(run.directory)}
+    row = {"time": now(), **run_and_place, "stage": stage, "event": event, **facts}
     with disk_errors(JOURNAL):
         JOURNAL.parent.mkdir(parents=True, exist_ok=True)
         with JOURNAL.open("a") as handle:
             handle.write(json.dumps(row) + "\n")
+
+
+def place_of(directory: Path) -> str:
+    """Tells directories apart whose recorded paths are alike, without naming them."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]
 
 
 def now() -> str:
@@ -256,7 +264,7 @@ def now() -> str:
 def shown_path(path: str | Path) -> str:
     """A path for a person at this machine: relative to the checkout or to here where it lies inside, else as it is."""
     recorded = recorded_path(path)
-    return str(path) if recorded.startswith("...") else recorded
+    return str(path) if is_elsewhere(recorded) else recorded
 
 
 def recorded_path(path: str | Path) -> str:
@@ -265,7 +273,12 @@ def recorded_path(path: str | Path) -> str:
     for base in (CHECKOUT, Path.cwd()):
         if absolute.is_relative_to(base):
             return str(absolute.relative_to(base)) or "."
-    return str(Path("...", *absolute.parts[1:][-1:]))
+    return str(Path(ELSEWHERE, *absolute.parts[1:][-1:]))
+
+
+def is_elsewhere(recorded: str) -> bool:
+    """Whether a recorded path is of a place outside the checkout, which a command cannot name."""
+    return Path(recorded).parts[:1] == (ELSEWHERE,)
 
 
 def without_paths(text: str) -> str:

@@ -503,7 +503,11 @@ def test_the_command_names_no_other_place(monkeypatch: pytest.MonkeyPatch) -> No
     assert shown == 'python train.py data.raw_dir="$RAW_DIR" seed=3'
     for place in ("../../home/alice/runs", "/home/alice smith/runs", "/home/o'neil/runs", "~alice/runs"):
         shown = typed(monkeypatch, "train.py", f"run_dir={place}", f"data.directory={place}")
-        assert shown == 'python train.py run_dir=.../runs data.directory="$DATA_DIR"'
+        assert shown == 'python train.py run_dir="$RUN_DIR" data.directory="$DATA_DIR"'
+    for word in ("++data.raw_dir=/home/alice/x", "data.raw_dir='/home/alice/my x'", 'data.raw_dir="/home/alice/x"'):
+        assert typed(monkeypatch, "preprocess.py", word).endswith('data.raw_dir="$RAW_DIR"')
+    shown = typed(monkeypatch, "train.py", "reference=/home/alice/r", "evaluation.weights=/home/alice/w.pt")
+    assert shown == 'python train.py reference="$REFERENCE" evaluation.weights="$EVALUATED_WEIGHTS"'
 
 
 def test_under_torchrun_the_command_says_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 
 from recipe.document.facts import Facts
+from recipe.provenance import PLACES
 from recipe.records import Provenance
-from recipe.run import CHECKOUT
+from recipe.run import CHECKOUT, is_elsewhere
 
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
 
@@ -50,26 +51,33 @@ def to_train(facts: Facts) -> str:
     if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
         _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
         words = [word for word in given.split(" ") if word and not word.startswith("run_dir=")]
-        return " ".join(["python train.py", *words, f"run_dir={shlex.quote(facts.run_dir)}"])
+        return " ".join(["python train.py", *words, run_dir(facts)])
     return f"python train.py {experiment(facts)}"
 
 
 def to_evaluate(facts: Facts) -> str:
     """What fills the performance metrics: the run's pinned configuration says the rest."""
-    return f"python evaluate.py run_dir={shlex.quote(facts.run_dir)}"
+    return f"python evaluate.py {run_dir(facts)}"
 
 
 def to_serialize(facts: Facts) -> str:
     """What fills the Serialization section; it needs the evaluation."""
-    return f"python serialize.py run_dir={shlex.quote(facts.run_dir)}"
+    return f"python serialize.py {run_dir(facts)}"
 
 
 def to_show(facts: Facts) -> str:
     """What fills Inference / Code and adds this machine to the timing information."""
-    return f"python -m recipe.notebook run_dir={shlex.quote(facts.run_dir)}"
+    return f"python -m recipe.notebook {run_dir(facts)}"
 
 
 def experiment(facts: Facts) -> str:
     """The arguments that name this run; the directory goes without saying where it is the usual one."""
     usual = facts.run_dir == f"runs/{facts.name}"
-    return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" run_dir={shlex.quote(facts.run_dir)}")
+    return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" {run_dir(facts)}")
+
+
+def run_dir(facts: Facts) -> str:
+    """The argument that names this run's directory; one outside the checkout is a variable."""
+    if is_elsewhere(facts.run_dir):
+        return f'run_dir="{PLACES["run_dir"]}"'
+    return f"run_dir={shlex.quote(facts.run_dir)}"

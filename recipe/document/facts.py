@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recipe.config import config_sha256
@@ -67,12 +68,19 @@ class Section:
 
 
 def gather(run: Run, shown_run_dir: str) -> Facts:
-    """Read the files of a run."""
+    """Read the files of a run; `shown_run_dir` serves until a document was written, which records its own.
+
+    So the page of a run that was moved, copied or is looked at from another folder stays what its records give.
+    """
     config = run.read_config()
-    publication = run.read(PublicationRecord)
+    publication, journal = run.read(PublicationRecord), run.read(JournalRecord)
+    recorded = publication.run_dir if publication else journal.run_dir if journal else None
+    run_dir = shown_run_dir if recorded is None else recorded
     return Facts(
-        name=str(config["name"]) if config and "name" in config else run.directory.absolute().name,
-        run_dir=publication.run_dir if publication else shown_run_dir,
+        name=str(config["name"])
+        if config and "name" in config
+        else Path(run_dir).name or run.directory.absolute().name,
+        run_dir=run_dir,
         config=config,
         preprocessing=run.read(PreprocessingRecord),
         training=run.read(TrainingRecord),
@@ -83,7 +91,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         inference=run.read(InferenceRecord),
         timing=run.read_all(run.timing, TimingRecord),
         fingerprint=run.read(Fingerprint),
-        journal=run.read(JournalRecord),
+        journal=journal,
         seeds=run.read(SeedsRecord),
         reproduction=run.read(ReproductionRecord),
         publication=publication,

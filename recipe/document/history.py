@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from recipe.config import differences
 from recipe.records import JournalEntry, JournalRecord
-from recipe.run import JOURNAL, Run, recorded_path
+from recipe.run import JOURNAL, Run, is_elsewhere, place_of, recorded_path
 
 NEWEST_BYTES = 16 * 2**20  # of the journal that are read
 ENTRIES_KEPT = 200
@@ -34,6 +35,7 @@ class Line(msgspec.Struct, frozen=True):
     run: str
     stage: str
     event: str
+    place: str | None = None  # what `place_of` gave; None in lines of older versions
     name: str | None = None
     step: int | None = None
     top1_accuracy: float | None = None
@@ -49,23 +51,32 @@ class Attempt:
     start: Line
     end: Line | None = None
 
-    def is_of(self, name: str | None, run: str) -> bool:
+    def is_of(self, name: str | None, run: str, place: str | None) -> bool:
         """Whether it belongs to this name or to this run."""
-        return self.start.run == run or (name is not None and self.start.name == name)
+        if name is not None and self.start.name == name:
+            return True
+        if self.start.place is None:  # an older line, which could be of any place outside the checkout
+            return self.start.run == run and not is_elsewhere(run)
+        return self.start.place == place
 
 
-def keep_history(run: Run) -> None:
-    """Copy what the journal says about this run's name into the run's records, where the document takes it from."""
+def keep_history(run: Run, shown_run_dir: str) -> None:
+    """Copy what the journal says about this run's name into the run's records, where the document takes it from.
+
+    What was copied before stays where the journal has nothing: it is another one, or was thrown away.
+    """
     config = run.read_config()
-    found = history(JOURNAL, str(config["name"]) if config else None, recorded_path(run.directory))
-    if found.entries:
-        run.write(found)
+    found = history(
+        JOURNAL, str(config["name"]) if config else None, recorded_path(run.directory), place_of(run.directory)
+    )
+    kept = found if found.entries else run.read(JournalRecord) or found
+    run.write(replace(kept, run_dir=shown_run_dir))
 
 
-def history(journal: Path, name: str | None, run: str) -> JournalRecord:
+def history(journal: Path, name: str | None, run: str, place: str | None = None) -> JournalRecord:
     """Every stage of the runs of this name, and of this run, oldest first."""
     lines, unreadable = read_lines(journal)
-    found = [attempt for attempt in attempts(lines) if attempt.is_of(name, run)]
+    found = [attempt for attempt in attempts(lines) if attempt.is_of(name, run, place)]
     entries = list(entries_of(found))
     return JournalRecord(
         name=name or "",
@@ -106,17 +117,18 @@ def attempts(lines: list[Line]) -> list[Attempt]:
     found: list[Attempt] = []
     running: dict[tuple[str, str], Attempt] = {}
     for line in lines:
-        place = (line.run, line.stage)
+        stage = (line.place or line.run, line.stage)
         if line.event == "started":
-            running[place] = Attempt(line)
-            found.append(running[place])
-        elif place in running and line.event in (ENDED, STOPPED):
-            running.pop(place).end = line
+            running[stage] = Attempt(line)
+            found.append(running[stage])
+        elif stage in running and line.event in (ENDED, STOPPED):
+            running.pop(stage).end = line
     return found
 
 
 def entries_of(found: list[Attempt]) -> Iterator[JournalEntry]:
     """Each attempt beside its parent."""
+    names = run_names([attempt.start for attempt in found])
     trained: list[Line] = []
     for attempt in found:
         start = attempt.start
@@ -126,21 +138,36 @@ def entries_of(found: list[Attempt]) -> Iterator[JournalEntry]:
             trained.append(start)
         if parent is not None:
             changed = differences(parent.config or {}, start.config or {}) or ["descriptions only"]
-        yield entry_of(attempt, parent, changed)
+        yield entry_of(attempt, names, parent, changed)
 
 
-def entry_of(attempt: Attempt, parent: Line | None, changed: list[str]) -> JournalEntry:
+def run_names(lines: list[Line]) -> dict[tuple[str, str | None], str]:
+    """(run, place) -> the name of a run here: its recorded path, numbered where an earlier place has the same."""
+    places: dict[str, list[str]] = {}
+    names: dict[tuple[str, str | None], str] = {}
+    for line in lines:
+        known = places.setdefault(line.run, [])
+        if line.place is not None and line.place not in known:
+            known.append(line.place)
+        number = known.index(line.place) + 1 if line.place is not None else 1
+        names[line.run, line.place] = line.run[:LONGEST_CHANGE] + (f" ({number})" if number > 1 else "")
+    return names
+
+
+def entry_of(
+    attempt: Attempt, names: dict[tuple[str, str | None], str], parent: Line | None, changed: list[str]
+) -> JournalEntry:
     start, end = attempt.start, attempt.end
     accuracies = [value for name in ACCURACIES if end and (value := getattr(end, name)) is not None]
     return JournalEntry(
         time=start.time[:40],
-        run=start.run[:LONGEST_CHANGE],
+        run=names[start.run, start.place],
         stage=start.stage[:40],
         outcome=end.event if end else NO_END,
         step=end.step if end else None,
         top1_accuracy=accuracies[0] if accuracies else None,
         config_sha256=start.config_sha256[:64] if start.config_sha256 else None,
-        parent=parent.run[:LONGEST_CHANGE] if parent else None,
+        parent=names[parent.run, parent.place] if parent else None,
         changed=[change[:LONGEST_CHANGE] for change in changed[:CHANGES_KEPT]],
         changes=len(changed),
     )

@@ -56,7 +56,7 @@ def write_document(run: Run, shown_run_dir: str) -> None:
     """Write recipe.md, recipe.json and the figures of a run; nothing is written where the document refuses."""
     from recipe.document import figures, inference_figures  # matplotlib: a second that a reader of pages need not wait
 
-    keep_history(run)
+    keep_history(run, shown_run_dir)
     facts = gather(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)

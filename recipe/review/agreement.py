@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts
 from recipe.document.render import generated_blocks
 from recipe.errors import UserError
+from recipe.records import Record
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
 from recipe.review.page import Page
 from recipe.review.sources import source_sha256_here, stages
@@ -125,16 +125,10 @@ def orphaned_projection(page: Page, facts: Facts) -> list[Finding]:
 
 
 def differing_blocks(page: Page, facts: Facts) -> dict[str, str]:
-    """Block id -> its first changed lines, under the name of the run directory that explains most."""
-    as_it_lies = differences_as(page, facts, facts.run_dir)
-    return min(as_it_lies, differences_as(page, facts, f"runs/{facts.name}"), key=len) if as_it_lies else {}
-
-
-def differences_as(page: Page, facts: Facts, run_dir: str) -> dict[str, str]:
-    generated = generated_blocks(replace(facts, run_dir=run_dir))
+    """Block id -> its first changed lines."""
     return {
         block_id: first_change(page.blocks[block_id].content, content)
-        for block_id, content in generated.items()
+        for block_id, content in generated_blocks(facts).items()
         if block_id in page.blocks
         and block_id not in page.edited
         and page.blocks[block_id].content.replace("\r\n", "\n") != content
@@ -260,7 +254,7 @@ def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding
     recorded = twin.get("records")
     for name, value in (recorded if isinstance(recorded, dict) else {}).items():
         record = getattr(facts, name, None) if name in RECORD_NAMES else None
-        if record is not None and value != json.loads(json.dumps(msgspec.to_builtins(record))):
+        if record is not None and not is_same_record(value, record):
             wrong.append(f"records.{name}")
     if not wrong:
         return []
@@ -278,6 +272,14 @@ RECORD_NAMES = (
     "projection",
     "energy",
 )
+
+
+def is_same_record(value: Any, record: Record) -> bool:
+    """Read as the record was, so that a field which an older version did not write has its default in both."""
+    try:
+        return msgspec.convert(value, type(record)) == record
+    except msgspec.ValidationError:
+        return False
 
 
 def read_twin(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from recipe.records import (
     from_json,
 )
 from recipe.review.findings import Finding, Level
-from recipe.run import RECORD_FILES, Run, shown_path
+from recipe.run import RECORD_FILES, Run, recorded_path
 
 Value = TypeVar("Value")
 LARGEST_RECORD_BYTES = 64 * 2**20
@@ -51,7 +51,7 @@ class Reader:
         if self.findings:
             return facts
         try:
-            return gather(self.run, shown_path(self.run.directory))  # with whatever else a document is made of
+            return gather(self.run, recorded_path(self.run.directory))  # with whatever else a document is made of
         except (UserError, OSError) as error:
             self.findings.append(unreadable("records", str(error)))
             return facts
@@ -62,7 +62,7 @@ class Reader:
         by_kind = {kind: self._read(run.records / name, partial(run.read, kind)) for kind, name in FILES}
         return Facts(
             name=str(config["name"]) if config else run.directory.absolute().name,
-            run_dir=shown_path(run.directory),
+            run_dir=recorded_path(run.directory),
             config=config,
             metrics=self._metric_rows(),
             other_evaluations=self._read_all(run.other_evaluations, EvaluationRecord),

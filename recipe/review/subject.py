@@ -17,7 +17,7 @@ from recipe.config import config_sha256, recipe_id
 from recipe.document.claims import FORMAT
 from recipe.document.facts import Facts, gather
 from recipe.errors import UserError
-from recipe.run import Run, shown_path
+from recipe.run import Run, recorded_path, shown_path
 
 DOCUMENT_NAMES = ("recipe.md", "README.md")  # of a run, of a published recipe
 LARGEST_DOCUMENT_BYTES = 16 * 2**20
@@ -43,7 +43,7 @@ class Subject:
         """The records beside the document; raises `UserError` where there are none."""
         if self.run is None:
             raise UserError(f"{self.name} is a document without records beside it; give the folder of the run")
-        return gather(self.run, shown_path(self.run.directory))
+        return gather(self.run, recorded_path(self.run.directory))
 
     def claims(self) -> dict[str, Any]:
         """The JSON block; raises `UserError` where the document holds none."""

@@ -14,7 +14,7 @@ from recipe.document import history as module
 from recipe.document.history import NO_END, history, keep_history
 from recipe.document.render import write_document
 from recipe.records import JournalRecord
-from recipe.run import JOURNAL, Run, append_to_journal
+from recipe.run import JOURNAL, Run, append_to_journal, place_of
 from tests.document.test_document import HOSTILE, assert_tables_are_even, document, outside_code, section, write_run
 
 
@@ -27,7 +27,7 @@ def train(run: str, seed: int = 0, epochs: int = 2, name: str = "demo", **end: A
 
 
 def entries(name: str = "demo", run: str = "runs/demo") -> list[tuple[Any, ...]]:
-    found = history(JOURNAL, name, run).entries
+    found = history(JOURNAL, name, run, place_of(Path(run))).entries
     return [(entry.run, entry.stage, entry.outcome, entry.parent, entry.changed) for entry in found]
 
 
@@ -54,6 +54,54 @@ def test_a_run_of_lines_without_a_name_is_found_by_its_folder() -> None:
     append_to_journal(Run("runs/demo"), "train", "started")
     append_to_journal(Run("runs/else"), "train", "started")
     assert entries() == [("runs/demo", "train", NO_END, None, [])]
+
+
+def test_runs_outside_the_checkout_are_told_apart_by_their_place(tmp_path_factory: pytest.TempPathFactory) -> None:
+    places = [str(tmp_path_factory.mktemp(name) / "run") for name in ("a", "b", "c")]
+    ours, other, named = places
+    train(ours, seed=1)
+    train(other, seed=2, name="other", validation_top1_accuracy=0.9)
+    train(named, seed=3)
+    append_to_journal(Run(ours), "train", "ended", validation_top1_accuracy=0.5)  # the others began meanwhile
+    assert entries(run=ours) == [
+        (".../run", "train", "ended", None, []),
+        (".../run (2)", "train", NO_END, ".../run", ["seed: 1 -> 3"]),
+    ]
+    assert [entry.top1_accuracy for entry in history(JOURNAL, "demo", ".../run", place_of(Path(ours))).entries] == [
+        *(0.5, None)
+    ]
+    assert entries("other", other) == [(".../run", "train", "ended", None, [])]
+    text = JOURNAL.read_text()
+    assert not [place for place in places if place in text or Path(place).parent.name in text]
+
+
+def test_a_run_is_the_same_by_any_path_to_it_and_keeps_its_history_where_it_is_moved(tmp_path: Path) -> None:
+    Path("runs", "demo").mkdir(parents=True)
+    Path("link").symlink_to("runs")
+    for path in ("runs/demo", "link/demo", str(tmp_path / "runs" / "demo"), "runs/../runs/demo/"):
+        append_to_journal(Run(path), "evaluate", "started")
+        append_to_journal(Run("link/demo"), "evaluate", "ended")
+    found = history(JOURNAL, None, "runs/demo", place_of(Path("link", "demo"))).entries
+    assert [entry.outcome for entry in found] == ["ended"] * 4
+    train("runs/demo")
+    Path("runs", "demo").rename("moved")
+    train("moved", epochs=3)
+    assert entries(run="moved")[-1][:4] == ("moved", "train", NO_END, "runs/demo")
+
+
+def test_lines_of_older_versions_have_no_place_and_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = str(tmp_path_factory.mktemp("a") / "run")
+    train("runs/demo", validation_top1_accuracy=0.5)
+    train(outside, name="other", validation_top1_accuracy=0.5)
+    rows = [json.loads(line) for line in JOURNAL.read_text().splitlines()]
+    JOURNAL.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "place"}) + "\n" for row in rows))
+    train("runs/demo", seed=1)
+    assert [entry[:4] for entry in entries()] == [
+        ("runs/demo", "train", "ended", None),
+        ("runs/demo", "train", NO_END, "runs/demo"),
+    ]
+    assert entries(run=outside) == entries()  # `.../run` could have been any place of that name
+    assert len(entries("other", outside)) == 1
 
 
 BROKEN = [
@@ -122,7 +170,7 @@ def test_the_document_takes_it_from_the_records(monkeypatch: pytest.MonkeyPatch)
     assert "| `runs/demo` | train | ended, top-1 50.00 % |" in run.document.read_text()
     record = run.read(JournalRecord)
     JOURNAL.unlink()
-    keep_history(run)  # elsewhere, or after the journal was thrown away
+    keep_history(run, "runs/demo")  # elsewhere, or after the journal was thrown away
     assert run.read(JournalRecord) == record
 
 

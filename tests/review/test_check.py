@@ -20,7 +20,7 @@ from recipe.review import sources
 from recipe.review.check import check
 from recipe.review.findings import Finding, Kind, Level
 from recipe.review.subject import open_subject
-from recipe.run import CHECKOUT, Run
+from recipe.run import CHECKOUT, Run, recorded_path
 from tests.review.factory import (
     CORRECT,
     CORRECT_TOP5,
@@ -108,6 +108,63 @@ def test_a_stage_that_was_not_run_is_named_by_its_command(run: Run, name: str, c
     found = [one for one in findings(run) if one.what.startswith("not measured yet")]
     assert [one.kind for one in found] == [kind]
     assert command in found[0].mend
+
+
+Move = Callable[[Path, Path], Path]
+MOVES: dict[str, Move] = {
+    "moved": lambda run, elsewhere: run.rename(elsewhere),
+    "copied": lambda run, elsewhere: Path(shutil.copytree(run, elsewhere)),
+    "linked": lambda run, elsewhere: (elsewhere.symlink_to(run), elsewhere)[1],
+    "left": lambda run, elsewhere: run,
+    "named with a slash": lambda run, elsewhere: Path(f"{run}/"),
+    "named by its document": lambda run, elsewhere: run / "recipe.md",
+}
+
+
+@pytest.mark.parametrize("is_outside", [False, True], ids=["inside", "outside"])
+@pytest.mark.parametrize("move", MOVES)
+def test_an_untouched_run_is_without_finding_wherever_it_is(
+    move: str, is_outside: bool, run: Run, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("inference.json", "serialization.json"):  # their commands name the run
+        (run.records / name).unlink()
+    run.document.unlink()
+    if is_outside:
+        monkeypatch.chdir(tmp_path_factory.mktemp("away"))
+    write_document(run, recorded_path(run.directory))
+    word = 'run_dir="$RUN_DIR"' if is_outside else "run_dir=demo"
+    assert f"Not measured yet: run `python serialize.py {word}`" in run.document.read_text()
+    path = MOVES[move](run.directory, tmp_path_factory.mktemp("elsewhere") / "other name")
+    for folder in (CHECKOUT, tmp_path_factory.getbasetemp()):
+        monkeypatch.chdir(folder)
+        found = of_kind(check(open_subject(path)).findings)
+        assert not [one for one in found if not one.what.startswith("not measured yet")]
+
+
+def test_a_data_set_without_a_training_is_without_finding_where_it_is_moved(run: Run, tmp_path: Path) -> None:
+    for path in (run.config, run.metrics, run.document, run.twin):
+        path.unlink()
+    for path in run.records.iterdir():
+        if path.name not in ("preprocessing.json", "journal.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_document(run, recorded_path(run.directory))
+    moved = run.directory.rename(tmp_path / "moved")
+    assert not [one for one in findings(Run(moved)) if "not what the records give" in one.what]
+
+
+def test_a_twin_of_an_older_version_may_lack_a_field_that_has_a_default(run: Run) -> None:
+    twin = json.loads(run.twin.read_text())
+    for record in ("training", "evaluation"):
+        for state in ("tree_at_start", "tree_at_end"):
+            del twin["records"][record]["provenance"][state]["reason"]
+    run.twin.write_text(json.dumps(twin))
+    assert not of_kind(findings(run))
+    del twin["records"]["training"]["provenance"]["commit"]
+    twin["records"]["evaluation"]["provenance"]["tree_at_end"]["state"] = "clean enough"
+    run.twin.write_text(json.dumps(twin))
+    [found] = of_kind(findings(run))
+    assert "records.training" in found.what
+    assert "records.evaluation" in found.what
 
 
 # Damage: how, the level, where it has to be found
