@@ -682,6 +682,8 @@ def typed(composed: DictConfig) -> Config:
     values = leaves(untyped(config))
     for key, value in values.items():
         require(not isinstance(value, float) or math.isfinite(value), key, value, "a finite number")
+    for key in MACHINE_FACTS:
+        require(values[key] != "", key, "", "not empty: is the variable set that stands for it?")
     unknown = leaves(OmegaConf.to_container(composed)).keys() - values.keys()  # type: ignore[arg-type]
     require(not unknown, "the key", ", ".join(sorted(unknown)), "one that `python train.py --cfg job` prints")
     return config

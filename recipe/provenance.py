@@ -24,7 +24,16 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
 from recipe.records import Hardware, Provenance, TreeState
-from recipe.run import CHECKOUT, disk_errors, is_elsewhere, now, recorded_path, without_paths, write_atomically
+from recipe.run import (
+    CHECKOUT,
+    ELSEWHERE,
+    disk_errors,
+    is_elsewhere,
+    now,
+    recorded_path,
+    without_paths,
+    write_atomically,
+)
 
 PACKAGES = (
     "torch",
@@ -64,6 +73,11 @@ PLACES = {
     "model.weights": "$WEIGHTS",
     "evaluation.weights": "$EVALUATED_WEIGHTS",
     "reference": "$REFERENCE",
+    "reproduce": "$RECIPE",  # the verb and its flags
+    "--run-dir": "$RUN_DIR",
+    "--data-dir": "$DATA_DIR",
+    "--raw-dir": "$RAW_DIR",
+    "--weights": "$WEIGHTS",
 }
 ENVIRONMENT_PREFIXES = ("NCCL_", "TORCH_NCCL_")
 SOURCES = ("recipe/**/*.py", "recipe/**/*.j2", "conf/**/*.yaml", "*.py", "constraints.txt")
@@ -108,7 +122,7 @@ def command() -> str:
     no parent in Python's multiprocessing.
     """
     script, *arguments = typed_words() or ["python"]
-    words = " ".join([_program(script), *(shown_argument(argument) for argument in arguments)])
+    words = " ".join([_program(script), *map(shown_argument, arguments, ["", *arguments])])
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     if processes is None or multiprocessing.parent_process() is not None:
         return _printable(f"python {words}")
@@ -133,13 +147,20 @@ def typed_words() -> list[str]:
     return sys.argv if remembered is None else [str(word) for word in json.loads(remembered)]
 
 
-def shown_argument(argument: str) -> str:
-    """One word of a command for a shell; a place outside the checkout is a variable, or its last part."""
+def shown_argument(argument: str, before: str = "") -> str:
+    """One word of a command for a shell; a place outside the checkout is a variable, or its last part.
+
+    `before` is the word before it: a flag or a verb whose value it can be.
+    """
     key, equals, value = argument.partition("=")
-    if equals and (value.startswith("~") or is_elsewhere(recorded_path(value.strip("'\"")))):
-        if key.lstrip("+") in PLACES:
-            return f'{key}="{PLACES[key.lstrip("+")]}"'
-        return shlex.quote(f"{key}=.../{Path(value).name}")
+    if not equals:
+        key, value = before, argument
+    place = PLACES.get(key.lstrip("+"))
+    is_outside = value.startswith("~") or is_elsewhere(recorded_path(value.strip("'\"")))
+    if place and is_outside:
+        return f'{key}="{place}"' if equals else f'"{place}"'
+    if equals and is_outside:
+        return shlex.quote(f"{key}={ELSEWHERE}/{Path(value).name}")
     return shlex.quote(without_paths(argument))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
 import socket
@@ -247,6 +249,26 @@ def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, 
     assert process.returncode == SAVED
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_run_outside_the_checkout_is_sound_and_its_commands_can_be_typed(
+    run_command: Command, data_directory: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = tmp_path_factory.mktemp("out") / "my run"
+    run_command("train.py", f"run_dir={run}", "optimization.epochs=1")
+    (command,) = set(re.findall(r"run `(python evaluate[^`]+)`", (run / "recipe.md").read_text()))
+    for name in ("evaluate.py", "conf"):  # a checkout whose journal is the test's own
+        (tmp_path / name).symlink_to(CHECKOUT / name)
+    places = {"RUN_DIR": str(run), "DATA_DIR": str(data_directory)}
+    environment = os.environ | places | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+    checked = [sys.executable, "-m", "recipe", "check", str(run)]
+    done = subprocess.run(checked, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("FINDING")]
+    expected = ("not measured yet", "records/preprocessing.json, provenance.command")  # pytest made the data set
+    assert not [line for line in found if not any(words in line for words in expected)]
+    assert not done.stderr
 
 
 @pytest.mark.slow

@@ -101,6 +101,13 @@ def test_what_cannot_be_together_is_named(overrides: list[str], named: str) -> N
         compose_config(*overrides)
 
 
+@pytest.mark.parametrize("key", ["run_dir", "data.raw_dir", "data.directory", "model.weights", "reference"])
+def test_a_place_whose_variable_is_not_set_is_refused(key: str) -> None:
+    """`run_dir="$RUN_DIR"` of a document would else mean the current directory."""
+    with pytest.raises(UserError, match=rf"{key}= cannot be: it must be not empty: is the variable set"):
+        compose_config(f"{key}=")
+
+
 def test_machine_facts_do_not_change_the_recipe() -> None:
     plain = compose_config("experiment=demo")
     moved = compose_config(

@@ -506,6 +506,7 @@ def test_the_command_names_no_other_place(monkeypatch: pytest.MonkeyPatch) -> No
         assert shown == 'python train.py run_dir="$RUN_DIR" data.directory="$DATA_DIR"'
     for word in ("++data.raw_dir=/home/alice/x", "data.raw_dir='/home/alice/my x'", 'data.raw_dir="/home/alice/x"'):
         assert typed(monkeypatch, "preprocess.py", word).endswith('data.raw_dir="$RAW_DIR"')
+    assert typed(monkeypatch, "train.py", "~data.description.papers").endswith("train.py '~data.description.papers'")
     shown = typed(monkeypatch, "train.py", "reference=/home/alice/r", "evaluation.weights=/home/alice/w.pt")
     assert shown == 'python train.py reference="$REFERENCE" evaluation.weights="$EVALUATED_WEIGHTS"'
 
@@ -563,3 +564,13 @@ def test_machine_and_versions_are_this_ones() -> None:
 def test_a_verb_is_shown_as_a_module(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, "reproduce", "recipes/demo/README.md", "--yes"])
     assert command() == "python -m recipe reproduce recipes/demo/README.md --yes"
+    words = [
+        "reproduce",
+        "/home/alice/my recipe.md",
+        "--run-dir",
+        "/home/alice/run",
+        "--raw-dir=/home/alice/raw",
+        "--yes",
+    ]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    assert command() == 'python -m recipe reproduce "$RECIPE" --run-dir "$RUN_DIR" --raw-dir="$RAW_DIR" --yes'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from recipe.document.facts import Facts
@@ -10,6 +11,9 @@ from recipe.records import Provenance
 from recipe.run import CHECKOUT, is_elsewhere
 
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
+DATA_DIRECTORY = re.compile(
+    r"""(?<= )(?:data\.directory=(?:"\$DATA_DIR"|[\w./+@%-]+)|'data\.directory=[^'\n]*')(?= |$)"""
+)
 
 
 def again(facts: Facts) -> list[str]:
@@ -57,23 +61,29 @@ def to_train(facts: Facts) -> str:
 
 def to_evaluate(facts: Facts) -> str:
     """What fills the performance metrics: the run's pinned configuration says the rest."""
-    return f"python evaluate.py {run_dir(facts)}"
+    return f"python evaluate.py {places(facts)}"
 
 
 def to_serialize(facts: Facts) -> str:
     """What fills the Serialization section; it needs the evaluation."""
-    return f"python serialize.py {run_dir(facts)}"
+    return f"python serialize.py {places(facts)}"
 
 
 def to_show(facts: Facts) -> str:
     """What fills Inference / Code and adds this machine to the timing information."""
-    return f"python -m recipe.notebook {run_dir(facts)}"
+    return f"python -m recipe.notebook {places(facts)}"
 
 
 def experiment(facts: Facts) -> str:
     """The arguments that name this run; the directory goes without saying where it is the usual one."""
     usual = facts.run_dir == f"runs/{facts.name}"
     return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" {run_dir(facts)}")
+
+
+def places(facts: Facts) -> str:
+    """The arguments that a stage after training needs: the run's directory, and the data set's where it was given."""
+    given = DATA_DIRECTORY.search(facts.training.provenance.command) if facts.training else None
+    return " ".join([run_dir(facts), *([given[0]] if given else [])])
 
 
 def run_dir(facts: Facts) -> str:

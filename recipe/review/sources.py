@@ -28,7 +28,7 @@ GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluatio
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 MODULES = ("recipe.notebook",)
 RULE = "recipe/provenance.py"
-PROJECT = ["-m", "recipe", "project"]
+PROJECT, REPRODUCE = ["-m", "recipe", "project"], ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
 
@@ -197,6 +197,8 @@ def arguments_of(words: list[str]) -> list[str] | None:
         return words[at + 2 :]
     if words[at : at + len(PROJECT)] == PROJECT:  # its files and numbers are flags; its settings are as for train.py
         return [word for word in words[at + len(PROJECT) :] if OVERRIDE.match(word) and "=" in word]
+    if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags; it sets nothing
+        return []
     return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None
 
 

@@ -890,6 +890,23 @@ def test_the_commands_are_a_shell_script() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "printed"),
+    [
+        ('data.directory="$DATA_DIR" seed=3', ' data.directory="$DATA_DIR"'),
+        ("data.directory=sets/mine", " data.directory=sets/mine"),
+        ("'data.directory=my sets/a' seed=3", " 'data.directory=my sets/a'"),
+        ("data.directory=x;id", ""),
+        ("data.directory=$(id)", ""),
+        ("seed=3", ""),
+    ],
+)
+def test_a_later_stage_is_given_the_data_set_that_training_was_given(given: str, printed: str) -> None:
+    record = training_record(provenance=provenance(f"python train.py experiment=demo {given}"))
+    text = section(document(training=record, evaluation=None, run_dir=".../demo"), "performance_metrics")
+    assert f'run `python evaluate.py run_dir="$RUN_DIR"{printed}`' in text
+
+
 def test_a_command_that_ran_several_stages_stands_once() -> None:
     command = "python -m recipe reproduce recipe.md --yes"
     records = {"preprocessing": preprocessing_record, "training": training_record, "evaluation": evaluation_record}

@@ -475,6 +475,9 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         "python train.py -m seed=1,2,3 hydra/launcher=submitit_slurm",
         "python train.py ++model.name=resnet18 ~data.description.papers data=imagenet",
         "python -m recipe.notebook run_dir=runs/demo timing.seconds_per_cell=0.1",
+        'python train.py experiment=demo run_dir="$RUN_DIR" reference="$REFERENCE"',
+        'python -m recipe reproduce "$RECIPE" --run-dir "$RUN_DIR" --yes',
+        "python -m recipe reproduce recipes/demo --stages train evaluate --yes",
     ],
 )
 def test_commands_that_this_pipeline_records_are_no_finding(command: str) -> None:
