@@ -188,8 +188,10 @@ def git(*arguments: str, given: bytes = b"") -> bytes:
 def _git(
     *arguments: str, folder: Path, settings: dict[str, str], given: bytes = b"", accepted: Sequence[int] = (0,)
 ) -> bytes:
-    """The caller's GIT_* variables could name another repository, index or setting: none of them reaches git, but those
-    that name the files in which `safe.directory` may stand."""
+    """Run git without the caller's GIT_* variables, which could name another repository, index or setting.
+
+    Those that name the user's files of settings stay: `safe.directory` may stand in one.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in GIT_FILES}
     try:
         done = subprocess.run(

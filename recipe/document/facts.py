@@ -76,10 +76,9 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
     publication, journal = run.read(PublicationRecord), run.read(JournalRecord)
     recorded = publication.run_dir if publication else journal.run_dir if journal else None
     run_dir = shown_run_dir if recorded is None else recorded
+    folder = Path(run_dir).name or run.directory.absolute().name
     return Facts(
-        name=str(config["name"])
-        if config and "name" in config
-        else Path(run_dir).name or run.directory.absolute().name,
+        name=str(config["name"]) if config else folder,
         run_dir=run_dir,
         config=config,
         preprocessing=run.read(PreprocessingRecord),

@@ -56,8 +56,8 @@ def test_a_run_of_lines_without_a_name_is_found_by_its_folder() -> None:
     assert entries() == [("runs/demo", "train", NO_END, None, [])]
 
 
-def test_runs_outside_the_checkout_are_told_apart_by_their_place(tmp_path_factory: pytest.TempPathFactory) -> None:
-    places = [str(tmp_path_factory.mktemp(name) / "run") for name in ("a", "b", "c")]
+def test_runs_outside_the_checkout_differ_by_their_place(tmp_path_factory: pytest.TempPathFactory) -> None:
+    places = [str(tmp_path_factory.mktemp(name) / "run") for name in ("ours", "other", "named")]
     ours, other, named = places
     train(ours, seed=1)
     train(other, seed=2, name="other", validation_top1_accuracy=0.9)
