@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
 
-from recipe.config import Decoder  # noqa: E402
+from recipe.config import MAX_PIXELS, Decoder  # noqa: E402
 from recipe.data.decoding import WholePicture, build_decoder, decoded  # noqa: E402
 from recipe.data.images import Rules, store  # noqa: E402
 from recipe.data.transforms import INTERPOLATIONS, empty_image  # noqa: E402
@@ -33,7 +33,7 @@ AUGMENTATION = Augmentation(0, PIXELS, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, next(it
 
 def shrunk(content: bytes) -> bytes:
     """As preprocessing re-encodes; a picture that is small already keeps its bytes."""
-    return store(content, is_named_png=False, rules=Rules(keeps_png=True, resize_short_side=256, quality=90)).content
+    return store(content, is_named_png=False, rules=Rules(True, 256, quality=90, max_pixels=MAX_PIXELS)).content
 
 
 def former_way(image: torch.Tensor, index: int, batch: torch.Tensor) -> None:

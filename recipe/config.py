@@ -47,6 +47,7 @@ MACHINE_FACTS = (
     "trainer.max_restarts",
     "trainer.restart",
 )
+MAX_PIXELS = 178_956_970  # of an image: more than that Pillow refuses by itself
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
@@ -67,7 +68,7 @@ class Expectation(str, Enum):
 
 
 class Corrupt(str, Enum):
-    """What to do with an image that cannot be decoded."""
+    """What to do with an image that is damaged, too large, or of a kind that cannot be stored."""
 
     stop = "stop"
     skip = "skip"
@@ -217,6 +218,7 @@ class DataConfig:
     directory: str  # the processed shards, index and manifest
     expect: Expectation
     corrupt: Corrupt = Corrupt.stop
+    max_pixels: int = MAX_PIXELS  # of an image; larger ones are treated as `corrupt` says
     resize_short_side: int | None = None  # pixels; training images only (bilinear, JPEG); None keeps the original bytes
     quality: int = 90  # JPEG quality of resized training images
     validation_fraction: float = 0.1  # share held out by hash where a folder brings no validation set
@@ -238,6 +240,7 @@ class DataConfig:
             self.resize_short_side,
             "8 pixels or more, or null",
         )
+        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "1 or more")
         require(1 <= self.quality <= 100, "data.quality", self.quality, "between 1 and 100")
         require(
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "between 0 and 1"

@@ -92,11 +92,11 @@ class Demonstration:
 
     def classify(self, picture: Path, label: str | None = None) -> ClassifiedPicture:
         """The five best classes of a picture, from every file of the model."""
-        content, _ = bytes_of(picture)
+        content, _ = bytes_of(picture, self.config.data.max_pixels)
         return self._classify(picture.name, content, label, apply_orientation=True)
 
     def _classify(self, name: str, content: bytes, label: str | None, apply_orientation: bool) -> ClassifiedPicture:
-        pixels = pixels_of(content, apply_orientation)
+        pixels = pixels_of(content, apply_orientation, self.config.data.max_pixels, name)
         guesses: dict[str, list[Guess]] = {file: classify(pixels) for file, classify in self.classifiers.items()}
         found = ClassifiedPicture(
             picture=name, sha256=hashlib.sha256(content).hexdigest(), label=label, guesses=guesses
@@ -110,14 +110,16 @@ class Demonstration:
 
     def show_picture(self, picture: Path) -> bytes:
         """The picture as a small PNG without its metadata, which may name a place; the document shows it too."""
-        self.pictures[f"{picture.stem}.png"] = thumbnail_png(pixels_of(picture, apply_orientation=True).numpy())
+        pixels = pixels_of(picture, apply_orientation=True, max_pixels=self.config.data.max_pixels)
+        self.pictures[f"{picture.stem}.png"] = thumbnail_png(pixels.numpy())
         return self.pictures[f"{picture.stem}.png"]
 
     def show_samples(self) -> bytes:
         """Validation images with their classes and what the model makes of them, as one sheet, PNG."""
         split, labels = self._validation_split(), self.subject.interface.classes
         chosen = sample_indices(split.labels, len(labels))
-        pixels = [pixels_of(split.read(index), apply_orientation=False).numpy() for index in chosen]
+        largest = self.config.data.max_pixels
+        pixels = [pixels_of(split.read(index), False, largest, split.where(index)).numpy() for index in chosen]
         found = [
             self._classify(split.key(index), split.read(index), labels[int(split.labels[index])].name, False)
             for index in chosen

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from recipe.composition import config_of
 from recipe.config import Config
-from recipe.data.decoding import ImageDecoder, UndecodableError, build_decoder, decoded
+from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
-from recipe.data.loading import Batch, derive_layout, refusal
+from recipe.data.loading import Batch, derive_layout, naming
 from recipe.data.shards import Split, open_split, read_manifest
 from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
@@ -34,6 +35,7 @@ from recipe.training.optimization import Stepper, compiled
 from recipe.training.optimizer import build_optimizer
 
 SAMPLE = 200  # images
+SAMPLE_BYTES = 2**30  # of them, decoded
 ROUNDS = 3
 STEPS = 5
 SMALL_SIDE = 256  # pixels; what re-encoding would make of the short side
@@ -87,12 +89,15 @@ def answer(arguments: argparse.Namespace) -> int:
 def examined(config: Config, world: World) -> Findings:
     """All stages, each alone."""
     split, decoder = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
-    chosen = np.random.default_rng(config.seed).permutation(len(split))[:SAMPLE].tolist()
+    chosen = sample(split, config.seed)
     augmentation = build_augmentation(config.augmentation, config.seed)
     contents = [split.read(index) for index in chosen]
     processes = processes_per_node(config.trainer)
     torch.set_num_threads(1)  # as in the threads that decode
-    images = [decoded_or_named(split, index, content, decoder) for index, content in zip(chosen, contents, strict=True)]
+    images = []
+    for index, content in zip(chosen, contents, strict=True):
+        with naming(split, index):
+            images.append(decoded(content, decoder))
     found = {
         "read": rate(len(chosen), lambda: [split.read(index) for index in chosen]),
         "decode": rate(
@@ -108,12 +113,11 @@ def examined(config: Config, world: World) -> Findings:
     return Findings(**(found | {"copy": copy}), model=model, cores=usable_cores())  # type: ignore[arg-type]
 
 
-def decoded_or_named(split: Split, index: int, content: bytes, decoder: ImageDecoder) -> Tensor:
-    """The image, uint8 [3, H, W]; one that is damaged is named, as training would."""
-    try:
-        return decoded(content, decoder)
-    except UndecodableError as error:
-        raise refusal(split, index, str(error)) from error
+def sample(split: Split, seed: int) -> list[int]:
+    """Some images, as many as can be held decoded, and one at least."""
+    chosen: list[int] = np.random.default_rng(seed).permutation(len(split))[:SAMPLE].tolist()
+    sizes = [3 * int(split.index[i]["width"]) * int(split.index[i]["height"]) for i in chosen]
+    return chosen[: max(1, int(np.searchsorted(np.cumsum(sizes), SAMPLE_BYTES, side="right")))]
 
 
 def crop(decoder: ImageDecoder, content: bytes, augmentation: Augmentation, index: int) -> Tensor:
@@ -140,8 +144,11 @@ def small_rate(
     sides = [min(int(split.index[i]["width"]), int(split.index[i]["height"])) for i in chosen]
     if statistics.median(sides) <= SMALL_SIDE:
         return None
-    rules = Rules(keeps_png=True, resize_short_side=SMALL_SIDE, quality=90)
-    small = [store(content, is_named_png=False, rules=rules).content for content in contents]
+    rules = Rules(keeps_png=True, resize_short_side=SMALL_SIDE, quality=90, max_pixels=sys.maxsize)
+    small = []
+    for index, content in zip(chosen, contents, strict=True):
+        with naming(split, index):
+            small.append(store(content, is_named_png=False, rules=rules).content)
     out = empty_image((augmentation.crop_pixels, augmentation.crop_pixels))
 
     def work() -> None:

@@ -40,6 +40,7 @@ PACKAGES = (
     "torchvision",
     "nvidia-nvimgcodec-cu13",
     "pillow",
+    "simplejpeg",
     "numpy",
     "hydra-core",
     "omegaconf",

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipe.config import Decoder
-from recipe.data.images import encoded, reason
+from recipe.data.images import encoded, lift_pillows_limit, reason
 from recipe.errors import UserError
 
 JPEG_START = b"\xff\xd8"
@@ -81,6 +81,9 @@ class PillowDecoder:
     """Reads whatever preprocessing stores, whole pictures only: the tests' oracle, and the way out everywhere."""
 
     name = Decoder.pillow.value
+
+    def __init__(self) -> None:
+        lift_pillows_limit()  # preprocessing has held every image to data.max_pixels
 
     def open(self, content: bytes) -> Picture:
         """The picture, decoded."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from recipe.data import imagenet
-from recipe.data.listing import IMAGE_SUFFIXES, Listing, Raw, Rows, class_folders, list_class_folders
+from recipe.data.listing import IMAGE_SUFFIXES, Listing, Raw, Rows, class_folders, is_image, list_class_folders
 from recipe.errors import UserError
 from recipe.run import shown_path
 
@@ -75,7 +75,7 @@ def train_is_a_class(raw_dir: Path, names: list[str]) -> bool:
 
 def refuse_flat_images(folder: Path) -> None:
     """Images beside or instead of class folders are of no class, and would be left out without a word."""
-    flat = sorted(name for name in os.listdir(folder) if IMAGE_NAME.match(name))
+    flat = sorted(name for name in os.listdir(folder) if is_image(folder, name))
     if flat:
         raise UserError(
             f"{shown_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
@@ -88,7 +88,7 @@ def left_aside(raw_dir: Path, used: list[str]) -> list[str]:
     with os.scandir(raw_dir) as entries:
         folders = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
     others = sorted(folders.keys() - set(used))
-    return [f"{name}/" if folders[name] else name for name in others if folders[name] or IMAGE_NAME.match(name)]
+    return [f"{name}/" if folders[name] else name for name in others if folders[name] or is_image(raw_dir, name)]
 
 
 def list_imagenette(raw_dir: Path) -> Raw:
@@ -134,8 +134,8 @@ def fetch_imagenette(raw_dir: Path) -> None:
 
 
 def folder_keys(class_id: str, names: list[str]) -> dict[str, str]:
-    """`class/stem`, or `class/whole name` where two files of the class share a stem, percent-encoded."""
-    stems = {name: matched[1] for name in names if (matched := IMAGE_NAME.match(name))}
+    """`class/stem`, or `class/file name` where two files of the class share a stem, percent-encoded."""
+    stems = {name: matched[1] if (matched := IMAGE_NAME.match(name)) else name for name in names}
     while repeated := {stem for stem, count in Counter(stems.values()).items() if count > 1}:
         stems = {name: name if stem in repeated else stem for name, stem in stems.items()}
     return {name: f"{percent_encoded(class_id)}/{percent_encoded(stem)}" for name, stem in stems.items()}

@@ -1,39 +1,86 @@
 """One image: is it sound, and in which bytes is it stored?
 
 An image keeps its original bytes where every decoder reads them alike: a JPEG or PNG of 8-bit RGB or grey. Everything
-else (CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG that does not end) is decoded once, here, and
-stored as lossless RGB PNG, so that no decoder's opinion can change a result later. EXIF orientation is never applied:
-training on ImageNet never did, and 1 in 1,000 of its images carries one.
+else (other formats, CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG with stray bytes) is decoded
+once, here, and stored as lossless RGB PNG, so that no decoder's opinion can change a result later. Of several frames
+the first one is taken. EXIF orientation is never applied: training on ImageNet never did, and 1 in 1,000 of its images
+carries one.
 
-Images come from strangers: the header is read first and pixels are capped, only two formats are tried, and a truncated
-file is an error, never a grey-filled picture.
+Images come from strangers: the header is read first and pixels are capped, only the formats of `FORMATS` are tried, and
+a truncated file is an error, never a grey-filled picture.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
-PIXELS_MAX = 50_000_000  # the largest image of ILSVRC2012 has 37 million; Pillow's own limit is 179 million
-FILE_BYTES_MAX = 4 * PIXELS_MAX  # an uncompressed picture of that size
-JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view behind it, which readers of JPEG ignore
-JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"  # inside a scan 0xFF is followed by 0 or a restart marker
-ORIENTATION_TAG = 0x0112
+from recipe.config import MAX_PIXELS
+from recipe.data.integrity import Flaw, jpeg_flaw, png_flaw
+
+FORMATS = {  # Pillow's name -> everybody's; its other readers are not asked: that of EPS runs Ghostscript
+    "JPEG": "JPEG",
+    "PNG": "PNG",
+    "WEBP": "WebP",
+    "BMP": "BMP",
+    "TIFF": "TIFF",
+    "GIF": "GIF",
+    "AVIF": "AVIF",
+    "JPEG2000": "JPEG 2000",
+}
+OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # format -> feature that a Pillow may lack
+SIGNATURES = (  # of the first bytes
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "WEBP"),
+    (re.compile(rb"BM....\0\0\0\0....[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL), "BMP"),
+    (re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), "TIFF"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"....ftyp(.{4})*?avi[fs]", re.DOTALL), "AVIF"),
+    (re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"), "JPEG2000"),
+)
+SIGNATURE_BYTES = 32
+FILE_BYTES_PER_PIXEL = 8  # of an uncompressed picture with 16 bits and transparency
+FILE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
+JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view after it, which readers of JPEG ignore
+JPEG_SIDE_MAX = 65_500  # pixels that libjpeg writes
+ORIENTATION_TAG, BITS_TAG = 0x0112, 258
 PNG_BIT_DEPTH = 24  # byte of the file; libpng's colour type follows
 PNG_PLAIN_COLOUR_TYPES = (0, 2)  # grey, RGB
+MODES_WITHOUT_WHITE = {"F": "floating-point samples", "I": "samples of 32 bits", "LAB": "CIELAB colours"}
 GREY = "grey"
 FILTER = "bilinear"  # what torchvision's references resize with, and two thirds of bicubic's time
 ROTATED = "EXIF orientation, not applied"
+ERRORS_DESCRIPTOR = 2
+AS_PNG = "stored as lossless RGB PNG"
 
 
-class DamagedImageError(Exception):
-    """The bytes are no sound image; the text says why."""
+class RejectedImageError(Exception):
+    """An image that is not stored; the text says why."""
+
+    verdict = "cannot be stored"
+    way_out = "convert it"
+
+
+class DamagedImageError(RejectedImageError):
+    """The bytes are not a sound image."""
+
+    verdict = "is corrupt"
+    way_out = "replace it"
+
+
+class TooLargeImageError(RejectedImageError):
+    """More pixels than the settings allow."""
+
+    way_out = "raise data.max_pixels"
 
 
 @dataclass(frozen=True)
@@ -43,6 +90,8 @@ class Rules:
     keeps_png: bool  # files named .png are PNG files by right
     resize_short_side: int | None  # pixels
     quality: int  # of the JPEG that a resized image becomes
+    max_pixels: int = MAX_PIXELS
+    is_verified: bool = False  # the archive has its publisher's checksum: damage was published, and is kept
 
 
 @dataclass(frozen=True)
@@ -60,14 +109,15 @@ class StoredImage:
 
 
 def store(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage:
-    """Check one image by decoding all of it and choose its stored form; raises `DamagedImageError`."""
-    if len(content) > FILE_BYTES_MAX:
-        raise DamagedImageError(f"{len(content)} bytes are more than the {FILE_BYTES_MAX} that are allowed")
+    """Check one image by decoding all of it and choose its stored form; raises `RejectedImageError`."""
+    if len(content) > FILE_BYTES_PER_PIXEL * rules.max_pixels:
+        raise too_large(f"{len(content)} bytes", rules.max_pixels)
+    lift_pillows_limit()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF and large images: neither changes what is done
+        warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF, which changes nothing
         try:
             return stored_form(content, is_named_png, rules)
-        except (DamagedImageError, MemoryError):
+        except (RejectedImageError, MemoryError):
             raise
         except Exception as error:  # on hostile bytes Pillow's parsers raise about anything
             raise DamagedImageError(reason(content, error)) from error
@@ -75,38 +125,73 @@ def store(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage:
 
 def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage:
     """As `store`, with Pillow's own errors."""
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-        if image.width * image.height > PIXELS_MAX:
-            raise DamagedImageError(too_large(f"{image.width} x {image.height}"))
+    with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
+        if image.width * image.height > rules.max_pixels:
+            raise too_large(f"{image.width} x {image.height} pixels", rules.max_pixels)
+        if image.mode in MODES_WITHOUT_WHITE:
+            raise RejectedImageError(f"it has {MODES_WITHOUT_WHITE[image.mode]}: 8 or 16 bits of grey or RGB are read")
+        flaw = checked(image, content)
+        if flaw is not None and flaw.loses_pixels and not rules.is_verified:
+            raise DamagedImageError(flaw.what)
         oddity = odd_kind(image, content, is_named_png and rules.keeps_png)
-        is_rotated = orientation(image) not in (0, 1)
-        if rules.resize_short_side is not None and min(image.size) > rules.resize_short_side:
+        if flaw is not None:
+            found = f"damaged {image.format}: {flaw.what}" if flaw.loses_pixels else flaw.what
+            oddity = found if oddity is None else f"{oddity}, {found}"
+        is_rotated = image.format != "TIFF" and orientation(image) not in (0, 1)  # Pillow turns a TIFF
+        if rules.resize_short_side is not None and can_shrink(image, rules.resize_short_side):
             return resized(image, rules.resize_short_side, rules.quality, oddity, is_rotated)
         if oddity is not None:
             return as_png(image, oddity, is_rotated)
         extension = "jpg" if image.format in JPEG_FORMATS else "png"
-        as_it_came = StoredImage(content, extension, image.width, image.height, image.mode == "L", is_rotated)
-        check(image)
-        return as_it_came
+        return StoredImage(content, extension, *image.size, image.mode == "L", is_rotated)
 
 
-def check(image: Image.Image) -> None:
-    """Decode all that can be corrupt: every marker and every coefficient of every component.
+def checked(image: Image.Image, content: bytes) -> Flaw | None:
+    """What is wrong with a JPEG or PNG; the other formats are decoded by whoever stores them, and complain by then.
 
-    What follows in a decoder of JPEG (inverse transform, upsampling, colours) is arithmetic that cannot fail, so
-    libjpeg is asked for the least of it: brightness, at an eighth of the size. Size and mode of `image` change.
+    Of a JPEG all is decoded that can be corrupt, every marker and every coefficient. What follows in a decoder (inverse
+    transform, upsampling, colours) is arithmetic that cannot fail.
     """
+    if image.format == "PNG":
+        flaw = png_flaw(content)
+        if flaw is None:
+            image.load()
+        return flaw
     if image.format in JPEG_FORMATS:
-        image.draft("L", (1, 1))
-    image.load()
+        try:
+            return jpeg_flaw(content)
+        except ValueError:  # sampled in a way that simplejpeg does not know, or not to be read at all
+            image.load()
+    return None
+
+
+def lift_pillows_limit() -> None:
+    """For the process: where `max_pixels` is held to, Pillow's own limit of `MAX_PIXELS` would stand in its way."""
+    Image.MAX_IMAGE_PIXELS = None
+
+
+def too_large(what: str, max_pixels: int) -> TooLargeImageError:
+    """The error for an image that claims too many pixels."""
+    return TooLargeImageError(f"it is too large: {what}, while data.max_pixels={max_pixels}")
+
+
+def can_shrink(image: Image.Image, short_side: int) -> bool:
+    """Whether an image is larger than asked for, and not so long that no JPEG holds it even then."""
+    short, long = sorted(image.size)
+    return short > short_side and long * short_side / short <= JPEG_SIDE_MAX
+
+
+def format_of(head: bytes) -> str | None:
+    """The format that the first `SIGNATURE_BYTES` of a file say, None for no picture."""
+    return next((form for sign, form in SIGNATURES if sign.match(head[:SIGNATURE_BYTES])), None)
 
 
 def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
     """What is unusual about an image, by its header; None for one that keeps its bytes."""
     if image.format in JPEG_FORMATS:
-        if JPEG_SCAN in content[max(content.rfind(JPEG_END), 0) :]:
-            return "JPEG without an end marker"  # Pillow reads it, others do not
         return None if image.mode in ("RGB", "L") else f"{image.mode} JPEG"
+    if image.format != "PNG":
+        return other_kind(image)
     depth, colour_type = content[PNG_BIT_DEPTH], content[PNG_BIT_DEPTH + 1]
     if image.mode == "P":
         return "PNG with a palette"
@@ -117,6 +202,22 @@ def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
     if getattr(image, "is_animated", False):
         return "PNG with several frames"
     return None if keeps_png else "PNG not named .png"
+
+
+def other_kind(image: Image.Image) -> str:
+    """A format other than JPEG and PNG, and what is lost when it becomes 8-bit RGB."""
+    name = FORMATS[str(image.format)]
+    bits = getattr(image, "tag_v2", {}).get(BITS_TAG, (8,))
+    depth = 16 if image.mode.startswith("I;16") else max(bits)
+    if image.mode == "CMYK":
+        return f"CMYK {name}"
+    if image.has_transparency_data:
+        return f"{name} with transparency"
+    if depth > 8:
+        return f"{name} of {depth} bits"
+    if getattr(image, "is_animated", False):
+        return f"{name} with several frames"
+    return name
 
 
 def orientation(image: Image.Image) -> int:
@@ -143,9 +244,7 @@ def without_metadata(image: Image.Image) -> Image.Image:
 def as_png(image: Image.Image, oddity: str, is_rotated: bool) -> StoredImage:
     """The lossless stored form of an odd image."""
     rgb = as_rgb(image)
-    return StoredImage(
-        encoded(rgb, "PNG"), "png", rgb.width, rgb.height, False, is_rotated, oddity, "stored as lossless RGB PNG"
-    )
+    return StoredImage(encoded(rgb, "PNG"), "png", rgb.width, rgb.height, False, is_rotated, oddity, AS_PNG)
 
 
 def resized(image: Image.Image, short_side: int, quality: int, oddity: str | None, is_rotated: bool) -> StoredImage:
@@ -170,13 +269,20 @@ def reason(content: bytes, error: Exception) -> str:
     """Why Pillow could not read it, the same on every run (its own texts can hold memory addresses)."""
     if not content:
         return "it is empty (0 bytes)"
-    if isinstance(error, Image.DecompressionBombError):
-        return too_large("its header")
     if isinstance(error, UnidentifiedImageError):
-        return "it is neither JPEG nor PNG"
+        form = format_of(content)
+        if form in OPTIONAL and not features.check(OPTIONAL[form]):
+            return f"it is {FORMATS[form]}, which this build of Pillow cannot read"
+        return f"it is none of {', '.join(FORMATS.values())}"
     return re.sub(r"\s*<[^>]*>", "", " ".join(str(error).split())) or type(error).__name__
 
 
-def too_large(what: str) -> str:
-    """The sentence for a picture that claims too many pixels."""
-    return f"it is too large: {what} claims more than {PIXELS_MAX // 1_000_000} million pixels"
+def silence_decoders() -> None:
+    """For a process of ours: Python's own words still go to stderr; those of C libraries do not.
+
+    libjpeg warns of a picture with stray bytes in it each time that it is shown: "extraneous bytes before marker".
+    """
+    sys.stderr = os.fdopen(os.dup(ERRORS_DESCRIPTOR), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, ERRORS_DESCRIPTOR)
+    os.close(nowhere)

@@ -18,13 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.data.archives import Member
-from recipe.data.images import FILE_BYTES_MAX
+from recipe.data.images import FILE_BYTES_MAX, SIGNATURE_BYTES, format_of
 from recipe.errors import UserError
 from recipe.run import shown_path
 
 Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset (u8), changed_ns (i8)
 ROWS_AT_ONCE = 10_000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".avifs"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
+OTHER_SUFFIXES = (  # never opened: notes beside images, and raw photographs, which begin with a small preview
+    *(".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".md", ".html", ".npy", ".npz", ".zip", ".tar", ".mp4", ".mov"),
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".raw", ".thm"),
+)
 Naming = Callable[[str, list[str]], dict[str, str]]  # (class, file names) -> accepted file name -> key
 Labeller = Callable[[str], int]  # key -> label
 
@@ -54,6 +62,7 @@ class Raw:
     rows: dict[str, Rows] = field(default_factory=dict)
     containers: list[Path] = field(default_factory=list)
     archives: list[Path] = field(default_factory=list)  # files whose hashes identify the raw data as a whole
+    verified: set[str] = field(default_factory=set)  # archives that have their publisher's checksum, by name
     other_files: Counter[str] = field(default_factory=Counter)  # what lay beside the images: suffix -> count
     left_aside: list[str] = field(default_factory=list)  # folders and images that no split takes, such as test/
 
@@ -89,8 +98,10 @@ class Listing:
         for name, facts in files.items():
             if facts is not None and facts.st_size > FILE_BYTES_MAX:
                 raise UserError(f"{shown_path(folder / name)} has {facts.st_size:,} bytes; no image is that large")
-        keys = naming(class_id, sorted(name for name, facts in files.items() if facts is not None))
-        for name in naming(class_id, sorted(name for name, facts in files.items() if facts is None)):
+        images = (name for name, facts in files.items() if facts is not None and is_image(folder, name))
+        keys = naming(class_id, sorted(images))
+        others = (name for name, facts in files.items() if facts is None and has_suffix(name, IMAGE_SUFFIXES))
+        for name in naming(class_id, sorted(others)):
             raise UserError(f"{shown_path(folder / name)} is named like an image but is no file that can be read")
         for name in (name for name, facts in files.items() if facts is None and not name.startswith(".")):
             if (folder / name).is_dir():
@@ -160,7 +171,7 @@ def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 def refuse_images_below(folder: Path) -> None:
     """Images in a folder inside a class folder, however deep, would be left out without a word."""
     for place, _, names in os.walk(folder, onerror=reraised):
-        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+        if any(is_image(Path(place), name) for name in names):
             raise UserError(
                 f"{shown_path(place)} holds images inside a class folder; flatten it: move them up into "
                 f"{shown_path(folder.parent)}, or name the folders of the splits train/ and val/"
@@ -205,6 +216,21 @@ def require_folder(path: Path) -> None:
     """Stop where a part of a layout is missing."""
     if not path.is_dir():
         raise UserError(f"{shown_path(path)} is missing: this layout needs it")
+
+
+def is_image(folder: Path, name: str) -> bool:
+    """Whether a file is an image: by its suffix, or by its first bytes where that is not known or missing."""
+    if has_suffix(name, IMAGE_SUFFIXES):
+        return True
+    if name.startswith(".") or has_suffix(name, OTHER_SUFFIXES) or not (folder / name).is_file():
+        return False
+    with (folder / name).open("rb") as file:
+        return format_of(file.read(SIGNATURE_BYTES)) is not None
+
+
+def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is named as one of a kind."""
+    return os.path.splitext(name)[1].lower() in suffixes
 
 
 def suffix(name: str) -> str:

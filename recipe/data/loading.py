@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from recipe.config import ImageOrder, OptimizationConfig, TrainerConfig
 from recipe.data.decoding import ImageDecoder, Picture, UndecodableError
+from recipe.data.images import RejectedImageError
 from recipe.data.shards import Split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World, threads_per_process
@@ -197,10 +199,28 @@ class Filling:
         """
         for place in range(first, last):
             index = int(order.indices[place])
-            try:
+            with naming(self.split, index):
                 order.view.write(self.decoder.open(self.split.read(index)), place, images[place])
-            except UndecodableError as error:
-                raise refusal(self.split, index, str(error)) from error
+
+
+@contextmanager
+def naming(split: Split, index: int) -> Iterator[None]:
+    """Say of which image decoding or transforming fails; an error of the code keeps its traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (UndecodableError, RejectedImageError) as error:
+        raise refusal(split, index, str(error)) from error
+    except (MemoryError, RuntimeError) as error:  # of torch: RuntimeError, also where memory cannot be had
+        width, height = (int(split.index[index][name]) for name in ("width", "height"))
+        reason = " ".join(str(error).split())[:200] or "not enough memory"
+        raise UserError(
+            f"{split.where(index)}, {width} x {height} pixels, cannot be decoded or transformed: {reason}"
+        ) from error
+    except Exception as error:
+        error.add_note(f"while decoding or transforming {split.where(index)}")
+        raise
 
 
 def refusal(split: Split, index: int, reason: str) -> UserError:

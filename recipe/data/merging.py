@@ -27,6 +27,8 @@ class Merged:
     rotated_images: list[str]
     oddities: list[Oddity]
     rejected: list[Oddity]
+    converted_bytes: int  # of the files that became PNG
+    png_bytes: int  # that they have become
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Part:
     rotated_images: list[str]
     oddities: list[Oddity]
     rejected: list[Oddity]
+    converted_bytes: int
+    png_bytes: int
 
 
 def part_of(task: Task, note: Note) -> Part:
@@ -63,6 +67,8 @@ def part_of(task: Task, note: Note) -> Part:
         note.rotated_images,
         note.oddities,
         note.rejected,
+        note.converted_bytes,
+        note.png_bytes,
     )
 
 
@@ -77,6 +83,8 @@ def merge(parts: Sequence[Part]) -> Merged:
         rotated_images=sorted(key for part in parts for key in part.rotated_images),
         oddities=by_key(oddity for part in parts for oddity in part.oddities),
         rejected=by_key(oddity for part in parts for oddity in part.rejected),
+        converted_bytes=sum(part.converted_bytes for part in parts),
+        png_bytes=sum(part.png_bytes for part in parts),
     )
 
 

@@ -21,7 +21,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.data.images import DamagedImageError, Rules, StoredImage, store
+from recipe.data.images import (
+    AS_PNG,
+    RejectedImageError,
+    Rules,
+    StoredImage,
+    silence_decoders,
+    store,
+)
 from recipe.data.shards import Shard, shard_name, size_of, write_shard
 from recipe.errors import UserError
 from recipe.records import Oddity, Record, from_json, to_json
@@ -70,6 +77,8 @@ class Note(Record, frozen=True, kw_only=True):
     rotated_images: list[str]
     oddities: list[Oddity]
     rejected: list[Oddity]
+    converted_bytes: int  # of the files that became PNG
+    png_bytes: int  # that they have become
 
 
 class StoppedError(Exception):
@@ -134,6 +143,8 @@ class Packer:
     rotated_images: list[str] = field(default_factory=list)
     oddities: list[Oddity] = field(default_factory=list)
     rejected: list[Oddity] = field(default_factory=list)
+    converted_bytes: int = 0
+    png_bytes: int = 0
 
     def pack(self) -> Note:
         """Write the tar, then the note."""
@@ -152,6 +163,8 @@ class Packer:
             rotated_images=self.rotated_images,
             oddities=self.oddities,
             rejected=self.rejected,
+            converted_bytes=self.converted_bytes,
+            png_bytes=self.png_bytes,
         )
         write_atomically(note_path(self.place.directory, self.task), to_json(note))
         return note
@@ -166,20 +179,25 @@ class Packer:
             self.raw_sha256.append(hashlib.sha256(content).hexdigest())
             try:
                 image = store(content, bytes(row["name"]).lower().endswith(b".png"), rules)
-            except DamagedImageError as error:
-                self.reject(row, key, str(error))
+            except RejectedImageError as error:
+                self.reject(row, key, error)
                 continue
+            except MemoryError as error:
+                raise UserError(
+                    f"there is not enough memory to decode {self.reader.where(row)}; give fewer data.processes, or "
+                    "a smaller data.max_pixels with data.corrupt=skip"
+                ) from error
             self.note(position, key, image)
             yield key, image.extension, image.content, int(row["label"])
 
-    def reject(self, row: np.void, key: str, why: str) -> None:
-        """Leave out a corrupt image where that was asked for, else stop with its name."""
+    def reject(self, row: np.void, key: str, error: RejectedImageError) -> None:
+        """Leave out an image where that was asked for, else stop with its name."""
         if not self.place.skips_corrupt:
             raise UserError(
-                f"{self.reader.where(row)} is corrupt: {why}; replace it, or leave corrupt images out (and list them "
-                "in the recipe) with data.corrupt=skip"
+                f"{self.reader.where(row)} {error.verdict}: {error}; {error.way_out}, or leave such images out (and "
+                "list them in the recipe) with data.corrupt=skip"
             )
-        self.rejected.append(Oddity(split=self.task.split, key=key, what=why, done="left out"))
+        self.rejected.append(Oddity(split=self.task.split, key=key, what=str(error), done="left out"))
 
     def note(self, position: int, key: str, image: StoredImage) -> None:
         """Remember the facts of a stored image."""
@@ -192,6 +210,9 @@ class Packer:
             self.rotated_images.append(key)
         if image.oddity is not None:
             self.oddities.append(Oddity(split=self.task.split, key=key, what=image.oddity, done=image.done))
+        if image.done == AS_PNG:
+            self.converted_bytes += int(self.task.rows["bytes"][position])
+            self.png_bytes += len(image.content)
 
 
 def note_path(directory: Path, task: Task) -> Path:
@@ -221,6 +242,7 @@ def start_worker(place: Workplace, stop: Flag) -> None:
     """Runs once in each worker process."""
     global _worker
     threading.Thread(target=end_with_parent, daemon=True).start()
+    silence_decoders()
     _worker = (place, RawReader(place.containers), stop)
 
 

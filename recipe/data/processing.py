@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ from recipe.run import disk_errors, locked, shown_path, write_atomically
 
 RECORD = "preprocessing.json"
 LOCK = "lock"
+DECODERS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")  # in Pillow; None for one that it lacks
+PNG_GROWTH = 10  # times the bytes of the files: worth a warning
 SHARD_FILE = re.compile(r"^(train|val)-\d{5,}\.tar$")
 
 
@@ -96,6 +100,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
         "source": data.source.value,
         "expect": data.expect.value,
         "corrupt": data.corrupt.value,
+        "max_pixels": data.max_pixels,
         "images_per_shard": data.images_per_shard,
         "resize_short_side": data.resize_short_side,
     }
@@ -252,6 +257,7 @@ def assisted(data: DataConfig, directory: Path, launch: Launch) -> Preprocessing
     with Team(directory, launch) as team:
         plan = team.await_plan()
         raw = find_raw(data)  # not before: rank 0 may have had to draw or download it
+        raw.verified = names_of_verified(hashed_archives(data, directory, raw))
         tasks = planned(data, raw, plan.archives)
         require_same_plan(launch.rank, plan, plan_of(data, tasks, plan.archives))
         kept = kept_parts(directory, tasks, team)
@@ -324,8 +330,9 @@ def awaited_record(directory: Path) -> PreprocessingRecord:
 
 def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord | None:
     """Make the missing or cut shards of a finished data set again; None where there is more to do than that."""
-    if not (directory / MANIFEST).is_file() or not (directory / RECORD).is_file():
+    if not (directory / MANIFEST).is_file() or (record := stored_record(directory)) is None:
         return None
+    raw.verified = names_of_verified(record.archives)
     shards = {shard.name: shard for split in read_manifest(directory).splits.values() for shard in split.shards}
     tasks = planned(data, raw, [])
     damaged = [task for task in tasks if task.name in shards and is_damaged(directory, shards[task.name])]
@@ -352,12 +359,23 @@ def verified_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archi
     print(listing_line(raw), file=sys.stderr)
     if data.expect is Expectation.ilsvrc2012:
         require_ilsvrc2012(raw)
-    published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo only borrows the names
-    with read_errors(given_raw_dir(data)):
-        archives = digests(raw.archives, published, directory / WORK / "archives.json")
+    archives = hashed_archives(data, directory, raw)
     if data.expect is Expectation.ilsvrc2012:
         require_published_md5(archives, imagenet.PUBLISHED_MD5)
+    raw.verified = names_of_verified(archives)
     return archives
+
+
+def hashed_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
+    """The archives with their hashes; read once for all processes, and remembered in the data directory."""
+    published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo only borrows the names
+    with read_errors(given_raw_dir(data)):
+        return digests(raw.archives, published, directory / WORK / "archives.json")
+
+
+def names_of_verified(archives: list[Archive]) -> set[str]:
+    """Those that have their publisher's checksum: damage inside was published."""
+    return {archive.name for archive in archives if archive.is_published_md5}
 
 
 def listing_line(raw: Raw) -> str:
@@ -374,7 +392,7 @@ def listing_line(raw: Raw) -> str:
 
 def planned(data: DataConfig, raw: Raw, archive_hashes: list[str]) -> list[Task]:
     """The shards, each with its images; the plan's hash changes with anything that could change the shard's bytes."""
-    versions = [PIL.__version__, features.version("jpg"), features.version("zlib")]
+    versions = [PIL.__version__, version("simplejpeg"), *map(features.version, DECODERS)]
     shaping = sha256_of([data_settings(data), versions, archive_hashes])
     tasks = []
     for split in SPLITS:
@@ -401,8 +419,14 @@ def in_hash_order(rows: Rows) -> Rows:
 
 def workplace(data: DataConfig, directory: Path, raw: Raw) -> Workplace:
     """What workers need to know. Only training images are ever resized: the metric is over original ones."""
-    train = Rules(keeps_png=raw.keeps_png, resize_short_side=data.resize_short_side, quality=data.quality)
-    validation = Rules(keeps_png=raw.keeps_png, resize_short_side=None, quality=data.quality)
+    train = Rules(
+        keeps_png=raw.keeps_png,
+        resize_short_side=data.resize_short_side,
+        quality=data.quality,
+        max_pixels=data.max_pixels,
+        is_verified=imagenet.TRAIN_ARCHIVE in raw.verified,
+    )
+    validation = replace(train, resize_short_side=None, is_verified=imagenet.VALIDATION_ARCHIVE in raw.verified)
     return Workplace(
         directory,
         [path.absolute() for path in raw.containers],
@@ -491,13 +515,13 @@ def require_images_left(raw: Raw, merged: dict[str, Merged]) -> None:
     for name, split in merged.items():
         if not len(split.index):
             raise UserError(
-                f"all {len(raw.rows[name]):,} {name} images are corrupt, such as {split.rejected[0].key}: "
+                f"none of the {len(raw.rows[name]):,} {name} images can be stored, such as {split.rejected[0].key}: "
                 f"{split.rejected[0].what}; replace them"
             )
     lost = sorted(set(range(len(raw.class_ids))) - set(merged["train"].index["label"].tolist()))
     if lost:
         raise UserError(
-            f"all training images of class {raw.class_ids[lost[0]]!r} are corrupt ({len(lost)} of "
+            f"no training image of class {raw.class_ids[lost[0]]!r} can be stored ({len(lost)} of "
             f"{len(raw.class_ids)} classes lose theirs): replace them, or remove the class"
         )
 
@@ -537,6 +561,15 @@ def report(record: PreprocessingRecord, merged: dict[str, Merged]) -> None:
     odd = ", ".join(f"{count:,} x {kind}" for kind, count in record.odd_images.items()) or "none"
     left_out = len(record.rejected)
     print(f"{record.processed_path}: {images} images; odd ones: {odd}; left out: {left_out}", file=sys.stderr)
+    before, after = (
+        sum(getattr(split, name) for split in merged.values()) for name in ("converted_bytes", "png_bytes")
+    )
+    if after > PNG_GROWTH * before:
+        print(
+            f"warning: images that became lossless PNG take {after:,} bytes, {after / before:.0f} times the {before:,} "
+            "of their files; data.resize_short_side stores training images as smaller JPEG",
+            file=sys.stderr,
+        )
     if record.is_ilsvrc2012:
         oddities = ((oddity.split, oddity.key, oddity.what) for split in merged.values() for oddity in split.oddities)
         for line in imagenet.surprises(oddities):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def record_of(
         odd_images=odd_images(merged),
         odd_examples=oddities[:EXAMPLES_MAX],
         rejected=[oddity for split in merged.values() for oddity in split.rejected],
-        decoded_with=f"Pillow {PIL.__version__}, {jpeg_library()}",
+        decoded_with=f"Pillow {PIL.__version__}, {jpeg_library()}; JPEG checked by simplejpeg {version('simplejpeg')}",
         processes=processes,
         images_per_second=round(images_per_second, 1),
         continued_shards=continued_shards,

@@ -15,7 +15,6 @@ import mmap
 import os
 import pickle
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Sequence
@@ -30,12 +29,12 @@ from torch import Tensor
 
 from recipe.config import Decoder
 from recipe.data.decoding import build_decoder
+from recipe.data.images import silence_decoders
 from recipe.data.loading import IMAGES_PER_TASK, Filling, Order
 from recipe.data.shards import Split
 from recipe.distributed import PARENT_DEATH_SIGNAL
 from recipe.errors import UserError
 
-ERRORS_DESCRIPTOR = 2
 SIGNAL_BASE = 128  # exit codes of processes that a signal ended, as shells count
 
 
@@ -201,14 +200,3 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it went in between
         os._exit(1)
-
-
-def silence_decoders() -> None:
-    """Python's own words still go to stderr; those of C libraries do not.
-
-    libjpeg warns of a picture with stray bytes in it each time that it is shown: "extraneous bytes before marker".
-    """
-    sys.stderr = os.fdopen(os.dup(ERRORS_DESCRIPTOR), "w", buffering=1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, ERRORS_DESCRIPTOR)
-    os.close(nowhere)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recipe.config import MAX_PIXELS
 from recipe.data.interface import transform_of
 from recipe.errors import UserError
 from recipe.evaluation import Predict
@@ -26,26 +27,40 @@ ONNX_SUFFIX, CHECKPOINT_SUFFIX = ".onnx", ".pt"
 class Classifier:
     """Pictures in, the best classes with their names and probabilities out."""
 
-    def __init__(self, predict: Predict, interface: Interface, where: str, apply_orientation: bool = True) -> None:
+    def __init__(
+        self,
+        predict: Predict,
+        interface: Interface,
+        where: str,
+        apply_orientation: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.predict = predict
         self.interface = interface
         self.transform = transform_of(interface, where)
         self.apply_orientation = apply_orientation
+        self.max_pixels = max_pixels
 
     @classmethod
-    def load(cls, path: str | Path, apply_orientation: bool = True, device: str = "cpu") -> Classifier:
+    def load(
+        cls,
+        path: str | Path,
+        apply_orientation: bool = True,
+        device: str = "cpu",
+        max_pixels: int = MAX_PIXELS,
+    ) -> Classifier:
         """From `model-fp32.onnx` or `step-00000222.pt`; raises `UserError` for anything else, damaged or hostile.
 
         `apply_orientation` turns photographs upright as their EXIF says, which training never did; `device` is for
-        checkpoints.
+        checkpoints. A picture of more than `max_pixels` is refused.
         """
         path = Path(path)
         where = shown_path(path)
         if path.suffix == ONNX_SUFFIX:
             model = OnnxModel(read_onnx(path, where), where)
-            return cls(model, model.metadata.interface, where, apply_orientation)
+            return cls(model, model.metadata.interface, where, apply_orientation, max_pixels)
         if path.suffix == CHECKPOINT_SUFFIX:
-            return cls(*_from_checkpoint(path, where, device), where, apply_orientation)
+            return cls(*_from_checkpoint(path, where, device), where, apply_orientation, max_pixels)
         raise UserError(f"{where} is neither an exported model (.onnx) nor a checkpoint (.pt)")
 
     def __call__(self, picture: Picture, top: int = 5) -> list[Guess]:
@@ -66,7 +81,13 @@ class Classifier:
 
     def pixels(self, picture: Picture) -> Tensor:
         """What the network sees: uint8 [3, crop, crop], as in evaluation."""
-        return self.transform(pixels_of(picture, self.apply_orientation))
+        pixels = pixels_of(picture, self.apply_orientation, self.max_pixels)
+        try:
+            return self.transform(pixels)
+        except (MemoryError, RuntimeError) as error:  # of torch: RuntimeError, also where memory cannot be had
+            where = shown_path(picture) if isinstance(picture, str | Path) else "the picture"
+            width, height = pixels.shape[-1], pixels.shape[-2]
+            raise UserError(f"{where}, {width} x {height} pixels, cannot be resized: {error}") from error
 
 
 def _from_checkpoint(path: Path, where: str, device: str) -> tuple[Predict, Interface]:

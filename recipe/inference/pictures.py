@@ -1,8 +1,8 @@
 """People's own pictures, of whatever kind and from whomever, as the uint8 RGB that the network was trained on.
 
 Training data are JPEG and PNG that preprocessing has normalised; a user brings palettes, transparency, CMYK, 16 bits,
-animations and photographs that lie on their side. Files are hostile until read: the header is looked at first, pixels
-are capped, a truncated file is an error.
+animations and photographs on their side, in the formats that preprocessing reads. Files are hostile until read: the
+header is looked at first, pixels are capped, a truncated file is an error.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipe.data.images import FILE_BYTES_MAX, PIXELS_MAX, as_rgb
+from recipe.config import MAX_PIXELS
+from recipe.data.images import FILE_BYTES_PER_PIXEL, FORMATS, MODES_WITHOUT_WHITE, as_rgb, lift_pillows_limit, reason
 from recipe.errors import UserError
 from recipe.run import shown_path
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PAPER = (255, 255, 255)  # what shows through where a picture is transparent
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor
 
 
-def pixels_of(picture: Picture, apply_orientation: bool) -> Tensor:
+def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_PIXELS, name: str = "") -> Tensor:
     """uint8 RGB [3, H, W] of a path, a file's bytes, a Pillow image, an array [H, W, 3] or a tensor [3, H, W].
 
-    Raises `UserError` for what is no picture, is damaged, or claims more than 50 million pixels.
+    `name` is what to call a file's bytes. Raises `UserError` for a file that is not a picture, is damaged, or claims
+    more than `max_pixels` pixels.
     """
     if isinstance(picture, Tensor):
         return checked(picture, "the tensor")
@@ -38,44 +39,50 @@ def pixels_of(picture: Picture, apply_orientation: bool) -> Tensor:
         return checked(pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels, "the array")
     if isinstance(picture, Image.Image):
         return pixels_of_image(picture, apply_orientation)
-    content, where = bytes_of(picture)
+    content, where = bytes_of(picture, max_pixels)
+    where = name or where
+    if max_pixels > MAX_PIXELS:
+        lift_pillows_limit()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF and of large images, which are refused below
         try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                refuse_bombs(image, where)
+            with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
+                if image.width * image.height > max_pixels:
+                    raise too_large(where, f"{image.width} x {image.height} pixels", max_pixels)
                 return pixels_of_image(image, apply_orientation)
         except UserError:
             raise
+        except MemoryError as error:
+            raise UserError(f"there is not enough memory to read {where}; make the picture smaller") from error
+        except Image.DecompressionBombError as error:
+            raise too_large(where, "more pixels than Pillow reads", max_pixels) from error
         except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
-            raise UserError(f"{where} is no picture that can be read: {reason(error)}") from error
+            raise UserError(f"{where} is no picture that can be read: {reason(content, error)}") from error
 
 
-def bytes_of(picture: str | Path | bytes) -> tuple[bytes, str]:
+def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """A file's bytes, and what to call it."""
     if isinstance(picture, bytes):
         return picture, f"the picture of {len(picture)} bytes"
     where = shown_path(picture)
     try:
         size = Path(picture).stat().st_size
-        if size > FILE_BYTES_MAX:
-            raise UserError(f"{where} has {size:,} bytes; no picture is that large")
+        if size > FILE_BYTES_PER_PIXEL * max_pixels:
+            raise too_large(where, f"{size} bytes", max_pixels)
         return Path(picture).read_bytes(), where
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror}") from error
 
 
-def refuse_bombs(image: Image.Image, where: str) -> None:
-    """By the header, before a pixel is decoded."""
-    if image.width * image.height > PIXELS_MAX:
-        raise UserError(
-            f"{where} claims {image.width} x {image.height} pixels, more than the {PIXELS_MAX // 1_000_000} million "
-            "that are read; make it smaller"
-        )
+def too_large(where: str, what: str, max_pixels: int) -> UserError:
+    """The sentence for a picture that claims too much."""
+    return UserError(f"{where} is too large: {what}, while max_pixels={max_pixels}; make it smaller, or give more")
 
 
 def pixels_of_image(image: Image.Image, apply_orientation: bool) -> Tensor:
     """The first frame, upright if asked, on white paper where it is transparent."""
+    if image.mode in MODES_WITHOUT_WHITE:
+        raise UserError(f"the picture has {MODES_WITHOUT_WHITE[image.mode]}; 8 or 16 bits of grey or RGB are read")
     if apply_orientation:
         image = ImageOps.exif_transpose(image)
     rgb = on_paper(image) if image.has_transparency_data else as_rgb(image)
@@ -95,10 +102,3 @@ def checked(pixels: Tensor, what: str) -> Tensor:
     if pixels.dtype is not torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.numel():
         raise UserError(f"{what} has shape {list(pixels.shape)} and type {pixels.dtype}; wanted: uint8 RGB")
     return pixels
-
-
-def reason(error: Exception) -> str:
-    """Why, without the memory addresses that some of Pillow's texts hold."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -131,9 +131,9 @@ class Augmentation:
         """The largest central crop whose shape is allowed, where no random one fitted."""
         crop_height, crop_width = height, width
         if width / height < self.ratio[0]:
-            crop_height = round(width / self.ratio[0])
+            crop_height = max(1, round(width / self.ratio[0]))
         elif width / height > self.ratio[1]:
-            crop_width = round(height * self.ratio[1])
+            crop_width = max(1, round(height * self.ratio[1]))
         return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
     def facts(self, epochs: int) -> dict[str, Setting]:

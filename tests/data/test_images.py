@@ -1,6 +1,6 @@
 """The check of a JPEG that keeps its bytes decodes less than a reader will, and has to find all that the reader finds.
 
-And what is written anew holds the picture only.
+And what is written again holds the picture only.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def test_the_check_finds_what_decoding_to_pixels_would_find(kind: str) -> None:
         said = verdict(content)
         if said is None:
             continue
-        assert said == verdict_of_all_pixels(content)
+        if said.startswith(("L ", "RGB ")):  # else the reader may have filled up what is missing
+            assert said == verdict_of_all_pixels(content)
         verdicts.add(said)
         count["sound" if said.startswith(("L ", "RGB ")) else "rejected"] += 1
     assert min(count.values()) >= 10

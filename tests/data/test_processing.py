@@ -30,7 +30,7 @@ from recipe.config import Corrupt, Decoder, Expectation, Source
 from recipe.data import packing, processing
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.demo import write_demo_archives
-from recipe.data.images import DamagedImageError, Rules, store
+from recipe.data.images import DamagedImageError, RejectedImageError, Rules, store
 from recipe.data.processing import preprocess
 from recipe.data.raw import find_raw
 from recipe.data.shards import open_split, read_manifest
@@ -712,14 +712,18 @@ def test_a_profile_or_comment_does_not_reach_the_png() -> None:
 
 DAMAGED = {
     "empty": (b"", r"it is empty \(0 bytes\)"),
-    "text": (b"<html>404 not found</html>", "it is neither JPEG nor PNG"),
-    "gif": (encoded(pixels("a"), "GIF"), "it is neither JPEG nor PNG"),
+    "text": (b"<html>404 not found</html>", "it is none of JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF, JPEG 2000"),
+    "eps": (encoded(pixels("a"), "EPS"), "it is none of JPEG, PNG, WebP"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is none of JPEG, PNG, WebP"),
     "truncated JPEG": (encoded(pixels("a", 400, 300))[:2000], "truncated"),
     "truncated PNG": (encoded(pixels("a", 400, 300), "PNG")[:2000], "truncated"),
     "header only": (jpeg("a")[:20], "."),
     "PNG bomb": (png_header_of(20_000, 20_000), "it is too large"),
     "JPEG bomb": (jpeg_header_of(20_000, 20_000), "it is too large"),
-    "large, below Pillow's own limit": (png_header_of(8_000, 7_000), "8000 x 7000 claims more than 50 million pixels"),
+    "large, below Pillow's own limit": (
+        png_header_of(14_000, 13_000),
+        "it is too large: 14000 x 13000 pixels, while data.max_pixels=178956970",
+    ),
     "PNG without data": (png_header_of(10, 10), "."),
 }
 
@@ -729,7 +733,7 @@ def test_damaged_images_have_a_reason_that_repeats(case: str) -> None:
     content, reason = DAMAGED[case]
     texts = set()
     for _ in range(2):
-        with pytest.raises(DamagedImageError, match=reason) as caught:
+        with pytest.raises(RejectedImageError, match=reason) as caught:
             store(content, False, KEEP)
         texts.add(str(caught.value))
     assert len(texts) == 1
@@ -779,9 +783,15 @@ def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [
-        ([key for key in train_images() if key.startswith("n02085620")], "all training images of class 'n02085620'"),
-        (list(validation_images()), r"all 6 val images are corrupt, such as ILSVRC2012_val_00000001: it is empty"),
-        (list(train_images()), "all 12 train images are corrupt"),
+        (
+            [key for key in train_images() if key.startswith("n02085620")],
+            "no training image of class 'n02085620' can be stored",
+        ),
+        (
+            list(validation_images()),
+            r"none of the 6 val images can be stored, such as ILSVRC2012_val_00000001: it is empty",
+        ),
+        (list(train_images()), "none of the 12 train images can be stored"),
     ],
 )
 def test_neither_a_class_nor_a_split_may_lose_all_its_images(tmp_path: Path, bad: list[str], sentence: str) -> None:

@@ -31,7 +31,7 @@ def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Pat
         "n01440764_11": (encoded(pixels("a", 400, 300))[:2000], "truncated"),
         "n01440764_12": (b"", "empty"),
         "n01440764_13": (jpeg_header_of(20_000, 20_000), "too large"),
-        "n01440764_14": (b"no image at all", "neither JPEG nor PNG"),
+        "n01440764_14": (b"no image at all", "none of JPEG, PNG"),
     }
     odd = {
         "n02085620_11": (encoded(pixels("b"), "PNG"), "PNG not named .png"),

@@ -92,17 +92,24 @@ def test_paths_arrays_images_and_tensors_are_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "is none of JPEG"),
+        (b"", r"it is empty \(0 bytes\)"),
         (b"hello, I am no picture", "is none of JPEG"),
         (saved(pixels("cut", 200, 150), "JPEG")[:900], "no picture that can be read"),
-        (saved(Image.new("1", (9000, 9000)), "PNG"), "claims 9000 x 9000 pixels"),
-        (saved(Image.new("1", (20000, 20000)), "PNG"), "no picture that can be read"),
+        (saved(Image.new("1", (20000, 20000)), "PNG"), "is too large: .*max_pixels=178956970"),
     ],
 )
 def test_a_hostile_or_damaged_file_is_one_sentence(content: bytes, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence) as refused:
         pixels_of(content, apply_orientation=True)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_too_large_is_for_the_caller_to_say(tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(saved(Image.new("1", (9000, 9000)), "PNG"))
+    assert pixels_of(tmp_path / "large.png", apply_orientation=False).shape == (3, 9000, 9000)
+    said = r"large\.png is too large: 9000 x 9000 pixels, while max_pixels=80999999; make it smaller, or give more"
+    with pytest.raises(UserError, match=said):
+        pixels_of(tmp_path / "large.png", apply_orientation=False, max_pixels=9000 * 9000 - 1)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,232 @@
+"""Damage that decoders pass over in silence: is every pixel of a JPEG or PNG file there?
+
+libjpeg fills up what is missing and only warns; Pillow swallows the warnings, and does not count the rows of a PNG.
+simplejpeg hands on libjpeg-turbo's warnings, but only the first of an image: a harmless one is taken out of the bytes,
+in memory, until none is left or one that costs pixels. Damage that no decoder can see: changed bits that decode to
+other pixels, and what was lost before the file was written.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import simplejpeg
+
+STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
+HARMLESS = {  # warnings of libjpeg (JWRN_* of its jerror.h) that cost no pixel, if they are the only ones
+    "extraneous bytes before marker": "stray bytes in a JPEG",
+    "Unknown Adobe color transform code": "unknown Adobe code in a JPEG",
+    "unknown JFIF revision number": "unknown JFIF version in a JPEG",
+    "Invalid SOS parameters for sequential JPEG": "unusual scan parameters in a JPEG",
+    "bad ICC marker": "damaged colour profile in a JPEG",
+    "Premature end of JPEG file": "JPEG without an end marker",
+}
+STRAY_PLACES_MAX = 20  # each costs a few times the decoding of the image
+START, END = b"\xff\xd8", b"\xff\xd9"
+SOS, EOI, DHT = 0xDA, 0xD9, 0xC4
+SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA)
+RESTARTS = range(0xD0, 0xD8)
+WITHOUT_LENGTH = (0x01, 0xD8, EOI, *RESTARTS)
+DESCRIBING = (*range(0xE0, 0xF0), 0xFE)  # APPn and comments
+COEFFICIENTS = 64  # of a block
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+INFLATED_AT_ONCE = 1 << 20  # bytes
+
+
+class Flaw(NamedTuple):
+    """What is wrong with a file."""
+
+    what: str
+    loses_pixels: bool
+
+
+class Segment(NamedTuple):
+    """A marker of a JPEG and its parameters, as positions in the file."""
+
+    marker: int
+    start: int
+    end: int
+
+
+# ---- JPEG -------------------------------------------------------------------------------------------
+
+
+def jpeg_flaw(content: bytes) -> Flaw | None:
+    """The worst that libjpeg-turbo says of a JPEG; raises `ValueError` where it does not read this kind at all."""
+    warning = warning_of(content)
+    if warning is None:
+        return None if has_all_scans(content) else Flaw("it is truncated (its last scans are missing)", True)
+    harmless = next((what for sign, what in HARMLESS.items() if sign in warning), None)
+    if harmless is not None:
+        content = bare(content)
+        for _ in range(STRAY_PLACES_MAX):
+            warning = warning_of(content)
+            if warning is None or not STRAY.search(warning):
+                break
+            content = without_stray_bytes(content, warning)
+        if warning is None and has_all_scans(content):
+            return Flaw(harmless, False)
+    decode(content, strict=False)
+    return lost(warning or "its last scans are missing")
+
+
+def lost(warning: str) -> Flaw:
+    """A warning that stands for pixels."""
+    what = warning.removeprefix("Corrupt JPEG data: ")
+    is_end = "premature end" in what.lower() or "missing" in what
+    return Flaw(f"it is truncated ({what})" if is_end else f"its data are damaged ({what})", True)
+
+
+def warning_of(content: bytes) -> str | None:
+    """The first warning of libjpeg-turbo, or why it stopped; None for a clean image."""
+    try:
+        decode(content, strict=True)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def decode(content: bytes, strict: bool) -> None:
+    """Every coefficient of every component, and an eighth of the pixels' size: what follows cannot fail."""
+    simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8, strict=strict)
+
+
+def segments(content: bytes) -> Iterator[Segment]:
+    """The markers of a JPEG in order, scans of coefficients between them, up to the end marker."""
+    position = 0
+    while (start := next_marker(content, position)) is not None:
+        marker, end = content[start + 1], start + 2
+        if marker not in WITHOUT_LENGTH:
+            end += int.from_bytes(content[end : end + 2])
+        yield Segment(marker, start, end)
+        if marker == EOI:
+            return
+        position = end
+
+
+def next_marker(content: bytes, position: int) -> int | None:
+    """Where the next marker begins; in a scan 0xFF may also be followed by 0 or a restart marker."""
+    while 0 <= (position := content.find(b"\xff", position)) < len(content) - 1:
+        following = content[position + 1]
+        if following not in (0x00, 0xFF, *RESTARTS):
+            return position
+        position += 1 if following == 0xFF else 2
+    return None
+
+
+def bare(content: bytes) -> bytes:
+    """The same scans with nothing that describes them, no bytes between segments, and an end."""
+    parts, end, is_scan, is_sequential = [], 0, False, False
+    for segment in segments(content):
+        if is_scan:
+            parts.append(content[end : segment.start])
+        body = content[segment.start : segment.end]
+        is_scan, end = segment.marker == SOS, segment.end
+        is_sequential = is_sequential or segment.marker in SEQUENTIAL
+        if is_scan and is_sequential:
+            body = body[:-3] + bytes([0, COEFFICIENTS - 1, 0])
+        if segment.marker not in (*DESCRIBING, EOI):
+            parts.append(body)
+    if is_scan:
+        parts.append(content[end:])
+    return b"".join(parts) + END
+
+
+def without_stray_bytes(content: bytes, warning: str) -> bytes:
+    """A JPEG without the stray bytes that its first warning is about.
+
+    The warning names the marker after them, and there may be many of that name: it is the first one up to which the
+    file has to be read for this warning to come.
+    """
+    found = STRAY.search(warning)
+    assert found is not None
+    count, marker = int(found[1]), int(found[2], 16)
+    places = [match.start() for match in re.finditer(re.escape(bytes([0xFF, marker])), content)]
+
+    def warns(place: int) -> bool:
+        end = place + 2
+        if marker not in WITHOUT_LENGTH:
+            end += int.from_bytes(content[end : end + 2])
+        return warning_of(content[:end] + END) == warning
+
+    number = bisect_left(places, True, key=warns)
+    if number == len(places):
+        return content
+    place = places[number]
+    return content[: place - count] + content[place:]
+
+
+def has_all_scans(content: bytes) -> bool:
+    """Whether each coefficient of each component comes to its last bit; libjpeg shows fewer without a word."""
+    unsent: dict[int, list[int]] = {}  # component -> lowest bit that is still to come of each coefficient
+    is_progressive = False
+    for segment in segments(content):
+        body = content[segment.start + 4 : segment.end]
+        if segment.marker in (*SEQUENTIAL, *PROGRESSIVE):
+            is_progressive = segment.marker in PROGRESSIVE
+            unsent = {body[6 + 3 * number]: [1] * COEFFICIENTS for number in range(body[5])}
+        elif segment.marker == SOS:
+            first, last, bits = body[-3:] if is_progressive else (0, COEFFICIENTS - 1, 0)
+            for number in range(body[0]):
+                if (lowest := unsent.get(body[1 + 2 * number])) is not None:
+                    lowest[first : last + 1] = [bits & 0x0F] * (last + 1 - first)
+            if not any(map(any, unsent.values())):
+                return True
+    return not unsent  # another kind of frame, which is not looked into
+
+
+# ---- PNG --------------------------------------------------------------------------------------------
+
+
+def png_flaw(content: bytes) -> Flaw | None:
+    """A wrong checksum of a critical chunk, rows that are missing, or no end."""
+    position, inflate, rows, wanted = len(PNG_START), zlib.decompressobj(), 0, 0
+    while True:
+        if position + 12 > len(content):
+            return Flaw("it is truncated (it has no IEND chunk)", True)
+        length, kind = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        if end > len(content):
+            return Flaw(f"it is truncated (inside its {kind.decode('latin-1')} chunk)", True)
+        is_critical = not kind[0] & 0x20
+        if is_critical and zlib.crc32(content[position + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
+            return Flaw(f"the checksum of its {kind.decode('latin-1')} chunk is wrong", True)
+        body = content[position + 8 : end - 4]
+        if kind == b"IHDR":
+            wanted = bytes_of_rows(body)
+        elif kind == b"IDAT" and rows <= wanted:  # more than that is not shown, and could be without end
+            try:
+                rows += inflated_bytes(inflate, body)
+            except zlib.error as error:
+                return Flaw(f"its data are damaged ({str(error).rpartition(': ')[2]})", True)
+        elif kind == b"IEND":
+            return None if rows >= wanted else Flaw(f"it is truncated ({rows} of {wanted} bytes of its rows)", True)
+        position = end
+
+
+def bytes_of_rows(header: bytes) -> int:
+    """How many bytes the rows of a PNG have before compression, each with the byte that names its filter."""
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    total = 0
+    for left, top, across, down in passes:
+        columns, lines = -(-(width - left) // across), -(-(height - top) // down)
+        if columns > 0 and lines > 0:
+            total += lines * (1 + (columns * depth * PNG_CHANNELS[colour_type] + 7) // 8)
+    return total
+
+
+def inflated_bytes(inflate: zlib._Decompress, packed: bytes) -> int:
+    """How many bytes these become, of which never more than a few are kept."""
+    total = 0
+    while packed and not inflate.eof:
+        total += len(inflate.decompress(packed, INFLATED_AT_ONCE))
+        packed = inflate.unconsumed_tail
+    return total
