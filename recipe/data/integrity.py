@@ -73,6 +73,8 @@ def jpeg_flaw(content: bytes) -> Flaw | None:
             content = without_stray_bytes(content, warning)
         if warning is None and has_all_scans(content):
             return Flaw(harmless, False)
+        if STRAY.search(warning or ""):
+            return lost(f"stray bytes in more than {STRAY_PLACES_MAX} places")
     decode(content, strict=False)
     return lost(warning or "its last scans are missing")
 

@@ -559,8 +559,11 @@ def report(record: PreprocessingRecord, merged: dict[str, Merged]) -> None:
     """The few lines a person reads at the end."""
     images = ", ".join(f"{facts.images:,} {name}" for name, facts in record.splits.items())
     odd = ", ".join(f"{count:,} x {kind}" for kind, count in record.odd_images.items()) or "none"
-    left_out = len(record.rejected)
-    print(f"{record.processed_path}: {images} images; odd ones: {odd}; left out: {left_out}", file=sys.stderr)
+    converted, left_out = sum(len(split.oddities) for split in merged.values()), len(record.rejected)
+    print(
+        f"{record.processed_path}: {images} images; unusual: {odd}; converted: {converted}; left out: {left_out}",
+        file=sys.stderr,
+    )
     before, after = (
         sum(getattr(split, name) for split in merged.values()) for name in ("converted_bytes", "png_bytes")
     )
