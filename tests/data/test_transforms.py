@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import functional
 
+from recipe.data import transforms
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
@@ -160,3 +164,55 @@ def test_resizing_into_a_batch_is_torchvisions_and_touches_nothing_else(mode: In
             assert bool((batch[2] == 77).all())
     without = functional.resize(image, [20, 20], interpolation=mode, antialias=False)
     assert torch.equal(resize(image, (20, 20), mode, False, empty_image((20, 20))), without)
+
+
+# ---- very long images -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "levels"), [(InterpolationMode.BILINEAR, 1), (InterpolationMode.BICUBIC, 2)])
+@pytest.mark.parametrize(
+    ("size", "resized", "crop"),
+    [
+        *(((2, 900), 64, 48), ((900, 2), 64, 48), ((1, 1000), 32, 31), ((70, 7001), 64, 64), ((640, 20000), 64, 40)),
+        *(((333, 5000), 50, 33), ((300, 400), 256, 224), ((41, 40), 7, 7), ((64, 6400), 64, 64), ((13, 4001), 29, 28)),
+    ],
+)
+def test_the_centre_alone_has_the_pixels_of_the_long_way(
+    size: tuple[int, int],
+    resized: int,
+    crop: int,
+    mode: InterpolationMode,
+    levels: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = torch.from_numpy(np.random.default_rng(size[1]).integers(0, 256, (3, *size), np.uint8))
+    whole = transform(resized, crop, mode)(image)
+    monkeypatch.setattr(transforms, "RESIZED_BYTES_MAX", 0)
+    centre = transform(resized, crop, mode)(image)
+    assert largest_difference(centre, whole) <= levels
+    assert (centre.int() - whole.int()).abs().float().mean() < 0.2
+
+
+@pytest.mark.parametrize("size", [(1, 4_000_000), (4_000_000, 1), (2, 60_000), (60_000, 2), (300, 500_000)])
+def test_a_very_long_image_costs_no_more_than_it_has(size: tuple[int, int]) -> None:
+    """Resized, the first would take 3 GB for each row of the crop."""
+    image = torch.zeros((3, *size), dtype=torch.uint8)
+    image[:, size[0] // 3 : size[0] - size[0] // 3, size[1] // 3 : size[1] - size[1] // 3] = 200
+    resource.setrlimit(resource.RLIMIT_AS, (used_memory() + 2**31, resource.RLIM_INFINITY))
+    try:
+        seen = transform()(image)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert seen.shape == (3, 224, 224)
+    assert int(seen[:, 112, 112].min()) == 200
+
+
+def used_memory() -> int:
+    """Bytes of address space."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def test_what_was_resized_before_keeps_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MB: ratios of 325 at a short side of 256."""
+    monkeypatch.setattr(transforms, "centre_of_resized", lambda *_: pytest.fail("the centre alone"))
+    transform()(fixed_image(16, 5000))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from torch import Tensor
 
 from recipe.config import Config, Corrupt
 from recipe.data.decoding import Picture, PillowDecoder, UndecodableError
@@ -18,7 +20,7 @@ from recipe.errors import UserError, WorkerError
 from recipe.records import TrainingRecord
 from recipe.training import loop
 from tests.conftest import compose_config
-from tests.data.layouts import config, encoded, pixels, train_images, write_official
+from tests.data.layouts import config, encoded, jpeg, pixels, train_images, write_files, write_official
 from tests.data.test_processing import jpeg_header_of
 
 Words = Callable[..., list[str]]
@@ -119,3 +121,72 @@ def test_f15_a_failure_in_a_thread_of_one_process_of_two_surfaces_within_five_se
     refused, ended = (float(Path(name).read_text().splitlines()[0]) for name in ("refused", "ended"))
     assert 0 <= ended - refused < 5
     assert launcher_ended - refused < 60  # less than a wait for the others would take; 23 s were seen at load 16
+
+
+def fails_with(error: Exception) -> Callable[..., Tensor]:
+    """A resize that does."""
+
+    def resize(*_: object, **__: object) -> Tensor:
+        raise error
+
+    return resize
+
+
+FAILURES = {
+    "memory": (MemoryError(), "cannot be decoded or transformed: not enough memory"),
+    "torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "transformed: DefaultCPUAllocator: can't"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+@pytest.mark.parametrize("place", ["recipe.training.augmentation.resize", "recipe.data.transforms.resize"])
+def test_f12_a_failure_beyond_decoding_names_the_image_too(
+    smoke: Words, place: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While training, and in the validation after it."""
+    error, said = FAILURES[case]
+    config = compose_config(*smoke("optimization.epochs=1", "trainer.data_processes=0"))
+    monkeypatch.setattr(place, fails_with(error))
+    with pytest.raises(UserError, match=rf"shard (train|val)-\d+\.tar, image \S+, \d+ x \d+ pixels, .*{said}"):
+        loop.train(config)
+
+
+def test_f12_an_error_of_the_code_keeps_its_traceback_and_names_the_image(
+    smoke: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose_config(*smoke("optimization.epochs=1", "trainer.data_processes=0"))
+    monkeypatch.setattr("recipe.training.augmentation.resize", fails_with(KeyError("a mistake")))
+    with pytest.raises(KeyError) as stopped:
+        loop.train(config)
+    assert "while decoding or transforming shard train-" in "".join(stopped.value.__notes__)
+
+
+def test_f12_preprocessing_names_an_image_that_does_not_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def store(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("recipe.data.packing.store", store)
+    raw = write_official(tmp_path / "raw")
+    with pytest.raises(
+        UserError, match=r"not enough memory to decode n\d+_\d+ in .*img_train.tar .*fewer data.processes"
+    ):
+        preprocess(config(raw, tmp_path / "out", processes=0))
+
+
+def test_f12_a_very_long_image_is_trained_and_evaluated_on(smoke: Words, tmp_path: Path) -> None:
+    """4,000,000 x 1 pixels, resized to a short side of 256, would have 3 GB for each of their rows."""
+    for split, count in (("train", 30), ("val", 4)):
+        for class_id in ("cat", "dog"):
+            write_files(
+                tmp_path / "raw" / split / class_id, {f"{n}": jpeg(f"{split}{class_id}{n}") for n in range(count)}
+            )
+            long = encoded(Image.new("RGB", (4_000_000, 1), (200, 30, 30)), "PNG")
+            write_files(tmp_path / "raw" / split / class_id, {"long": long}, ".png")
+    words = [f"data.raw_dir={tmp_path / 'raw'}", f"data.directory={tmp_path / 'data'}", "data=folder", "data.name=long"]
+    words += ["evaluation.resize_pixels=256", "evaluation.crop_pixels=224", "optimization.epochs=1"]
+    words = smoke(*words)
+    preprocess(compose_config(*words))
+    record = loop.train(compose_config(*words))
+    assert record is not None
