@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from recipe.config import MAX_PIXELS
-from recipe.data.integrity import Flaw, jpeg_flaw, png_flaw
+from recipe.data.integrity import Flaw, clean_pixels, jpeg_flaw, png_flaw
 
 FORMATS = {  # Pillow's name -> everybody's; its other readers are not asked: that of EPS runs Ghostscript
     "JPEG": "JPEG",
@@ -51,6 +51,7 @@ SIGNATURE_BYTES = 32
 FILE_BYTES_PER_PIXEL = 8  # of an uncompressed picture with 16 bits and transparency
 FILE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view after it, which readers of JPEG ignore
+COLOURS = {"RGB": "RGB", "L": "GRAY"}  # of a JPEG that keeps its bytes: Pillow's name -> simplejpeg's
 JPEG_SIDE_MAX = 65_500  # pixels that libjpeg writes
 ORIENTATION_TAG, BITS_TAG = 0x0112, 258
 PNG_BIT_DEPTH = 24  # byte of the file; libpng's colour type follows
@@ -130,7 +131,9 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
             raise too_large(f"{image.width} x {image.height} pixels", rules.max_pixels)
         if image.mode in MODES_WITHOUT_WHITE:
             raise RejectedImageError(f"it has {MODES_WITHOUT_WHITE[image.mode]}: 8 or 16 bits of grey or RGB are read")
-        flaw = checked(image, content)
+        shrinks = rules.resize_short_side is not None and can_shrink(image, rules.resize_short_side)
+        pixels = pixels_of_clean_jpeg(image, content) if shrinks else None
+        flaw = None if pixels is not None else checked(image, content)
         if flaw is not None and flaw.loses_pixels and not rules.is_verified:
             raise DamagedImageError(flaw.what)
         oddity = odd_kind(image, content, is_named_png and rules.keeps_png)
@@ -138,12 +141,22 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
             found = f"damaged {image.format}: {flaw.what}" if flaw.loses_pixels else flaw.what
             oddity = found if oddity is None else f"{oddity}, {found}"
         is_rotated = image.format != "TIFF" and orientation(image) not in (0, 1)  # Pillow turns a TIFF
-        if rules.resize_short_side is not None and can_shrink(image, rules.resize_short_side):
-            return resized(image, rules.resize_short_side, rules.quality, oddity, is_rotated)
+        if rules.resize_short_side is not None and shrinks:
+            return resized(
+                image if pixels is None else pixels, rules.resize_short_side, rules.quality, oddity, is_rotated
+            )
         if oddity is not None:
             return as_png(image, oddity, is_rotated)
         extension = "jpg" if image.format in JPEG_FORMATS else "png"
         return StoredImage(content, extension, *image.size, image.mode == "L", is_rotated)
+
+
+def pixels_of_clean_jpeg(image: Image.Image, content: bytes) -> Image.Image | None:
+    """The pixels of Pillow by the library that checks them, so that one decoding does both; None for what has flaws."""
+    if image.format not in JPEG_FORMATS or image.mode not in COLOURS:
+        return None
+    pixels = clean_pixels(content, COLOURS[image.mode])
+    return None if pixels is None else Image.fromarray(pixels.squeeze(-1) if image.mode == "L" else pixels)
 
 
 def checked(image: Image.Image, content: bytes) -> Flaw | None:

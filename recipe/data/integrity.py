@@ -15,7 +15,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 
 STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 HARMLESS = {  # warnings of libjpeg (JWRN_* of its jerror.h) that cost no pixel, if they are the only ones
@@ -93,6 +95,15 @@ def warning_of(content: bytes) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def clean_pixels(content: bytes, colours: str) -> NDArray[np.uint8] | None:
+    """All pixels, uint8 [H, W, 3] or, of GRAY, [H, W, 1]; None where there is something to say about the JPEG."""
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colours, strict=True)
+    except ValueError:
+        return None
+    return pixels if has_all_scans(content) else None
 
 
 def decode(content: bytes, strict: bool) -> None:

@@ -230,7 +230,7 @@ def is_image(folder: Path, name: str) -> bool:
 
 def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
     """Whether a file is named as one of a kind."""
-    return os.path.splitext(name)[1].lower() in suffixes
+    return name[1:].lower().endswith(suffixes)
 
 
 def suffix(name: str) -> str:

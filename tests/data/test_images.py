@@ -130,3 +130,13 @@ def test_two_thirds_of_a_picture_are_refused_where_it_is_resized_too() -> None:
     content = encoded(pixels("cut", 400, 300))
     with pytest.raises(DamagedImageError, match="truncated"):
         store(content[: 2 * len(content) // 3], False, Rules(keeps_png=False, resize_short_side=30, quality=77))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_that_are_resized_are_pillows(kind: str) -> None:
+    """The library that checks a JPEG also decodes it here."""
+    content = picture(kind)
+    with Image.open(io.BytesIO(content)) as image:
+        oracle = Image.fromarray(np.asarray(image)).resize((43, 30), Image.Resampling.BILINEAR)
+    stored = store(content, False, Rules(keeps_png=False, resize_short_side=30, quality=90))
+    assert (stored.oddity, stored.content) == (None, encoded(oracle, quality=90))

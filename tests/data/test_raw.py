@@ -292,7 +292,7 @@ def test_the_order_of_classes_is_that_of_imagefolder(tmp_path: Path) -> None:
 
 
 def test_keys_have_no_dots_and_do_not_collide() -> None:
-    names = ["a.jpg", "a.png", "a.jpg.png", "b.c.JPEG", "x~y.jpeg", "x%7Ey.jpg", ".jpg", "..jpg", "readme.md", "jpg"]
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.c.JPEG", "x~y.jpeg", "x%7Ey.jpg", "..jpg", "jpg", "b.webp", "a.data"]
     keys = folder_keys("some.class", names)
     assert len(set(keys.values())) == len(keys)
     assert not any("." in key for key in keys.values())
@@ -304,6 +304,9 @@ def test_keys_have_no_dots_and_do_not_collide() -> None:
         "x~y.jpeg": "x%7Ey",
         "x%7Ey.jpg": "x%257Ey",
         "..jpg": "%2E",
+        "jpg": "jpg",
+        "b.webp": "b",
+        "a.data": "a%2Edata",
     }
 
 
