@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from recipe.composition import composed_config, run_command
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
-from recipe.data.sharing import launched
 from recipe.document.render import check_document, write_document
 from recipe.errors import one_clear_sentence
+from recipe.launcher import launched
 from recipe.run import Run, append_to_journal, recorded_path, shown_path
 
 

@@ -11,7 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from recipe.errors import one_clear_sentence
+from recipe.errors import DiskError, one_clear_sentence
+from recipe.streams import output_failure
 
 VERBS: dict[str, tuple[str, str]] = {
     "check": ("recipe.review.check", "is a recipe whole, readable and in agreement with itself?"),
@@ -31,7 +32,16 @@ PROGRAM = "python -m recipe"
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code."""
-    words = sys.argv[1:] if words is None else list(words)
+    with one_clear_sentence():
+        arguments = _parsed(sys.argv[1:] if words is None else list(words))
+        code = int(importlib.import_module(VERBS[arguments.verb][0]).answer(arguments))
+        failure = output_failure()
+        if failure is not None and not isinstance(failure, BrokenPipeError):  # `| head` has read enough
+            raise DiskError(f"the answer could not be printed: {failure.strerror}")
+        return code
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(PROGRAM, description="What a reader does with a recipe.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     asked = words[0] if words else None
@@ -39,9 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
         described = verbs.add_parser(verb, help=line, description=line)
         if verb == asked:  # only the module that is needed: several of them load torch
             importlib.import_module(module).describe(described)
-    arguments = parser.parse_args(words)
-    with one_clear_sentence():
-        return int(importlib.import_module(VERBS[arguments.verb][0]).answer(arguments))
+    return parser.parse_args(words)
 
 
 def console() -> None:

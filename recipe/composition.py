@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config import MACHINE_FACTS, Config, known_keys, leaves, typed
 from recipe.errors import UserError, one_clear_sentence
+from recipe.launcher import launched, report_ignored
 from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, Run, shown_path
 
@@ -34,6 +35,8 @@ def run_command(main: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
     remember_typed_words()
     with one_clear_sentence(), _explaining():
+        launched()  # refuses here, before anything is written
+        report_ignored()
         main()
 
 

@@ -33,12 +33,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from recipe import faults
 from recipe.config import Accelerator, Config, Precision, TrainerConfig
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
+from recipe.launcher import launched
 from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
 from recipe.run import Run, shown_path
+from recipe.streams import protect_streams
 
 Result = TypeVar("Result")
-HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # by our launcher to its processes
+# By our launcher to its processes; those that it ignores from its start, as under nohup, its processes ignore too.
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 BEGUN_FILE = "RECIPE_BEGUN_FILE"  # names, in a process that we launched, what shows that there is something to lose
@@ -52,7 +55,7 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
     launcher is handed on to all of them. Raises `WorkerError` with the first failing worker's sentence and exit code,
     and leaves with exit code 75 where they were stopped and saved.
     """
-    if dist.is_torchelastic_launched():
+    if launched().is_elastic:
         return worker(config)
     processes = processes_per_node(config.trainer)
     if processes == 1:
@@ -67,7 +70,7 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=config.trainer.max_restarts,
-        signals_to_handle=HANDED_ON,
+        signals_to_handle=",".join(number.name for number in HANDED_ON if signal.getsignal(number) != signal.SIG_IGN),
     )
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
@@ -97,6 +100,7 @@ def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config
 
 def _started_worker(worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
     """Runs in each started process: leaves the reason of a failure where the launcher looks for it."""
+    protect_streams()
     saved.unlink(missing_ok=True)  # of an earlier attempt
     os.environ[BEGUN_FILE] = str(_begun(saved))
     try:
@@ -154,7 +158,8 @@ def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError
 
 def processes_per_node(trainer: TrainerConfig) -> int:
     """How many processes this node runs: torchrun's number, else `trainer.gpus`, else every GPU, else one."""
-    started = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else None
+    place = launched()
+    started = place.local_size if place.is_elastic else None
     if started is not None and trainer.gpus not in (None, started):
         raise UserError(
             f"trainer.gpus={trainer.gpus}, but torchrun started {started} processes on this node: "
@@ -271,31 +276,21 @@ class World:
 @contextmanager
 def start_world(trainer: TrainerConfig) -> Iterator[World]:
     """Join the other processes, choose the device and the arithmetic; leave them at the end."""
-    if dist.is_torchelastic_launched():
+    place = launched()
+    if place.is_elastic:
         _end_with_launcher()
         _refuse_stale_addresses()
     processes_per_node(trainer)
     kind = device_type(trainer)
-    environment = {
-        name: int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    }
-    device = torch.device(kind, environment["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
-    size = environment["WORLD_SIZE"]
-    world = World(
-        environment["RANK"],
-        size,
-        environment["LOCAL_RANK"],
-        environment["LOCAL_WORLD_SIZE"],
-        device,
-        "none" if size == 1 else "nccl" if kind == "cuda" else "gloo",
-    )
+    device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device("cpu")
+    backend = "none" if place.size == 1 else "nccl" if kind == "cuda" else "gloo"
+    world = World(place.rank, place.size, place.local_rank, place.local_size, device, backend)
     _check_device(trainer, device)
     _choose_arithmetic(trainer, world)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
     faults.stop("joining", world.rank, 0)
-    if size > 1:
+    if world.size > 1:
         _join(world, timedelta(seconds=trainer.timeout_seconds))
     try:
         yield world

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from recipe.streams import protect_streams
+
 # What a stranger's words could do to a terminal: move, colour, title, reorder. Lines of a diff stay lines.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SAVED = 75  # stopped from outside, saved, and continued by the same command (EX_TEMPFAIL)
@@ -56,7 +58,11 @@ def how_to_continue() -> str:
 
 @contextmanager
 def one_clear_sentence() -> Iterator[None]:
-    """Print a `UserError` as one line and exit with its code; leave every other exception alone."""
+    """Print a `UserError` as one line and exit with its code; leave every other exception alone.
+
+    Every command enters this first, so that it also protects the standard streams.
+    """
+    protect_streams()
     try:
         yield
     except UserError as error:

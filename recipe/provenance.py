@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
+from recipe.launcher import launched
 from recipe.records import Hardware, Provenance, TreeState
 from recipe.run import (
     CHECKOUT,
@@ -119,16 +120,16 @@ class Stage:
 def command() -> str:
     """The command as typed, with other people's paths and machines taken out.
 
-    Workers that this project starts inherit `sys.argv`; a worker of torchrun is told by its environment and by having
-    no parent in Python's multiprocessing.
+    A process that this project starts has the `sys.argv` of its parent in Python's multiprocessing; a process of
+    torchrun has no such parent.
     """
     script, *arguments = typed_words() or ["python"]
     words = " ".join([_program(script), *map(shown_argument, arguments, ["", *arguments])])
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    if processes is None or multiprocessing.parent_process() is not None:
+    launch = launched()
+    if not launch.is_elastic or multiprocessing.parent_process() is not None:
         return _printable(f"python {words}")
-    nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
-    return _printable(f"torchrun --nnodes={nodes} --nproc-per-node={processes} {words}")
+    nodes = launch.size // launch.local_size
+    return _printable(f"torchrun --nnodes={nodes} --nproc-per-node={launch.local_size} {words}")
 
 
 def _program(script: str) -> str:

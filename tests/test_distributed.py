@@ -26,6 +26,7 @@ from recipe.distributed import (
 from recipe.errors import DiskError, UserError, WorkerError
 from recipe.provenance import usable_cores
 from tests.conftest import compose_config
+from tests.worlds import torchrun_environment
 
 
 def world(local_size: int = 1) -> World:
@@ -39,7 +40,7 @@ def trainer(*overrides: str) -> TrainerConfig:
 @pytest.fixture(autouse=True)
 def plain_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """No torchrun around us, and no GPU unless a test says so."""
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in torchrun_environment(0, 1):
         monkeypatch.delenv(name, raising=False)
     see_gpus(monkeypatch, 0)
 
@@ -50,8 +51,8 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def started_by_torchrun(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for name, value in torchrun_environment(0, processes).items():
+        monkeypatch.setenv(name, value)
 
 
 # ---- how many processes -----------------------------------------------------------------------------

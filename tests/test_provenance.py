@@ -28,6 +28,7 @@ from recipe.provenance import (
     versions,
 )
 from recipe.records import TreeState, to_json
+from tests.worlds import torchrun_environment
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -477,7 +478,7 @@ def test_the_source_hash_sees_content_and_names_of_source_only(repository: Path)
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *words: str, **variables: str) -> str:
-    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+    for name in torchrun_environment(0, 1):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -512,13 +513,13 @@ def test_the_command_names_no_other_place(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_under_torchrun_the_command_says_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = typed(monkeypatch, "train.py", "experiment=smoke", LOCAL_WORLD_SIZE="8", WORLD_SIZE="32")
+    shown = typed(monkeypatch, "train.py", "experiment=smoke", **torchrun_environment(9, 32, nodes=4))
     assert shown == "torchrun --nnodes=4 --nproc-per-node=8 train.py experiment=smoke"
 
 
 def test_a_worker_that_was_started_here_gives_the_parents_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.current_process)
-    shown = typed(monkeypatch, "train.py", "trainer.gpus=2", LOCAL_WORLD_SIZE="2", WORLD_SIZE="2")
+    shown = typed(monkeypatch, "train.py", "trainer.gpus=2", **torchrun_environment(1, 2))
     assert shown == "python train.py trainer.gpus=2"
 
 

@@ -29,18 +29,23 @@ def run_world(size: int, worker: Callable[..., Any], *arguments: Any) -> list[An
 
 
 def _run(rank: int, size: int, port: int, results: Any, worker: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= torchrun_environment(rank, size) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         results.put((rank, (True, worker(*arguments))))
     except BaseException:
         results.put((rank, (False, traceback.format_exc())))
+
+
+def torchrun_environment(rank: int, size: int, nodes: int = 1) -> dict[str, str]:
+    """What torchrun sets in each of its processes, as far as it says which of how many that is."""
+    local_size = size // nodes
+    return {
+        "TORCHELASTIC_RUN_ID": "1",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank % local_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+    }
 
 
 def meet_elsewhere() -> None:

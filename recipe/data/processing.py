@@ -56,8 +56,9 @@ from recipe.data.shards import (
     read_manifest,
     size_of,
 )
-from recipe.data.sharing import ALONE, LOST_SECONDS, Launch, Plan, Team, require_same_plan
+from recipe.data.sharing import LOST_SECONDS, Plan, Team, require_same_plan
 from recipe.errors import UserError
+from recipe.launcher import ALONE, Launch
 from recipe.provenance import Stage, machine, usable_cores
 from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
 from recipe.run import disk_errors, locked, shown_path, write_atomically

@@ -1,28 +1,26 @@
 """Several processes, of one node or of many, share the shards of a data set: torchrun ... preprocess.py
 
 Each makes the shards whose number, modulo the number of processes, is its rank; rank 0 lists and checks the raw data
-before, and merges the notes afterwards. They meet in the data directory and nowhere else, so that any launcher will do
-that sets RANK and WORLD_SIZE, on any file system that all of them see: each writes a small file of its own there every
-few seconds and reads that of rank 0 (which reads all). A process that fails says why in its file; one whose file stands
-still is lost. Files that an earlier launch left say nothing: every process draws a token, and counts on rank 0 only
-once rank 0 has read it and repeats it.
+before, and merges the notes afterwards. They meet in the data directory and nowhere else, on any file system that all
+of them see: each writes a small file of its own there every few seconds and reads that of rank 0 (which reads all). A
+process that fails says why in its file; one whose file stands still is lost. Files that an earlier launch left say
+nothing: every process draws a token, and counts on rank 0 only once rank 0 has read it and repeats it.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from recipe.config import differences
 from recipe.data.packing import WORK, Task
 from recipe.errors import HangError, UserError, how_to_continue
+from recipe.launcher import Launch
 from recipe.records import Record, Setting, from_json, to_json
 from recipe.run import shown_path, write_atomically
 
@@ -30,36 +28,6 @@ SIGNS = "ranks"  # the folder of the processes' files, inside the work folder
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 180.0  # without a new sign; network file systems show a new file up to a minute late
 PREPARING, MAKING, MADE, FAILED = "preparing", "making", "made", "failed"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Which of how many processes this one is."""
-
-    rank: int = 0
-    size: int = 1
-    on_this_node: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one that merges, and that writes the run."""
-        return self.rank == 0
-
-
-ALONE = Launch()
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What torchrun, or another launcher, left in the environment; one process where there is nothing."""
-    if environment.get("WORLD_SIZE", "1") == "1":
-        return ALONE
-    words = [environment.get(name, "") for name in ("RANK", "WORLD_SIZE")] + [environment.get("LOCAL_WORLD_SIZE", "1")]
-    if not all(word.isdecimal() for word in words) or not int(words[0]) < int(words[1]) or int(words[2]) < 1:
-        raise UserError(
-            f"RANK={words[0]}, WORLD_SIZE={words[1]} and LOCAL_WORLD_SIZE={words[2]} in the environment name no "
-            "process; start with torchrun, or unset them"
-        )
-    return Launch(*map(int, words))
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -90,7 +58,7 @@ class Team:
 
     def __init__(self, directory: Path, launch: Launch) -> None:
         self.folder = directory / WORK / SIGNS
-        self.rank, self.size, self.on_this_node = launch.rank, launch.size, launch.on_this_node
+        self.rank, self.size, self.on_this_node = launch.rank, launch.size, launch.local_size
         self.where = shown_path(directory)
         self.token, self.beat, self.state, self.why = secrets.token_hex(8), 0, PREPARING, ""
         self.images = self.fresh_images = self.processes = self.continued_shards = 0

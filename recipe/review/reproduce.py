@@ -8,7 +8,6 @@ or path of the document is used; what differs from this checkout is shown and as
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from recipe.document.facts import gather
 from recipe.document.render import write_document
 from recipe.errors import UserError
 from recipe.inference.serialization import serialize_run
+from recipe.launcher import launched
 from recipe.performance import evaluate_run
 from recipe.provenance import Stage, machine
 from recipe.records import PreprocessingRecord, ReproductionRecord
@@ -59,7 +59,7 @@ def describe(parser: ArgumentParser) -> None:
 
 def answer(arguments: Namespace) -> int:
     """Reproduce; 1 where a claim was found wrong."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if launched().is_elastic:
         raise UserError("reproduce starts its own processes: run it without torchrun")
     plan = planned(arguments)
     _show(plan)

@@ -1,8 +1,9 @@
 """A wish to stop: noted when a signal comes, agreed on by all processes, acted on between two steps.
 
-A scheduler that takes the machine back sends SIGTERM or one of the user signals, a person presses Ctrl-C. The handler
-only notes it. All processes look at the same steps and add up what they noted, so that all of them leave at the same
-step even where only one was told; what follows (a checkpoint, exit code 75) is the training loop's business.
+A scheduler that takes the machine back sends SIGTERM or one of the user signals, a terminal that closes sends SIGHUP, a
+person presses Ctrl-C. The handler only notes it. All processes look at the same steps and add up what they noted, so
+that all of them leave at the same step even where only one got the signal; what follows (a checkpoint, exit code 75) is
+the training loop's business.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from recipe.distributed import World
+from recipe.launcher import launched
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_LOOKS = 16  # of several processes with accelerators: the host waits for the device to look
 ECHO_SECONDS = 3.0  # a terminal's Ctrl-C reaches a launched process twice: directly, and handed on by its launcher
 Item = TypeVar("Item")
@@ -36,6 +37,7 @@ class StopWish:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.is_launched = launched().is_elastic
         self.noted_at: float | None = None
         self.interrupted_at: float | None = None
         self.every = STEPS_BETWEEN_LOOKS if world.size > 1 and world.device.type == "cuda" else 1
@@ -44,14 +46,15 @@ class StopWish:
         """The signal handler; a second Ctrl-C does not wait for anything."""
         now = time.monotonic()
         if number == signal.SIGINT:
-            echo_seconds = ECHO_SECONDS if dist.is_torchelastic_launched() else 0.0
+            echo_seconds = ECHO_SECONDS if self.is_launched else 0.0
             if self.interrupted_at is not None and now - self.interrupted_at >= echo_seconds:
                 raise KeyboardInterrupt
             self.interrupted_at = self.interrupted_at or now
-        if self.noted_at is None and self.world.is_first:
+        is_news, self.noted_at = self.noted_at is None, self.noted_at or now
+        if is_news and self.world.is_first:
             text = f"{signal.Signals(number).name}: saving after this step; Ctrl-C (again) stops without\n"
-            os.write(2, text.encode())  # print is not safe here: it may be interrupted print itself
-        self.noted_at = self.noted_at or now
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, text.encode())  # print is not safe here: it may be interrupted print itself
 
     def look(self, count: int) -> None:
         """Raise `Stopped` on all processes or on none; all of them look at the same counts."""
@@ -89,6 +92,6 @@ def stop_wish(world: World) -> Iterator[StopWish]:
     try:
         yield wish
     finally:
-        is_leaving = wish.noted_at is not None and dist.is_torchelastic_launched()
+        is_leaving = wish.noted_at is not None and wish.is_launched
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if is_leaving else handler)

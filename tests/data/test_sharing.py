@@ -17,12 +17,14 @@ import pytest
 from recipe.config import Config
 from recipe.data import processing, sharing
 from recipe.data.processing import preprocess
-from recipe.data.sharing import ALONE, Launch, Team, launched
+from recipe.data.sharing import Team
 from recipe.errors import HangError, UserError
+from recipe.launcher import Launch
 from recipe.records import PreprocessingRecord, from_json
 from recipe.run import CHECKOUT
 from tests.data.layouts import config, jpeg, train_images, write_official
 from tests.data.test_processing import content_of
+from tests.worlds import torchrun_environment
 
 RANK = """
 import sys, time
@@ -31,6 +33,7 @@ sys.path.insert(0, {checkout!r})
 from recipe.data import packing, sharing
 from recipe.data.processing import preprocess
 from recipe.errors import one_clear_sentence
+from recipe.launcher import launched
 from tests.data.layouts import config
 
 sharing.BEAT_SECONDS, sharing.LOST_SECONDS = 0.05, {lost_seconds}
@@ -44,13 +47,8 @@ def slow(*arguments):
 
 packing.store = slow
 with one_clear_sentence():
-    preprocess(config(Path({raw!r}), Path({out!r}), **{changes!r}), sharing.launched())
+    preprocess(config(Path({raw!r}), Path({out!r}), **{changes!r}), launched())
 """
-
-
-def environment(rank: int, size: int) -> dict[str, str]:
-    """As torchrun sets it."""
-    return os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
 
 
 class Ranks:
@@ -74,7 +72,13 @@ class Ranks:
         )
         words = [sys.executable, "-c", script]
         self.running.append(
-            subprocess.Popen(words, env=environment(rank, size), text=True, stderr=subprocess.PIPE, cwd=CHECKOUT)
+            subprocess.Popen(
+                words,
+                env=os.environ | torchrun_environment(rank, size),
+                text=True,
+                stderr=subprocess.PIPE,
+                cwd=CHECKOUT,
+            )
         )
         return self.running[-1]
 
@@ -235,15 +239,6 @@ def test_a_damaged_data_set_is_repaired_by_one_process_only(official: Path, alon
     for rank in (0, 1):
         with pytest.raises(UserError, match="is damaged: let one process repair it"):
             preprocess(config(official, out), Launch(rank, 2, 2))
-
-
-def test_what_the_environment_says() -> None:
-    assert launched({}) == launched({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
-    assert launched(environment(2, 3)) == Launch(2, 3, 3)
-    assert launched({"RANK": "9", "WORLD_SIZE": "16"}) == Launch(9, 16, 1)
-    for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}):
-        with pytest.raises(UserError, match=r"in the environment name no process"):
-            launched(wrong)
 
 
 def test_the_cores_of_a_node_are_divided(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

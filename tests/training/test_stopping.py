@@ -11,13 +11,14 @@ import torch
 
 from recipe.distributed import World
 from recipe.training.stopping import ECHO_SECONDS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
+from tests.worlds import torchrun_environment
 
 
 def world(size: int = 1, kind: str = "cpu") -> World:
     return World(0, size, 0, size, torch.device(kind), "none")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_is_noted_and_the_handlers_are_put_back(number: int) -> None:
     before = signal.getsignal(number)
     with stop_wish(world()) as wish:
@@ -36,7 +37,8 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
 
 
 def test_a_launchers_echo_of_ctrl_c_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name, value in torchrun_environment(0, 1).items():
+        monkeypatch.setenv(name, value)
     clock = [100.0]
     monkeypatch.setattr("recipe.training.stopping.time.monotonic", lambda: clock[0])
     wish = StopWish(world())
