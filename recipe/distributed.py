@@ -37,11 +37,10 @@ from recipe.launcher import launched
 from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
 from recipe.run import Run, shown_path
+from recipe.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
 from recipe.streams import protect_streams
 
 Result = TypeVar("Result")
-# By our launcher to its processes; those that it ignores from its start, as under nohup, its processes ignore too.
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 BEGUN_FILE = "RECIPE_BEGUN_FILE"  # names, in a process that we launched, what shows that there is something to lose
@@ -52,7 +51,7 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
     """Call `worker(config)` once per process and return the first one's result.
 
     Workers that are started here import the calling script anew, so it must guard its `main`. A signal that reaches the
-    launcher is handed on to all of them. Raises `WorkerError` with the first failing worker's sentence and exit code,
+    launcher is handed on to all of them; one that it ignores, as under nohup, they ignore too. Raises `WorkerError` with the first failing worker's sentence and exit code,
     and leaves with exit code 75 where they were stopped and saved.
     """
     if launched().is_elastic:
@@ -70,7 +69,7 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=config.trainer.max_restarts,
-        signals_to_handle=",".join(number.name for number in HANDED_ON if signal.getsignal(number) != signal.SIG_IGN),
+        signals_to_handle=",".join(number.name for number in heeded(FROM_OUTSIDE)),
     )
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
@@ -80,21 +79,23 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
 
 def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
     """The first process's result; the file `saved` says afterwards whether they left in order."""
+    start_resource_tracker()
     started = time.time()
-    try:
-        results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config, saved)
-    except ChildFailedError as failure:
-        if saved.exists():
-            raise SystemExit(SAVED) from None
-        raise _as_worker_error(failure, _stacks(Run(config.run_dir), started)) from None
-    except SignalException as stopped:
-        if saved.exists():
-            raise SystemExit(SAVED) from None
-        if not _begun(saved).exists():
-            print(f"stopped before anything began; {how_to_continue()}", file=sys.stderr)
-            raise SystemExit(SAVED) from None
-        print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
-        raise SystemExit(128 + stopped.sigval) from None
+    with handlers_put_back():  # the engine leaves its own
+        try:
+            results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config, saved)
+        except ChildFailedError as failure:
+            if saved.exists():
+                raise SystemExit(SAVED) from None
+            raise _as_worker_error(failure, _stacks(Run(config.run_dir), started)) from None
+        except SignalException as stopped:
+            if saved.exists():
+                raise SystemExit(SAVED) from None
+            if not _begun(saved).exists():
+                print(f"stopped before anything began; {how_to_continue()}", file=sys.stderr)
+                raise SystemExit(SAVED) from None
+            print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
+            raise SystemExit(128 + stopped.sigval) from None
     return results[0]
 
 

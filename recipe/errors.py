@@ -7,6 +7,7 @@ keeps its traceback. The codes follow sysexits.h.
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,14 @@ class WorkerError(UserError):
         self.exit_code = exit_code
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the work in order, as Ctrl-C does."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.exit_code = 128 + number
+
+
 def how_to_continue() -> str:
     """What to type after an interruption."""
     restarts = any(word.startswith("trainer.restart=") for word in sys.argv)
@@ -68,6 +77,6 @@ def one_clear_sentence() -> Iterator[None]:
     except UserError as error:
         print(f"error: {CONTROLS.sub('�', str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print(f"stopped by Ctrl-C; {how_to_continue()}", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        print(f"stopped by {str(stop) or 'Ctrl-C'}; {how_to_continue()}", file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from recipe.config import Config, typed
 from recipe.run import CHECKOUT
+from recipe.signals import handlers_put_back
 
 SMALL_DEMO = ["data.train_images_per_class=9", "data.validation_images_per_class=4", "data.images_per_shard=40"]
 Compose = Callable[..., Config]
@@ -44,6 +46,23 @@ class PlainViews:
 def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test runs in an empty directory, where its journal and anything stray ends up."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """A training that a signal has stopped ignores the next ones, since its process is about to end."""
+    with handlers_put_back():
+        yield
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """A test, and the processes that it starts, heed the signals that a background job and nohup ignore."""
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in before.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

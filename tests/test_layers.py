@@ -9,11 +9,12 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["streams", "errors", "launcher", "faults", "energy", "config", "records", "run", "provenance"]
+GROUND = ["streams", "errors", "launcher", "signals", "faults", "energy", "config", "records", "run", "provenance"]
 ALLOWED = {
     "streams": [],
     "errors": ["streams"],
     "launcher": ["errors"],
+    "signals": ["errors"],
     "faults": [],
     "energy": [],
     "config": ["errors"],

@@ -49,6 +49,7 @@ from recipe.data.shards import Split
 from recipe.data.worker import SIGNAL_BASE, Done, Job, Start, batch_at
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError, WorkerError
+from recipe.signals import FROM_OUTSIDE, blocked
 
 THREADS_PER_PROCESS = 2  # where nobody says: one waits for a disk while the other decodes
 SECONDS_TO_END = 3.0  # of processes that were told to, before they are killed
@@ -57,7 +58,6 @@ BOOT = (
     "from recipe.data.worker import main; main(*map(int, sys.argv[2:]))"
 )
 SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
@@ -284,12 +284,9 @@ def start_workers(start: Start, count: int) -> tuple[subprocess.Popen[bytes], li
         file.flush()
         words = [sys.executable, "-c", BOOT, json.dumps(sys.path), *map(str, (told, *theirs))]
         environment = os.environ | SETTINGS
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # for the process too, from its first moment on
-        try:
-            descriptors = (told, start.memory, *theirs)
+        descriptors = (told, start.memory, *theirs)
+        with blocked(FROM_OUTSIDE):
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=environment, pass_fds=descriptors)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for _, end in pairs:
         end.close()
     return process, [Connection(end.detach()) for end, _ in pairs]

@@ -62,6 +62,7 @@ from recipe.launcher import ALONE, Launch
 from recipe.provenance import Stage, machine, usable_cores
 from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
 from recipe.run import disk_errors, locked, shown_path, write_atomically
+from recipe.signals import blocked, interruptible, start_resource_tracker
 
 RECORD = "preprocessing.json"
 LOCK = "lock"
@@ -84,7 +85,7 @@ def preprocess(config: Config, launch: Launch = ALONE) -> PreprocessingRecord:
         refuse_damaged_data_set(directory)
     if not launch.is_first:
         return assisted(data, directory, launch)
-    with sole_writer(directory):
+    with interruptible(), sole_writer(directory):
         done = finished_record(data, directory)  # another process may have finished while this one was starting
         if done is None:
             with Team(directory, launch) as team:
@@ -255,7 +256,7 @@ def made(data: DataConfig, directory: Path, raw: Raw, stage: Stage, team: Team) 
 
 def assisted(data: DataConfig, directory: Path, launch: Launch) -> PreprocessingRecord:
     """A rank other than 0: make this one's shards, and wait until rank 0 has merged all."""
-    with Team(directory, launch) as team:
+    with interruptible(), Team(directory, launch) as team:
         plan = team.await_plan()
         raw = find_raw(data)  # not before: rank 0 may have had to draw or download it
         raw.verified = names_of_verified(hashed_archives(data, directory, raw))
@@ -455,11 +456,12 @@ def packed(place: Workplace, tasks: list[Task], processes: int, on_images: Calla
         return {}
     if processes == 0:
         return {task.name: counted(part_of(task, pack_here(task, place)), on_images) for task in tasks}
+    start_resource_tracker()
     context = get_context("spawn")
     stop = context.Event()
     executor = ProcessPoolExecutor(processes, context, start_worker, (place, stop))
     try:
-        with no_ctrl_c_for_children():
+        with blocked((signal.SIGINT, signal.SIGHUP)):  # a terminal sends them to all; workers are stopped in order
             futures = {executor.submit(run_task, task): task for task in tasks}
         return {part.shard.name: counted(part, on_images) for part in finishing(futures)}
     except BrokenProcessPool as error:
@@ -468,7 +470,7 @@ def packed(place: Workplace, tasks: list[Task], processes: int, on_images: Calla
             "with fewer data.processes if it happens again"
         ) from error
     finally:
-        stop.set()  # workers look at it between two images, so that Ctrl-C ends them within one
+        stop.set()  # workers look at it between two images, so that a signal ends them within one
         executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -476,19 +478,6 @@ def counted(part: Part, on_images: Callable[[int], None]) -> Part:
     """The same, when its images were told of."""
     on_images(len(part.rows))
     return part
-
-
-@contextmanager
-def no_ctrl_c_for_children() -> Iterator[None]:
-    """Processes started in here never see SIGINT, which a terminal sends to all; one that comes meanwhile waits.
-
-    A worker that Ctrl-C ended would take the others down in the middle of a file; the parent stops them all in order.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def finishing(futures: dict[Future[Note], Task]) -> Iterator[Part]:

@@ -208,7 +208,7 @@ def reason_of(error: BaseException) -> str:
     """One sentence for the other processes."""
     if isinstance(error, UserError):
         return str(error)
-    return "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    return str(error) or "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
 def require_same_plan(rank: int, first: Plan, mine: Plan) -> None:

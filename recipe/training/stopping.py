@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import torch
 
 from recipe.distributed import World
 from recipe.launcher import launched
+from recipe.signals import handlers_put_back, heeded
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_LOOKS = 16  # of several processes with accelerators: the host waits for the device to look
@@ -81,17 +81,9 @@ def stop_wish(world: World) -> Iterator[StopWish]:
     """Note signals instead of dying of them; to be entered after the process group is there.
 
     While a process waits in C++ for the others to join, no Python handler runs: it could not be ended by a signal.
-    A signal that was ignored before (nohup) stays ignored. Where a whole process group is told, a launched process is
-    told twice, and the second time (by its launcher) it may have saved and be leaving: it is not to die of that.
     """
     wish = StopWish(world)
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        handled = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-        before = {number: signal.signal(number, wish.note) for number in handled}
-    try:
+    with handlers_put_back():
+        for number in heeded(SIGNALS):
+            signal.signal(number, wish.note)
         yield wish
-    finally:
-        is_leaving = wish.noted_at is not None and wish.is_launched
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if is_leaving else handler)

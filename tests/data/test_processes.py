@@ -24,11 +24,12 @@ from recipe.data.loading import (
     TrainingBatches,
     evaluation_orders,
 )
-from recipe.data.processes import BLOCKED, DecodingProcesses, even_shares, open_decoding, processes_for
+from recipe.data.processes import DecodingProcesses, even_shares, open_decoding, processes_for
 from recipe.data.shards import Split, open_split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError, WorkerError
+from recipe.signals import FROM_OUTSIDE
 from recipe.training.augmentation import build_augmentation
 from tests.conftest import compose_config
 
@@ -162,7 +163,7 @@ def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Decoding]
     with nullcontext(two) as (train, *_):
         assert isinstance(train, DecodingProcesses)
         process = train.pool.process
-        for numbers in (BLOCKED, BLOCKED):
+        for numbers in (FROM_OUTSIDE, FROM_OUTSIDE):
             for number in numbers:
                 for pid in (process.pid, *children(train)):
                     os.kill(pid, number)
