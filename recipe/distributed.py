@@ -50,9 +50,10 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names, in a process that was launched,
 def launch(worker: Callable[[Config], Result], config: Config) -> Result:
     """Call `worker(config)` once per process and return the first one's result.
 
-    Workers that are started here import the calling script anew, so it must guard its `main`. A signal that reaches the
-    launcher is handed on to all of them; one that it ignores, as under nohup, they ignore too. Raises `WorkerError` with the first failing worker's sentence and exit code,
-    and leaves with exit code 75 where they were stopped and saved.
+    Workers that are started here import the calling script again, so it must guard its `main`. A signal that reaches
+    the launcher is handed on to all of them; one that it ignores, as under nohup, they ignore too. Raises `WorkerError`
+    with the first failing worker's sentence and exit code, and leaves with exit code 75 where they were stopped and
+    saved.
     """
     if launched().is_elastic:
         return worker(config)

@@ -240,7 +240,51 @@ def test_a_full_disk_is_said_in_one_sentence(run_command: Command, data_director
     assert not list((tmp_path / "full").rglob("*.tmp-*"))
 
 
+def in_shell(streams: str) -> tuple[str, ...]:
+    """A launcher whose standard streams a shell has set up."""
+    return ("bash", "-c", f'set -o pipefail; "$0" "$@" {streams}', sys.executable)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("streams", ["2>&1 | head -n 1", "> /dev/full 2>&1", ">&- 2>&-"])
+def test_training_goes_on_where_nobody_reads(run_command: Command, tmp_path: Path, streams: str, gpus: int) -> None:
+    words = ("run_dir=x", "optimization.epochs=3", "trainer.log_every_steps=1", f"trainer.gpus={gpus}")
+    run_command("train.py", *words, "trainer.accelerator=cpu", launcher=in_shell(streams))
+    assert (tmp_path / "x" / "records" / "training.json").exists()
+    assert (tmp_path / "x" / "recipe.md").exists()
+
+
+@pytest.mark.slow
+def test_the_other_stages_go_on_where_nobody_reads(run_command: Command, trained: Path) -> None:
+    launcher = in_shell("> /dev/full 2>&1")
+    run_command("preprocess.py", "run_dir=x", launcher=launcher)
+    run_command("evaluate.py", "run_dir=x", launcher=launcher)
+    run_command("serialize.py", "run_dir=x", launcher=launcher)
+    assert {"evaluation.json", "serialization.json"} <= {path.name for path in (trained / "records").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, 2, "error: WORLD_SIZE=2 in the environment"),
+        ({"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "1"}, 2, "error: WORLD_SIZE=4"),
+        ({"WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "1"}, 0, "ignored, as torchrun did not start this: RANK=1"),
+    ],
+)
+def test_variables_of_another_launcher_are_refused_or_ignored(
+    run_command: Command, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], code: int, said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = ("run_dir=x", "optimization.epochs=1", "trainer.gpus=2", "trainer.accelerator=cpu")
+    done = run_command("train.py", *words, code=code)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_ends_with_a_sentence_and_can_be_continued(data_directory: Path, tmp_path: Path) -> None:
     process = started_training(data_directory, tmp_path, "run_dir=x", "optimization.epochs=200")
     wait_until(lambda: any((tmp_path / "x" / "checkpoints").glob("*.sha256")))

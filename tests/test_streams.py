@@ -28,7 +28,7 @@ for number in tqdm(range(1000), file=sys.stderr, mininterval=0):
 warnings.warn("late")
 with open("result", "w") as result:
     assert result.fileno() > 2
-    subprocess.run([sys.executable, "-c", "print('from a child')"])
+    subprocess.run([sys.executable, "-c", "import os; [os.fstat(number) for number in range(3)]"], check=True)
     result.write("done")
 sys.stdout.write("no newline at the end")
 sys.exit(75)
@@ -86,9 +86,9 @@ def test_nothing_is_lost_where_somebody_reads(tmp_path: Path) -> None:
     assert code == 75
     assert errors.count("warning ") == 1000
     lines = (tmp_path / "out").read_text().splitlines()
-    assert len(lines) == 1002
+    assert len(lines) == 1001
     assert lines[0].startswith("café \\udcff 0 ")
-    assert lines[-2:] == ["from a child", "no newline at the end"]
+    assert lines[-1] == "no newline at the end"
 
 
 def test_streams_that_somebody_has_redirected_stay() -> None:

@@ -230,6 +230,7 @@ sys.path.insert(0, {checkout!r})
 from recipe.data import packing, processing
 from recipe.data.processing import preprocess
 from recipe.data.raw import find_raw
+from recipe.errors import one_clear_sentence
 from tests.data.layouts import config
 
 out = Path({out!r})
@@ -249,7 +250,8 @@ def late(*arguments):
 
 processing.write_data_set = late
 if __name__ == "__main__":
-    preprocess(config({raw!r}, out, processes=2))
+    with one_clear_sentence():
+        preprocess(config({raw!r}, out, processes=2))
 """
 
 
@@ -318,17 +320,30 @@ def test_workers_end_when_only_the_parent_is_killed(official: Path, tmp_path: Pa
     assert members_of_group(process.pid) == []
 
 
-def test_ctrl_c_ends_quickly_and_continues(
-    finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["group", "parent"])
+@pytest.mark.parametrize(
+    ("number", "code", "name"),
+    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")],
+)
+def test_a_signal_ends_quickly_and_the_next_command_continues(
+    finished: tuple[Path, PreprocessingRecord],
+    official: Path,
+    tmp_path: Path,
+    number: int,
+    code: int,
+    name: str,
+    send: Callable[[int, int], None],
 ) -> None:
     process = start_slowly(official, tmp_path / "out", 1)
     started = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    send(process.pid, number)
+    _, errors = process.communicate(timeout=20)
     assert time.monotonic() - started < 15  # it takes a second; a busy machine has taken five
-    assert process.returncode != 0
-    assert not list((tmp_path / "out").glob("*.tmp-*"))
+    assert process.returncode == code
+    assert errors.splitlines()[1:] == [f"stopped by {name}; run the same command to continue"]
     preprocess(config(official, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.tmp-*"))
     assert content_of(tmp_path / "out") == content_of(finished[0])
 
 

@@ -21,6 +21,9 @@ COMMON = [
     "run_dir=x",
     "trainer.timeout_seconds=60",
 ]
+IN_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 BOTH = {"ours": (OURS, ("trainer.gpus=2",)), "torchrun": (TORCHRUN, ())}
 
 
@@ -31,17 +34,24 @@ def start(
     launcher: tuple[str, ...] = OURS,
     fault: str | None = None,
     new_session: bool = False,
+    terminal: int | None = None,
 ) -> subprocess.Popen[str]:
-    """A training that is going on in `directory`, in the run `x` unless the words say otherwise."""
+    """A training that is going on in `directory`, in the run `x` unless the words say otherwise.
+
+    With a `terminal` it runs as in the foreground of a shell there, and what it prints goes to it.
+    """
     common = [*COMMON, f"data.directory={data}"]
+    if terminal is not None:
+        launcher = (sys.executable, "-c", IN_TERMINAL, *launcher)
     return subprocess.Popen(
         [*launcher, str(CHECKOUT / "train.py"), *common, *words],
         cwd=directory,
         env=os.environ | ({"FAULT": fault} if fault else {}),
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=new_session,
+        stdin=terminal,
+        stdout=subprocess.PIPE if terminal is None else terminal,
+        stderr=subprocess.PIPE if terminal is None else terminal,
+        start_new_session=new_session or terminal is not None,
     )
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +30,11 @@ from tests.faults.launched import (
     weights_of,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # seconds on a quiet machine, minutes on a busy one
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # seconds on a quiet machine, minutes on a busy one
+    pytest.mark.usefixtures("default_signals"),
+]
 ENDLESS = ("optimization.epochs=500", "trainer.log_every_steps=1")
 SHORT = ("optimization.epochs=2",)
 
@@ -73,7 +81,7 @@ def test_f02_no_process_outlives_its_launcher(launch: str, data_directory: Path,
         continued.communicate(timeout=10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_f03_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Path, tmp_path: Path) -> None:
     """Fault 3; SIGTERM comes below."""
     process = start(tmp_path, data_directory, *ENDLESS, "trainer.gpus=2", new_session=True)
@@ -86,6 +94,58 @@ def test_f03_a_signal_to_our_launcher_saves_the_step(number: int, data_directory
     assert "saved at step" in errors
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_f03_a_terminal_that_closes_saves_the_step(gpus: int, data_directory: Path, tmp_path: Path) -> None:
+    """SIGHUP to all processes of the terminal, twice as from its shell, while nothing can be written to it any more."""
+    ours, theirs = pty.openpty()
+    process = start(tmp_path, data_directory, *ENDLESS, f"trainer.gpus={gpus}", terminal=theirs)
+    os.close(theirs)
+    threading.Thread(target=read_until_closed, args=(ours,), daemon=True).start()
+    wait_until(lambda: steps_done(tmp_path) > 12)
+    os.close(ours)
+    time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(100) == SAVED
+    wait_until(lambda: not processes_of(tmp_path), seconds=10)
+    _, errors = finish(start(tmp_path, data_directory, *ENDLESS, f"trainer.gpus={gpus}", fault="stop@0:20"), SAVED)
+    assert "continuing at epoch 1, step" in errors
+
+
+def read_until_closed(descriptor: int) -> None:
+    """As a terminal does, which would otherwise be full one day."""
+    with suppress(OSError):
+        while os.read(descriptor, 2**16):
+            pass
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_f03_what_was_ignored_at_the_start_stays_ignored(
+    number: int, gpus: int, data_directory: Path, tmp_path: Path
+) -> None:
+    """SIGHUP under nohup, SIGINT in a background job; to the whole group, so to the launcher and its processes."""
+    before = signal.signal(number, signal.SIG_IGN)
+    process = start(tmp_path, data_directory, *ENDLESS, f"trainer.gpus={gpus}", new_session=True)
+    signal.signal(number, before)
+    wait_until(lambda: steps_done(tmp_path) > 3)
+    done = steps_done(tmp_path)
+    os.killpg(process.pid, number)
+    wait_until(lambda: steps_done(tmp_path) > done + 9)
+    process.terminate()
+    _, errors = finish(process, SAVED)
+    assert "SIGTERM: saving after this step" in errors
+
+
+def test_f03_a_hang_up_of_torchrun_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
+    """Its exit code is torchrun's own."""
+    process = start(tmp_path, data_directory, *ENDLESS, launcher=TORCHRUN)
+    wait_until(lambda: steps_done(tmp_path) > 12)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert "saved at step" in errors
 
 
 def two_agents(directory: Path, data: Path, *words: str, fault: str | None = None) -> list[subprocess.Popen[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from recipe.distributed import World
-from recipe.training.stopping import ECHO_SECONDS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
+from recipe.errors import SAVED
+from recipe.training.stopping import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
 from tests.worlds import torchrun_environment
+
+pytestmark = pytest.mark.usefixtures("default_signals")
 
 
 def world(size: int = 1, kind: str = "cpu") -> World:
@@ -50,14 +54,43 @@ def test_a_launchers_echo_of_ctrl_c_is_no_second_one(monkeypatch: pytest.MonkeyP
         wish.note(signal.SIGINT, None)
 
 
-def test_what_was_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_what_was_ignored_stays_ignored(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with stop_wish(world()) as wish:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
             wish.look(1)
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(number, before)
+
+
+def test_a_request_is_noted_also_where_it_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal that sends SIGHUP is gone."""
+    wish = StopWish(world())
+
+    def gone(descriptor: int, content: bytes) -> int:
+        assert wish.noted_at is not None
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("recipe.training.stopping.os.write", gone)
+    wish.note(signal.SIGHUP, None)
+    with pytest.raises(Stopped):
+        wish.look(1)
+
+
+def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
+    def save_and_leave() -> None:
+        with stop_wish(world()):
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise SystemExit(SAVED)
+
+    with pytest.raises(SystemExit):
+        save_and_leave()
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is not signal.SIG_IGN, "a child process would ignore it from its start"
 
 
 def test_several_accelerators_are_not_waited_for_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
