@@ -14,12 +14,13 @@ from PIL import features
 from recipe.config import DataConfig, Expectation, sha256_of, untyped
 from recipe.data import imagenet
 from recipe.data.images import FILTER, GREY, ROTATED
-from recipe.data.listing import Raw
+from recipe.data.listing import Raw, Tally
 from recipe.data.merging import Merged
 from recipe.data.shards import MANIFEST
 from recipe.records import (
     Archive,
     LabelExample,
+    LeftOut,
     PreprocessingRecord,
     Provenance,
     Setting,
@@ -71,6 +72,8 @@ def record_of(
         odd_images=odd_images(merged),
         odd_examples=oddities[:EXAMPLES_MAX],
         rejected=[oddity for split in merged.values() for oddity in split.rejected],
+        left_out=tallies(raw.left_out),
+        lost_images=tallies(raw.lost_images),
         decoded_with=f"Pillow {PIL.__version__}, {jpeg_library()}",
         processes=processes,
         images_per_second=round(images_per_second, 1),
@@ -128,6 +131,11 @@ def odd_images(merged: dict[str, Merged]) -> dict[str, int]:
     counts[GREY] = sum(len(split.grey_images) for split in merged.values())
     counts[ROTATED] = sum(len(split.rotated_images) for split in merged.values())
     return {kind: count for kind, count in sorted(counts.items()) if count}
+
+
+def tallies(found: dict[str, Tally]) -> dict[str, LeftOut]:
+    """What was left out, as the record lists it."""
+    return {name: LeftOut(count=tally.count, examples=tally.examples) for name, tally in sorted(found.items())}
 
 
 def stored_as(data: DataConfig) -> str:

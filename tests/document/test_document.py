@@ -25,6 +25,7 @@ from recipe.records import (
     EvaluationRecord,
     Hardware,
     LabelExample,
+    LeftOut,
     LoaderFacts,
     ModelFacts,
     Oddity,
@@ -703,6 +704,8 @@ def test_hostile_words_stay_words() -> None:
             raw_path=HOSTILE,
             outputs={"manifest": sha("manifest"), HOSTILE: HOSTILE},
             rejected=[Oddity(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],
+            left_out={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
+            lost_images={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
         ),
         "training": training_record(
             config,
