@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.config import MACHINE_FACTS, Config, known_keys, leaves, typed
+from recipe.config import MACHINE_FACTS, PATHS, Config, known_keys, leaves, typed
 from recipe.errors import UserError, one_clear_sentence
 from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, Run, shown_path
@@ -34,6 +35,7 @@ def run_command(main: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
     remember_typed_words()
     with one_clear_sentence(), _explaining():
+        sys.argv[1:] = _paths_quoted(sys.argv[1:])
         main()
 
 
@@ -73,10 +75,11 @@ def swept_suffix() -> str:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return ""
-    typed_overrides = _parsed([word for word in typed_words()[1:] if "=" in word and not word.startswith("-")])
+    words = [word for word in _paths_quoted(typed_words()[1:]) if "=" in word and not word.startswith("-")]
+    typed_overrides = _parsed(words)
     swept = {override.key_or_group for override in typed_overrides if override.is_sweep_override()}
     swept |= set(hydra.sweeper.get("params") or {})
-    mine = [override for override in _parsed(list(hydra.overrides.task)) if override.key_or_group in swept]
+    mine = [override for override in _parsed(_task_words()) if override.key_or_group in swept]
     return "-".join(
         f"{override.key_or_group}-{override.get_value_element_as_str()}".replace("/", "_")
         for override in mine
@@ -96,25 +99,33 @@ def pinned_config(own_group: str) -> Config:
 
     Raises `UserError` where the run directory holds none, and where the command line contradicts it.
     """
-    return _pinned_config(list(HydraConfig.get().overrides.task), own_group)
+    return _pinned_config(_task_words(), own_group)
+
+
+def _task_words() -> list[str]:
+    """What Hydra was given; unresolved, since a path may hold what looks like a reference."""
+    words = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    assert isinstance(words, list)
+    return [str(word) for word in words]
 
 
 def config_of(words: list[str]) -> Config:
     """The configuration that these words describe, outside Hydra's scripts."""
-    _require_settings(words)
+    words = _settings(words)
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
         return typed(compose("config", words))
 
 
-def _require_settings(words: list[str]) -> None:
+def _settings(words: list[str]) -> list[str]:
     wrong = [word for word in words if word.startswith("-") or "=" not in word]
     if wrong:
         raise UserError(f"{wrong[0]!r} is no setting: only key=value can be given here")
+    return _paths_quoted(words)
 
 
 def pinned_config_of(words: list[str], own_group: str) -> Config:
     """The same outside Hydra's scripts, in a notebook: `words` are what would stand on the command line."""
-    _require_settings(words)
+    words = _settings(words)
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
         return _pinned_config(words, own_group)
 
@@ -122,7 +133,7 @@ def pinned_config_of(words: list[str], own_group: str) -> Config:
 def composed_outside(words: list[str]) -> Config:
     """What these words compose, outside Hydra's scripts."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
-        return typed(compose("config", words))
+        return typed(compose("config", _paths_quoted(words)))
 
 
 def _pinned_config(given: list[str], own_group: str) -> Config:
@@ -170,6 +181,44 @@ def _experiment(given: list[str], name: str) -> list[str]:
 
 def _run_dir(given: list[str]) -> str:
     return str(compose("config", given).run_dir)
+
+
+def _paths_quoted(words: list[str]) -> list[str]:
+    """A command line with its paths quoted for Hydra, whose grammar has its own use for spaces, commas and brackets.
+
+    What exists under a name as typed is meant by it. Any other value that Hydra reads as text, or as values to sweep
+    over under -m, is left as it is: so names may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
+    """
+    is_multirun = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
+    return [_path_quoted(word, is_multirun) for word in words]
+
+
+def _path_quoted(word: str, is_multirun: bool) -> str:
+    key, _, path = word.partition("=")
+    if key.lstrip("+") not in PATHS or path in ("", "null"):
+        return word
+    if "\n" in path:
+        raise UserError(f"{key}={path!r} holds a line break: rename the file or folder")
+    if not os.path.exists(path) and _is_text(word, path, is_multirun):
+        return word
+    path = "./???" if path == "???" else path  # OmegaConf's word for a missing value
+    # A backslash is an escape only where backslashes end in `${` (for OmegaConf), a quote or the end (for Hydra).
+    path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
+    path = re.sub(r"(\\*)'", r"\1\1\\'", path)
+    path = re.sub(r"(\\+)$", r"\1\1", path)
+    return f"{key}='{path}'"
+
+
+def _is_text(word: str, path: str, is_multirun: bool) -> bool:
+    """Whether Hydra reads this value as the text that it is, as quoted or escaped text, or as a sweep."""
+    try:
+        (override,) = _parsed([word])
+    except HydraException:
+        return False
+    if override.is_sweep_override():
+        return is_multirun
+    value = override.value()
+    return isinstance(value, str) and (value == path or path[0] in "'\"" or "\\" in path)
 
 
 def _parsed(overrides: list[str]) -> list[Override]:

@@ -117,6 +117,7 @@ def typed_words() -> list[str]:
 def shown_argument(argument: str) -> str:
     """One word of a command for a shell; a place outside the checkout is a variable, or its last part."""
     key, equals, value = argument.partition("=")
+    value = value.strip("'\"")  # which Hydra would take off
     if equals and (value.startswith("~") or recorded_path(value).startswith("...")):
         if key in PLACES:
             return f'{key}="{PLACES[key]}"'

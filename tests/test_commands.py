@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 from recipe.errors import SAVED
 from recipe.run import CHECKOUT
 from tests.conftest import SMALL_DEMO
+from tests.data.layouts import jpeg, write_files
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -134,6 +136,52 @@ def test_a_sweep_that_a_scheduler_runs_has_the_same_directories_and_commands(
     document = (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").read_text()
     assert "python train.py -m" in document
     assert "submitit.core" not in document
+
+
+@pytest.mark.parametrize("name", ["my images (v2)=[a], b's", "x$HOME ${name} `id` \\", '-n "50%" #;*&', "caf\udce9"])
+def test_every_stage_finds_a_folder_of_any_name(run_command: Command, tmp_path: Path, name: str) -> None:
+    for class_id in ("cat", "dog"):
+        write_files(tmp_path / name / class_id, {f"{number:02d}": jpeg(f"{number:02d}") for number in range(60)})
+    words = (f"data.raw_dir={name}", "data=folder", "data.name=mine", f"data.directory={name} out", "name=mine")
+    words = (*words, f"run_dir={name} run", "optimization.epochs=1")
+    for script in ("preprocess.py", "train.py"):
+        run_command(script, *words, data=False)
+    run_command("evaluate.py", f"run_dir={name} run", f"data.directory={name} out", data=False)
+    assert names(tmp_path) == {name, f"{name} out", f"{name} run", "runs"}
+
+
+@pytest.mark.parametrize(
+    "name", ["my images", "my(images)", "a;b", "x$HOME", "$(HOME)$$", "it's", 'a"b`id`', "a=b", "-x", "~", "*", "#\\"]
+)
+def test_make_hands_the_folder_on_as_it_was_given(tmp_path: Path, name: str) -> None:
+    """By make's own grammar and the environment's; a program that prints its words stands in for Python."""
+    shutil.copy(CHECKOUT / "Makefile", tmp_path)
+    for file in ("pyproject.toml", "constraints.txt", ".venv/installed-constraints.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+
+    def words_of(*given: str, **environment: str) -> list[str]:
+        done = subprocess.run(
+            ["make", "-s", *given],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    words = ["train.py", "experiment=smoke", f"data.raw_dir={name}", "seed=3", "name=a b", "trainer.gpus=2"]
+    others = ("EXPERIMENT=smoke", "ARGS=seed=3 name='a b'", "GPUS=2")
+    assert words_of("train", f"RAW_DIR={name}", *others) == words
+    assert words_of("train", *others, RAW_DIR=name) == words
+    assert words_of("train") == ["train.py", "experiment=demo"]
+    assert words_of("hardware", f"RAW_DIR={name}") == ["benchmarks/hardware.py", f"--raw-dir={name}"]
+    assert f"RAW_DIR={name} " in words_of("help", f"RAW_DIR={name}")[-1]
 
 
 def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command, trained: Path) -> None:

@@ -26,7 +26,7 @@ from recipe.records import (
     Setting,
     SplitFacts,
 )
-from recipe.run import CHECKOUT
+from recipe.run import CHECKOUT, printable
 
 PERCENTILES = (0, 5, 50, 95, 100)
 EXAMPLES_MAX = 20
@@ -159,4 +159,4 @@ def jpeg_library() -> str:
 def shown(path: Path, outside: str) -> str:
     """A path as records may show it: relative to the checkout, or a name that stands for it."""
     absolute = path.absolute()
-    return str(absolute.relative_to(CHECKOUT)) if absolute.is_relative_to(CHECKOUT) else outside
+    return printable(str(absolute.relative_to(CHECKOUT))) if absolute.is_relative_to(CHECKOUT) else outside

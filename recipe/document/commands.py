@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from recipe.document.facts import Facts
 from recipe.records import Provenance
 from recipe.run import CHECKOUT
 
+SHELL_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # with its quotes
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
 
 
@@ -49,7 +51,7 @@ def to_train(facts: Facts) -> str:
     """What fills the Training chapter; before it, the words of preprocess.py name an experiment that has no file."""
     if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
         _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
-        words = [word for word in given.split(" ") if word and not word.startswith("run_dir=")]
+        words = [word for word in SHELL_WORD.findall(given) if not word.lstrip("'").startswith("run_dir=")]
         return " ".join(["python train.py", *words, f"run_dir={shlex.quote(facts.run_dir)}"])
     return f"python train.py {experiment(facts)}"
 
