@@ -199,9 +199,10 @@ def _path_quoted(word: str, is_multirun: bool) -> str:
         return word
     if "\n" in path:
         raise UserError(f"{key}={path!r} holds a line break: rename the file or folder")
+    if path == "???":  # to OmegaConf, a missing value
+        return f"{key}=./???"
     if not os.path.exists(path) and _is_text(word, path, is_multirun):
         return word
-    path = "./???" if path == "???" else path  # OmegaConf's word for a missing value
     # A backslash is an escape only where backslashes end in `${` (for OmegaConf), a quote or the end (for Hydra).
     path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
     path = re.sub(r"(\\*)'", r"\1\1\\'", path)

@@ -28,7 +28,7 @@ from recipe.records import (
     TimingRecord,
     TrainingRecord,
 )
-from recipe.run import Run
+from recipe.run import Run, printable
 
 LaterRecord = SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
@@ -71,7 +71,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
     config = run.read_config()
     publication = run.read(PublicationRecord)
     return Facts(
-        name=str(config["name"]) if config and "name" in config else run.directory.absolute().name,
+        name=str(config["name"]) if config and "name" in config else printable(run.directory.absolute().name),
         run_dir=publication.run_dir if publication else shown_run_dir,
         config=config,
         preprocessing=run.read(PreprocessingRecord),
