@@ -166,13 +166,12 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("key", ["data.raw_dir", "evaluation.weights"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_that_exists_is_what_was_typed(tmp_path: Path, key: str, name: str) -> None:
+def test_a_path_that_exists_is_what_was_typed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    group, leaf = key.split(".")
-    for path in (name, f"{tmp_path}/{name}"):
-        assert getattr(getattr(config_of([f"{key}={path}"]), group), leaf).removeprefix("./") == path
+    config = config_of([f"data.raw_dir={name}", f"evaluation.weights={tmp_path}/{name}"])
+    assert config.data.raw_dir in (name, f"./{name}")
+    assert config.evaluation.weights == f"{tmp_path}/{name}"
 
 
 @pytest.mark.parametrize(
