@@ -143,8 +143,9 @@ def test_sweeps_of_the_other_stages_go_on_too(run_command: Command, trained: Pat
     done = run_command("evaluate.py", "-m", "run_dir=nowhere,x", code=2)
     assert "top-1" in done.stdout
     assert "1 of the jobs failed:\n  run_dir=nowhere (exit code 2): nowhere holds no run" in done.stderr
-    done = run_command("preprocess.py", "-m", "data.raw_dir=elsewhere,raw", "data.train_images_per_class=0,2", code=2)
-    assert "3 of the jobs failed:" in done.stderr
+    done = run_command("preprocess.py", "-m", "data.directory=/dev/null/new,new", data=False, code=74)
+    assert "1 of the jobs failed:\n  data.directory=/dev/null/new (exit code 74): cannot write" in done.stderr
+    assert (tmp_path / "new" / "manifest.json").exists()
 
 
 SCRIPT = """

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from recipe.data.archives import Member
 from recipe.data.images import FILE_BYTES_MAX
+from recipe.data.look_alikes import look_alike, refuse_same_names
 from recipe.data.system_files import belongs_to_system
 from recipe.errors import UserError
 from recipe.run import shown_path
@@ -218,6 +219,7 @@ def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: 
     """List root/<class>/<image>; labels are positions in `class_ids`, by default the sorted folders."""
     require_folder(root)
     found = class_folders(root)
+    refuse_same_names(found, shown_path(root))
     listing.raw.leave_out_all(root, found, BESIDE)
     classes = class_ids if class_ids is not None else found
     positions = {class_id: position for position, class_id in enumerate(classes)}
@@ -230,7 +232,11 @@ def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: 
 def position_of(class_id: str, positions: Mapping[str, int], key: str) -> int:
     """The label of a validation image."""
     if class_id not in positions:
-        raise UserError(f"the validation image {key} is of class {class_id}, of which there are no training images")
+        twin = look_alike(class_id, positions)
+        hint = f"; give {class_id!a} and the training class {twin!a}, which looks like it, one name" if twin else ""
+        raise UserError(
+            f"the validation image {key} is of class {class_id}, of which there are no training images{hint}"
+        )
     return positions[class_id]
 
 

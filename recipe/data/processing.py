@@ -37,6 +37,7 @@ from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.images import FILTER, Rules
 from recipe.data.listing import Raw, Rows, counted_by_reason, found_in, in_parts, listing_sha256, loss_lines
+from recipe.data.look_alikes import look_alike_lines
 from recipe.data.merging import Merged, Part, merge, part_of
 from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here, run_task, start_worker
 from recipe.data.progress import Progress
@@ -349,7 +350,7 @@ def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord
 
 def verified_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
     """Hold the raw data to what is expected, the quick checks first; returns the archives with their hashes."""
-    print(listing_line(raw), *loss_lines(raw), sep="\n", file=sys.stderr)
+    print(listing_line(raw), *loss_lines(raw), *look_alike_lines(raw.class_ids), sep="\n", file=sys.stderr)
     if data.expect is Expectation.ilsvrc2012:
         require_ilsvrc2012(raw)
     published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo only borrows the names

@@ -22,6 +22,7 @@ from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.folders import folder_keys
 from recipe.data.ilsvrc import read_devkit
 from recipe.data.listing import Raw, Rows, listing_sha256, loss_lines
+from recipe.data.look_alikes import look_alike_lines
 from recipe.data.packing import RawReader
 from recipe.data.processing import listing_line
 from recipe.data.raw import find_raw
@@ -541,6 +542,38 @@ def test_names_in_a_warning_cannot_move_the_terminal(tmp_path: Path) -> None:
     raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
     for line in (listing_line(raw), *loss_lines(raw)):
         assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "pair", [("caf\u00e9", "cafe\u0301"), ("\u212bngstrom", "\u00c5ngstrom"), ("\uac00", "\u1100\u1161")]
+)
+def test_one_name_in_two_spellings_of_unicode_is_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    write_folder(tmp_path, {name: {f"{n}.jpg": b"x" for n in range(30)} for name in pair})
+    with pytest.raises(UserError, match="have the same name in two spellings of Unicode") as refused:
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert all(ascii(name) in str(refused.value) for name in pair)
+
+
+@pytest.mark.parametrize(
+    "pair", [("Cat", "cat"), ("cat", "cat "), ("cat", "\u0441at"), ("\ufb01sh", "fish"), ("stra\u00dfe", "STRASSE")]
+)
+def test_names_that_look_alike_are_two_classes_with_a_warning(tmp_path: Path, pair: tuple[str, str]) -> None:
+    write_folder(
+        tmp_path, {name: {f"{n}.jpg": b"x" for n in range(30)} for name in (*pair, "dog", "resume", "r\u00e9sum\u00e9")}
+    )
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert set(pair) < set(raw.class_ids)
+    (line,) = look_alike_lines(raw.class_ids)
+    names = ", ".join(map(ascii, sorted(pair)))
+    assert line == f"warning: classes whose names look alike: {names}; merge those that are one class"
+
+
+def test_a_validation_class_that_is_spelled_otherwise_than_its_training_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/caf\u00e9": {"1.jpg": b"x"}, "val/cafe\u0301": {"1.jpg": b"x"}})
+    with pytest.raises(
+        UserError, match=r"give 'cafe\\u0301' and the training class 'caf\\xe9', which looks like it, one name"
+    ):
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
 @pytest.mark.parametrize("seconds", [-1_000_000_000, -1, 0, 4_000_000_000])
