@@ -47,6 +47,7 @@ MACHINE_FACTS = (
     "trainer.max_restarts",
     "trainer.restart",
 )
+# Values that are names of files or folders: on a command line these are not read by Hydra's grammar first.
 PATHS = ("run_dir", "reference", "data.raw_dir", "data.directory", "model.weights", "evaluation.weights")
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
