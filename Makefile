@@ -9,7 +9,9 @@ PIP_ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(subst /,-,$(CONSTRAINTS))
-OVERRIDES = experiment=$(EXPERIMENT) $(if $(RAW_DIR),data.raw_dir=$(RAW_DIR)) $(ARGS)
+# A folder may have any name: the shell gets it by the environment, unexpanded by make.
+override export RAW_DIR := $(value RAW_DIR)
+OVERRIDES = experiment=$(EXPERIMENT) $${RAW_DIR:+data.raw_dir="$$RAW_DIR"} $(ARGS)
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
 .PHONY: help setup preprocess train evaluate serialize inference all hardware reproduce test test-faults check clean
@@ -19,7 +21,7 @@ PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
-	@echo "variables: EXPERIMENT=$(EXPERIMENT) RAW_DIR=$(RAW_DIR) GPUS=$(GPUS) ARGS='key=value ...' CONSTRAINTS=$(CONSTRAINTS) PIP_ARGS= PYTHON=$(PYTHON)"
+	@echo "variables: EXPERIMENT=$(EXPERIMENT) RAW_DIR=$$RAW_DIR GPUS=$(GPUS) ARGS='key=value ...' CONSTRAINTS=$(CONSTRAINTS) PIP_ARGS= PYTHON=$(PYTHON)"
 
 setup: $(INSTALLED)  ## create .venv and install the pinned packages; again only when they change
 
@@ -48,10 +50,10 @@ inference: setup  ## the example notebook on that model: pictures, names, latenc
 all: preprocess train evaluate serialize inference  ## the whole recipe
 
 hardware: setup  ## all that a machine with a GPU is wanted for: RAW_DIR=folder with CIFAR-10, or ARGS=--small to rehearse
-	$(BIN)/python benchmarks/hardware.py $(if $(RAW_DIR),--raw-dir $(RAW_DIR)) $(ARGS)
+	$(BIN)/python benchmarks/hardware.py $${RAW_DIR:+--raw-dir="$$RAW_DIR"} $(ARGS)
 
 reproduce: setup  ## train in a temporary folder, delete all but the document, run it again: the same bits?
-	PYTHON=$(CURDIR)/$(BIN)/python tests/reproduce.sh $(EXPERIMENT)
+	PYTHON="$(CURDIR)/$(BIN)/python" tests/reproduce.sh $(EXPERIMENT)
 
 test: setup  ## every test, on a CPU, but for the slow ones
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow"

@@ -3,10 +3,9 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import measured_config, run_command
+from recipe.composition import measured_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
-from recipe.errors import one_clear_sentence
 from recipe.performance import evaluate_run
 from recipe.published import published_config
 from recipe.run import Run, recorded_path, shown_path
@@ -15,7 +14,7 @@ from recipe.run import Run, recorded_path, shown_path
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Evaluate the run's checkpoint, an exported model or published weights, and add the metrics to the document."""
-    with one_clear_sentence():
+    with one_job():
         config = measured_config(composed)
         if config.evaluation.weights is not None:
             config = published_config(config)

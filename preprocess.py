@@ -5,11 +5,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import composed_config, run_command
+from recipe.composition import composed_config, one_job, run_command
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
 from recipe.document.render import check_document, write_document
-from recipe.errors import one_clear_sentence
 from recipe.launcher import launched
 from recipe.run import Run, append_to_journal, recorded_path, shown_path
 
@@ -17,7 +16,7 @@ from recipe.run import Run, append_to_journal, recorded_path, shown_path
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Preprocess the experiment's data set and begin its document."""
-    with one_clear_sentence():
+    with one_job():
         config, launch = composed_config(composed), launched()
         if not launch.is_first:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
             preprocess(config, launch)

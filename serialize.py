@@ -3,9 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import pinned_config, run_command
+from recipe.composition import one_job, pinned_config, run_command
 from recipe.document.render import check_document, write_document
-from recipe.errors import one_clear_sentence
 from recipe.inference.serialization import serialize_run
 from recipe.run import Run, recorded_path, shown_path
 
@@ -13,7 +12,7 @@ from recipe.run import Run, recorded_path, shown_path
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(_composed: DictConfig) -> None:
     """Export the variants, hold each to the eager model, and add the result to the run's document."""
-    with one_clear_sentence():
+    with one_job():
         config = pinned_config(own_group="serialization")
         run = Run(config.run_dir)
         check_document(run)

@@ -5,10 +5,9 @@ from functools import partial
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import composed_config, run_command
+from recipe.composition import composed_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
-from recipe.errors import one_clear_sentence
 from recipe.review.watch import training_watch
 from recipe.run import Run, recorded_path, shown_path
 from recipe.training.fingerprint import leave_fingerprint
@@ -18,7 +17,7 @@ from recipe.training.loop import train
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Train the experiment, or continue it, and write its document."""
-    with one_clear_sentence():
+    with one_job():
         config = composed_config(composed)
         run = Run(config.run_dir)
         if not config.trainer.restart:  # which moves the document aside as it is

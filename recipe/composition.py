@@ -7,10 +7,14 @@ command line only their own group and facts of the machine; a pinned key given a
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -23,21 +27,82 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.config import MACHINE_FACTS, Config, known_keys, leaves, typed
-from recipe.errors import UserError, one_clear_sentence
+from recipe.config import MACHINE_FACTS, PATHS, Config, known_keys, leaves, typed
+from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.launcher import launched, report_ignored
 from recipe.provenance import remember_typed_words, typed_words
-from recipe.run import CHECKOUT, Run, shown_path
+from recipe.run import CHECKOUT, JOURNAL, Run, disk_errors, shown_path
+
+FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`; what Hydra has to say about a command line becomes one sentence too."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
     remember_typed_words()
-    with one_clear_sentence(), _explaining():
+    with one_clear_sentence(), _explaining(), _failures_named():
         launched()  # refuses here, before anything is written
         report_ignored()
+        sys.argv[1:] = _paths_quoted(sys.argv[1:])
         main()
+
+
+@contextmanager
+def one_job() -> Iterator[None]:
+    """The body of a script's `main`: an error is one sentence, and in a multirun it ends this job only.
+
+    A signal ends the multirun, and so does any error under torchrun, whose processes have to stay together. A job that
+    a launcher of Hydra has sent elsewhere ends alone in any case.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN or "TORCHELASTIC_RUN_ID" in os.environ:
+        with one_clear_sentence():
+            yield
+        return
+    try:
+        with _explaining():
+            yield
+    except UserError as error:
+        _note_failure(error.exit_code, str(error))
+    except SystemExit as end:
+        if sys.argv[0] == typed_words()[0]:
+            raise
+        _note_failure(end.code if isinstance(end.code, int) else 1, f"stopped; {how_to_continue()}")
+    except Exception as error:
+        traceback.print_exc()
+        _note_failure(1, f"{type(error).__name__}: {error}")
+
+
+def _note_failure(exit_code: int, reason: str) -> None:
+    """Say it now, and keep it for the end of the multirun."""
+    reason = CONTROLS.sub("�", reason)
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    words = " ".join(f"{override.key_or_group}={override.get_value_element_as_str()}" for override in _swept())
+    note = {"job": HydraConfig.get().job.num, "words": words, "exit_code": exit_code, "reason": reason}
+    notes = Path(os.environ[FAILED_JOBS])
+    with disk_errors(notes):
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        with notes.open("a") as handle:
+            handle.write(json.dumps(note) + "\n")
+
+
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    """At the end of a multirun name the jobs that failed, and exit with the code of the first of them."""
+    notes = Path(JOURNAL.parent, f"failed-jobs-{os.getpid()}.jsonl").absolute()
+    notes.unlink(missing_ok=True)  # of a killed process with the same number
+    os.environ[FAILED_JOBS] = str(notes)
+    failed: list[dict[str, Any]] = []
+    try:
+        yield
+    finally:
+        if notes.exists():
+            failed = sorted(map(json.loads, notes.read_text().splitlines()), key=lambda note: note["job"])
+            notes.unlink()
+            print(f"{len(failed)} of the jobs failed:", file=sys.stderr)
+            for note in failed:
+                print(f"  {note['words']} (exit code {note['exit_code']}): {note['reason']}", file=sys.stderr)
+    if failed:
+        raise SystemExit(failed[0]["exit_code"])
 
 
 @contextmanager
@@ -73,18 +138,23 @@ def composed_config(composed: DictConfig) -> Config:
 
 def swept_suffix() -> str:
     """What tells this job of a multirun from its sisters, such as `seed-1`; empty outside a multirun."""
-    hydra = HydraConfig.get()
-    if hydra.mode != RunMode.MULTIRUN:
-        return ""
-    typed_overrides = _parsed([word for word in typed_words()[1:] if "=" in word and not word.startswith("-")])
-    swept = {override.key_or_group for override in typed_overrides if override.is_sweep_override()}
-    swept |= set(hydra.sweeper.get("params") or {})
-    mine = [override for override in _parsed(list(hydra.overrides.task)) if override.key_or_group in swept]
     return "-".join(
         f"{override.key_or_group}-{override.get_value_element_as_str()}".replace("/", "_")
-        for override in mine
+        for override in _swept()
         if override.key_or_group != "run_dir"
     )
+
+
+def _swept() -> list[Override]:
+    """This job's own values of what a multirun goes through."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return []
+    words = [word for word in _paths_quoted(typed_words()[1:]) if "=" in word and not word.startswith("-")]
+    typed_overrides = _parsed(words)
+    swept = {override.key_or_group for override in typed_overrides if override.is_sweep_override()}
+    swept |= set(hydra.sweeper.get("params") or {})
+    return [override for override in _parsed(_task_words()) if override.key_or_group in swept]
 
 
 def measured_config(composed: DictConfig) -> Config:
@@ -99,25 +169,33 @@ def pinned_config(own_group: str) -> Config:
 
     Raises `UserError` where the run directory holds none, and where the command line contradicts it.
     """
-    return _pinned_config(list(HydraConfig.get().overrides.task), own_group)
+    return _pinned_config(_task_words(), own_group)
+
+
+def _task_words() -> list[str]:
+    """What Hydra was given; unresolved, since a path may hold what looks like a reference."""
+    words = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    assert isinstance(words, list)
+    return [str(word) for word in words]
 
 
 def config_of(words: list[str]) -> Config:
     """The configuration that these words describe, outside Hydra's scripts."""
-    _require_settings(words)
+    words = _settings(words)
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
         return typed(compose("config", words))
 
 
-def _require_settings(words: list[str]) -> None:
+def _settings(words: list[str]) -> list[str]:
     wrong = [word for word in words if word.startswith("-") or "=" not in word]
     if wrong:
         raise UserError(f"{wrong[0]!r} is no setting: only key=value can be given here")
+    return _paths_quoted(words)
 
 
 def pinned_config_of(words: list[str], own_group: str) -> Config:
     """The same outside Hydra's scripts, in a notebook: `words` are what would stand on the command line."""
-    _require_settings(words)
+    words = _settings(words)
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
         return _pinned_config(words, own_group)
 
@@ -125,7 +203,7 @@ def pinned_config_of(words: list[str], own_group: str) -> Config:
 def composed_outside(words: list[str]) -> Config:
     """What these words compose, outside Hydra's scripts."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
-        return typed(compose("config", words))
+        return typed(compose("config", _paths_quoted(words)))
 
 
 def _pinned_config(given: list[str], own_group: str) -> Config:
@@ -173,6 +251,45 @@ def _experiment(given: list[str], name: str) -> list[str]:
 
 def _run_dir(given: list[str]) -> str:
     return str(compose("config", given).run_dir)
+
+
+def _paths_quoted(words: list[str]) -> list[str]:
+    """A command line with its paths quoted for Hydra, whose grammar has its own use for spaces, commas and brackets.
+
+    What exists under a name as typed is meant by it. Any other value that Hydra reads as text, or as values to sweep
+    over under -m, is left as it is: so names may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
+    """
+    is_multirun = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
+    return [_path_quoted(word, is_multirun) for word in words]
+
+
+def _path_quoted(word: str, is_multirun: bool) -> str:
+    key, _, path = word.partition("=")
+    if key.lstrip("+") not in PATHS or path in ("", "null"):
+        return word
+    if "\n" in path:
+        raise UserError(f"{key}={path!r} holds a line break: rename the file or folder")
+    if path == "???":  # to OmegaConf, a missing value
+        return f"{key}=./???"
+    if not os.path.exists(path) and _is_text(word, path, is_multirun):
+        return word
+    # A backslash is an escape only where backslashes end in `${` (for OmegaConf), a quote or the end (for Hydra).
+    path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
+    path = re.sub(r"(\\*)'", r"\1\1\\'", path)
+    path = re.sub(r"(\\+)$", r"\1\1", path)
+    return f"{key}='{path}'"
+
+
+def _is_text(word: str, path: str, is_multirun: bool) -> bool:
+    """Whether Hydra reads this value as the text that it is, as quoted or escaped text, or as a sweep."""
+    try:
+        (override,) = _parsed([word])
+    except HydraException:
+        return False
+    if override.is_sweep_override():
+        return is_multirun
+    value = override.value()
+    return isinstance(value, str) and (value == path or path[0] in "'\"" or "\\" in path)
 
 
 def _parsed(overrides: list[str]) -> list[Override]:

@@ -48,6 +48,8 @@ MACHINE_FACTS = (
     "trainer.restart",
 )
 MAX_PIXELS = 178_956_970  # of an image: more than that Pillow refuses by itself
+# Values that are names of files or folders: on a command line these are not read by Hydra's grammar first.
+PATHS = ("run_dir", "reference", "data.raw_dir", "data.directory", "model.weights", "evaluation.weights")
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 

@@ -31,6 +31,7 @@ from recipe.run import (
     disk_errors,
     is_elsewhere,
     now,
+    printable,
     recorded_path,
     without_paths,
     write_atomically,
@@ -127,9 +128,9 @@ def command() -> str:
     words = " ".join([_program(script), *map(shown_argument, arguments, ["", *arguments])])
     launch = launched()
     if not launch.is_elastic or multiprocessing.parent_process() is not None:
-        return _printable(f"python {words}")
+        return printable(f"python {words}")
     nodes = launch.size // launch.local_size
-    return _printable(f"torchrun --nnodes={nodes} --nproc-per-node={launch.local_size} {words}")
+    return printable(f"torchrun --nnodes={nodes} --nproc-per-node={launch.local_size} {words}")
 
 
 def _program(script: str) -> str:
@@ -211,7 +212,7 @@ def _git(
 
 def _reason(complaint: bytes) -> str:
     """The first line that says what went wrong, without the paths of this machine."""
-    lines = [line for line in _printable(os.fsdecode(complaint)).splitlines() if line.strip()]
+    lines = [line for line in printable(os.fsdecode(complaint)).splitlines() if line.strip()]
     first = next((line for line in lines if line.startswith(("fatal: ", "error: "))), "".join(lines[:1]))
     without_quoted = re.sub(r"'.*/.*'", "'...'", re.sub(r"^(fatal|error): ", "", first))
     return re.sub(r"(?<![\w.])/.*", "...", without_quoted)[:LONGEST_REASON]
@@ -280,7 +281,7 @@ def tree_state(outputs: Path) -> TreeState:
         return TreeState(state="clean")
     return TreeState(
         state="modified" if modified else "untracked",
-        untracked=[_printable(name) for name in untracked[:NAMED_MAX]],
+        untracked=[printable(name) for name in untracked[:NAMED_MAX]],
         untracked_files=len(untracked),
         patch_sha256=patch_sha256,
     )
@@ -290,7 +291,7 @@ def modified_files(outside: Sequence[str] = ()) -> list[str]:
     """Files of the checkout that are not as committed, and new source files; raises `NoCommitError`. Writes nothing."""
     committed = committed_files()
     found = _modified(committed) + _new_sources(committed)
-    return [_printable(name) for name in found if not any(Path(name).is_relative_to(place) for place in outside)]
+    return [printable(name) for name in found if not any(Path(name).is_relative_to(place) for place in outside)]
 
 
 def _modified(committed: Mapping[str, Committed]) -> list[str]:
@@ -337,11 +338,6 @@ def _new_sources(committed: Mapping[str, Committed]) -> list[str]:
 
 def _source_names() -> list[str]:
     return [path.relative_to(CHECKOUT).as_posix() for path in source_files()]
-
-
-def _printable(name: str) -> str:
-    """Bytes that are no UTF-8 as \\xff: JSON holds text only."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _is_inside(name: str, directory: Path) -> bool:
@@ -429,7 +425,7 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """The white list of environment variables that change a run; nothing else is ever recorded."""
     names = (name for name in sorted(os.environ) if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES))
-    return {_printable(name): _printable(without_paths(os.environ[name])) for name in names}
+    return {printable(name): printable(without_paths(os.environ[name])) for name in names}
 
 
 def processor_name() -> str:

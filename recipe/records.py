@@ -80,6 +80,13 @@ class Oddity(Record, frozen=True, kw_only=True):
     done: str  # about it
 
 
+class LeftOut(Record, frozen=True, kw_only=True):
+    """Files and folders that were found among the raw images and are not used."""
+
+    count: int
+    examples: list[str]  # at most three, below the folder of the raw data
+
+
 class SplitFacts(Record, frozen=True, kw_only=True):
     """One split of a processed data set."""
 
@@ -131,6 +138,8 @@ class PreprocessingRecord(Record, frozen=True, kw_only=True):
     odd_images: dict[str, int]  # kind -> count
     odd_examples: list[Oddity]  # at most 20; the manifest lists all
     rejected: list[Oddity]
+    left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without those that belong to an operating system
+    lost_images: dict[str, LeftOut] = {}  # class (or split) -> those of them that are named like images
     decoded_with: str
     processes: int
     images_per_second: float

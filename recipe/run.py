@@ -264,7 +264,7 @@ def now() -> str:
 def shown_path(path: str | Path) -> str:
     """A path for a person at this machine: relative to the checkout or to here where it lies inside, else as it is."""
     recorded = recorded_path(path)
-    return str(path) if is_elsewhere(recorded) else recorded
+    return printable(str(path)) if is_elsewhere(recorded) else recorded
 
 
 def recorded_path(path: str | Path) -> str:
@@ -272,13 +272,18 @@ def recorded_path(path: str | Path) -> str:
     absolute = Path(os.path.normpath(Path(path).absolute()))
     for base in (CHECKOUT, Path.cwd()):
         if absolute.is_relative_to(base):
-            return str(absolute.relative_to(base)) or "."
-    return str(Path(ELSEWHERE, *absolute.parts[1:][-1:]))
+            return printable(str(absolute.relative_to(base)) or ".")
+    return printable(str(Path(ELSEWHERE, *absolute.parts[1:][-1:])))
 
 
 def is_elsewhere(recorded: str) -> bool:
     """Whether a recorded path is of a place outside the checkout, which a command cannot name."""
     return Path(recorded).parts[:1] == (ELSEWHERE,)
+
+
+def printable(name: str) -> str:
+    """The name of a file with bytes that are not UTF-8 as \\xff: records and documents hold text only."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def without_paths(text: str) -> str:

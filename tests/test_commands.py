@@ -18,6 +18,7 @@ import pytest
 from recipe.errors import SAVED
 from recipe.run import CHECKOUT
 from tests.conftest import SMALL_DEMO
+from tests.data.layouts import jpeg, write_files
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -125,6 +126,91 @@ def test_a_multirun_gets_a_directory_for_each_value(run_command: Command, tmp_pa
     assert (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").exists()
 
 
+def test_a_sweep_goes_on_after_jobs_that_are_refused_or_diverge(run_command: Command, tmp_path: Path) -> None:
+    """What a failed job leaves in the process changes nothing in the next: its weights are those of a run alone."""
+    words = ("optimization.epochs=1", "optimization.learning_rate")
+    done = run_command("train.py", "-m", words[0], f"{words[1]}=0,1e30,0.05", code=2)
+    assert names(tmp_path / "runs") >= {f"smoke-{words[1]}-{rate}" for rate in ("1e+30", "0.05")}
+    assert not list((tmp_path / "runs").glob("failed-jobs-*"))
+    *_, headline, first, second = done.stderr.splitlines()
+    assert headline == "2 of the jobs failed:"
+    assert first.startswith(f"  {words[1]}=0 (exit code 2): {words[1]}=0.0 cannot be")
+    assert second.startswith(f"  {words[1]}=1e+30 (exit code 65): ")
+    alone = run_command("train.py", words[0], f"{words[1]}=0.05", "run_dir=alone")
+    assert last_hash(done) == last_hash(alone)
+
+
+def test_sweeps_of_the_other_stages_go_on_too(run_command: Command, trained: Path, tmp_path: Path) -> None:
+    done = run_command("evaluate.py", "-m", "run_dir=nowhere,x", code=2)
+    assert "top-1" in done.stdout
+    assert "1 of the jobs failed:\n  run_dir=nowhere (exit code 2): nowhere holds no run" in done.stderr
+    done = run_command("preprocess.py", "-m", "data.directory=/dev/null/new,new", data=False, code=74)
+    assert "1 of the jobs failed:\n  data.directory=/dev/null/new (exit code 74): cannot write" in done.stderr
+    assert (tmp_path / "new" / "manifest.json").exists()
+
+
+SCRIPT = """
+import signal
+import hydra
+from recipe.composition import one_job, run_command
+
+@hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
+def main(composed):
+    with one_job():
+        if composed.seed == 1:
+            raise TypeError("a fault of ours")
+        if composed.seed == 2:
+            raise SystemExit(75)
+        if composed.seed == 3:
+            signal.raise_signal(signal.SIGINT)
+        print("job", composed.seed)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("seeds", "code", "ran"), [("0,1,4", 1, ["job 0", "job 4"]), ("1,0,2,4", 75, ["job 0"]), ("0,3,4", 130, ["job 0"])]
+)
+def test_a_fault_of_ours_ends_its_job_and_a_signal_ends_the_sweep(
+    tmp_path: Path, seeds: str, code: int, ran: list[str]
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.format(conf=str(CHECKOUT / "conf")))
+    done = subprocess.run(
+        [sys.executable, "script.py", "-m", f"seed={seeds}"],
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (code, ran), done.stderr
+    if "1" in seeds:
+        assert done.stderr.count("Traceback") == 1
+        assert "1 of the jobs failed:\n  seed=1 (exit code 1): TypeError: a fault of ours\n" in done.stderr
+    else:
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_several_processes_goes_on(run_command: Command, tmp_path: Path) -> None:
+    words = ("trainer.gpus=2", "trainer.accelerator=cpu", "optimization.epochs=1")
+    done = run_command("train.py", "-m", *words, "optimization.learning_rate=1e30,0.05", code=65)
+    alone = run_command("train.py", *words, "optimization.learning_rate=0.05", "run_dir=alone")
+    assert last_hash(done) == last_hash(alone)
+
+
+@pytest.mark.slow
+def test_a_failed_job_of_a_scheduler_is_named_too(run_command: Command, tmp_path: Path) -> None:
+    words = ("optimization.epochs=1", "hydra/launcher=submitit_local")
+    done = run_command("train.py", "-m", *words, "optimization.learning_rate=0.05,0,1e30", code=2)
+    assert (tmp_path / "runs" / "smoke-optimization.learning_rate-0.05" / "recipe.md").exists()
+    *_, headline, first, second = done.stderr.splitlines()
+    assert headline == "2 of the jobs failed:"
+    assert "learning_rate=0 (exit code 2)" in first
+    assert "learning_rate=1e+30 (exit code 65)" in second
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_sweep_that_a_scheduler_runs_has_the_same_directories_and_commands(
     run_command: Command, tmp_path: Path
@@ -136,6 +222,52 @@ def test_a_sweep_that_a_scheduler_runs_has_the_same_directories_and_commands(
     document = (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").read_text()
     assert "python train.py -m" in document
     assert "submitit.core" not in document
+
+
+@pytest.mark.parametrize("name", ["my images (v2)=[a], b's", "x$HOME ${name} `id` \\", '-n "50%" #;*&', "caf\udce9"])
+def test_every_stage_finds_a_folder_of_any_name(run_command: Command, tmp_path: Path, name: str) -> None:
+    for class_id in ("cat", "dog"):
+        write_files(tmp_path / name / class_id, {f"{number:02d}": jpeg(f"{number:02d}") for number in range(60)})
+    words = (f"data.raw_dir={name}", "data=folder", "data.name=mine", f"data.directory={name} out", "name=mine")
+    words = (*words, f"run_dir={name} run", "optimization.epochs=1")
+    for script in ("preprocess.py", "train.py"):
+        run_command(script, *words, data=False)
+    run_command("evaluate.py", f"run_dir={name} run", f"data.directory={name} out", data=False)
+    assert names(tmp_path) == {name, f"{name} out", f"{name} run", "runs"}
+
+
+@pytest.mark.parametrize(
+    "name", ["my images", "my(images)", "a;b", "x$HOME", "$(HOME)$$", "it's", 'a"b`id`', "a=b", "-x", "~", "*", "#\\"]
+)
+def test_make_hands_the_folder_on_as_it_was_given(tmp_path: Path, name: str) -> None:
+    """By make's own grammar and the environment's; a program that prints its words stands in for Python."""
+    shutil.copy(CHECKOUT / "Makefile", tmp_path)
+    for file in ("pyproject.toml", "constraints.txt", ".venv/installed-constraints.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+
+    def words_of(*given: str, **environment: str) -> list[str]:
+        done = subprocess.run(
+            ["make", "-s", *given],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    words = ["train.py", "experiment=smoke", f"data.raw_dir={name}", "seed=3", "name=a b", "trainer.gpus=2"]
+    others = ("EXPERIMENT=smoke", "ARGS=seed=3 name='a b'", "GPUS=2")
+    assert words_of("train", f"RAW_DIR={name}", *others) == words
+    assert words_of("train", *others, RAW_DIR=name) == words
+    assert words_of("train") == ["train.py", "experiment=demo"]
+    assert words_of("hardware", f"RAW_DIR={name}") == ["benchmarks/hardware.py", f"--raw-dir={name}"]
+    assert f"RAW_DIR={name} " in words_of("help", f"RAW_DIR={name}")[-1]
 
 
 def test_evaluation_repeats_nothing_and_names_its_protocol(run_command: Command, trained: Path) -> None:

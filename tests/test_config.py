@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 
+from recipe.composition import config_of
 from recipe.config import (
     MACHINE_FACTS,
+    PATHS,
     canonical_json,
     config_sha256,
     differences,
@@ -121,6 +123,93 @@ def test_machine_facts_do_not_change_the_recipe() -> None:
         "data.processes=3",
     )
     assert pinned(plain) == pinned(moved)
+
+
+NAMES = [
+    *(
+        "my images (v2)",
+        "a=b",
+        "a,b",
+        "photos [2024]",
+        "50% off",
+        "bilder_übung",
+        "it's",
+        "a&b",
+        "a#b",
+        "a;b",
+        "x$HOME",
+    ),
+    *(
+        "${name}",
+        "${oc.env:HOME}",
+        "x${",
+        r"\${name}",
+        r"a\\${name}",
+        r"a\b",
+        "a\\",
+        r"\'",
+        '"x"',
+        "'x'",
+        "'x",
+        "x'y\"z",
+    ),
+    *(
+        "007",
+        "1e3",
+        "true",
+        "none",
+        "[a]",
+        "{a: b}",
+        "choice(a,b)",
+        "-x",
+        "~",
+        "*",
+        " lead",
+        "trail ",
+        "tab\there",
+        "\r",
+    ),
+    *("a:b", "?", "???", "@x", "!", "e\u0301 \u00e9", "日本語", "\udcff", "a\u202eb"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_that_exists_is_what_was_typed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    config = config_of([f"data.raw_dir={name}", f"evaluation.weights={tmp_path}/{name}"])
+    assert config.data.raw_dir in (name, f"./{name}")
+    assert config.evaluation.weights == f"{tmp_path}/{name}"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "\\" not in name and "${" not in name and name[0] not in "'\""]
+)
+def test_a_folder_that_is_to_be_made_has_the_name_that_was_typed(name: str) -> None:
+    assert config_of([f"run_dir={name}"]).run_dir.removeprefix("./") == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("'a b, c'", "a b, c"),
+        ('"a=b"', "a=b"),
+        (r"'it\'s'", "it's"),
+        (r"a\,b\ c", "a,b c"),
+        ("runs/${name}-${seed}", "runs/resnet50_imagenet-0"),
+        (r"'\${name}'", "${name}"),
+    ],
+)
+def test_what_is_quoted_for_hydra_and_references_keep_their_meaning(typed: str, meant: str) -> None:
+    assert config_of([f"run_dir={typed}"]).run_dir == meant
+
+
+def test_a_line_break_in_a_path_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.raw_dir='a\\nb' holds a line break: rename"):
+        config_of(["data.raw_dir=a\nb"])
+
+
+def test_every_path_is_a_machine_fact() -> None:
+    assert set(PATHS) <= set(MACHINE_FACTS)
 
 
 def test_every_machine_fact_exists() -> None:

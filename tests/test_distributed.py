@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,9 @@ def test_processes_that_see_different_data_stop(tmp_path: Path) -> None:
 
 
 def test_launch_gives_the_first_processs_result(tmp_path: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     result = launch(report, two_processes(tmp_path))
+    assert {number: signal.getsignal(number) for number in handlers} == handlers, "torch's own would outlive the launch"
     assert result["first"]
     first, second = result["ranks"]
     assert (first["place"], second["place"]) == ((0, 2, 0, 2, "gloo"), (1, 2, 1, 2, "gloo"))

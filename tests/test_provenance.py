@@ -512,6 +512,12 @@ def test_the_command_names_no_other_place(monkeypatch: pytest.MonkeyPatch) -> No
     assert shown == 'python train.py reference="$REFERENCE" evaluation.weights="$EVALUATED_WEIGHTS"'
 
 
+def test_a_place_that_is_quoted_for_hydra_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = typed(monkeypatch, "train.py", "data.raw_dir='/home/alice/my images'", "data.directory=/home/alice/a, b")
+    assert shown == 'python train.py data.raw_dir="$RAW_DIR" data.directory="$DATA_DIR"'
+    assert typed(monkeypatch, "train.py", "run_dir=my runs (2)") == "python train.py 'run_dir=my runs (2)'"
+
+
 def test_under_torchrun_the_command_says_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = typed(monkeypatch, "train.py", "experiment=smoke", **torchrun_environment(9, 32, nodes=4))
     assert shown == "torchrun --nnodes=4 --nproc-per-node=8 train.py experiment=smoke"

@@ -20,6 +20,7 @@ from typing import IO, NamedTuple
 
 from recipe.data import imagenet
 from recipe.data.progress import Progress
+from recipe.data.system_files import belongs_to_system
 from recipe.errors import UserError
 from recipe.records import Archive
 from recipe.run import shown_path, write_atomically
@@ -48,9 +49,14 @@ def class_tars(handle: IO[bytes], where: str) -> list[Member]:
 
 
 def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: str) -> Iterator[Member]:
-    """The regular members of the tar that starts at the handle's position, all named as `pattern` says."""
+    """The regular members of the tar that starts at the handle's position, all named as `pattern` says.
+
+    What an operating system has added (a Mac's tar holds `._name` before each file) is passed over unread.
+    """
     seen: set[str] = set()
     for member in tar_headers(handle, where):
+        if any(map(belongs_to_system, member.name.split("/"))):
+            continue
         matched = pattern.fullmatch(member.name)
         what = f"the member {member.name!r} of {where}"
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():

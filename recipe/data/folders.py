@@ -16,7 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from recipe.data import imagenet
-from recipe.data.listing import IMAGE_SUFFIXES, Listing, Raw, Rows, class_folders, is_image, list_class_folders
+from recipe.data.listing import (
+    IMAGE_SUFFIXES,
+    NO_SPLIT,
+    Listing,
+    Raw,
+    Rows,
+    class_folders,
+    found_in,
+    is_image,
+    list_class_folders,
+)
 from recipe.errors import UserError
 from recipe.run import shown_path
 
@@ -34,11 +44,11 @@ def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
     The folder of validation images may also be called valid or validation.
     """
     root, given = split_folders(raw_dir)
-    raw = Raw("class folders", LABEL_CONVENTION, "", keeps_png=True)
+    raw = Raw("class folders", LABEL_CONVENTION, "", keeps_png=True, raw_dir=raw_dir)
     train = Listing(raw)
     raw.class_ids = list_class_folders(root, train, folder_keys)
-    used = raw.class_ids if root == raw_dir else [folder.name for folder in (root, given) if folder]
-    raw.left_aside = left_aside(raw_dir, used)
+    if root != raw_dir:
+        raw.leave_out_all(raw_dir, [folder.name for folder in (root, given) if folder], NO_SPLIT)
     rows = train.sorted_rows(shown_path(root))
     if given:
         validation = Listing(raw)
@@ -75,20 +85,12 @@ def train_is_a_class(raw_dir: Path, names: list[str]) -> bool:
 
 def refuse_flat_images(folder: Path) -> None:
     """Images beside or instead of class folders are of no class, and would be left out without a word."""
-    flat = sorted(name for name in os.listdir(folder) if is_image(folder, name))
+    flat = [entry.name for entry in found_in(folder) if is_image(folder, entry.name) and not entry.is_dir()]
     if flat:
         raise UserError(
             f"{shown_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
             "folder of its class"
         )
-
-
-def left_aside(raw_dir: Path, used: list[str]) -> list[str]:
-    """Folders such as test/ and images that belong to no split, by name."""
-    with os.scandir(raw_dir) as entries:
-        folders = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
-    others = sorted(folders.keys() - set(used))
-    return [f"{name}/" if folders[name] else name for name in others if folders[name] or is_image(raw_dir, name)]
 
 
 def list_imagenette(raw_dir: Path) -> Raw:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from recipe.data.archives import Member
 from recipe.data.images import FILE_BYTES_MAX, SIGNATURE_BYTES, format_of
+from recipe.data.look_alikes import look_alike, refuse_same_names
+from recipe.data.system_files import belongs_to_system
 from recipe.errors import UserError
 from recipe.run import shown_path
 
@@ -28,11 +30,21 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".avifs"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
-OTHER_SUFFIXES = (  # never opened: notes beside images, and raw photographs, which begin with a small preview
-    *(".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".md", ".html", ".npy", ".npz", ".zip", ".tar", ".mp4", ".mov"),
+RAW_PHOTOGRAPHS = (  # never opened: they begin with a small preview, as a TIFF
     *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".raw", ".thm"),
 )
+NOTES = (  # beside images, never opened
+    *(".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".md", ".html", ".npy", ".npz", ".zip", ".tar", ".mp4", ".mov"),
+)
+PICTURE_SUFFIXES = (  # a file of such a name that is left out was meant to be an image
+    *(*IMAGE_SUFFIXES, *RAW_PHOTOGRAPHS, ".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".xcf", ".ico", ".ppm"),
+    *(".pgm", ".pbm", ".pnm", ".tga", ".exr", ".hdr", ".dds", ".pcx", ".qoi"),
+)
+USUAL_SUFFIX = re.compile(r"\.[a-z][a-z0-9_+-]{0,15}")
+EXAMPLES_MAX = 3  # of what is left out, for each reason and each class
+LOSERS_SHOWN = 10
+HIDDEN, NESTED, BESIDE, NO_SPLIT = "hidden", "folders in a class folder", "beside the class folders", "of no split"
 Naming = Callable[[str, list[str]], dict[str, str]]  # (class, file names) -> accepted file name -> key
 Labeller = Callable[[str], int]  # key -> label
 
@@ -50,6 +62,20 @@ class Entry(NamedTuple):
 
 
 @dataclass
+class Tally:
+    """How many there are, and the first of them."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.examples) < EXAMPLES_MAX:
+            self.examples.append(name if name.isprintable() else repr(name))
+
+
+@dataclass
 class Raw:
     """Everything found: `containers` are the archives and folders that rows point into by number."""
 
@@ -63,15 +89,29 @@ class Raw:
     containers: list[Path] = field(default_factory=list)
     archives: list[Path] = field(default_factory=list)  # files whose hashes identify the raw data as a whole
     verified: set[str] = field(default_factory=set)  # archives that have their publisher's checksum, by name
-    other_files: Counter[str] = field(default_factory=Counter)  # what lay beside the images: suffix -> count
-    left_aside: list[str] = field(default_factory=list)  # folders and images that no split takes, such as test/
+    raw_dir: Path = Path()
+    left_out: dict[str, Tally] = field(default_factory=dict)  # reason -> files and folders beside the images
+    lost_images: dict[str, Tally] = field(default_factory=dict)  # class (or split) -> those that are named like images
+
+    def leave_out(self, entry: os.DirEntry[str], reason: str, loser: str | None = None) -> None:
+        """Count a file or folder that is not used; one that is named like an image is lost to its class, `loser`."""
+        place = os.path.relpath(entry, self.raw_dir)
+        self.left_out.setdefault(HIDDEN if is_hidden(entry.name) else reason, Tally()).add(place)
+        if loser is not None and has_suffix(entry.name, PICTURE_SUFFIXES) and not entry.is_dir():
+            self.lost_images.setdefault(loser, Tally()).add(place)
+
+    def leave_out_all(self, folder: Path, used: list[str], reason: str) -> None:
+        """Count everything in a folder that is not `used`."""
+        for entry in found_in(folder):
+            if entry.name not in used:
+                self.leave_out(entry, reason)
 
 
 class Listing:
     """Grows the rows of one split, packing them into an array as they come."""
 
     def __init__(self, raw: Raw) -> None:
-        self.containers, self.other_files = raw.containers, raw.other_files
+        self.raw, self.containers = raw, raw.containers
         self.parts: list[Rows] = []
 
     def container(self, path: Path) -> int:
@@ -93,20 +133,23 @@ class Listing:
     def add_folder(self, folder: Path, class_id: str, naming: Naming, label_of: Labeller) -> None:
         """Append the images of one folder; `naming` says which files they are and how they are called."""
         number = self.container(folder)
-        with os.scandir(folder) as entries:
-            files = {entry.name: entry.stat() if entry.is_file() else None for entry in entries}
+        found = found_in(folder)
+        files = {entry.name: entry.stat() if entry.is_file() else None for entry in found if not is_hidden(entry.name)}
         for name, facts in files.items():
             if facts is not None and facts.st_size > FILE_BYTES_MAX:
                 raise UserError(f"{shown_path(folder / name)} has {facts.st_size:,} bytes; no image is that large")
-        images = (name for name, facts in files.items() if facts is not None and is_image(folder, name))
-        keys = naming(class_id, sorted(images))
-        others = (name for name, facts in files.items() if facts is None and has_suffix(name, IMAGE_SUFFIXES))
-        for name in naming(class_id, sorted(others)):
+        images = [name for name, facts in files.items() if facts is not None and is_image(folder, name)]
+        keys = naming(class_id, images)
+        unread = [name for name, facts in files.items() if facts is None and has_suffix(name, IMAGE_SUFFIXES)]
+        for name in naming(class_id, unread):
             raise UserError(f"{shown_path(folder / name)} is named like an image but is no file that can be read")
-        for name in (name for name, facts in files.items() if facts is None and not name.startswith(".")):
-            if (folder / name).is_dir():
-                refuse_images_below(folder / name)
-        self.other_files.update(suffix(name) for name in files if name not in keys)
+        for entry in found:
+            if entry.is_dir() and not is_hidden(entry.name):
+                refuse_images_below(folder / entry.name)
+        for entry in found:
+            if entry.name not in keys:
+                kind = NESTED if entry.is_dir() else f"not an image of this layout ({suffix(entry.name)})"
+                self.raw.leave_out(entry, kind, class_id or folder.name)
         self.add(
             Entry(key, label_of(key), number, os.fsencode(name), 0, facts.st_size, facts.st_mtime_ns)
             for name, key in keys.items()
@@ -116,7 +159,7 @@ class Listing:
     def sorted_rows(self, where: str) -> Rows:
         """All images in the order of their keys, which must differ."""
         if not self.parts:
-            others = ", ".join(f"{count} x {kind}" for kind, count in self.other_files.most_common(5))
+            others = counted_by_reason(self.raw.left_out)
             raise UserError(f"no images were found in {where}" + (f", only {others}" if others else ""))
         rows = np.concatenate(self.parts)
         keys = rows["key"].copy()
@@ -170,7 +213,8 @@ def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 def refuse_images_below(folder: Path) -> None:
     """Images in a folder inside a class folder, however deep, would be left out without a word."""
-    for place, _, names in os.walk(folder, onerror=reraised):
+    for place, folders, names in os.walk(folder, onerror=reraised):
+        folders[:] = [name for name in folders if not (is_hidden(name) or belongs_to_system(name))]
         if any(is_image(Path(place), name) for name in names):
             raise UserError(
                 f"{shown_path(place)} holds images inside a class folder; flatten it: move them up into "
@@ -187,6 +231,8 @@ def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: 
     """List root/<class>/<image>; labels are positions in `class_ids`, by default the sorted folders."""
     require_folder(root)
     found = class_folders(root)
+    refuse_same_names(found, shown_path(root))
+    listing.raw.leave_out_all(root, found, BESIDE)
     classes = class_ids if class_ids is not None else found
     positions = {class_id: position for position, class_id in enumerate(classes)}
     for class_id in found:
@@ -198,14 +244,17 @@ def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: 
 def position_of(class_id: str, positions: Mapping[str, int], key: str) -> int:
     """The label of a validation image."""
     if class_id not in positions:
-        raise UserError(f"the validation image {key} is of class {class_id}, of which there are no training images")
+        twin = look_alike(class_id, positions)
+        hint = f"; give {class_id!a} and the training class {twin!a}, which looks like it, one name" if twin else ""
+        raise UserError(
+            f"the validation image {key} is of class {class_id}, of which there are no training images{hint}"
+        )
     return positions[class_id]
 
 
 def class_folders(root: Path) -> list[str]:
     """The sorted names of the folders in `root`, without hidden ones: the order of torchvision's ImageFolder."""
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    names = [entry.name for entry in found_in(root) if entry.is_dir() and not is_hidden(entry.name)]
     for name in names:
         if not name.isprintable():
             raise UserError(f"the class folder {name!r} in {shown_path(root)} has no printable name; rename it")
@@ -220,9 +269,11 @@ def require_folder(path: Path) -> None:
 
 def is_image(folder: Path, name: str) -> bool:
     """Whether a file is an image: by its suffix, or by its first bytes where that is not known or missing."""
+    if is_hidden(name) or belongs_to_system(name):
+        return False
     if has_suffix(name, IMAGE_SUFFIXES):
         return True
-    if name.startswith(".") or has_suffix(name, OTHER_SUFFIXES) or not (folder / name).is_file():
+    if has_suffix(name, (*NOTES, *RAW_PHOTOGRAPHS)) or not (folder / name).is_file():
         return False
     with (folder / name).open("rb") as file:
         return format_of(file.read(SIGNATURE_BYTES)) is not None
@@ -233,6 +284,39 @@ def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
     return name[1:].lower().endswith(suffixes)
 
 
+# ---- what is left out -------------------------------------------------------------------------------
+
+
+def found_in(folder: Path) -> list[os.DirEntry[str]]:
+    """Everything in a folder in the order of the names, but for what belongs to the operating system."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not belongs_to_system(entry.name)), key=lambda entry: entry.name)
+
+
+def is_hidden(name: str) -> bool:
+    """Such as .git or .part.jpg."""
+    return name.startswith(".")
+
+
 def suffix(name: str) -> str:
-    """How files that are no images are counted."""
-    return Path(name).suffix.lower() or "files or folders without a suffix"
+    """How files that are not images are counted: numbers and the like, of which there may be thousands, as one."""
+    found = Path(name).suffix.lower()
+    return (found if USUAL_SUFFIX.fullmatch(found) else "another suffix") if found else "no suffix"
+
+
+def counted_by_reason(left_out: Mapping[str, Tally]) -> str:
+    """What was left out, in words: the five most frequent reasons with an example of each."""
+    most = sorted(left_out.items(), key=lambda reason: -reason[1].count)[:5]
+    return ", ".join(f"{tally.count:,} x {reason}, such as {tally.examples[0]}" for reason, tally in most)
+
+
+def loss_lines(raw: Raw) -> Iterator[str]:
+    """A warning for each class that loses images, the first ten of them."""
+    for number, (loser, tally) in enumerate(raw.lost_images.items()):
+        if number == LOSERS_SHOWN:
+            yield f"warning: {len(raw.lost_images) - LOSERS_SHOWN:,} more classes lose images; the recipe counts them"
+            return
+        what = "class" if loser in raw.class_ids else "folder"
+        more = ", ..." if tally.count > len(tally.examples) else ""
+        examples = ", ".join(tally.examples)
+        yield f"warning: images of the {what} {loser!r} that are left out: {tally.count:,} ({examples}{more})"

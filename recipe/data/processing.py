@@ -38,7 +38,8 @@ from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.images import FILTER, Rules
-from recipe.data.listing import Raw, Rows, in_parts, listing_sha256
+from recipe.data.listing import Raw, Rows, counted_by_reason, found_in, in_parts, listing_sha256, loss_lines
+from recipe.data.look_alikes import look_alike_lines
 from recipe.data.merging import Merged, Part, merge, part_of
 from recipe.data.packing import WORK, Note, Task, Workplace, finished, pack_here, run_task, start_worker
 from recipe.data.progress import Progress
@@ -149,7 +150,7 @@ def require_same_listing(data: DataConfig, directory: Path, manifest: Manifest) 
         return
     raw_dir = Path(data.raw_dir)
     with read_errors(raw_dir):
-        if not (raw_dir.is_dir() and any(raw_dir.iterdir())):
+        if not (raw_dir.is_dir() and found_in(raw_dir)):
             return
     rows = find_raw(data).rows
     if listing_sha256(rows) == manifest.listing_sha256:
@@ -194,7 +195,7 @@ def refuse_foreign_directory(directory: Path, raw_dir: Path, data: DataConfig) -
             f"data.directory={shown_path(directory)} and data.raw_dir={shown_path(raw_dir)} lie inside one another; "
             "give data.directory= a place of its own"
         )
-    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()  # at once: others may begin
+    found = {entry.name for entry in found_in(directory)} if directory.is_dir() else set()  # at once: others may begin
     if found - {LOCK} and not found & {MANIFEST, RECORD, WORK}:
         raise UserError(
             f"data.directory={shown_path(directory)} holds files that preprocess.py did not write, and some of them "
@@ -358,7 +359,7 @@ def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord
 
 def verified_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
     """Hold the raw data to what is expected, the quick checks first; returns the archives with their hashes."""
-    print(listing_line(raw), file=sys.stderr)
+    print(listing_line(raw), *loss_lines(raw), *look_alike_lines(raw.class_ids), sep="\n", file=sys.stderr)
     if data.expect is Expectation.ilsvrc2012:
         require_ilsvrc2012(raw)
     archives = hashed_archives(data, directory, raw)
@@ -381,15 +382,10 @@ def names_of_verified(archives: list[Archive]) -> set[str]:
 
 
 def listing_line(raw: Raw) -> str:
-    """What was found, and what else lay there."""
+    """What was found, and what else was there."""
     images = ", ".join(f"{len(rows):,} {name}" for name, rows in raw.rows.items())
-    others = ", ".join(f"{count:,} {kind}" for kind, count in raw.other_files.most_common(5))
-    aside = ", ".join(raw.left_aside[:5]) + (f" and {len(raw.left_aside) - 5:,} more" if raw.left_aside[5:] else "")
-    return (
-        f"found {raw.layout}: {images} images of {len(raw.class_ids):,} classes"
-        + (f"; left aside, no images: {others}" if others else "")
-        + (f"; left aside, of no split: {aside}" if aside else "")
-    )
+    left_out = f"; left out: {counted_by_reason(raw.left_out)}" if raw.left_out else ""
+    return f"found {raw.layout}: {images} images of {len(raw.class_ids):,} classes{left_out}"
 
 
 def planned(data: DataConfig, raw: Raw, archive_hashes: list[str]) -> list[Task]:

@@ -15,18 +15,19 @@ from PIL import features
 from recipe.config import DataConfig, Expectation, sha256_of, untyped
 from recipe.data import imagenet
 from recipe.data.images import FILTER, GREY, ROTATED
-from recipe.data.listing import Raw
+from recipe.data.listing import Raw, Tally
 from recipe.data.merging import Merged
 from recipe.data.shards import MANIFEST
 from recipe.records import (
     Archive,
     LabelExample,
+    LeftOut,
     PreprocessingRecord,
     Provenance,
     Setting,
     SplitFacts,
 )
-from recipe.run import CHECKOUT
+from recipe.run import CHECKOUT, printable
 
 PERCENTILES = (0, 5, 50, 95, 100)
 EXAMPLES_MAX = 20
@@ -72,6 +73,8 @@ def record_of(
         odd_images=odd_images(merged),
         odd_examples=oddities[:EXAMPLES_MAX],
         rejected=[oddity for split in merged.values() for oddity in split.rejected],
+        left_out=tallies(raw.left_out),
+        lost_images=tallies(raw.lost_images),
         decoded_with=f"Pillow {PIL.__version__}, {jpeg_library()}; JPEG checked by simplejpeg {version('simplejpeg')}",
         processes=processes,
         images_per_second=round(images_per_second, 1),
@@ -131,6 +134,11 @@ def odd_images(merged: dict[str, Merged]) -> dict[str, int]:
     return {kind: count for kind, count in sorted(counts.items()) if count}
 
 
+def tallies(found: dict[str, Tally]) -> dict[str, LeftOut]:
+    """What was left out, as the record lists it."""
+    return {name: LeftOut(count=tally.count, examples=tally.examples) for name, tally in sorted(found.items())}
+
+
 def stored_as(data: DataConfig) -> str:
     """What became of the images' bytes, in words."""
     if data.resize_short_side is None:
@@ -152,4 +160,4 @@ def jpeg_library() -> str:
 def shown(path: Path, outside: str) -> str:
     """A path as records may show it: relative to the checkout, or a name that stands for it."""
     absolute = path.absolute()
-    return str(absolute.relative_to(CHECKOUT)) if absolute.is_relative_to(CHECKOUT) else outside
+    return printable(str(absolute.relative_to(CHECKOUT))) if absolute.is_relative_to(CHECKOUT) else outside

@@ -10,6 +10,7 @@ from recipe.provenance import PLACES
 from recipe.records import Provenance
 from recipe.run import CHECKOUT, is_elsewhere
 
+SHELL_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # with its quotes
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
 DATA_DIRECTORY = re.compile(
     r"""(?<= )(?:data\.directory=(?:"\$DATA_DIR"|[\w./+@%-]+)|'data\.directory=[^'\n]*')(?= |$)"""
@@ -54,7 +55,7 @@ def to_train(facts: Facts) -> str:
     """What fills the Training chapter; before it, the words of preprocess.py name an experiment that has no file."""
     if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
         _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
-        words = [word for word in given.split(" ") if word and not word.startswith("run_dir=")]
+        words = [word for word in SHELL_WORD.findall(given) if not word.lstrip("'").startswith("run_dir=")]
         return " ".join(["python train.py", *words, run_dir(facts)])
     return f"python train.py {experiment(facts)}"
 

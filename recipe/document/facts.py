@@ -29,7 +29,7 @@ from recipe.records import (
     TimingRecord,
     TrainingRecord,
 )
-from recipe.run import Run
+from recipe.run import Run, printable
 
 LaterRecord = SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
@@ -76,7 +76,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
     publication, journal = run.read(PublicationRecord), run.read(JournalRecord)
     recorded = publication.run_dir if publication else journal.run_dir if journal else None
     run_dir = shown_run_dir if recorded is None else recorded
-    folder = Path(run_dir).name or run.directory.absolute().name
+    folder = Path(run_dir).name or printable(run.directory.absolute().name)
     return Facts(
         name=str(config["name"]) if config else folder,
         run_dir=run_dir,

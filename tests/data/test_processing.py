@@ -462,6 +462,42 @@ def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_pat
     assert sorted(path.name for path in out.rglob("*")) == ["notes.tmp-1", "thesis.txt", "train-00007.tar", "work"]
 
 
+def test_a_fresh_volume_is_an_empty_directory(official: Path, tmp_path: Path) -> None:
+    """Its root has folders of the operating system, to which nothing is done."""
+    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", ".Trash-1000"):
+        (tmp_path / "volume" / name).mkdir(parents=True)
+    (tmp_path / "volume" / ".DS_Store").touch()
+    preprocess(config(official, tmp_path / "volume"))
+    preprocess(config(official, tmp_path / "plain"))
+    assert content_of(tmp_path / "volume").items() >= content_of(tmp_path / "plain").items()
+    assert (tmp_path / "volume" / "lost+found").is_dir()
+
+
+def test_a_disk_that_is_not_mounted_is_no_change_of_the_images(tmp_path: Path) -> None:
+    """The finished data set is used as it is; the empty mount point of another volume holds what systems leave."""
+    write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
+    settings = config(tmp_path / "raw", tmp_path / "out", source=Source.folder)
+    done = preprocess(settings)
+    (tmp_path / "raw").rename(tmp_path / "unmounted")
+    (tmp_path / "raw" / "lost+found").mkdir(parents=True)
+    assert preprocess(settings) == done
+
+
+def test_what_is_left_out_is_in_the_record_and_said_before_any_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
+    write_files(tmp_path / "raw" / "cat", {"60.heic": b"x", "notes.txt": b"x", "._1.JPEG": b"x"}, "")
+    record = preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder))
+    assert {reason: (found.count, found.examples) for reason, found in record.left_out.items()} == {
+        "not an image of this layout (.heic)": (1, ["cat/60.heic"]),
+        "not an image of this layout (.txt)": (1, ["cat/notes.txt"]),
+    }
+    assert {loser: found.examples for loser, found in record.lost_images.items()} == {"cat": ["cat/60.heic"]}
+    _, warning, *_ = capsys.readouterr().err.splitlines()
+    assert warning == "warning: images of the class 'cat' that are left out: 1 (cat/60.heic)"
+
+
 def test_raw_and_processed_data_do_not_lie_in_one_another(official: Path, tmp_path: Path) -> None:
     inside = write_official(tmp_path / "data" / "raw")
     with pytest.raises(UserError, match="lie inside one another"):

@@ -21,7 +21,8 @@ from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5
 from recipe.data.folders import folder_keys
 from recipe.data.ilsvrc import read_devkit
-from recipe.data.listing import Raw, Rows, listing_sha256
+from recipe.data.listing import Raw, Rows, listing_sha256, loss_lines
+from recipe.data.look_alikes import look_alike_lines
 from recipe.data.packing import RawReader
 from recipe.data.processing import listing_line
 from recipe.data.raw import find_raw
@@ -271,7 +272,10 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     write_folder(tmp_path, {"dog": {f"{n}.PNG": jpeg(f"dog {n}") for n in range(20)}, "cat": cats, ".git": {}})
     raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder, validation_fraction=0.3))
     assert raw.class_ids == ["cat", "dog"]
-    assert raw.other_files[".txt"] == 1
+    assert {reason: found.examples for reason, found in raw.left_out.items()} == {
+        "hidden": [".git"],
+        "not an image of this layout (.txt)": ["cat/notes.txt"],
+    }
     held_out = raw.rows["val"]["key"].tolist()
     everything = [*raw.rows["train"]["key"].tolist(), *held_out]
     assert sorted(everything) == sorted(f"{c}/{n}".encode() for c in ("cat", "dog") for n in range(20))
@@ -322,7 +326,7 @@ def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
     ("classes", "sentence"),
     [
         ({}, "no images were found"),
-        ({"a": {"notes.txt": b""}}, r"no images were found in .*, only 1 x \.txt"),
+        ({"a": {"notes.txt": b""}}, r"no images were found in .*, only 1 x not an image of this layout \(\.txt\)"),
         ({"a": {"1.jpg": b"x"}}, "data.validation_fraction=0.1 of 1 images leaves 0 for validation"),
         ({"a": {f"{n}.jpg": b"x" for n in range(60)}, "b": {}}, "class 'b' has no training images"),
     ],
@@ -434,15 +438,145 @@ def test_what_no_split_takes_is_said(tmp_path: Path) -> None:
     raw = find_raw(settings)
     assert sum(len(rows) for rows in raw.rows.values()) == 60
     assert raw.validation_split.startswith("held out by the SHA-256 of the keys")
-    assert listing_line(raw).endswith("left aside, of no split: overview.png, test/")
+    assert listing_line(raw).endswith("left out: 3 x of no split, such as README.md")
     write_folder(tmp_path / "valid", classes)
-    assert find_raw(settings).left_aside == ["overview.png", "test/"]
+    assert find_raw(settings).left_out["of no split"].examples == ["README.md", "overview.png", "test"]
 
 
 def test_hidden_folders_and_links_that_name_no_image_are_left_alone(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(60)}, "a/.ipynb_checkpoints": {"1.jpg": b"x"}})
     (tmp_path / "a" / "notes").symlink_to(tmp_path / "nowhere")
     assert find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder)).class_ids == ["a"]
+
+
+SYSTEM_NAMES = (
+    *("._1.jpg", ".DS_Store", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "lost+found", "$RECYCLE.BIN", "RECYCLER"),
+    *("System Volume Information", "Thumbs.db", "ehthumbs.db", "desktop.ini", ".ipynb_checkpoints", "Icon\r"),
+    *(".Spotlight-V100", ".Trashes", ".Trash-1000", ".fseventsd", "__pycache__", ".nfs000000000001", ".dropbox.cache"),
+    *(".@__thumb", "THUMBS.DB", "Desktop.ini", "__macosx", "LOST+FOUND", ".fuse_hidden0001", "~$notes.docx"),
+)
+
+
+def leave_system_files_in(folder: Path, name: str) -> None:
+    """A folder with a thumbnail where the name has no suffix, else a file; a sidecar file is named like an image."""
+    if "." in name.lstrip("."):
+        (folder / name).write_bytes(b"x")
+    else:
+        write_files(folder / name / "deep", {"1.jpg": b"x"}, "")
+
+
+@pytest.mark.parametrize("name", SYSTEM_NAMES)
+@pytest.mark.parametrize("is_split", [True, False])
+def test_what_operating_systems_leave_is_passed_over_everywhere(tmp_path: Path, name: str, is_split: bool) -> None:
+    folders = ("train", "val") if is_split else (".",)
+    for folder in folders:
+        write_folder(tmp_path / folder, {c: {f"{n}.jpg": b"x" for n in range(60)} for c in ("a", "train")})
+    settings = data_config(tmp_path, tmp_path / "out", source=Source.folder)
+    before = find_raw(settings)
+    places = [tmp_path, *(tmp_path / folder / c for folder in folders for c in (".", "a", "train"))]
+    for place in dict.fromkeys(place.resolve() for place in places):
+        leave_system_files_in(place, name)
+    after = find_raw(settings)
+    assert (after.class_ids, after.left_out, after.lost_images) == (["a", "train"], {}, {})
+    assert listing_sha256(after.rows) == listing_sha256(before.rows)
+
+
+@pytest.mark.parametrize("layout", [write_extracted, write_kaggle, write_extracted_with_devkit_folder])
+def test_the_layouts_of_ilsvrc2012_pass_them_over_too(tmp_path: Path, layout: Callable[[Path], Path]) -> None:
+    raw_dir = layout(tmp_path)
+    before = find_raw(data_config(raw_dir, tmp_path / "out"))
+    for folder in [path for path in raw_dir.rglob("*") if path.is_dir()]:
+        for name in ("._n01440764_1.JPEG", "Thumbs.db", "@eaDir"):
+            leave_system_files_in(folder, name)
+    after = find_raw(data_config(raw_dir, tmp_path / "out"))
+    assert listing_sha256(after.rows) == listing_sha256(before.rows)
+    assert after.left_out == before.left_out == {}
+
+
+def test_a_tar_of_a_mac_is_read_like_any_other(tmp_path: Path) -> None:
+    """Its sidecars come before each file, in the outer archive and in the inner ones."""
+
+    def with_sidecars(members: list[tuple[str, bytes]]) -> bytes:
+        return tar_bytes(pair for name, content in members for pair in ((f"._{name}", b"x"), (name, content)))
+
+    write_official(tmp_path)
+    before = listed(find_raw(data_config(tmp_path, tmp_path / "out")))
+    images = {wnid: [pair for pair in train_images().items() if pair[0].startswith(wnid)] for wnid in WNIDS}
+    tars = [(f"{wnid}.tar", with_sidecars([(f"{k}.JPEG", c) for k, c in found])) for wnid, found in images.items()]
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(with_sidecars(tars))
+    validation = [(f"{key}.JPEG", content) for key, content in validation_images().items()]
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(with_sidecars(validation))
+    assert listed(find_raw(data_config(tmp_path, tmp_path / "out"))) == before
+
+
+def test_what_is_left_out_is_counted_by_its_reason_and_a_lost_image_is_warned_of(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_folder(tmp_path / split, {c: {"1.jpg": b"x", "readme.md": b"x"} for c in ("cat", "dog")})
+    write_files(tmp_path / "train" / "cat", {f"{n}.heic": b"x" for n in range(4)} | {".2.jpg": b"x"}, "")
+    write_files(tmp_path / "val" / "cat", {"0.svg": b"x"}, "")
+    write_folder(tmp_path / "train" / "dog", {"notes": {"a.txt": b"x"}})
+    write_files(tmp_path / "train", {"labels.csv": b"x"}, "")
+    write_folder(tmp_path, {"test": {"1.jpg": b"x"}})
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert {reason: found.count for reason, found in raw.left_out.items()} == {
+        "not an image of this layout (.heic)": 4,
+        "not an image of this layout (.md)": 4,
+        "not an image of this layout (.svg)": 1,
+        "hidden": 1,
+        "folders in a class folder": 1,
+        "beside the class folders": 1,
+        "of no split": 1,
+    }
+    examples = "train/cat/.2.jpg, train/cat/0.heic, train/cat/1.heic"
+    assert list(loss_lines(raw)) == [f"warning: images of the class 'cat' that are left out: 6 ({examples}, ...)"]
+
+
+def test_images_of_ilsvrc2012_of_other_names_are_lost_with_a_warning(tmp_path: Path) -> None:
+    write_extracted(tmp_path)
+    write_files(tmp_path / "train" / WNIDS[1], {f"{WNIDS[1]}_9.jpg": b"x", "more.png": b"x"}, "")
+    (line,) = loss_lines(find_raw(data_config(tmp_path, tmp_path / "out")))
+    assert line.startswith(f"warning: images of the class '{WNIDS[1]}' that are left out: 2 (train/{WNIDS[1]}/more.png")
+
+
+def test_names_in_a_warning_cannot_move_the_terminal(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": {f"{n}.jpg": b"x" for n in range(60)}})
+    (tmp_path / "cat" / os.fsdecode(b"1.\x1b[2J\n\xff")).write_bytes(b"x")
+    (tmp_path / "cat" / os.fsdecode(b"\x1b[2J\n\xff.heic")).write_bytes(b"x")
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    for line in (listing_line(raw), *loss_lines(raw)):
+        assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "pair", [("caf\u00e9", "cafe\u0301"), ("\u212bngstrom", "\u00c5ngstrom"), ("\uac00", "\u1100\u1161")]
+)
+def test_one_name_in_two_spellings_of_unicode_is_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    write_folder(tmp_path, {name: {f"{n}.jpg": b"x" for n in range(30)} for name in pair})
+    with pytest.raises(UserError, match="have the same name in two spellings of Unicode") as refused:
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert all(ascii(name) in str(refused.value) for name in pair)
+
+
+@pytest.mark.parametrize(
+    "pair", [("Cat", "cat"), ("cat", "cat "), ("cat", "\u0441at"), ("\ufb01sh", "fish"), ("stra\u00dfe", "STRASSE")]
+)
+def test_names_that_look_alike_are_two_classes_with_a_warning(tmp_path: Path, pair: tuple[str, str]) -> None:
+    write_folder(
+        tmp_path, {name: {f"{n}.jpg": b"x" for n in range(30)} for name in (*pair, "dog", "resume", "r\u00e9sum\u00e9")}
+    )
+    raw = find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
+    assert set(pair) < set(raw.class_ids)
+    (line,) = look_alike_lines(raw.class_ids)
+    names = ", ".join(map(ascii, sorted(pair)))
+    assert line == f"warning: classes whose names look alike: {names}; merge those that are one class"
+
+
+def test_a_validation_class_that_is_spelled_otherwise_than_its_training_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/caf\u00e9": {"1.jpg": b"x"}, "val/cafe\u0301": {"1.jpg": b"x"}})
+    with pytest.raises(
+        UserError, match=r"give 'cafe\\u0301' and the training class 'caf\\xe9', which looks like it, one name"
+    ):
+        find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
 @pytest.mark.parametrize("seconds", [-1_000_000_000, -1, 0, 4_000_000_000])

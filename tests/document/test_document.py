@@ -25,6 +25,7 @@ from recipe.records import (
     EvaluationRecord,
     Hardware,
     LabelExample,
+    LeftOut,
     LoaderFacts,
     ModelFacts,
     Oddity,
@@ -482,6 +483,21 @@ def test_only_the_data_chapter_after_preprocessing_alone() -> None:
     assert "figures/" not in text
 
 
+def test_the_next_command_keeps_the_words_of_a_data_set_of_ones_own() -> None:
+    """Its name has no file in conf/experiment; paths are quoted for the shell."""
+    words = """data=folder data.raw_dir="$RAW_DIR" 'data.directory=my data (2)' name=mine 'run_dir=my runs/x y'"""
+    text = document(
+        config=None,
+        name="mine",
+        run_dir="my runs/x y",
+        preprocessing=preprocessing_record(provenance=provenance(f"python preprocess.py {words}")),
+        training=None,
+        evaluation=None,
+    )
+    kept = words.partition(" 'run_dir")[0]
+    assert f"`python train.py {kept} run_dir='my runs/x y'`" in section(text, "optimization_methods")
+
+
 def test_accuracy_is_one_number_everywhere_with_its_counts() -> None:
     text = document()
     found = re.findall(r"89\.\d+ %(?: \([^)]*\))?", section(text, "summary") + section(text, "performance_metrics"))
@@ -711,6 +727,8 @@ def test_hostile_words_stay_words() -> None:
             raw_path=HOSTILE,
             outputs={"manifest": sha("manifest"), HOSTILE: HOSTILE},
             rejected=[Oddity(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],
+            left_out={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
+            lost_images={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
         ),
         "training": training_record(
             config,

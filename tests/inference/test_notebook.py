@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,15 +33,20 @@ def words_of(config: Config, run_dir: str | Path | None = None) -> list[str]:
 
 def run_notebook(words: list[str], cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "recipe.notebook", *words], cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "recipe.notebook", *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 @pytest.fixture(scope="session")
-def executed(record: SerializationRecord, config: Config) -> Run:
-    """The run after `make inference`."""
+def executed(record: SerializationRecord, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run after the notebook's command, given in another folder than the checkout."""
     before = NOTEBOOK.read_bytes()
-    done = run_notebook(words_of(config))
+    done = run_notebook(words_of(config), tmp_path_factory.mktemp("elsewhere"))
     assert done.returncode == 0, done.stderr
     assert NOTEBOOK.read_bytes() == before, "the checkout's own file stays as it is"
     run = Run(config.run_dir)
