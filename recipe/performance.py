@@ -49,6 +49,7 @@ from recipe.model import build_model, load_state, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.published import published_accuracy, published_weights
 from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
+from recipe.rehearsal import rehearse
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
@@ -141,6 +142,8 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
 def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Predict, Normalisation]:
     """The network on this process's device, in the arithmetic of the run."""
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
+    pixels = config.evaluation.crop_pixels
+    rehearse(model.eval(), config.model.name, 1, pixels, f"enlarge evaluation.crop_pixels={pixels}")
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     trainer = config.trainer
     predict = predictor(

@@ -27,8 +27,15 @@ ALLOWED = {
     "evaluation": [*GROUND, "distributed", "model", "data"],
     "published": [*GROUND, "model"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
-    "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "published", "inference"],
-    "training": [*GROUND, "distributed", "alterations", "model", "checkpoint", "data", "evaluation", "training"],
+    "rehearsal": ["errors"],
+    "performance": [
+        *GROUND,
+        *("distributed", "model", "checkpoint", "data", "evaluation", "published", "inference", "rehearsal"),
+    ],
+    "training": [
+        *GROUND,
+        *("distributed", "alterations", "model", "checkpoint", "data", "evaluation", "rehearsal", "training"),
+    ],
     "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
     "projection": [*GROUND, "composition", "data", "document"],
