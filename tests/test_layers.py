@@ -9,14 +9,15 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["errors", "faults", "energy", "config", "records", "run", "provenance"]
+GROUND = ["errors", "faults", "energy", "config", "metrics", "records", "run", "provenance"]
 ALLOWED = {
     "errors": [],
     "faults": [],
     "energy": [],
     "config": ["errors"],
+    "metrics": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "faults", "records"],
+    "run": ["errors", "faults", "metrics", "records"],
     "provenance": ["records", "run"],
     "composition": GROUND,
     "distributed": GROUND,

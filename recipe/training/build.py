@@ -198,9 +198,17 @@ def _open_journal(
     journal = None
     with world.first_decides():
         if world.is_first:
-            steps, epochs = state.progress.step, state.progress.epoch
-            journal = Journal(state.run, config.optimization.epochs, batches.batches_per_epoch, steps, epochs)
+            journal = Journal(
+                state.run,
+                config.optimization.epochs,
+                batches.batches_per_epoch,
+                config.trainer.log_every_steps,
+                state.progress.step,
+                state.progress.epoch,
+            )
             held.enter_context(closing(journal))
+            if journal.missing:
+                state.progress.sessions[-1]["note"] += f"; {journal.missing}"
     return journal
 
 

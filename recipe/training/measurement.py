@@ -14,8 +14,8 @@ import torch
 from recipe import faults
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
+from recipe.metrics import Row
 from recipe.training.build import Training
-from recipe.training.journal import Row
 from recipe.training.recalibration import RecalibrationBatches, recalibrate
 
 

@@ -216,6 +216,58 @@ def test_rows_and_events_behind_the_checkpoint_are_cut(smoke: Words) -> None:
     assert scalars(run, "train/loss") == [row["loss"] for row in run.metric_rows() if row["split"] == "train"]
 
 
+ROWS_BEFORE_STEP_6 = 7  # one a step, and the validation of the first epoch
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ([], "7 rows are missing from metrics.jsonl (steps 1 to 6)"),
+        ([0, 1, 4, 5, 6], "2 rows are missing from metrics.jsonl (steps 3 to 4)"),
+        ([0, 1, 2, 3, 5, 6], "1 row is missing from metrics.jsonl (step 4)"),
+        ([1, 2, 2, 4, 5], "3 rows are missing from metrics.jsonl (step 1, step 4, step 6)"),
+        ([0, 1, 1, 2, 3, 4, 5, 6, 6], None),
+        ([6, 5, 4, 3, 2, 1, 0], None),
+    ],
+    ids=["all", "in the middle", "a validation", "some, one twice", "none, two twice", "none, in another order"],
+)
+def test_a_continuation_says_for_good_which_of_its_rows_are_missing(
+    kept: list[int], said: str | None, smoke: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = smoke("trainer.log_every_steps=1", "trainer.save_every_steps=2")
+    train_killed_in_epoch(words, 1, step_in_epoch=3)
+    run = Run(compose_config(*words).run_dir)
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    before = run.metric_rows()[:ROWS_BEFORE_STEP_6]
+    run.metrics.write_text("".join([*(lines[number] for number in kept), *lines[ROWS_BEFORE_STEP_6:]]))
+    record = train(words)
+    assert record.sessions[-1].note == "continued at step 6" + (f"; {said}" if said else "")
+    assert (f"warning: {said}; training goes on" in capsys.readouterr().err) == bool(said)
+    after = run.metric_rows()
+    assert after[: len(set(kept))] == [before[number] for number in sorted(set(kept))]
+    assert [row["step"] for row in after[len(set(kept)) :]] == [7, 8, 8]
+
+
+def test_no_row_is_missed_before_the_first_checkpoint(smoke: Words, capsys: pytest.CaptureFixture[str]) -> None:
+    words = smoke("trainer.log_every_steps=1")
+    train_killed_in_epoch(words, 0)
+    assert len(Run(compose_config(*words).run_dir).metric_rows()) == 2
+    assert train(words).sessions[-1].note == "from the beginning"
+    assert "missing" not in capsys.readouterr().err
+
+
+def test_a_line_that_is_not_a_row_stops_a_continuation_with_a_sentence(smoke: Words) -> None:
+    words = smoke("trainer.log_every_steps=1")
+    train_killed_in_epoch(words, 1)
+    run = Run(compose_config(*words).run_dir)
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join([lines[0], '{"split": "train", "epoch": 1}\n', *lines[2:]]))
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl is not a row"):
+        train(words)
+    run.metrics.write_text("".join([lines[0], *lines[2:]]))  # as the sentence advises
+    assert "1 row is missing from metrics.jsonl (step 2)" in train(words).sessions[-1].note
+
+
 def scalars(run: Run, tag: str) -> list[float]:
     """What TensorBoard's own reader finds."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
