@@ -87,18 +87,19 @@ def planned_places(steps: int, steps_per_epoch: int, log_every_steps: int, valid
 
 def missing_rows(found: set[Place], planned: Iterable[Place]) -> str | None:
     """Which of the planned rows are not found, in words: "3 rows are missing from metrics.jsonl (steps 3 to 9)"."""
-    gaps: list[list[int]] = []  # the steps of neighbouring rows
+    count, gaps = 0, []  # the first and the last step of neighbours
     is_open = False
     for place in planned:
-        if place not in found:
-            if not is_open:
-                gaps.append([])
-            gaps[-1].append(place.step)
-        is_open = place not in found
+        if place in found:
+            is_open = False
+            continue
+        if not is_open:
+            gaps.append((place.step, place.step))
+        gaps[-1] = (gaps[-1][0], place.step)
+        count, is_open = count + 1, True
     if not gaps:
         return None
-    shown = [f"step {gap[0]}" if gap[0] == gap[-1] else f"steps {gap[0]} to {gap[-1]}" for gap in gaps[:GAPS_SHOWN]]
+    shown = [f"step {first}" if first == last else f"steps {first} to {last}" for first, last in gaps[:GAPS_SHOWN]]
     more = [f"{len(gaps) - GAPS_SHOWN} more gaps"] if len(gaps) > GAPS_SHOWN else []
-    count = sum(map(len, gaps))
     rows = "1 row is" if count == 1 else f"{count:,} rows are"
     return f"{rows} missing from metrics.jsonl ({', '.join(shown + more)})"

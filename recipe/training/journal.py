@@ -81,9 +81,7 @@ class Journal:
         self._make_events(rows)
         missing = missing_rows(set(found), planned)
         if missing:
-            print(
-                f"warning: {missing}; training goes on without, and the document says so", file=sys.stderr, flush=True
-            )
+            print(f"warning: {missing}; training goes on, and the document will say so", file=sys.stderr, flush=True)
         return missing
 
     def _make_events(self, rows: list[Row]) -> None:
