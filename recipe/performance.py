@@ -48,7 +48,8 @@ from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.model import build_model, load_state, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.published import published_accuracy, published_weights
-from recipe.records import EvaluationRecord, Protocol, Setting
+from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
+from recipe.rehearsal import rehearse
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
@@ -131,7 +132,7 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
         ),
         inputs={"weights": weights_sha256(released_weights(state)), "manifest": manifest_hash},
         checkpoint=name,
-        epochs_completed=state["progress"]["epoch"],
+        epochs_completed=state["progress"].get("trained_epochs", state["progress"]["epoch"]),
         epochs=config.optimization.epochs,
         weights="moving average" if is_average else "as trained",
         is_the_runs_own=True,
@@ -141,6 +142,8 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
 def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Predict, Normalisation]:
     """The network on this process's device, in the arithmetic of the run."""
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
+    pixels = config.evaluation.crop_pixels
+    rehearse(model.eval(), config.model.name, 1, pixels, f"enlarge evaluation.crop_pixels={pixels}")
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     trainer = config.trainer
     predict = predictor(
@@ -218,14 +221,27 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
     if name == "last":
         return files[-1]
     if name == "best":
-        best_step = load_checkpoint(files[-1])["progress"]["best_step"]
-        return run.checkpoints / f"step-{best_step:08d}.pt"
+        return run.checkpoints / f"step-{_best_step(run, files[-1]):08d}.pt"
     if not CHECKPOINT_NAME.match(name):
         raise UserError(
             f"evaluation.checkpoint={name} cannot be: it must be last, best or one of "
             + ", ".join(path.name for path in files)
         )
     return run.checkpoints / f"{name.removesuffix('.pt')}.pt"
+
+
+def _best_step(run: Run, newest: Path) -> int:
+    """As training left it; while it goes on, as its newest checkpoint knows it."""
+    training = run.read(TrainingRecord)
+    if training is not None:
+        return training.best_epoch * training.schedule.steps_per_epoch
+    best_step: int = load_checkpoint(newest)["progress"]["best_step"]
+    if best_step == 0:
+        raise UserError(
+            "evaluation.checkpoint=best cannot be yet: the newest checkpoint comes before the end of the first "
+            "validation; use last, or train on"
+        )
+    return best_step
 
 
 @dataclass(frozen=True)

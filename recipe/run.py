@@ -17,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from recipe import faults
 from recipe.errors import DiskError, UserError, how_to_continue
+from recipe.metrics import read_rows
 from recipe.records import (
     AnyRecord,
     EnergyRecord,
@@ -130,20 +132,10 @@ class Run:
         return values
 
     def metric_rows(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl, in order; an unfinished last line (a killed run) is left out."""
+        """All rows of metrics.jsonl, in order, as `recipe.metrics.Row` has them; raises `UserError` for any other."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [self._row(number, line) for number, line in enumerate(lines[:-1], start=1) if line]
-
-    def _row(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {shown_path(self.metrics)} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not {"split", "epoch", "step", "loss"} <= row.keys():
-            raise UserError(f"line {number} of {shown_path(self.metrics)} is no row of metrics")
-        return row
+        return [msgspec.structs.asdict(row) for row in read_rows(self.metrics, shown_path(self.metrics))]
 
     @contextmanager
     def lock(self) -> Iterator[None]:

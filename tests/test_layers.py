@@ -9,7 +9,10 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["streams", "errors", "launcher", "signals", "faults", "energy", "config", "records", "run", "provenance"]
+GROUND = [
+    *("streams", "errors", "launcher", "signals", "faults", "energy", "config", "metrics", "records", "run"),
+    "provenance",
+]
 ALLOWED = {
     "streams": [],
     "errors": ["streams"],
@@ -18,8 +21,9 @@ ALLOWED = {
     "faults": [],
     "energy": [],
     "config": ["errors"],
+    "metrics": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "faults", "records"],
+    "run": ["errors", "faults", "metrics", "records"],
     "provenance": ["launcher", "records", "run"],
     "composition": GROUND,
     "distributed": GROUND,
@@ -30,8 +34,15 @@ ALLOWED = {
     "evaluation": [*GROUND, "distributed", "model", "data"],
     "published": [*GROUND, "model"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
-    "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "published", "inference"],
-    "training": [*GROUND, "distributed", "alterations", "model", "checkpoint", "data", "evaluation", "training"],
+    "rehearsal": ["errors"],
+    "performance": [
+        *GROUND,
+        *("distributed", "model", "checkpoint", "data", "evaluation", "published", "inference", "rehearsal"),
+    ],
+    "training": [
+        *GROUND,
+        *("distributed", "alterations", "model", "checkpoint", "data", "evaluation", "rehearsal", "training"),
+    ],
     "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
     "projection": [*GROUND, "composition", "data", "document"],

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,60 @@ def test_naming_a_run_creates_nothing(tmp_path: Path) -> None:
 # ---- metrics, journal and configuration -------------------------------------------------------------
 
 
+def metric_row(step: int) -> dict[str, Any]:
+    numbers = {name: step / 30 for name in ("loss", "top1_accuracy", "top5_accuracy", "images_per_second", "seconds")}
+    absent = dict.fromkeys(("learning_rate", "data_wait_fraction", "held_up_fraction"))
+    return {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step} | numbers | absent
+
+
 def test_an_unfinished_last_row_is_left_out(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    rows = [{"split": "train", "epoch": 1, "step": step, "loss": step / 3} for step in range(4)]
+    rows = [metric_row(step) for step in range(1, 5)]
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     run.metrics.write_text(whole)
     assert run.metric_rows() == rows
     for cut in range(1, len(json.dumps(rows[-1])) + 2):
         run.metrics.write_text(whole[:-cut])
         assert run.metric_rows() == rows[:-1]
+
+
+WRONG_ROWS: dict[str, bytes | Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "a key lacks": lambda row: {key: value for key, value in row.items() if key != "images_seen"},
+    "an unknown key": lambda row: row | {"images": 3},
+    "an object": lambda row: row | {"epoch": {"a": 1}},
+    "a text": lambda row: row | {"step": "3"},
+    "a truth": lambda row: row | {"loss": True},
+    "absent": lambda row: row | {"loss": None},
+    "not a number": lambda row: row | {"loss": float("nan")},
+    "infinite": lambda row: row | {"loss": float("-inf")},
+    "a count that nothing reaches": lambda row: row | {"step": 2**60},
+    "a huge integer": lambda row: row | {"images_seen": 10**400},
+    "a huge number": lambda row: row | {"loss": 10**400},
+    "no step yet": lambda row: row | {"step": 0},
+    "before the first epoch": lambda row: row | {"epoch": -1},
+    "another split": lambda row: row | {"split": "test"},
+    "no object": b"[1, 2]",
+    "no JSON": b"epoch 1",
+    "half a row": b'{"split": "train", "epo',
+    "not UTF-8": b'{"split": "tr\xff\xfe"}',
+    "bytes that a crash left": bytes(4096),
+    "deeply nested": b"[" * 5000,
+    "a very long line": b"[" + b"1, " * 100_000 + b"1]",
+    "infinite by its exponent": b'{"split": "train", "epoch": 1, "step": 1, "images_seen": 1, "loss": 1e999}',
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ROWS)
+def test_a_line_that_is_not_a_row_is_named(name: str, tmp_path: Path) -> None:
+    wrong, sound = WRONG_ROWS[name], json.dumps(metric_row(1)).encode()
+    line = wrong if isinstance(wrong, bytes) else json.dumps(wrong(metric_row(2))).encode()
+    run = Run(tmp_path)
+    run.metrics.write_bytes(sound + b"\n" + line + b"\n" + sound + b"\n")
+    with pytest.raises(
+        UserError, match=r"^line 2 of .*metrics\.jsonl is not a row of metrics .*delete the line"
+    ) as error:
+        run.metric_rows()
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
 
 
 def test_the_journal_has_a_line_for_each_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -515,7 +515,7 @@ def test_the_model_is_channels_last_before_it_is_wrapped(smoke: Words, monkeypat
 def test_statistics_are_made_equal_before_they_are_used_and_saved(
     smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T26: model and average are copied from the first process, then validated, then saved."""
+    """T26: model and average are copied from the first process, then saved, then validated."""
     events: list[str] = []
     validate, save = measurement.evaluate, TrainingState.save
 
@@ -531,7 +531,7 @@ def test_statistics_are_made_equal_before_they_are_used_and_saved(
     monkeypatch.setattr(measurement, "evaluate", validating)
     monkeypatch.setattr(TrainingState, "save", saving)
     loop.train(compose_config(*smoke("optimization.averaging.decay=0.9")))
-    assert events == ["copy", "copy", "validate", "save"] * 2
+    assert events == ["copy", "copy", "save", "validate"] * 2
 
 
 def names_in(path: Path) -> set[str]:

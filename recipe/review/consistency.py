@@ -9,17 +9,19 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from recipe.config import config_sha256, differences, leaves, recipe_id
 from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
+from recipe.metrics import Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.findings import Finding, Level, listed
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
+MOST_ROWS = 1_000_000  # looked for: a record from a stranger may promise any number
 SECTIONS = {
     "raw_data": "Data / Raw data",
     "processing_methods": "Data / Processing methods",
@@ -191,13 +193,15 @@ def stale_findings(facts: Facts) -> list[Finding]:
 
 
 def final_findings(facts: Facts) -> list[Finding]:
-    """The training record's last numbers are those of the last logged rows.
-
-    A published recipe may keep one train row an epoch, with the mean of its steps; validation rows are all there.
-    """
-    if facts.training is None or not facts.metrics:
+    """Every row is there, and the training record's last numbers are those of the last ones."""
+    if facts.training is None:
         return []
     found = []
+    missing = missing_rows({Place(row["split"], row["epoch"], row["step"]) for row in facts.metrics}, promised(facts))
+    if missing:
+        found.append(
+            Finding(Level.resolvable, "metrics.jsonl", missing, "take the file from version control or a copy")
+        )
     last = {row["split"]: row for row in facts.metrics}
     for name in ("loss", "top1_accuracy", "top5_accuracy"):
         recorded, logged = facts.training.final.get(f"validation_{name}"), last.get("validation", {}).get(name)
@@ -210,6 +214,18 @@ def final_findings(facts: Facts) -> list[Finding]:
         what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
         found.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
     return found
+
+
+def promised(facts: Facts) -> Iterator[Place]:
+    """The rows that are to be there; a published recipe may keep one train row an epoch, with the mean of its steps."""
+    assert facts.training is not None, "the caller looked"
+    schedule, publication = facts.training.schedule, facts.publication
+    every = leaves(facts.config or {}).get("trainer.log_every_steps")
+    is_thinned = publication is not None and publication.metric_rows_kept < publication.metric_rows
+    if is_thinned or not (isinstance(every, int) and every >= 1):
+        every = schedule.steps_per_epoch
+    planned = planned_places(schedule.steps, schedule.steps_per_epoch, every, len(facts.training.epochs))
+    return islice(planned, MOST_ROWS)
 
 
 def later_findings(facts: Facts) -> list[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,10 +31,6 @@ from recipe.run import RECORD_FILES, Run, recorded_path
 Value = TypeVar("Value")
 LARGEST_RECORD_BYTES = 64 * 2**20
 LARGEST_INTEGER = 2**63
-NUMBERS = (
-    *("epoch", "step", "images_seen", "loss", "top1_accuracy", "top5_accuracy", "learning_rate"),
-    *("images_per_second", "data_wait_fraction", "seconds"),
-)
 
 
 class Reader:
@@ -64,7 +59,7 @@ class Reader:
             name=str(config["name"]) if config else run.directory.absolute().name,
             run_dir=recorded_path(run.directory),
             config=config,
-            metrics=self._metric_rows(),
+            metrics=self._read(run.metrics, run.metric_rows) or [],
             other_evaluations=self._read_all(run.other_evaluations, EvaluationRecord),
             timing=self._read_all(run.timing, TimingRecord),
             **{name: by_kind[kind] for kind, name in FACTS.items()},
@@ -91,15 +86,6 @@ class Reader:
     def _record(self, path: Path, kind: Any) -> Any:
         return from_json(path.read_bytes(), kind, self.name_of(path))
 
-    def _metric_rows(self) -> list[dict[str, Any]]:
-        rows = self._read(self.run.metrics, self.run.metric_rows) or []
-        wrong = next(((number, what) for number, row in enumerate(rows, start=1) for what in wrong_values(row)), None)
-        if wrong is None:
-            return rows
-        place = f"{self.name_of(self.run.metrics)}, row {wrong[0]}"
-        self.findings.append(unreadable(place, f"{wrong[1]}: it is no row of metrics"))
-        return []
-
     def name_of(self, path: Path) -> str:
         """A file's name inside the recipe."""
         return path.relative_to(self.run.directory).as_posix()
@@ -123,20 +109,6 @@ def unreadable(place: str, why: str) -> Finding:
     return Finding(
         Level.well_formed, place, f"it cannot be read: {why}", "take it from version control, or run its stage again"
     )
-
-
-def wrong_values(row: dict[str, Any]) -> Iterator[str]:
-    """What in a logged row is not a finite number, an absent one or the name of a split."""
-    if row["split"] not in ("train", "validation"):
-        yield f"split is {row['split']!r}"
-    for name in NUMBERS:
-        value = row.get(name)
-        required = name in ("epoch", "step")
-        if value is None and not required:
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or (required and not (isinstance(value, int) and 0 <= value < 2**53)):
-            yield f"{name} is {value!r}"
 
 
 def refuse_impossible_numbers(value: Any) -> None:

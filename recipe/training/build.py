@@ -24,6 +24,7 @@ from recipe.distributed import World, device_versions, memory_format, threads_pe
 from recipe.model import build_model, model_facts
 from recipe.provenance import Stage, processor_name, source_sha256, versions
 from recipe.records import ModelFacts
+from recipe.rehearsal import rehearse
 from recipe.run import Run
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.averaging import WeightAverage, build_average
@@ -32,6 +33,7 @@ from recipe.training.journal import DataWait, Journal
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, compiled, replicate
 from recipe.training.optimizer import build_optimizer
+from recipe.training.recalibration import batch_norms
 from recipe.training.schedule import LearningRate, build_schedule
 from recipe.training.state import Progress, TrainingState, saved_state
 from recipe.training.stopping import StopWish
@@ -102,6 +104,7 @@ def build_training(
     augmentation = build_augmentation(config.augmentation, config.seed)
     with ExitStack() as held:
         batches, validation = _build_batches(config, world, augmentation, held)
+        _rehearse(config, model, batches, validation)
         average = build_average(model, config.optimization, batches.batches_per_epoch)
         stepper = _build_stepper(config, world, model, batches)
         state = TrainingState(
@@ -155,6 +158,27 @@ def _build_batches(
     )
 
 
+def _rehearse(config: Config, model: nn.Module, batches: TrainingBatches, validation: EvaluationBatches) -> None:
+    """Refuse images that are too small or too few for the network, in every kind of forward pass to come."""
+    layout, crop = batches.layout, config.augmentation.crop_pixels
+    split = f"over {layout.processes} processes x {layout.accumulation_steps} accumulation steps"
+    batch = f"optimization.batch_size={layout.global_batch_size} {split}"
+    for pixels in sorted({crop, *map(batches.augmentation.pixels, range(config.optimization.epochs))}):
+        at = f"augmentation.crop_pixels={crop}"
+        if pixels < crop:
+            at = f"augmentation.progressive.first_pixels={config.augmentation.progressive.first_pixels}"
+        rehearse(model, config.model.name, layout.images_per_forward, pixels, f"enlarge {at}, or {batch}")
+    asked, crop = config.optimization.averaging.recalibrate_images, config.evaluation.crop_pixels
+    at = f"evaluation.crop_pixels={crop}"
+    if asked:
+        batch_norms(model)
+        images = min(asked, validation.batch_size, batches.images)
+        batch = f"optimization.averaging.recalibrate_images={asked} and evaluation.batch_size={validation.batch_size}"
+        rehearse(model, config.model.name, images, crop, f"enlarge {at}, or {batch}")
+    rehearse(model.eval(), config.model.name, 1, crop, f"enlarge {at}")
+    model.train()
+
+
 def _build_stepper(config: Config, world: World, model: nn.Module, batches: TrainingBatches) -> Stepper:
     """Replica, optimizer, loss and normalisation."""
     return Stepper(
@@ -174,9 +198,17 @@ def _open_journal(
     journal = None
     with world.first_decides():
         if world.is_first:
-            steps, epochs = state.progress.step, state.progress.epoch
-            journal = Journal(state.run, config.optimization.epochs, batches.batches_per_epoch, steps, epochs)
+            journal = Journal(
+                state.run,
+                config.optimization.epochs,
+                batches.batches_per_epoch,
+                config.trainer.log_every_steps,
+                state.progress.step,
+                state.progress.epoch,
+            )
             held.enter_context(closing(journal))
+            if journal.missing:
+                state.progress.sessions[-1]["note"] += f"; {journal.missing}"
     return journal
 
 

@@ -15,10 +15,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+import msgspec
 import torch
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -26,6 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from recipe.errors import DiskError
+from recipe.metrics import Place, Row, missing_rows, place_of, planned_places
 from recipe.run import Run, disk_errors, write_atomically
 
 Item = TypeVar("Item")
@@ -34,29 +35,17 @@ WAITING_LIMIT = 0.1  # share of the time that may go unmentioned
 SECONDS_TO_JUDGE = 10.0  # an epoch shorter than this is mostly its own start
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
-
-    split: str  # train: since the row before; validation: the whole set
-    epoch: int
-    step: int
-    images_seen: int
-    loss: float
-    top1_accuracy: float
-    top5_accuracy: float
-    learning_rate: float | None
-    images_per_second: float
-    data_wait_fraction: float | None
-    seconds: float  # of training, validation included, since the run began
-    held_up_fraction: float | None = None  # of the thread that launches work, see `Probe`
-
-
 class Journal:
     """The first process's notes."""
 
     def __init__(
-        self, run: Run, epochs: int, steps_per_epoch: int, completed_steps: int, completed_epochs: int
+        self,
+        run: Run,
+        epochs: int,
+        steps_per_epoch: int,
+        log_every_steps: int,
+        completed_steps: int,
+        completed_epochs: int,
     ) -> None:
         self.run = run
         self.epochs = epochs
@@ -67,7 +56,8 @@ class Journal:
         self.waiting: list[Row] = []  # for a disk that takes them
         self.is_behind = False  # and a person knows
         self.events = run.tensorboard / "events.out.tfevents.0.recipe"
-        self._cut(completed_steps, completed_epochs)
+        planned = planned_places(completed_steps, steps_per_epoch, log_every_steps, completed_epochs)
+        self.missing = self._cut(list(planned))
         self.bar = tqdm(
             total=epochs * steps_per_epoch,
             initial=completed_steps,
@@ -77,17 +67,22 @@ class Journal:
             disable=not sys.stderr.isatty(),
         )
 
-    def _cut(self, completed_steps: int, completed_epochs: int) -> None:
-        """Drop the rows behind the checkpoint and make TensorBoard's events anew from the others.
+    def _cut(self, planned: list[Place]) -> str | None:
+        """Keep the planned rows, those that come before the checkpoint; returns which of them are missing, in words.
 
-        A checkpoint of an epoch's last step may have been written before its validation, which then comes again.
+        The others come again: later steps, and the validation of an epoch that was saved before it. A row that is
+        there twice is kept once. TensorBoard's events are made of what is kept.
         """
-        rows = [Row(**row) for row in self.run.metric_rows() if row["step"] <= completed_steps]
-        rows = [row for row in rows if row.split == "train" or row.epoch <= completed_epochs]
+        found = {place_of(row): row for row in reversed([Row(**row) for row in self.run.metric_rows()])}
+        rows = [found[place] for place in planned if place in found]
         content = as_lines(rows)
         write_atomically(self.run.metrics, content)
         self.written_bytes = len(content)
         self._make_events(rows)
+        missing = missing_rows(set(found), planned)
+        if missing:
+            print(f"warning: {missing}; training goes on, and the document will say so", file=sys.stderr, flush=True)
+        return missing
 
     def _make_events(self, rows: list[Row]) -> None:
         """TensorBoard's file anew, with all events at once."""
@@ -173,12 +168,12 @@ class Journal:
 
 def as_lines(rows: Iterable[Row]) -> bytes:
     """Rows of metrics.jsonl."""
-    return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
+    return "".join(json.dumps(msgspec.structs.asdict(row)) + "\n" for row in rows).encode()
 
 
 def as_event(row: Row) -> Event:
     """One TensorBoard event with every number of the row."""
-    values = {name: value for name, value in asdict(row).items() if isinstance(value, float)}
+    values = {name: value for name, value in msgspec.structs.asdict(row).items() if isinstance(value, float)}
     summary = Summary(
         value=[Summary.Value(tag=f"{row.split}/{name}", simple_value=value) for name, value in values.items()]
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from recipe import faults
-from recipe.checkpoint import write_released_weights
+from recipe.checkpoint import prune_checkpoints, write_released_weights
 from recipe.config import Config, config_sha256, leaves, pinned
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
@@ -25,7 +25,7 @@ from recipe.run import Run, append_to_journal, shown_path
 from recipe.training.build import Training, build_training
 from recipe.training.energy import Meter
 from recipe.training.hanging import hang_watch
-from recipe.training.measurement import measure_steps, validate
+from recipe.training.measurement import measure_steps, validate, validation_predictor
 from recipe.training.pinning import finished_record, pin, set_aside
 from recipe.training.record import training_record
 from recipe.training.saving import save, save_and_exit, save_where_due
@@ -68,17 +68,20 @@ def _started(run: Run, config: Config) -> Stage:
 
 
 def fit(training: Training, after_validation: AfterValidation | None = None) -> None:
-    """Steps over every epoch; after each one validation, then a checkpoint. A wish to stop is granted between steps."""
-    progress = training.progress
+    """Steps over every epoch; after each one a checkpoint, then validation. A wish to stop is granted between steps."""
+    progress, epochs = training.progress, training.config.optimization.epochs
     try:
         training.wish.look(0)  # what was noted while things were built
-        for epoch in range(progress.epoch, training.config.optimization.epochs):
+        for epoch in range(progress.epoch, epochs):
             for batches in training.wait.timed(training.batches.epoch(epoch, progress.batch)):
                 take_step(training, batches)
                 training.watch.progressed()
                 training.wish.look(progress.step)
                 save_where_due(training)
-            validate(training)
+            training.wait.lap()  # validation begins: its time is no training time
+            predict = validation_predictor(training)
+            save(training, must_succeed=epoch + 1 == epochs)
+            validate(training, predict)
             if after_validation is not None and training.world.is_first:
                 after_validation(training.run)
             _complete_epoch(training)
@@ -99,6 +102,8 @@ def take_step(training: Training, batches: list[Batch]) -> None:
     if training.journal is not None:
         training.journal.step()
     is_last = progress.batch == training.batches.batches_per_epoch
+    if is_last:
+        progress.trained_epochs = progress.epoch + 1
     if is_last or progress.batch % training.config.trainer.log_every_steps == 0:
         measure_steps(training)
 
@@ -110,16 +115,19 @@ def _dropout_seed(training: Training) -> int:
 
 
 def _complete_epoch(training: Training) -> None:
-    """Move on to the next epoch and save."""
+    """Move on to the next epoch; the next checkpoint says so, or the record."""
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_held_up_seconds = 0.0
-    save(training, must_succeed=progress.epoch == training.config.optimization.epochs)
     training.wait.lap()
 
 
 def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
     energy = meter.record(training.progress.session_records())
+    if training.journal is not None:
+        training.journal.settle(durably=True)  # the last validation comes after the last checkpoint
+    keep, best_step = training.config.trainer.keep_checkpoints, training.progress.best_step
+    prune_checkpoints(training.run.checkpoints, keep, best_step)
     record = training_record(training)
     weights = training.average.model.state_dict()
     write_released_weights(training.run.checkpoints, training.progress.step, weights, record.outputs["weights"])

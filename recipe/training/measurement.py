@@ -7,7 +7,6 @@ a loss is not finite.
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ import torch
 from recipe import faults
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
+from recipe.metrics import Row
 from recipe.training.build import Training
-from recipe.training.journal import Row
 from recipe.training.recalibration import RecalibrationBatches, recalibrate
 
 
@@ -45,19 +44,21 @@ def measure_steps(training: Training) -> None:
         _write(training, row)
 
 
-def validate(training: Training) -> None:
-    """A `validation` row: every image once, through the weights that count (the average where there is one)."""
-    started = time.perf_counter()
+def validate(training: Training, predict: Predict) -> None:
+    """A `validation` row: every image once, by `validation_predictor`; its time is counted since the last lap."""
     faults.stop("validation", training.world.rank, training.progress.step)
-    predictions = predict_validation(training, validation_predictor(training))
+    predictions = predict_validation(training, predict)
+    seconds, _ = training.wait.lap()
     with training.world.first_decides():
         if predictions is not None:
-            _note_validation(training, predictions, time.perf_counter() - started)
-    training.wait.lap()
+            _note_validation(training, predictions, seconds)
 
 
 def validation_predictor(training: Training) -> Predict:
-    """The weights that count, made ready: equal on every process, with their own statistics."""
+    """The weights that count (the average where there is one): equal on every process, with their own statistics.
+
+    It comes before the epoch's checkpoint, so that this holds the very weights that are validated.
+    """
     config, world, model = training.config, training.world, training.average.model
     world.copy_from_first(training.model)
     predict = predictor(

@@ -50,12 +50,17 @@ def recalibrate(model: nn.Module, predict: Predict, batches: Iterable[Batch]) ->
 
     `predict` runs `model`, which is in evaluation mode and stays there: no dropout, no stochastic depth.
     """
+    with _estimating(batch_norms(model)):
+        for batch in batches:
+            predict(batch.images)
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The norms that can be recalibrated; raises `UserError` where there is none."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise UserError("optimization.averaging.recalibrate_images must be 0 for a network without batch norm")
-    with _estimating(norms):
-        for batch in batches:
-            predict(batch.images)
+    return norms
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """When a checkpoint is written, what of the present moment goes into it, and what happens where writing fails.
 
-After every epoch, every `trainer.save_every_steps` where that is asked for, and when the run is stopped. A disk that
-is full for a while costs nothing but a warning: training goes on and the next time it is tried again. It stops after
-three failures in a row, and where nothing would be left: at the end, when the process is about to exit, and where the
-run directory has vanished. The rows before a checkpoint are written before it, or it counts as failed too.
+After the last step of every epoch, every `trainer.save_every_steps` where that is asked for, and when the run is
+stopped. An epoch is saved before its validation, so that one that fails costs no training: the same command validates
+again. What validation found reaches the next checkpoint, of the last epoch the record.
+
+A disk that is full for a while costs nothing but a warning: training goes on and the next time it is tried again. It
+stops after three failures in a row, and where nothing would be left: at the end, when the process is about to exit,
+and where the run directory has vanished. The rows before a checkpoint are written before it, or it counts as failed
+too.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ from recipe.training.optimization import Stepper
 class Progress:
     """How far a run has come; all of it is saved with every checkpoint."""
 
-    epoch: int = 0  # completed epochs
+    epoch: int = 0  # completed epochs, their validation included
     batch: int = 0  # completed batches of the epoch after those
+    trained_epochs: int = 0  # whose last step is done
     step: int = 0  # completed optimizer steps
     images_seen: int = 0
     best_epoch: int = 0

@@ -20,11 +20,12 @@ from recipe.checkpoint import checkpoint_files, load_checkpoint, newest_checkpoi
 from recipe.data.loading import Batch
 from recipe.distributed import World
 from recipe.errors import DiskError, HangError, NonFiniteError, UserError
+from recipe.metrics import Row
 from recipe.run import Run
 from recipe.training import journal, loop, space, state
 from recipe.training.build import Training
 from recipe.training.hanging import HangWatch
-from recipe.training.journal import Journal, Row, append
+from recipe.training.journal import Journal, append
 from tests.conftest import compose_config
 from tests.worlds import run_world
 
@@ -102,7 +103,7 @@ def test_f09_rows_that_the_disk_refuses_wait_and_none_is_lost_or_written_twice(
 ) -> None:
     """Whichever of the two files is refused: half a line and half an event are cut off again."""
     run = Run(tmp_path / "run")
-    with closing(Journal(run, 1, 9, 0, 0)) as journal:
+    with closing(Journal(run, 1, 9, 1, 0, 0)) as journal:
         journal.write(row(1))
         full = journal.written_bytes if smaller == "metrics" else journal.event_bytes
         with files_of_at_most(full + 30):

@@ -194,6 +194,14 @@ def last_row(run: Run) -> None:
     run.metrics.write_text("\n".join([*lines[:-1], json.dumps(row), ""]))
 
 
+def lost_rows(first: int, last: int) -> Callable[[Run], None]:
+    def lose(run: Run) -> None:
+        lines = run.metrics.read_text().splitlines(keepends=True)
+        run.metrics.write_text("".join(lines[:first] + lines[last:]))
+
+    return lose
+
+
 def replace_predictions(run: Run) -> None:
     """Other predictions, with their hash in the record: only counting shows it."""
     content = predictions([CORRECT[0] - 1, *CORRECT[1:]], CORRECT_TOP5)
@@ -314,8 +322,11 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
     "a row of no numbers": (
         lambda run: run.metrics.write_text('{"split": "train", "epoch": "1", "step": 1, "loss": 1}\n'),
         Level.well_formed,
-        r"metrics\.jsonl, row 1",
+        r"metrics\.jsonl",
     ),
+    "rows lost in the middle": (lost_rows(3, 5), Level.resolvable, r"metrics\.jsonl"),
+    "one row lost": (lost_rows(1, 2), Level.resolvable, r"metrics\.jsonl"),
+    "all rows lost": (lambda run: run.metrics.unlink(), Level.resolvable, r"metrics\.jsonl"),
     "the last row changed": (last_row, Level.resolvable, r"final\.validation_top1_accuracy"),
     "an evaluation of other weights": (
         evaluation("inputs", "weights", value="0" * 64),

@@ -80,6 +80,7 @@ def write_reference(count: int = 5, name: str = "dynamics.json", **changes: Any)
 def metric_lines(values: Values, epoch: int) -> list[dict[str, Any]]:
     step = epoch * STEPS_PER_EPOCH
     common = {"epoch": epoch, "step": step, "images_seen": 96 * step, "top5_accuracy": 0.9, "seconds": 1.0}
+    common |= {"images_per_second": 9.0, "data_wait_fraction": 0.1}
     measured = {
         split: {"loss": values[f"{split}_loss"][epoch - 1], "top1_accuracy": values[f"{split}_top1"][epoch - 1]}
         for split in ("train", "validation")

@@ -16,7 +16,7 @@ from recipe.training.journal import DataWait, Journal, Probe
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
-    made = Journal(Run(tmp_path), epochs=3, steps_per_epoch=2, completed_steps=0, completed_epochs=0)
+    made = Journal(Run(tmp_path), epochs=3, steps_per_epoch=2, log_every_steps=1, completed_steps=0, completed_epochs=0)
     yield made
     made.close()
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config import config_sha256
 from recipe.errors import NonFiniteError, UserError
+from recipe.evaluation import Predict, Predictions
 from recipe.model import weights_sha256
+from recipe.performance import evaluate_run
 from recipe.records import PreprocessingRecord, TrainingRecord
 from recipe.run import Run
-from recipe.training import loop
+from recipe.training import loop, state
 from recipe.training.build import Training
 from tests.conftest import compose_config
 from tests.worlds import run_world
@@ -109,6 +111,101 @@ def test_a_killed_run_of_three_processes_continues_bit_by_bit(smoke: Words, tmp_
     assert results == [True, None, None]
 
 
+NOT_TIMES = ("split", "epoch", "step", "images_seen", "loss", "top1_accuracy", "top5_accuracy", "learning_rate")
+
+
+def measured_rows(words: list[str]) -> list[list[object]]:
+    """Everything in the rows but times."""
+    return [[row[name] for name in NOT_TIMES] for row in Run(compose_config(*words).run_dir).metric_rows()]
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_validation_that_fails_costs_no_training(
+    epoch: int, moment: str, smoke: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is over and its row is written: what it found is in no checkpoint yet, and comes again."""
+    more = (*AVERAGED, "optimization.averaging.recalibrate_images=50")
+    whole, cut = smoke(*more, run="whole"), smoke(*more, run="cut")
+    uninterrupted = train(whole)
+    validate = loop.validate
+
+    def failing_validation(training: Training, predict: Predict) -> None:
+        if training.progress.epoch + 1 == epoch and moment == "before":
+            raise Killed
+        validate(training, predict)
+        if training.progress.epoch + 1 == epoch:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "validate", failing_validation)
+        with pytest.raises(Killed):
+            loop.train(compose_config(*cut))
+    progress = last_state(cut)["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (epoch - 1, 4, 4 * epoch)  # type: ignore[index]
+    record = train(cut)
+    assert [session.first_step for session in record.sessions] == [0, 4 * epoch]
+    assert (record.outputs, record.final, record.best_epoch, record.images_seen) == (
+        uninterrupted.outputs,
+        uninterrupted.final,
+        uninterrupted.best_epoch,
+        uninterrupted.images_seen,
+    )
+    assert [cost.epoch for cost in record.epochs] == [1, 2, 3]
+    assert measured_rows(cut) == measured_rows(whole)
+    for part in ("model", "average", "optimizer"):
+        assert_same_tensors(last_state(whole)[part], last_state(cut)[part])
+
+
+def test_an_epoch_is_saved_once_before_its_validation(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    save, validate = state.save_checkpoint, loop.validate
+
+    def noting_save(directory: Path, step: int, content: dict[str, object]) -> Path:
+        events.append(f"saved {step}")
+        return save(directory, step, content)
+
+    def noting_validation(training: Training, predict: Predict) -> None:
+        events.append("validated")
+        validate(training, predict)
+
+    monkeypatch.setattr(state, "save_checkpoint", noting_save)
+    monkeypatch.setattr(loop, "validate", noting_validation)
+    record = train(smoke("trainer.save_every_steps=2"))
+    assert events == ["saved 2", "saved 4", "validated", "saved 6", "saved 8", "validated"]
+    assert record.validation_seconds == pytest.approx(
+        sum(epoch.validation_seconds for epoch in record.epochs), abs=0.01
+    )
+
+
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_the_best_epoch_is_kept_and_can_be_evaluated(best: int, smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last one, whose validation comes after the last checkpoint."""
+    words = smoke("optimization.epochs=3", "trainer.keep_checkpoints=1")
+    with monkeypatch.context() as patched:
+        epochs = iter([epoch for epoch in (1, 2, 3) for _ in ("top1_accuracy", "top5_accuracy")])
+        patched.setattr(Predictions, "accuracy", lambda found, within: 0.9 if next(epochs) == best else 0.1)
+        record = train(words)
+    assert record.best_epoch == best
+    kept = [path.stem for path in checkpoint_files(Run(compose_config(*words).run_dir).checkpoints)]
+    assert kept == sorted({f"step-{4 * best:08d}", "step-00000012"})
+    evaluation = evaluate_run(compose_config(*words, "evaluation.checkpoint=best"))
+    assert evaluation is not None
+    assert evaluation.protocol.epochs_completed == best
+    assert evaluation.inputs["weights"] == record.outputs["best weights"]
+
+
+def test_before_the_first_validation_there_is_no_best_epoch(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing_validation(training: Training, predict: Predict) -> None:
+        raise Killed
+
+    monkeypatch.setattr(loop, "validate", failing_validation)
+    with pytest.raises(Killed):
+        train(smoke())
+    with pytest.raises(UserError, match=r"evaluation\.checkpoint=best cannot be yet"):
+        evaluate_run(compose_config(*smoke("evaluation.checkpoint=best")))
+
+
 def test_rows_and_events_behind_the_checkpoint_are_cut(smoke: Words) -> None:
     words = smoke("optimization.epochs=3", "trainer.log_every_steps=1")
     train_killed_in_epoch(words, 1)
@@ -117,6 +214,58 @@ def test_rows_and_events_behind_the_checkpoint_are_cut(smoke: Words) -> None:
     train(words)
     assert [row["step"] for row in run.metric_rows() if row["split"] == "train"] == list(range(1, 13))
     assert scalars(run, "train/loss") == [row["loss"] for row in run.metric_rows() if row["split"] == "train"]
+
+
+ROWS_BEFORE_STEP_6 = 7  # one a step, and the validation of the first epoch
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ([], "7 rows are missing from metrics.jsonl (steps 1 to 6)"),
+        ([0, 1, 4, 5, 6], "2 rows are missing from metrics.jsonl (steps 3 to 4)"),
+        ([0, 1, 2, 3, 5, 6], "1 row is missing from metrics.jsonl (step 4)"),
+        ([1, 2, 2, 4, 5], "3 rows are missing from metrics.jsonl (step 1, step 4, step 6)"),
+        ([0, 1, 1, 2, 3, 4, 5, 6, 6], None),
+        ([6, 5, 4, 3, 2, 1, 0], None),
+    ],
+    ids=["all", "in the middle", "a validation", "some, one twice", "none, two twice", "none, in another order"],
+)
+def test_a_continuation_says_for_good_which_of_its_rows_are_missing(
+    kept: list[int], said: str | None, smoke: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = smoke("trainer.log_every_steps=1", "trainer.save_every_steps=2")
+    train_killed_in_epoch(words, 1, step_in_epoch=3)
+    run = Run(compose_config(*words).run_dir)
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    before = run.metric_rows()[:ROWS_BEFORE_STEP_6]
+    run.metrics.write_text("".join([*(lines[number] for number in kept), *lines[ROWS_BEFORE_STEP_6:]]))
+    record = train(words)
+    assert record.sessions[-1].note == "continued at step 6" + (f"; {said}" if said else "")
+    assert (f"warning: {said}; training goes on" in capsys.readouterr().err) == bool(said)
+    after = run.metric_rows()
+    assert after[: len(set(kept))] == [before[number] for number in sorted(set(kept))]
+    assert [row["step"] for row in after[len(set(kept)) :]] == [7, 8, 8]
+
+
+def test_no_row_is_missed_before_the_first_checkpoint(smoke: Words, capsys: pytest.CaptureFixture[str]) -> None:
+    words = smoke("trainer.log_every_steps=1")
+    train_killed_in_epoch(words, 0)
+    assert len(Run(compose_config(*words).run_dir).metric_rows()) == 2
+    assert train(words).sessions[-1].note == "from the beginning"
+    assert "missing" not in capsys.readouterr().err
+
+
+def test_a_line_that_is_not_a_row_stops_a_continuation_with_a_sentence(smoke: Words) -> None:
+    words = smoke("trainer.log_every_steps=1")
+    train_killed_in_epoch(words, 1)
+    run = Run(compose_config(*words).run_dir)
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join([lines[0], '{"split": "train", "epoch": 1}\n', *lines[2:]]))
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl is not a row"):
+        train(words)
+    run.metrics.write_text("".join([lines[0], *lines[2:]]))  # as the sentence advises
+    assert "1 row is missing from metrics.jsonl (step 2)" in train(words).sessions[-1].note
 
 
 def scalars(run: Run, tag: str) -> list[float]:
@@ -138,7 +287,9 @@ def test_a_run_killed_before_its_record_gets_one(smoke: Words) -> None:
     record = train(smoke())
     run = Run(compose_config(*smoke()).run_dir)
     (run.records / "training.json").unlink()
-    assert train(smoke()).outputs == record.outputs
+    before, again = measured_rows(smoke()), train(smoke())
+    assert (again.outputs, again.final, again.best_epoch) == (record.outputs, record.final, record.best_epoch)
+    assert measured_rows(smoke()) == before
 
 
 def test_another_configuration_is_refused_with_the_difference(smoke: Words) -> None:

@@ -1,0 +1,105 @@
+"""The rows of metrics.jsonl: what one holds, how they are read, which ones a training writes, and which are missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+
+from recipe.errors import UserError
+
+LONGEST_ROW_BYTES = 10_000
+GAPS_SHOWN = 3
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # finite
+Split = Literal["train", "validation"]
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
+
+    split: Split  # train: since the row before; validation: all of the set
+    epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+    step: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+    images_seen: Count
+    loss: Number
+    top1_accuracy: Number
+    top5_accuracy: Number
+    learning_rate: Number | None
+    images_per_second: Number
+    data_wait_fraction: Number | None
+    seconds: Number  # of training, validation included, since the run began
+    held_up_fraction: Number | None = None  # of the thread that launches work, see `recipe.training.journal.Probe`
+
+
+class Place(NamedTuple):
+    """What identifies a row within its run."""
+
+    split: Split
+    epoch: int
+    step: int
+
+
+def place_of(row: Row) -> Place:
+    return Place(row.split, row.epoch, row.step)
+
+
+def read_rows(path: Path, where: str) -> Iterator[Row]:
+    """The rows of a file, in order; an unfinished last line (a killed run) is left out.
+
+    Raises `UserError` with the number of the first line that is not a row; `where` names the file.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW_BYTES), b""), start=1):
+            is_complete = line.endswith(b"\n")
+            if not is_complete and len(line) < LONGEST_ROW_BYTES:
+                return
+            if line.strip():
+                yield _row(line, is_complete, f"line {number} of {where}")
+
+
+def _row(line: bytes, is_complete: bool, where: str) -> Row:
+    try:
+        if not is_complete:
+            raise ValueError(f"it is longer than {LONGEST_ROW_BYTES} bytes")
+        return msgspec.json.decode(line, type=Row)
+    except (ValueError, RecursionError) as error:  # msgspec's own are ValueErrors too
+        raise UserError(
+            f"{where} is not a row of metrics ({str(error)[:200]}); put the file back from a copy, or delete the line: "
+            "its row then counts as missing"
+        ) from error
+
+
+def planned_places(steps: int, steps_per_epoch: int, log_every_steps: int, validated_epochs: int) -> Iterator[Place]:
+    """The rows of the first `steps` steps, in order: within an epoch, at its end, and of its validation."""
+    for epoch in range(1, (steps - 1) // steps_per_epoch + 2):
+        first = (epoch - 1) * steps_per_epoch
+        batches = chain(range(log_every_steps, steps_per_epoch, log_every_steps), (steps_per_epoch,))
+        logged = takewhile(lambda step: step <= steps, (first + batch for batch in batches))
+        yield from (Place("train", epoch, step) for step in logged)
+        if epoch <= validated_epochs:
+            yield Place("validation", epoch, first + steps_per_epoch)
+
+
+def missing_rows(found: set[Place], planned: Iterable[Place]) -> str | None:
+    """Which of the planned rows are not found, in words: "3 rows are missing from metrics.jsonl (steps 3 to 9)"."""
+    count, gaps = 0, []  # the first and the last step of neighbours
+    is_open = False
+    for place in planned:
+        if place in found:
+            is_open = False
+            continue
+        if not is_open:
+            gaps.append((place.step, place.step))
+        gaps[-1] = (gaps[-1][0], place.step)
+        count, is_open = count + 1, True
+    if not gaps:
+        return None
+    shown = [f"step {first}" if first == last else f"steps {first} to {last}" for first, last in gaps[:GAPS_SHOWN]]
+    more = [f"{len(gaps) - GAPS_SHOWN} more gaps"] if len(gaps) > GAPS_SHOWN else []
+    rows = "1 row is" if count == 1 else f"{count:,} rows are"
+    return f"{rows} missing from metrics.jsonl ({', '.join(shown + more)})"
