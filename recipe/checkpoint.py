@@ -67,9 +67,35 @@ def load_checkpoint(path: Path) -> State:
 
 def released_weights(state: State) -> dict[str, Tensor]:
     """The weights that count: the moving average's where the run keeps one."""
-    average = state["average"]
-    weights: dict[str, Tensor] = state["model"] if average is None else average["model"]
+    weights: dict[str, Tensor] = released_entry(state)[1]
     return weights
+
+
+def released_entry(state: State) -> tuple[str, Any]:
+    """The name of the entry that counts, and its weights."""
+    average = state.get("average")
+    if average is None:
+        return "model", state.get("model")
+    return "average", average.get("model") if isinstance(average, dict) else None
+
+
+def named_tensors(value: Any) -> bool:
+    """Whether `value` is a dictionary of tensors by name, with at least one."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what a network computes with: dense real numbers that are here."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
 
 
 def write_released_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:

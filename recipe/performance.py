@@ -45,13 +45,15 @@ from recipe.evaluation import (
     view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
-from recipe.model import build_model, load_state, restored_model, weights_sha256
+from recipe.model import build_model, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.published import published_accuracy, published_weights
 from recipe.records import EvaluationRecord, Protocol, Setting
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
+from recipe.weights import GivenWeights, load_state
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # people name their weights as they like
 
 
 def evaluate_run(config: Config) -> EvaluationRecord | None:
@@ -185,13 +187,16 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
     """Weights that others published, by their name in torchvision or from a file."""
     asked = config.evaluation.weights
     assert asked is not None, "the caller looked"
-    state = world.read_by_first(lambda: published_weights(config.model.name, asked))
+    given: GivenWeights = world.read_by_first(lambda: published_weights(config.model.name, asked))
+    if world.is_first:
+        print(given, file=sys.stderr, flush=True)
+    state = given.tensors
     blurs = any(name.endswith(".blur") for name in state)  # the weights say which network they are of
     network = replace(config.model, weights=None, zero_init_last_norm=False, blur_pool=blurs, stochastic_depth=0.0)
     model = build_model(network, len(manifest.classes), config.seed)
-    load_state(model, state, f"evaluation.weights={shown_path(asked)}")
+    load_state(model, state, given.where)
     predict, normalisation = _torch_predict(model, config, world)
-    name, transform = Path(asked).stem, build_evaluation_transform(config.evaluation)
+    name, transform = NOT_IN_A_NAME.sub("-", Path(asked).stem)[:100], build_evaluation_transform(config.evaluation)
     return Subject(
         predict=predict,
         transform=transform,
@@ -203,7 +208,7 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
         checkpoint=Path(asked).name,
         epochs_completed=0,
         epochs=0,
-        weights=f"published, {name}",
+        weights=f"published, {name}" + (f", its {given.entry}" if given.entry else ""),
     )
 
 

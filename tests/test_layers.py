@@ -9,26 +9,34 @@ import pytest
 from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = ["errors", "faults", "energy", "config", "records", "run", "provenance"]
+GROUND = ["errors", "faults", "energy", "config", "files", "records", "run", "provenance"]
 ALLOWED = {
     "errors": [],
     "faults": [],
     "energy": [],
     "config": ["errors"],
+    "files": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "faults", "records"],
+    "run": ["errors", "faults", "files", "records"],
     "provenance": ["records", "run"],
     "composition": GROUND,
     "distributed": GROUND,
     "alterations": GROUND,
-    "model": [*GROUND, "alterations", "checkpoint"],
+    "weights": [*GROUND, "checkpoint"],
+    "model": [*GROUND, "alterations", "checkpoint", "weights"],
     "checkpoint": GROUND,
     "data": [*GROUND, "distributed", "data"],
     "evaluation": [*GROUND, "distributed", "model", "data"],
-    "published": [*GROUND, "model"],
+    "published": [*GROUND, "weights"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
-    "performance": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "published", "inference"],
-    "training": [*GROUND, "distributed", "alterations", "model", "checkpoint", "data", "evaluation", "training"],
+    "performance": [
+        *GROUND,
+        *("distributed", "model", "checkpoint", "weights", "data", "evaluation", "published", "inference"),
+    ],
+    "training": [
+        *GROUND,
+        *("distributed", "alterations", "model", "checkpoint", "weights", "data", "evaluation", "training"),
+    ],
     "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
     "projection": [*GROUND, "composition", "data", "document"],
