@@ -31,9 +31,7 @@ AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
 ENTRIES = (*AVERAGES, "state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel and AveragedModel, torch.compile, Lightning
 AVERAGE_COUNT = "n_averaged"  # of torch's AveragedModel, beside its module
-DENSENET = re.compile(
-    r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"
-)  # torchvision's files have a dot that its network lost
+DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files have a dot more
 ZIP, PICKLE, SAFETENSORS = b"PK\x03\x04", b"\x80", b"{"
 HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
 REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]+)")  # in torch's words
@@ -63,13 +61,13 @@ def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
         start, size = handle.read(9), handle.seek(0, 2)
         handle.seek(0)
         open_file = f"/dev/fd/{handle.fileno()}"  # by a path torch would decide by its suffix
-        if start.startswith(ZIP):
+        if start[8:] == SAFETENSORS and int.from_bytes(start[:8], "little") <= HEADER_BYTES_MAX:
+            found = _safetensors(open_file, where)  # first: its length may begin like a pickle
+        elif start.startswith(ZIP):
             refuse_packed(handle, where, size)
             found = unpickled(open_file, where)
         elif start.startswith(PICKLE):
             found = unpickled(handle, where)
-        elif start[8:] == SAFETENSORS and int.from_bytes(start[:8], "little") <= HEADER_BYTES_MAX:
-            found = _safetensors(open_file, where)
         else:
             what = "is empty" if not size else "was written neither by torch.save nor by safetensors"
             raise UserError(f"{where} is not a file of plain tensors: it {what}")
@@ -106,9 +104,7 @@ def refuse_packed(handle: BinaryIO, where: str, size: int) -> None:
     except Exception as error:  # zip, struct and value errors, as the damage has it
         raise UserError(f"{where} is not a file of plain tensors: it is cut short or damaged; copy it again") from error
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise UserError(
-            f"{where} is not a file of plain tensors: it holds a TorchScript program; save its state_dict()"
-        )
+        raise UserError(f"{where} is not a file of plain tensors: it holds a TorchScript program")
     if sum(entry.file_size for entry in entries) > size:
         raise UserError(f"{where} is not a file of plain tensors: it unpacks to more than its {size:,} bytes")
     handle.seek(0)
@@ -117,7 +113,8 @@ def refuse_packed(handle: BinaryIO, where: str, size: int) -> None:
 def _safetensors(path: str, where: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dictionary
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}
     except Exception as error:  # the library has a type of its own, torch refuses some of its types
         raise UserError(
             f"{where} is not a file of plain tensors: its header and its data do not fit together; copy it again"
@@ -208,9 +205,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     faults += [f"it has {_listed(list(extra))}, which the model has not"] if extra else []
     faults += [f"of another shape or type: {_listed(shapes)}"] if shapes else []
     if faults:
-        raise UserError(
-            f"{where} does not fit the model: {'; '.join(faults)}. Give weights of this network and classes"
-        )
+        raise UserError(f"{where} does not fit the model: {'; '.join(faults)}; give weights of this network")
     wrong = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise NonFiniteError(f"{where} holds weights that are not finite: {_listed(wrong)}")
