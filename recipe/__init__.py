@@ -14,6 +14,7 @@ ground floor, torch
     distributed    launch(), World, reductions
     alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head
     model          ResNet-50 and its sources
+    plain          what torch.save wrote, if it is data
     checkpoint     atomic save, verified load
     weights        the files of weights that people have
 chapters

@@ -11,12 +11,12 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from recipe.errors import UserError
 
-RECORD_BYTES_MAX = 64 * 2**20  # records, rows and pictures of one run; ImageNet's predictions have 8 MB
+RECORD_BYTES_MAX = 256 * 2**20  # a record, the rows or the twin of one run; those of ImageNet have 10 MB
 WEIGHTS_BYTES_MAX = 16 * 2**30  # torchvision's largest classifier with an average and Adam's moments has 10 GB
 FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}")
 
@@ -32,7 +32,7 @@ def file_name(text: str, what: str) -> str:
 
 
 @contextmanager
-def opened(path: Path, where: str, bytes_max: int, folder: Path | None = None) -> Iterator[BinaryIO]:
+def opened(path: Path, where: str, bytes_max: int, folder: Path | None = None) -> Iterator[BufferedReader]:
     """A regular file of at most `bytes_max` bytes, inside `folder` where one is given; raises `UserError` otherwise."""
     if folder is not None and not is_inside(path, folder):
         raise UserError(f"{where} is a link that leaves its folder; put the file in its place")

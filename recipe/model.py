@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -53,8 +54,11 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
 
 def restored_model(state: State, where: str) -> nn.Module:
     """The network of a checkpoint on the CPU, with the weights that count; the checkpoint alone says which network."""
-    values = state["config"]["model"]
-    config = ModelConfig(**{name: values[name] for name in ARCHITECTURE})
+    try:
+        values = state["config"]["model"]
+        config = msgspec.convert({name: values[name] for name in ARCHITECTURE}, ModelConfig)
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
+        raise UserError(f"{where} does not say which network it holds: {type(error).__name__} {error}") from error
     model = build_model(config, len(interface_of(state, where).classes), seed=0)
     load_state(model, released_weights(state), where)
     return model

@@ -42,6 +42,7 @@ from recipe.evaluation import (
     predictions_file,
     predictor,
     protocol_name,
+    require_finite,
     view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
@@ -65,6 +66,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
             append_to_journal(run, "evaluate", "started", name=config.name)
         manifest, manifest_hash = adopt_data_set(config.data)
         subject = chosen_subject(run, config, world, manifest, manifest_hash)
+        run.predictions_file(subject.protocol)  # refused before the work
         measured = _measure(config, world, subject)
         if stage is None or measured.predictions is None:
             return None
@@ -260,14 +262,16 @@ def _record(
     """Write the predictions and describe them."""
     predictions, protocol = measured.predictions, _protocol(subject, measured)
     assert predictions is not None, "only the first process describes"
+    require_finite(predictions, subject.checkpoint)
     split = measured.batches.threads.split
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
-    write_atomically(run.predictions / f"{protocol.name}.npz", content)
+    path = run.predictions_file(protocol.name)
+    write_atomically(path, content)
     return EvaluationRecord(
         config_sha256=config_sha256(config_of_run(run, measured.config)),
         provenance=stage.finish(hardware(world), device_versions(world)),
         inputs=subject.inputs,
-        outputs={f"predictions/{protocol.name}.npz": hashlib.sha256(content).hexdigest()},
+        outputs={path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()},
         protocol=protocol,
         images=predictions.images,
         correct_top1=int(predictions.correct(1).sum()),

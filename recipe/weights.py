@@ -2,29 +2,26 @@
 
 Read are a state dictionary or a checkpoint that holds one: of this project, of torchvision and its reference script, of
 timm, Lightning and pytorch/examples, saved by torch or as safetensors; content decides, not the suffix. Where a file
-holds averaged weights beside those that were trained, the average is taken, as those scripts evaluate it. Nothing is
-executed: of classes, a file may hold `argparse.Namespace` alone, whose values are data.
+holds averaged weights beside those that were trained, the average is taken, as those scripts evaluate it.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from recipe.checkpoint import FORMAT, is_plain, named_tensors, released_entry
+from recipe.checkpoint import FORMAT, released_entry
 from recipe.errors import NonFiniteError, UserError
 from recipe.files import WEIGHTS_BYTES_MAX, opened
+from recipe.plain import ZIP, is_plain, named_tensors, unpickled
 from recipe.run import shown_path
 
 AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
@@ -32,9 +29,8 @@ ENTRIES = (*AVERAGES, "state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel and AveragedModel, torch.compile, Lightning
 AVERAGE_COUNT = "n_averaged"  # of torch's AveragedModel, beside its module
 DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files have a dot more
-ZIP, PICKLE, SAFETENSORS = b"PK\x03\x04", b"\x80", b"{"
+PICKLE, SAFETENSORS = b"\x80", b"{"
 HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
-REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]+)")  # in torch's words
 EXAMPLES = 3
 LONGEST_NAME = 100
 
@@ -60,14 +56,10 @@ def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
     with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
         start, size = handle.read(9), handle.seek(0, 2)
         handle.seek(0)
-        open_file = f"/dev/fd/{handle.fileno()}"  # by a path torch would decide by its suffix
         if start[8:] == SAFETENSORS and int.from_bytes(start[:8], "little") <= HEADER_BYTES_MAX:
-            found = _safetensors(open_file, where)  # first: its length may begin like a pickle
-        elif start.startswith(ZIP):
-            refuse_packed(handle, where, size)
-            found = unpickled(open_file, where)
-        elif start.startswith(PICKLE):
-            found = unpickled(handle, where)
+            found = _safetensors(f"/dev/fd/{handle.fileno()}", where)  # first: its length may begin like a pickle
+        elif start.startswith((ZIP, PICKLE)):
+            found = unpickled(handle, where, is_mapped=True)
         else:
             what = "is empty" if not size else "was written neither by torch.save nor by safetensors"
             raise UserError(f"{where} is not a file of plain tensors: it {what}")
@@ -76,38 +68,6 @@ def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
         raise UserError(f"{where} claims tensors that are larger than the file")
     return GivenWeights(where, tensors, entry, prefix)
-
-
-def unpickled(source: str | BinaryIO, where: str) -> Any:
-    """What torch.save wrote, if it is plain data; raises `UserError` that names a class of anything else.
-
-    The tensors of a path are mapped, so that only those that are used are read.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that are refused by name
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=isinstance(source, str))
-    except Exception as error:  # for a damaged or hostile file torch raises about anything
-        refused = REFUSED_CLASS.search(str(error))
-        what = f"holds an object of {refused[1][:LONGEST_NAME]}" if refused else "is damaged, or holds a program"
-        raise UserError(
-            f"{where} is not a file of plain tensors: it {what}; save the weights alone, as "
-            "torch.save(model.state_dict(), FILE)"
-        ) from error
-
-
-def refuse_packed(handle: BinaryIO, where: str, size: int) -> None:
-    """torch.save packs nothing: an archive that unpacks to more than it has is a bomb. Leaves the handle at 0."""
-    try:
-        with zipfile.ZipFile(handle) as archive:
-            entries = archive.infolist()
-    except Exception as error:  # zip, struct and value errors, as the damage has it
-        raise UserError(f"{where} is not a file of plain tensors: it is cut short or damaged; copy it again") from error
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise UserError(f"{where} is not a file of plain tensors: it holds a TorchScript program")
-    if sum(entry.file_size for entry in entries) > size:
-        raise UserError(f"{where} is not a file of plain tensors: it unpacks to more than its {size:,} bytes")
-    handle.seek(0)
 
 
 def _safetensors(path: str, where: str) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
     """Read the files of a run."""
     config = run.read_config()
     publication = run.read(PublicationRecord)
+    run.require_readable(run.metrics)
     return Facts(
         name=str(config["name"]) if config and "name" in config else run.directory.absolute().name,
         run_dir=publication.run_dir if publication else shown_run_dir,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from recipe.data.images import FILE_BYTES_MAX, PIXELS_MAX, as_rgb
 from recipe.errors import UserError
+from recipe.files import read_file
 from recipe.run import shown_path
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -56,13 +57,7 @@ def bytes_of(picture: str | Path | bytes) -> tuple[bytes, str]:
     if isinstance(picture, bytes):
         return picture, f"the picture of {len(picture)} bytes"
     where = shown_path(picture)
-    try:
-        size = Path(picture).stat().st_size
-        if size > FILE_BYTES_MAX:
-            raise UserError(f"{where} has {size:,} bytes; no picture is that large")
-        return Path(picture).read_bytes(), where
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    return read_file(Path(picture), where, FILE_BYTES_MAX), where
 
 
 def refuse_bombs(image: Image.Image, where: str) -> None:
