@@ -96,7 +96,7 @@ def load_checkpoint(path: Path) -> State:
 def _require_entries(state: State, where: str) -> None:
     try:
         msgspec.convert(state, Entries)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, AttributeError) as error:  # a tensor looks like a mapping
         raise UserError(f"{where} was not written by training, or its entries were changed: {error}") from error
     for name, tensors in (("model", state["model"]), ("average", released_entry(state)[1])):
         if not named_tensors(tensors) or not all(map(is_plain, tensors.values())):
@@ -134,7 +134,7 @@ def interface_of(state: State, where: str) -> Interface:
     """How the pixels of these weights are made and what their outputs mean; raises `UserError` where it is not said."""
     try:
         return msgspec.convert(state["interface"], Interface)
-    except (KeyError, msgspec.ValidationError) as error:
+    except (KeyError, AttributeError, msgspec.ValidationError) as error:
         raise UserError(f"{where} does not say how its pixels are made and what its classes are ({error})") from error
 
 

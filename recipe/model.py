@@ -57,7 +57,7 @@ def restored_model(state: State, where: str) -> nn.Module:
     try:
         values = state["config"]["model"]
         config = msgspec.convert({name: values[name] for name in ARCHITECTURE}, ModelConfig)
-    except (KeyError, TypeError, msgspec.ValidationError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # msgspec's are ValueErrors
         raise UserError(f"{where} does not say which network it holds: {type(error).__name__} {error}") from error
     model = build_model(config, len(interface_of(state, where).classes), seed=0)
     load_state(model, released_weights(state), where)

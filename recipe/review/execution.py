@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,14 +188,21 @@ def recounted(
     return [Finding(Level.executed, file, f"counted again, {listed(wrong)}", AGAIN)] if wrong else []
 
 
+def is_file_of(run: Run, path: Path, content: bytes) -> bool:
+    try:
+        return run.content(path) == content
+    except UserError:
+        return False
+
+
 def figure_findings(facts: Facts, run: Run) -> list[Finding]:
     """Drawn again from the records, the figures are the same; another matplotlib draws all of them otherwise."""
     from recipe.document import figures, inference_figures
 
     drawn = figures.draw(facts.training, facts.metrics)
     drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
-    there = {name: run.figures / name for name in drawn if (run.figures / name).is_file()}
-    wrong = [name for name, path in there.items() if run.content(path) != drawn[name]]
+    there = [name for name in drawn if os.path.lexists(run.figures / name)]
+    wrong = [name for name in there if not is_file_of(run, run.figures / name, drawn[name])]
     if not wrong:
         return []
     if len(wrong) == len(there):
