@@ -4,6 +4,7 @@ ground floor, importable without torch
     errors         what stops a run, each kind with its exit code
     faults         failures on demand, for tests
     config         typed schema of every knob, cross-field checks, identity of a recipe
+    files          files and names that may come from a stranger
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
     energy         what GPUs have used, by their driver's counter
@@ -13,7 +14,9 @@ ground floor, torch
     distributed    launch(), World, reductions
     alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head
     model          ResNet-50 and its sources
+    plain          what torch.save wrote, if it is data
     checkpoint     atomic save, verified load
+    weights        the files of weights that people have
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
                    images, shards, packing, merging, expectation, sharing, processing, reporting, progress;

@@ -11,7 +11,7 @@ import hashlib
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import safetensors.torch
@@ -19,11 +19,39 @@ import torch
 from torch import Tensor
 
 from recipe.errors import DiskError, UserError
+from recipe.files import WEIGHTS_BYTES_MAX, opened, read_file
+from recipe.plain import is_plain, named_tensors, unpickled
 from recipe.records import Interface
 from recipe.run import shown_path, write_atomically
 
 State = dict[str, Any]
 FORMAT = "checkpoint/1"
+CHECKSUMS_BYTES_MAX = 2**20
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Position(msgspec.Struct):
+    """The part of a training's progress that other stages read."""
+
+    epoch: Count
+    step: Count
+    best_step: Count
+
+
+class Entries(msgspec.Struct):
+    """The types of a checkpoint's entries; weights are looked at beside it, the rest by who restores it."""
+
+    config: dict[str, Any]
+    config_sha256: str
+    interface: dict[str, Any]
+    manifest_sha256: str
+    circumstances: dict[str, Any]
+    progress: Position
+    model: dict[str, Any]
+    average: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    skipped_steps: Count
 
 
 def save_checkpoint(directory: Path, step: int, state: State) -> Path:
@@ -48,28 +76,45 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
 
 def load_checkpoint(path: Path) -> State:
     """Read and verify one checkpoint; raises `UserError` that names what is wrong with it."""
+    where = shown_path(path)
     if not path.exists():
-        raise UserError(f"{shown_path(path)} does not exist")
+        raise UserError(f"{where} does not exist")
     if not _checksum_file(path).exists():
-        raise UserError(f"{shown_path(path)} has no checksum beside it: its writing did not finish")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest().encode() not in _checksum_file(path).read_bytes().split():
-        raise UserError(f"{shown_path(path)} is damaged: its SHA-256 is not the one written beside it")
-    try:
-        state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # for a damaged or hostile file torch raises about anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{shown_path(path)} is no checkpoint of plain tensors: {reason}") from error
+        raise UserError(f"{where} has no checksum beside it: its writing did not finish")
+    known = read_file(_checksum_file(path), f"{where}.sha256", CHECKSUMS_BYTES_MAX).split()
+    with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
+        if hashlib.file_digest(handle, "sha256").hexdigest().encode() not in known:
+            raise UserError(f"{where} is damaged: its SHA-256 is not the one written beside it")
+        handle.seek(0)
+        state: State = unpickled(handle, where)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{shown_path(path)} is not of format {FORMAT!r}")
+        raise UserError(f"{where} is not of format {FORMAT!r}")
+    _require_entries(state, where)
     return state
+
+
+def _require_entries(state: State, where: str) -> None:
+    try:
+        msgspec.convert(state, Entries)
+    except (msgspec.ValidationError, RecursionError, AttributeError) as error:  # a tensor looks like a mapping
+        raise UserError(f"{where} was not written by training, or its entries were changed: {error}") from error
+    for name, tensors in (("model", state["model"]), ("average", released_entry(state)[1])):
+        if not named_tensors(tensors) or not all(map(is_plain, tensors.values())):
+            raise UserError(f"{where} was not written by training: its entry {name!r} does not hold plain weights")
 
 
 def released_weights(state: State) -> dict[str, Tensor]:
     """The weights that count: the moving average's where the run keeps one."""
-    average = state["average"]
-    weights: dict[str, Tensor] = state["model"] if average is None else average["model"]
+    weights: dict[str, Tensor] = released_entry(state)[1]
     return weights
+
+
+def released_entry(state: State) -> tuple[str, Any]:
+    """The name of the entry that counts, and its weights."""
+    average = state.get("average")
+    if average is None:
+        return "model", state.get("model")
+    return "average", average.get("model") if isinstance(average, dict) else None
 
 
 def write_released_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:
@@ -89,7 +134,7 @@ def interface_of(state: State, where: str) -> Interface:
     """How the pixels of these weights are made and what their outputs mean; raises `UserError` where it is not said."""
     try:
         return msgspec.convert(state["interface"], Interface)
-    except (KeyError, msgspec.ValidationError) as error:
+    except (KeyError, AttributeError, msgspec.ValidationError) as error:
         raise UserError(f"{where} does not say how its pixels are made and what its classes are ({error})") from error
 
 

@@ -54,7 +54,7 @@ def one_job() -> Iterator[None]:
     A signal ends the multirun, and so does any error under torchrun, whose processes have to stay together. A job that
     a launcher of Hydra has sent elsewhere ends alone in any case.
     """
-    if HydraConfig.get().mode != RunMode.MULTIRUN or "TORCHELASTIC_RUN_ID" in os.environ:
+    if HydraConfig.get().mode != RunMode.MULTIRUN or launched().is_elastic:
         with one_clear_sentence():
             yield
         return

@@ -22,6 +22,7 @@ from recipe.config import Precision
 from recipe.data.loading import Batch
 from recipe.data.transforms import EvaluationTransform, Normalisation
 from recipe.distributed import World
+from recipe.errors import NonFiniteError
 from recipe.records import ClassCounts
 
 Predict = Callable[[Tensor], Tensor]  # uint8 [N, 3, H, W] -> float32 logits [N, classes]
@@ -150,6 +151,16 @@ def collect(predictions: Predictions, world: World, images: int) -> Predictions 
     whole = concatenate([part for part in gathered if part.images])
     assert np.array_equal(whole.indices, np.arange(images)), "an image was left out or counted twice"
     return whole
+
+
+def require_finite(predictions: Predictions, where: str) -> None:
+    """Raise `NonFiniteError` where logits were not numbers that can be compared."""
+    finite = np.isfinite(predictions.losses) & np.isfinite(predictions.margins)
+    if not finite.all():
+        raise NonFiniteError(
+            f"{where} gives logits that are not finite for {int((~finite).sum())} of {predictions.images} images: its "
+            "accuracy means nothing, and nothing was written"
+        )
 
 
 def class_table(predictions: Predictions, classes: list[tuple[str, str]]) -> list[ClassCounts]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, takewhile
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import msgspec
 
 from recipe.errors import UserError
 
 LONGEST_ROW_BYTES = 10_000
+BYTES_MAX = 256 * 2**20  # of a file: 700,000 rows
 GAPS_SHOWN = 3
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # finite
@@ -35,6 +35,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seconds: Number  # of training, validation included, since the run began
     held_up_fraction: Number | None = None  # of the thread that launches work, see `recipe.training.journal.Probe`
 
+    @property
+    def place(self) -> Place:
+        return Place(self.split, self.epoch, self.step)
+
 
 class Place(NamedTuple):
     """What identifies a row within its run."""
@@ -44,22 +48,17 @@ class Place(NamedTuple):
     step: int
 
 
-def place_of(row: Row) -> Place:
-    return Place(row.split, row.epoch, row.step)
-
-
-def read_rows(path: Path, where: str) -> Iterator[Row]:
-    """The rows of a file, in order; an unfinished last line (a killed run) is left out.
+def read_rows(lines: BinaryIO, where: str) -> Iterator[Row]:
+    """The rows of an open file, in order; an unfinished last line (a killed run) is left out.
 
     Raises `UserError` with the number of the first line that is not a row; `where` names the file.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW_BYTES), b""), start=1):
-            is_complete = line.endswith(b"\n")
-            if not is_complete and len(line) < LONGEST_ROW_BYTES:
-                return
-            if line.strip():
-                yield _row(line, is_complete, f"line {number} of {where}")
+    for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW_BYTES), b""), start=1):
+        is_complete = line.endswith(b"\n")
+        if not is_complete and len(line) < LONGEST_ROW_BYTES:
+            return
+        if line.strip():
+            yield _row(line, is_complete, f"line {number} of {where}")
 
 
 def _row(line: bytes, is_complete: bool, where: str) -> Row:

@@ -9,23 +9,24 @@ every residual block (Goyal et al., arXiv 1706.02677).
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
 from recipe.alterations import alteration_facts, blur_strides, drop_branches
-from recipe.checkpoint import FORMAT, State, interface_of, released_weights
+from recipe.checkpoint import State, interface_of, released_weights
 from recipe.config import Config, ModelConfig, canonical_json
 from recipe.errors import UserError
 from recipe.records import ModelFacts, Setting
 from recipe.run import shown_path
+from recipe.weights import load_state, read_weights
 
 ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
@@ -46,15 +47,18 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
     if config.stochastic_depth:
         drop_branches(model, config.name, config.stochastic_depth)
     if config.weights is not None:
-        path = Path(config.weights)
-        load_state(model, read_weights(path), f"model.weights={shown_path(path)}")
+        given = read_weights(Path(config.weights))
+        load_state(model, given.tensors, given.where)
     return model
 
 
 def restored_model(state: State, where: str) -> nn.Module:
     """The network of a checkpoint on the CPU, with the weights that count; the checkpoint alone says which network."""
-    values = state["config"]["model"]
-    config = ModelConfig(**{name: values[name] for name in ARCHITECTURE})
+    try:
+        values = state["config"]["model"]
+        config = msgspec.convert({name: values[name] for name in ARCHITECTURE}, ModelConfig)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # msgspec's are ValueErrors
+        raise UserError(f"{where} does not say which network it holds: {type(error).__name__} {error}") from error
     model = build_model(config, len(interface_of(state, where).classes), seed=0)
     load_state(model, released_weights(state), where)
     return model
@@ -130,33 +134,6 @@ def _norm(kind: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 
-def read_weights(path: Path, key: str = "model.weights") -> dict[str, Tensor]:
-    """The tensors of a state dictionary or a checkpoint (.pt, .pth); nothing but plain tensors is unpickled."""
-    try:
-        found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{key}={shown_path(path)} cannot be read: {error.strerror}") from error
-    except Exception as error:  # torch raises pickle, zip, runtime and attribute errors for a damaged or hostile file
-        raise UserError(
-            f"{key}={shown_path(path)} is no file of plain tensors: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
-    state = found
-    if isinstance(found, dict) and found.get("format") == FORMAT:
-        state = released_weights(found)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{key}={shown_path(path)} holds no dictionary of tensors")
-    return state
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Give `model` these weights; every name and shape must fit."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from error
-
-
 def with_known_weights(config: Config) -> Config:
     """The configuration with the hash of its initial weights filled in: the recipe names them by content, not by path.
 
@@ -167,7 +144,7 @@ def with_known_weights(config: Config) -> Config:
         if expected is not None:
             raise UserError(f"this recipe starts from the weights {expected}: give their file as model.weights=FILE")
         return config
-    found = weights_sha256(read_weights(Path(config.model.weights)))
+    found = weights_sha256(read_weights(Path(config.model.weights)).tensors)
     if expected not in (None, found):
         raise UserError(
             f"model.weights={shown_path(config.model.weights)} holds the weights {found}, but the recipe "

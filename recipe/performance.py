@@ -42,17 +42,20 @@ from recipe.evaluation import (
     predictions_file,
     predictor,
     protocol_name,
+    require_finite,
     view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
-from recipe.model import build_model, load_state, restored_model, weights_sha256
+from recipe.model import build_model, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.published import published_accuracy, published_weights
 from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
 from recipe.rehearsal import rehearse
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
+from recipe.weights import GivenWeights, load_state
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # people name their weights as they like
 
 
 def evaluate_run(config: Config) -> EvaluationRecord | None:
@@ -64,6 +67,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
             append_to_journal(run, "evaluate", "started", name=config.name)
         manifest, manifest_hash = adopt_data_set(config.data)
         subject = chosen_subject(run, config, world, manifest, manifest_hash)
+        run.predictions_file(subject.protocol)  # refused before the work
         measured = _measure(config, world, subject)
         if stage is None or measured.predictions is None:
             return None
@@ -188,13 +192,16 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
     """Weights that others published, by their name in torchvision or from a file."""
     asked = config.evaluation.weights
     assert asked is not None, "the caller looked"
-    state = world.read_by_first(lambda: published_weights(config.model.name, asked))
+    given: GivenWeights = world.read_by_first(lambda: published_weights(config.model.name, asked))
+    if world.is_first:
+        print(given, file=sys.stderr, flush=True)
+    state = given.tensors
     blurs = any(name.endswith(".blur") for name in state)  # the weights say which network they are of
     network = replace(config.model, weights=None, zero_init_last_norm=False, blur_pool=blurs, stochastic_depth=0.0)
     model = build_model(network, len(manifest.classes), config.seed)
-    load_state(model, state, f"evaluation.weights={shown_path(asked)}")
+    load_state(model, state, given.where)
     predict, normalisation = _torch_predict(model, config, world)
-    name, transform = Path(asked).stem, build_evaluation_transform(config.evaluation)
+    name, transform = NOT_IN_A_NAME.sub("-", Path(asked).stem)[:100], build_evaluation_transform(config.evaluation)
     return Subject(
         predict=predict,
         transform=transform,
@@ -206,7 +213,7 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
         checkpoint=Path(asked).name,
         epochs_completed=0,
         epochs=0,
-        weights=f"published, {name}",
+        weights=f"published, {name}" + (f", its {given.entry}" if given.entry else ""),
     )
 
 
@@ -271,14 +278,16 @@ def _record(
     """Write the predictions and describe them."""
     predictions, protocol = measured.predictions, _protocol(subject, measured)
     assert predictions is not None, "only the first process describes"
+    require_finite(predictions, subject.checkpoint)
     split = measured.batches.threads.split
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
-    write_atomically(run.predictions / f"{protocol.name}.npz", content)
+    path = run.predictions_file(protocol.name)
+    write_atomically(path, content)
     return EvaluationRecord(
         config_sha256=config_sha256(config_of_run(run, measured.config)),
         provenance=stage.finish(hardware(world), device_versions(world)),
         inputs=subject.inputs,
-        outputs={f"predictions/{protocol.name}.npz": hashlib.sha256(content).hexdigest()},
+        outputs={path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()},
         protocol=protocol,
         images=predictions.images,
         correct_top1=int(predictions.correct(1).sum()),

@@ -1,24 +1,24 @@
 """Weights that others published: with them anybody who has ImageNet can check this evaluator before trusting it.
 
-`evaluation.weights=IMAGENET1K_V2` names weights of torchvision; a file of plain tensors can be given instead, for
+`evaluation.weights=IMAGENET1K_V2` names weights of torchvision; a file (see `recipe.weights`) can be given instead, for
 machines that reach no host. The protocol of named weights is their own (resize, crop, interpolation belong to weights).
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from recipe.config import Config, Interpolation, Precision
 from recipe.errors import UserError
-from recipe.model import read_weights
 from recipe.run import shown_path
+from recipe.weights import GivenWeights, read_weights
 
 METRICS = "ImageNet-1K"  # torchvision's key of the accuracies
 HASH_DIGITS = 8  # of the SHA-256, at the end of the published file's name
@@ -40,8 +40,8 @@ def published_config(config: Config) -> Config:
     return replace(config, evaluation=protocol)
 
 
-def published_weights(model_name: str, asked: str) -> dict[str, Tensor]:
-    """The tensors behind a name or a file; a download is held to the hash in its name and read as plain data."""
+def published_weights(model_name: str, asked: str) -> GivenWeights:
+    """The weights of that name or file; a download is held to the hash in its name and read as plain data."""
     weights = named_weights(model_name, asked)
     if weights is None:
         return read_weights(Path(asked), "evaluation.weights")
@@ -67,8 +67,10 @@ def published_accuracy(model_name: str, asked: str | None) -> dict[str, float]:
 
 def named_weights(model_name: str, asked: str | None) -> Any | None:
     """torchvision's entry of that name for this network; None for a file. Raises `UserError` for neither."""
-    if asked is None or Path(asked).is_file():
+    if asked is None or os.path.exists(asked):  # whatever it is: reading it says so
         return None
+    if model_name not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"evaluation.weights={shown_path(asked)} does not exist, and nobody published {model_name}")
     known: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
     names = list(known.__members__)
     if asked not in names:

@@ -712,8 +712,13 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def to_json(record: Record) -> bytes:
-    """The record as indented JSON with a final newline; equal records give equal bytes."""
-    return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+    """The record as indented JSON with a final newline; equal records give equal bytes.
+
+    Raises `UserError` for a record that could not be read again: JSON has no number that is not finite, for one.
+    """
+    content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+    from_json(content, type(record), f"the {type(record).__name__} that would be written")
+    return content
 
 
 def from_json(content: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:

@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 import yaml
 
-from recipe import faults
+from recipe import faults, metrics
 from recipe.errors import DiskError, UserError, how_to_continue
-from recipe.metrics import read_rows
+from recipe.files import RECORD_BYTES_MAX, file_name, opened, read_file
 from recipe.records import (
     AnyRecord,
     EnergyRecord,
@@ -93,23 +93,48 @@ class Run:
     def read(self, kind: type[AnyRecord]) -> AnyRecord | None:
         """The stored record of this kind, or None where the stage has not run."""
         path = self.records / RECORD_FILES[kind]
-        return from_json(path.read_bytes(), kind, shown_path(path)) if path.exists() else None
+        return from_json(self.content(path), kind, shown_path(path)) if os.path.lexists(path) else None
+
+    def content(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> bytes:
+        """The bytes of one of the run's files; raises `UserError` for a link that leaves the run, and for what never
+        ends: the run may come from a stranger.
+        """
+        return read_file(path, shown_path(path), bytes_max, self.directory)
+
+    def require_readable(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> None:
+        """Raise the `UserError` of `content`, and read nothing; an absent file is none."""
+        if os.path.lexists(path):
+            with opened(path, shown_path(path), bytes_max, self.directory):
+                pass
 
     def onnx_file(self, variant: str) -> Path:
         """The exported model of a variant: fp32, fp16 or int8."""
-        return self.directory / "onnx" / f"model-{variant}.onnx"
+        return self.directory / "onnx" / f"model-{file_name(variant, 'the variant')}.onnx"
+
+    def predictions_file(self, protocol: str) -> Path:
+        """What was predicted for every image by this protocol."""
+        return self.predictions / f"{file_name(protocol, 'the protocol')}.npz"
+
+    def patch_file(self, sha256: str) -> Path:
+        """What a stage's tree had beyond its commit."""
+        return self.records / "patches" / f"{file_name(sha256[:16], 'the patch')}.patch"
+
+    def timing_file(self, machine: str) -> Path:
+        """The latencies of one machine."""
+        return self.timing / f"{file_name(machine, 'the machine')}.json"
 
     def write_timing(self, record: TimingRecord) -> None:
         """Store the latencies of one machine; those of others stay."""
-        write_atomically(self.timing / f"{record.machine}.json", to_json(record))
+        write_atomically(self.timing_file(record.machine), to_json(record))
 
     def write_other_evaluation(self, record: EvaluationRecord) -> None:
         """Store an evaluation of something else than the run's own network in torch."""
-        write_atomically(self.other_evaluations / f"{record.protocol.name}.json", to_json(record))
+        name = file_name(record.protocol.name, "the protocol")
+        write_atomically(self.other_evaluations / f"{name}.json", to_json(record))
 
     def read_all(self, directory: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
         """Every record of a folder, in the order of the files' names."""
-        return [from_json(path.read_bytes(), kind, shown_path(path)) for path in sorted(directory.glob("*.json"))]
+        return [from_json(self.content(path), kind, shown_path(path)) for path in sorted(directory.glob("*.json"))]
 
     def write_config(self, pinned: Mapping[str, Any]) -> None:
         """Pin the configuration: later stages read this file and compose nothing but their own group."""
@@ -117,11 +142,11 @@ class Run:
 
     def read_config(self) -> dict[str, Any] | None:
         """The pinned configuration, or None where nothing was trained yet."""
-        if not self.config.exists():
+        if not os.path.lexists(self.config):
             return None
-        where = shown_path(self.config)
+        where, content = shown_path(self.config), self.content(self.config)
         try:
-            text = self.config.read_text(encoding="utf-8")
+            text = content.decode()
             values = plain_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
@@ -133,9 +158,11 @@ class Run:
 
     def metric_rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl, in order, as `recipe.metrics.Row` has them; raises `UserError` for any other."""
-        if not self.metrics.exists():
+        if not os.path.lexists(self.metrics):
             return []
-        return [msgspec.structs.asdict(row) for row in read_rows(self.metrics, shown_path(self.metrics))]
+        where = shown_path(self.metrics)
+        with opened(self.metrics, where, metrics.BYTES_MAX, self.directory) as lines:
+            return [msgspec.structs.asdict(row) for row in metrics.read_rows(lines, where)]
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -23,10 +23,10 @@ from recipe.model import (
     architecture_sha256,
     build_model,
     model_facts,
-    read_weights,
     weights_sha256,
     with_known_weights,
 )
+from recipe.weights import read_weights
 from tests.conftest import compose_config
 
 
@@ -239,7 +239,7 @@ def test_a_file_of_something_else_is_one_sentence(content: bytes, tmp_path: Path
 def test_a_truncated_file_is_one_sentence(share: float, tmp_path: Path) -> None:
     path = file_of(tmp_path / "w.pt", small().state_dict())
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    assert "is no file of plain tensors" in refusal(path)
+    assert "is not a file of plain tensors" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"model": "x"}, torch.zeros(3), {"model": {"a": [1]}}])
@@ -261,7 +261,7 @@ def test_a_hostile_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     victim = tmp_path / "executed"
     payloads: list[object] = [Hostile(victim), {"model": Hostile(victim)}, {"a": torch.zeros(1), "b": Hostile(victim)}]
     for payload in payloads:
-        assert "is no file of plain tensors" in refusal(file_of(tmp_path / "w.pt", payload))
+        assert "is not a file of plain tensors" in refusal(file_of(tmp_path / "w.pt", payload))
     (tmp_path / "w.pt").write_bytes(pickle.dumps({"a": Hostile(victim)}, protocol=2))
     refusal(tmp_path / "w.pt")
     assert not victim.exists()
@@ -270,7 +270,7 @@ def test_a_hostile_file_is_refused_and_not_executed(tmp_path: Path) -> None:
 
 
 def test_reading_gives_the_very_tensors(tmp_path: Path) -> None:
-    found = read_weights(file_of(tmp_path / "w.pt", example()))
+    found = read_weights(file_of(tmp_path / "w.pt", example())).tensors
     assert weights_sha256(found) == weights_sha256(example())
 
 
@@ -300,5 +300,5 @@ def test_equal_weights_in_files_of_other_names_are_equal(tmp_path: Path) -> None
     stream = io.BytesIO()
     torch.save(small(7).state_dict(), stream, _use_new_zipfile_serialization=False)
     (tmp_path / "legacy.pth").write_bytes(stream.getvalue())
-    hashes = {weights_sha256(read_weights(path)) for path in (one, other, tmp_path / "legacy.pth")}
+    hashes = {weights_sha256(read_weights(path).tensors) for path in (one, other, tmp_path / "legacy.pth")}
     assert len(hashes) == 1

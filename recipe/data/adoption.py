@@ -49,9 +49,9 @@ def bring_record(run: Run, directory: Path, record: PreprocessingRecord) -> None
     run.write(record)
     for tree in (record.provenance.tree_at_start, record.provenance.tree_at_end):
         if tree.patch_sha256 is not None:
-            patch = PATCHES / f"{tree.patch_sha256[:16]}.patch"
-            if (directory / patch).exists():  # the hash says enough where somebody removed it
-                write_atomically(run.directory / patch, (directory / patch).read_bytes())
+            patch = run.patch_file(tree.patch_sha256)
+            if (directory / PATCHES / patch.name).exists():  # the hash says enough where somebody removed it
+                write_atomically(patch, (directory / PATCHES / patch.name).read_bytes())
 
 
 def _record(directory: Path, digest: str) -> PreprocessingRecord:

@@ -5,6 +5,8 @@ Whoever has only a checkpoint or an exported file makes the same pixels with it 
 
 from __future__ import annotations
 
+import math
+
 from torchvision.transforms import InterpolationMode
 
 from recipe.data.shards import Manifest
@@ -34,10 +36,14 @@ def transform_of(interface: Interface, where: str) -> EvaluationTransform:
     """The evaluation view that the interface describes; raises `UserError` for one that cannot be."""
     known = {mode.value: mode for mode in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)}
     is_sound = 1 <= interface.crop_pixels <= interface.resize_pixels <= PIXELS_LIMIT
+    colours = (*interface.mean, *interface.std)
+    is_sound &= len(interface.mean) == len(interface.std) == 3 and all(map(math.isfinite, colours))
+    is_sound &= all(deviation > 0 for deviation in interface.std)
     if not is_sound or interface.interpolation not in known or not interface.classes:
         raise UserError(
             f"{where} describes a view that cannot be: a short side of {interface.resize_pixels} pixels, a crop of "
-            f"{interface.crop_pixels}, {interface.interpolation}, {len(interface.classes)} classes"
+            f"{interface.crop_pixels}, {interface.interpolation}, {len(interface.classes)} classes, "
+            f"mean {interface.mean[:4]}, std {interface.std[:4]}"
         )
     return EvaluationTransform(
         interface.resize_pixels, interface.crop_pixels, known[interface.interpolation], interface.antialias

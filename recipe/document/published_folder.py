@@ -18,7 +18,6 @@ from recipe.document.model_card import readme
 from recipe.document.publishable import Publishable, provenances
 from recipe.document.render import read_document, twin
 from recipe.errors import UserError
-from recipe.provenance import PATCHES
 from recipe.records import Record, TimingRecord, to_json
 from recipe.run import RECORD_FILES, Run, disk_errors, shown_path, write_atomically
 
@@ -52,7 +51,7 @@ def replaced_folder(output: Path) -> Iterator[Path]:
 def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record], licence: str) -> None:
     """Everything of the published recipe, page last: it is rendered from the records as they lie in the folder."""
     there = Run(folder)
-    write_atomically(there.config, main.run.config.read_bytes())
+    write_atomically(there.config, main.run.content(main.run.config))
     copy_records(main, there)
     copy_kept(output, there, main)
     for record in records:
@@ -64,7 +63,7 @@ def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record
         published,
         licence,
         read_document(main.run) or "",
-        before.read_bytes().decode() if before.is_file() else None,
+        Run(output).content(before).decode() if before.exists() else None,
     )
     write_atomically(folder / README, text.encode())
     write_atomically(there.twin, twin(published))
@@ -78,24 +77,25 @@ def copy_records(main: Publishable, there: Run) -> None:
     sources += [*run.timing.glob("*.json"), *run.other_evaluations.glob("*.json")]
     for _, provenance in provenances(main.facts):
         for state in (provenance.tree_at_start, provenance.tree_at_end):
-            sources.append(run.directory / PATCHES / f"{(state.patch_sha256 or '')[:16]}.patch")
+            if state.patch_sha256 is not None:
+                sources.append(run.patch_file(state.patch_sha256))
     for source in sources:
-        if source.is_file():
-            write_atomically(there.directory / source.relative_to(run.directory), source.read_bytes())
+        if source.exists():
+            write_atomically(there.directory / source.relative_to(run.directory), run.content(source))
 
 
 def copy_kept(output: Path, there: Run, main: Publishable) -> None:
     """What lies in the published folder and is not this run's to replace: other machines' latencies, people's files."""
     before = Run(output)
     for record in before.read_all(before.timing, TimingRecord):
-        target = there.timing / f"{record.machine}.json"
+        target = there.timing_file(record.machine)
         if record.inputs.get("weights") == main.evaluation.inputs.get("weights") and not target.exists():
             write_atomically(target, to_json(record))
     generated = {README, before.config.name, before.metrics.name, before.twin.name, before.records.name}
     for source in sorted(output.rglob("*")):
         name = source.relative_to(output)
         if source.is_file() and not source.is_symlink() and name.parts[0] not in generated:
-            write_atomically(there.directory / name, source.read_bytes())
+            write_atomically(there.directory / name, before.content(source))
 
 
 def copy_figures(text: str, main: Publishable, there: Run) -> None:
@@ -108,8 +108,8 @@ def copy_figures(text: str, main: Publishable, there: Run) -> None:
         source, target = main.run.figures / name, there.figures / name
         if name in drawn:
             write_atomically(target, drawn[name])
-        elif source.is_file():
-            write_atomically(target, source.read_bytes())
+        elif source.exists():
+            write_atomically(target, main.run.content(source))
         elif not target.is_file():
             raise UserError(f"{shown_path(source)} is missing, and the page shows it: run the stage that makes it")
 

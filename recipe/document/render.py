@@ -79,7 +79,7 @@ def read_document(run: Run) -> str | None:
     if not run.document.exists():
         return None
     try:
-        return run.document.read_bytes().decode()
+        return run.content(run.document).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{shown_path(run.document)} is not UTF-8 text: {error}") from error
 

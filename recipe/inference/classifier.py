@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recipe.config import MAX_PIXELS
 from recipe.data.interface import transform_of
-from recipe.errors import UserError
+from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.inference.pictures import Picture, pixels_of
@@ -37,6 +37,7 @@ class Classifier:
     ) -> None:
         self.predict = predict
         self.interface = interface
+        self.where = where
         self.transform = transform_of(interface, where)
         self.apply_orientation = apply_orientation
         self.max_pixels = max_pixels
@@ -65,9 +66,9 @@ class Classifier:
 
     def __call__(self, picture: Picture, top: int = 5) -> list[Guess]:
         """The best `top` classes of one picture, best first."""
-        (logits,) = self.predict(self.pixels(picture)[None]).double()
-        if len(logits) != len(self.interface.classes):
-            raise UserError(f"the model has {len(logits)} outputs, but {len(self.interface.classes)} classes are named")
+        (logits,) = self._predicted(self.pixels(picture)[None]).double()
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"{self.where} gives logits that are not finite")
         probabilities, indices = logits.softmax(dim=0).topk(min(top, len(logits)))
         return [
             Guess(
@@ -78,6 +79,17 @@ class Classifier:
             )
             for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def _predicted(self, images: Tensor) -> Tensor:
+        try:
+            logits = self.predict(images)
+        except RuntimeError as error:  # a crop that is too small for the network, say
+            raise UserError(f"{self.where} cannot be run on images of its own crop: {error}") from error
+        if logits.shape != (len(images), len(self.interface.classes)):
+            raise UserError(
+                f"{self.where} gives logits {list(logits.shape)}, but names {len(self.interface.classes)} classes"
+            )
+        return logits
 
     def pixels(self, picture: Picture) -> Tensor:
         """What the network sees: uint8 [3, crop, crop], as in evaluation."""

@@ -6,17 +6,20 @@ what it came from and the accuracy of the model. No external data, no path, no d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor
 
 from recipe.config import canonical_json
 from recipe.errors import UserError
+from recipe.files import read_file
 from recipe.records import Interface, Record
 
 INPUT, OUTPUT = "images", "logits"
@@ -80,7 +83,7 @@ def from_properties(properties: dict[str, str], where: str) -> Metadata:
             if name in fields
         }
         metadata = msgspec.convert(values, Metadata)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{where} was not exported by serialize.py, or is damaged: {error}") from error
     if metadata.format != Metadata.__struct_defaults__[0]:
         raise UserError(f"{where} has format {metadata.format!r}, this code reads {Metadata.__struct_defaults__[0]!r}")
@@ -88,25 +91,99 @@ def from_properties(properties: dict[str, str], where: str) -> Metadata:
 
 
 class OnnxModel:
-    """A file in a session of onnxruntime: a `Predict`, and what it says about itself."""
+    """A file in a session of onnxruntime: a `Predict`, and what it says about itself.
+
+    Raises `UserError` for a file that is damaged, reads other files, or contradicts itself.
+    """
 
     def __init__(self, content: bytes, where: str, provider: str = CPU_PROVIDER, threads: int | None = None) -> None:
+        self.where = where
+        self.metadata = described(content, where)
         options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # as it was looked at
         options.log_severity_level = FATAL_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=[provider])
         except Exception as error:  # onnxruntime has a class of its own for every kind of damage
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{where} cannot be opened by onnxruntime: {reason}") from error
-        self.metadata = from_properties(self.session.get_modelmeta().custom_metadata_map, where)
+            raise UserError(f"{where} cannot be opened by onnxruntime: {_reason(error)}") from error
         self.provider: str = self.session.get_providers()[0]
+        self._require_own_shapes()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 logits [N, classes]."""
-        (logits,) = self.session.run([OUTPUT], {INPUT: np.ascontiguousarray(images.numpy())})
+        try:
+            (logits,) = self.session.run([OUTPUT], {INPUT: np.ascontiguousarray(images.numpy())})
+        except Exception as error:  # of a graph that does not fit its own description, about anything
+            raise UserError(f"{self.where} cannot be run by onnxruntime: {_reason(error)}") from error
+        shape = (len(images), len(self.metadata.interface.classes))
+        if not isinstance(logits, np.ndarray) or logits.dtype != np.float32 or logits.shape != shape:
+            found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, np.ndarray) else type(logits).__name__
+            raise UserError(f"{self.where} gives {found} where float32 logits {list(shape)} were promised")
         return torch.from_numpy(logits)
+
+    def _require_own_shapes(self) -> None:
+        """The graph takes and gives what the metadata says, as far as its shapes are fixed."""
+        interface = self.metadata.interface
+        crop = interface.crop_pixels
+        for what, found, wanted in (
+            ("input", self.session.get_inputs(), (INPUT, "tensor(uint8)", [None, 3, crop, crop])),
+            ("output", self.session.get_outputs(), (OUTPUT, "tensor(float)", [None, len(interface.classes)])),
+        ):
+            name, kind, shape = wanted
+            is_promised = len(found) == 1 and (found[0].name, found[0].type) == (name, kind) and _fits(found[0], shape)
+            if not is_promised:
+                shown = ", ".join(f"{one.name[:50]} {one.type} {one.shape}" for one in found[:3])[:200]
+                raise UserError(
+                    f"{self.where} describes its {what} as {name} {kind} {['batch', *shape[1:]]}, its graph has {shown}"
+                )
+
+
+def _fits(found: Any, wanted: list[int | None]) -> bool:
+    """Whether a shape can be the wanted one; a dimension that is a name may be anything."""
+    return len(found.shape) == len(wanted) and all(
+        wish is None or not isinstance(size, int) or size == wish
+        for size, wish in zip(found.shape, wanted, strict=True)
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def described(content: bytes, where: str) -> Metadata:
+    """What a file says about itself, before anything of it is run; refuses one that would read other files."""
+    try:
+        model = onnx.load_model_from_string(content)
+        external = next((tensor.name for tensor in tensors_of(model) if is_external(tensor)), None)
+        properties = [(entry.key, entry.value) for entry in model.metadata_props]
+    except Exception as error:  # protobuf's own classes, and whatever its fields hold
+        raise UserError(f"{where} cannot be opened: it is not an ONNX file, or a damaged one") from error
+    if external is not None:
+        raise UserError(
+            f"{where} keeps the tensor {external[:100]!r} in another file, which is never read: save it as one file"
+        )
+    if len(dict(properties)) < len(properties):
+        raise UserError(f"{where} was not exported by serialize.py, or is damaged: it describes a property twice")
+    return from_properties(dict(properties), where)
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether onnxruntime would look for the numbers of a tensor outside of the model."""
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, wherever it stands: in graphs, nodes, functions, sparse ones and training."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for inner in [value] if hasattr(value, "ListFields") else value:
+            if isinstance(inner, onnx.TensorProto):
+                yield inner
+            else:
+                yield from tensors_of(inner)
 
 
 def onnx_protocol(eager: str, variant: str) -> str:
@@ -115,10 +192,5 @@ def onnx_protocol(eager: str, variant: str) -> str:
 
 
 def read_onnx(path: Path, where: str) -> bytes:
-    """The bytes of a file, which hold all of it: external data beside it is never looked for."""
-    try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise UserError(f"{where} is larger than an ONNX file without external data can be")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    """The bytes of a file, which hold all of it."""
+    return read_file(path, where, FILE_BYTES_MAX)

@@ -19,7 +19,7 @@ from recipe.config import SerializationConfig, Variant
 from recipe.data.loading import Batch
 from recipe.data.progress import Progress
 from recipe.errors import UserError
-from recipe.evaluation import Predict, Predictions, concatenate, predictions_of
+from recipe.evaluation import Predict, Predictions, concatenate, predictions_of, require_finite
 from recipe.records import Flip
 
 EXAMPLES_MAX = 20
@@ -121,6 +121,7 @@ def compare(
             progress.add(len(ours.indices))
     predictions = concatenate(reference.parts)
     assert np.array_equal(predictions.indices, np.arange(images)), "every image once"
+    require_finite(predictions, "the evaluated checkpoint")
     scale = max(reference.largest_logit, 1e-30)
     return {
         variant: Comparison(

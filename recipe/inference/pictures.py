@@ -20,6 +20,7 @@ from torch import Tensor
 from recipe.config import MAX_PIXELS
 from recipe.data.images import FILE_BYTES_PER_PIXEL, FORMATS, MODES_WITHOUT_WHITE, as_rgb, lift_pillows_limit, reason
 from recipe.errors import UserError
+from recipe.files import read_file
 from recipe.run import shown_path
 
 PAPER = (255, 255, 255)  # what shows through where a picture is transparent
@@ -65,13 +66,7 @@ def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple
     if isinstance(picture, bytes):
         return picture, f"the picture of {len(picture)} bytes"
     where = shown_path(picture)
-    try:
-        size = Path(picture).stat().st_size
-        if size > FILE_BYTES_PER_PIXEL * max_pixels:
-            raise too_large(where, f"{size} bytes", max_pixels)
-        return Path(picture).read_bytes(), where
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    return read_file(Path(picture), where, FILE_BYTES_PER_PIXEL * max_pixels), where
 
 
 def too_large(where: str, what: str, max_pixels: int) -> UserError:

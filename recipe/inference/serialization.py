@@ -263,7 +263,7 @@ def leave(subject: Subject, file: ExportedFile, predictions: Predictions, split:
     """Write the file and what it predicted; returns their hashes by name."""
     run = subject.run
     target = run.onnx_file(file.variant.value)
-    beside = run.predictions / f"{onnx_protocol(subject.checkpoint.evaluation.protocol.name, file.variant.value)}.npz"
+    beside = run.predictions_file(onnx_protocol(subject.checkpoint.evaluation.protocol.name, file.variant.value))
     contents = {
         target: file.content,
         beside: predictions_file(predictions, [split.key(index) for index in range(len(split))]),

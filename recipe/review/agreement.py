@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts
 from recipe.document.render import generated_blocks
 from recipe.errors import UserError
+from recipe.files import WEIGHTS_BYTES_MAX, is_inside, opened
 from recipe.records import Record
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
 from recipe.review.page import Page
@@ -193,13 +194,12 @@ def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
             continue
         path = inside(run.directory, name)
         if path is None:
-            what = f"it names {shortened(name)}, which is no file of the recipe"
+            what = f"it names {shortened(name)}, which is not a file of the recipe"
             found.append(Finding(Level.well_formed, f"records/{record}, outputs", what, RESTORE))
         elif not is_there(path):
             absent.append(name)
-        elif sha256_of_file(path) != recorded:
-            what = f"its SHA-256 is not the one in records/{record}"
-            found.append(Finding(level, name, what, RESTORE))
+        elif other := difference_of(path, {recorded}, f"in records/{record}"):
+            found.append(Finding(level, name, other, RESTORE))
     return found + not_here("recorded outputs", absent)
 
 
@@ -219,23 +219,23 @@ def recorded_outputs(facts: Facts) -> Iterator[tuple[str, str, str]]:
 
 def inside(folder: Path, name: str) -> Path | None:
     """The file of this name, None where it would lie elsewhere: a record may come from a stranger."""
-    if os.path.isabs(name) or "\0" in name:
-        return None
     path = folder / name
-    return path if is_there(folder) and path.resolve().is_relative_to(folder.resolve()) else None
+    return path if not os.path.isabs(name) and is_inside(path, folder) else None
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a regular file or a folder of this name; a name that no file can have names none."""
+    """Whether anything has this name; a name that no file can have names nothing."""
+    return os.path.exists(path)
+
+
+def difference_of(path: Path, hashes: Container[str], where: str) -> str | None:
+    """What keeps a file from being one with these hashes; None where it is."""
     try:
-        return path.is_file() or path.is_dir()
-    except OSError:
-        return False
-
-
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        with opened(path, "it", WEIGHTS_BYTES_MAX) as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except UserError as error:
+        return str(error)
+    return None if found in hashes else f"its SHA-256 is not the one {where}"
 
 
 # The twin
@@ -243,11 +243,11 @@ def sha256_of_file(path: Path) -> str:
 
 def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding]:
     """recipe.json says the same as the document and the records."""
-    if not run.twin.is_file():
+    if not os.path.lexists(run.twin):
         return []
     place = run.twin.name
     try:
-        twin = read_twin(run.twin)
+        twin = read_twin(run)
     except (UserError, ValueError, RecursionError) as error:
         return [Finding(Level.well_formed, place, f"it cannot be read: {error}", RENDER)]
     wrong = [key for key in block if twin.get(key) != block[key]]
@@ -282,10 +282,8 @@ def is_same_record(value: Any, record: Record) -> bool:
         return False
 
 
-def read_twin(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > 256 * 2**20:
-        raise UserError("it has more than 256 MiB")
-    twin = json.loads(path.read_bytes())
+def read_twin(run: Run) -> dict[str, Any]:
+    twin = json.loads(run.content(run.twin))
     if not isinstance(twin, dict):
         raise UserError("it is no JSON object")
     return twin

@@ -7,12 +7,11 @@ The chain shows that files and records belong together, not that the records are
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from recipe.checkpoint import load_checkpoint, released_weights
 from recipe.config import config_sha256
@@ -20,10 +19,15 @@ from recipe.data.shards import MANIFEST, is_file_with, read_manifest
 from recipe.document.claims import identity
 from recipe.document.facts import Facts
 from recipe.errors import UserError
+from recipe.files import WEIGHTS_BYTES_MAX
 from recipe.model import weights_sha256
 from recipe.records import EvaluationRecord, SerializationRecord
+from recipe.review.agreement import difference_of, inside, is_there
+from recipe.review.execution import read_predictions
+from recipe.review.reading import Reader
 from recipe.review.subject import Subject
 from recipe.run import Run, shown_path
+from recipe.weights import read_weights
 
 HOLDS, BROKEN, ABSENT = "holds", "BROKEN", "not here"
 
@@ -43,8 +47,11 @@ class Link:
 
 def links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
     """Every link that a file or two records can show."""
-    facts = subject.facts()
-    assert subject.run is not None, "facts come from a run"
+    if subject.run is None:
+        return
+    reader = Reader(subject.run)
+    facts = reader.facts()
+    yield from (Link(finding.place, BROKEN, finding.what) for finding in reader.findings)
     if facts.preprocessing is not None:
         yield from raw_links(facts, raw_dir)
         yield from shard_links(facts, data_dir)
@@ -62,8 +69,7 @@ def raw_links(facts: Facts, raw_dir: Path | None) -> Iterator[Link]:
     """The archives as they were found."""
     assert facts.preprocessing is not None
     for archive in facts.preprocessing.archives:
-        path = None if raw_dir is None else raw_dir / archive.name
-        yield file_link(f"raw {archive.name}", path, archive.sha256)
+        yield file_link(f"raw {archive.name}", below(raw_dir, archive.name), archive.sha256)
     if not facts.preprocessing.archives:
         yield Link("raw images", ABSENT, "they lay in folders: preprocessing again compares each one")
 
@@ -73,7 +79,7 @@ def shard_links(facts: Facts, data_dir: Path | None) -> Iterator[Link]:
     assert facts.preprocessing is not None
     for name, digest in facts.preprocessing.outputs.items():
         file = MANIFEST if name == "manifest" else name
-        yield file_link(f"data {file}", None if data_dir is None else data_dir / file, digest)
+        yield file_link(f"data {file}", below(data_dir, file), digest)
     if data_dir is not None and (data_dir / MANIFEST).is_file():
         yield from index_links(data_dir)
 
@@ -88,12 +94,18 @@ def index_links(data_dir: Path) -> Iterator[Link]:
     for name, split in manifest.splits.items():
         for part, digest in (("index", split.index_sha256), ("keys", split.keys_sha256)):
             file = f"{name}.{part}.npy"
-            yield file_link(f"data {file}", data_dir / file, digest)
+            yield file_link(f"data {file}", below(data_dir, file), digest)
+
+
+def below(folder: Path | None, name: str) -> Path | None:
+    """The file of this name in a folder of the reader's own, whose links are theirs; the name is a stranger's."""
+    leads_out = os.path.isabs(name) or os.path.normpath(name).startswith("..") or "\0" in name
+    return None if folder is None or leads_out else folder / name
 
 
 def file_link(name: str, path: Path | None, digest: str) -> Link:
     """A file by the hash of its content."""
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):
         return Link(name, ABSENT, f"SHA-256 should be {digest[:16]}")
     if is_file_with(path, digest):
         return Link(name, HOLDS, f"SHA-256 {digest[:16]}")
@@ -137,25 +149,17 @@ def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
         return
     wanted = facts.training.outputs.get("weights")
     name = f"step-{facts.training.schedule.steps:08d}"
-    yield weights_link(run.checkpoints / f"{name}.pt", wanted, lambda path: released_weights(load_checkpoint(path)))
-    yield weights_link(run.checkpoints / f"{name}.safetensors", wanted, safetensors_weights)
+    yield weights_link(run, f"{name}.pt", wanted, lambda path: released_weights(load_checkpoint(path)))
+    yield weights_link(run, f"{name}.safetensors", wanted, lambda path: read_weights(path, "file").tensors)
 
 
-def safetensors_weights(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file  # here: only where there is such a file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # the library has a type of its own
-        raise UserError(f"{shown_path(path)} cannot be read: {error}") from error
-
-
-def weights_link(path: Path, wanted: str | None, read: Callable[[Path], dict[str, Any]]) -> Link:
+def weights_link(run: Run, file: str, wanted: str | None, read: Callable[[Path], dict[str, Any]]) -> Link:
     """A file of weights by the hash of its tensors."""
-    name = f"weights {path.name}"
-    if not path.is_file():
+    name, path = f"weights {file}", run.checkpoints / file
+    if not is_there(path):
         return Link(name, ABSENT, f"its tensors should have SHA-256 {str(wanted)[:16]}")
     try:
+        run.require_readable(path, WEIGHTS_BYTES_MAX)
         found = weights_sha256(read(path))
     except UserError as error:
         return Link(name, BROKEN, str(error))
@@ -167,9 +171,13 @@ def weights_link(path: Path, wanted: str | None, read: Callable[[Path], dict[str
 def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
     """Files that a stage left in the run."""
     for name, digest in outputs.items():
-        path = run.directory / name
-        inside = path.resolve().is_relative_to(run.directory.resolve())
-        yield file_link(name, path, digest) if inside else Link(name, BROKEN, "it lies outside the run")
+        path = inside(run.directory, name)
+        if path is None:
+            yield Link(name, BROKEN, "it lies outside the run")
+        elif is_there(path) and (other := difference_of(path, {digest}, "that the record names")):
+            yield Link(name, BROKEN, f"{other}, {digest[:16]}")
+        else:
+            yield file_link(name, path, digest)
 
 
 def metric_links(run: Run, facts: Facts) -> Iterator[Link]:
@@ -189,32 +197,33 @@ def counted(run: Run, record: EvaluationRecord) -> Iterator[Link]:
         yield Link(name, BROKEN, f"the classes sum to {sums}, the record says {claimed}")
         return
     for file in record.outputs:
-        path = run.directory / file
-        if file.endswith(".npz") and path.is_file():
-            yield counts_link(name, path, claimed)
+        if file.endswith(".npz"):
+            yield from counts_links(name, inside(run.directory, file), claimed)
 
 
 def exported(run: Run, record: SerializationRecord) -> Iterator[Link]:
     for entry in record.variants:
         for file in record.outputs:
-            path = run.directory / file
-            if file.endswith(f"-{entry.variant}.npz") and path.is_file():
+            if file.endswith(f"-{entry.variant}.npz"):
                 claimed = (record.images, entry.correct_top1, entry.correct_top5)
-                yield counts_link(f"metrics of {entry.variant}", path, claimed)
+                yield from counts_links(f"metrics of {entry.variant}", inside(run.directory, file), claimed)
 
 
-def counts_link(name: str, path: Path, claimed: tuple[int, int, int]) -> Link:
-    """Images and hits within 1 and 5, counted anew."""
+def counts_links(name: str, path: Path | None, claimed: tuple[int, int, int]) -> Iterator[Link]:
+    """Images and hits within 1 and 5, counted again, where the file is here."""
+    if path is None or not is_there(path):
+        return
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            labels, best = stored["label"], stored["top5"]
-            hits = best == labels[:, None]
-            found = (len(labels), int(hits[:, 0].sum()), int(hits.sum()))
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        return Link(name, BROKEN, f"{shown_path(path)} holds no predictions: {error}")
+        _, labels, best = read_predictions(path)
+    except UserError as error:
+        yield Link(name, BROKEN, f"{shown_path(path)}: {error}")
+        return
+    hits = best == labels[:, None]
+    found = (len(labels), int(hits[:, 0].sum()), int(hits.sum()))
     if found == claimed:
-        return Link(name, HOLDS, f"{found[1]} and {found[2]} of {found[0]}, counted in {path.name}")
-    return Link(name, BROKEN, f"{shown_path(path)} gives {found}, the record says {claimed}")
+        yield Link(name, HOLDS, f"{found[1]} and {found[2]} of {found[0]}, counted in {path.name}")
+    else:
+        yield Link(name, BROKEN, f"{shown_path(path)} gives {found}, the record says {claimed}")
 
 
 def document_links(subject: Subject, facts: Facts) -> Iterator[Link]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +16,14 @@ from numpy.typing import NDArray
 from recipe.config import canonical_json
 from recipe.document.facts import Facts
 from recipe.errors import UserError
+from recipe.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, opened, read_file
 from recipe.records import ClassCounts
-from recipe.review.agreement import inside, output_findings, sha256_of_file
+from recipe.review.agreement import difference_of, inside, output_findings
 from recipe.review.findings import Finding, Kind, Level, listed
 from recipe.run import Run
 
-LARGEST_PREDICTIONS_BYTES = 2**30  # unpacked; ImageNet's are 8 MB
+ARRAYS = ("key", "label", "top5")
+PREDICTED_KINDS = {("U", label, top) for label in "iu" for top in "iu"}
 AGAIN = "take the file from where the run was made, or run its stage again"
 
 
@@ -38,12 +42,19 @@ def checkpoint_findings(run: Run) -> list[Finding]:
     """Each checkpoint has the SHA-256 that was written beside it."""
     found = []
     for path in sorted(run.checkpoints.glob("step-????????.pt")):
-        beside = path.with_name(f"{path.name}.sha256")
-        known = beside.read_text(encoding="ascii", errors="replace").split() if beside.is_file() else []
-        if sha256_of_file(path) not in known:
-            what = "its SHA-256 is not the one written beside it"
+        what = checkpoint_fault(run, path)
+        if what is not None:
             found.append(Finding(Level.executed, f"checkpoints/{path.name}", what, AGAIN))
     return found
+
+
+def checkpoint_fault(run: Run, path: Path) -> str | None:
+    beside = path.with_name(f"{path.name}.sha256")
+    try:
+        known = run.content(beside).decode("ascii", "replace").split() if beside.exists() else []
+    except UserError as error:
+        return str(error)
+    return difference_of(path, known, "written beside it")
 
 
 def weights_findings(facts: Facts, run: Run) -> list[Finding]:
@@ -72,7 +83,7 @@ def weights_sha256(path: Path) -> str:
     from safetensors.numpy import load
 
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(read_file(path, "it", WEIGHTS_BYTES_MAX))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"it is no file of weights: {error}") from error
     digest = hashlib.sha256()
@@ -121,17 +132,32 @@ def counted(facts: Facts) -> Iterator[Counted]:
 def read_predictions(path: Path) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
     """(keys, labels, best classes); raises `UserError` for what is no predictions file. Nothing is unpickled."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > LARGEST_PREDICTIONS_BYTES:
-                raise UserError(f"it unpacks to more than {LARGEST_PREDICTIONS_BYTES >> 20} MiB")
-        with np.load(path, allow_pickle=False) as content:
-            key, label, top = content["key"], content["label"], content["top5"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, MemoryError) as error:
-        raise UserError(f"it is no file of predictions: {error}") from error
-    is_whole = label.ndim == 1 and top.ndim == 2 and top.shape[1] >= 1 and len(key) == len(label) == len(top)
-    if not is_whole or label.dtype.kind not in "iu" or top.dtype.kind not in "iu":
+        with opened(path, "it", RECORD_BYTES_MAX) as handle, zipfile.ZipFile(handle) as archive:
+            key, label, top = (read_array(archive, f"{name}.npy") for name in ARRAYS)
+    except UserError:
+        raise
+    except Exception as error:  # zip, zlib and numpy raise about anything for damaged bytes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"it is not a file of predictions: {reason}") from error
+    is_whole = label.ndim == 1 and top.ndim == 2 and top.shape[1] >= 1 and key.shape == label.shape == top.shape[:1]
+    if not is_whole or (key.dtype.kind, label.dtype.kind, top.dtype.kind) not in PREDICTED_KINDS:
         raise UserError("its arrays are not those of predictions")
     return key, label, top
+
+
+def read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array that is as large as its entry, which is looked at before memory is taken."""
+    size = archive.getinfo(name).file_size
+    if size > RECORD_BYTES_MAX:
+        raise UserError(f"{name} unpacks to {size:,} bytes; at most {RECORD_BYTES_MAX:,} are read")
+    with archive.open(name) as entry:
+        version = np.lib.format.read_magic(entry)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read_header(entry)
+    if math.prod(shape) * kind.itemsize > size:
+        raise UserError(f"{name} claims the shape {shape} of {kind.name[:50]}, which its {size:,} bytes do not hold")
+    with archive.open(name) as entry:
+        return np.lib.format.read_array(entry, allow_pickle=False)
 
 
 def recounted(
@@ -162,14 +188,21 @@ def recounted(
     return [Finding(Level.executed, file, f"counted again, {listed(wrong)}", AGAIN)] if wrong else []
 
 
+def is_file_of(run: Run, path: Path, content: bytes) -> bool:
+    try:
+        return run.content(path) == content
+    except UserError:
+        return False
+
+
 def figure_findings(facts: Facts, run: Run) -> list[Finding]:
     """Drawn again from the records, the figures are the same; another matplotlib draws all of them otherwise."""
     from recipe.document import figures, inference_figures
 
     drawn = figures.draw(facts.training, facts.metrics)
     drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
-    there = {name: run.figures / name for name in drawn if (run.figures / name).is_file()}
-    wrong = [name for name, path in there.items() if path.read_bytes() != drawn[name]]
+    there = [name for name in drawn if os.path.lexists(run.figures / name)]
+    wrong = [name for name in there if not is_file_of(run, run.figures / name, drawn[name])]
     if not wrong:
         return []
     if len(wrong) == len(there):

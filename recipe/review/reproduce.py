@@ -103,12 +103,12 @@ class Plan:
 def planned(arguments: Namespace) -> Plan:
     """Read, validate and decide; raises `UserError` for everything that would stop the work later."""
     subject = open_subject(arguments.path)
-    if subject.document_path is None:
+    if subject.document_path is None or subject.document is None:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
     identity = subject.claims()
     recipe, config = restored_recipe(identity), restored_config(identity)
     require_known_network(config)
-    digest = hashlib.sha256(subject.document_path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(subject.document.encode()).hexdigest()
     run_dir = chosen_run_dir(arguments.run_dir, digest)
     stages = chosen_stages(arguments.stages, recipe)
     data_dir, raw_dir, words = chosen_data(arguments, config, claimed_data(recipe), run_dir, stages)

@@ -17,6 +17,7 @@ from typing import Any
 
 from recipe.config import known_keys
 from recipe.document.facts import Facts, source_changed
+from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
 from recipe.records import Provenance
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
@@ -73,9 +74,13 @@ def patch_findings(patch: str, run: Run) -> list[Finding]:
     if not SHA256.fullmatch(patch):
         return [Finding(Level.well_formed, name, f"{shortened(patch)} is no SHA-256", mend)]
     path = run.directory / name
-    if not path.is_file():
+    if not path.exists():
         return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
-    if hashlib.sha256(path.read_bytes()).hexdigest() != patch:
+    try:
+        content = run.content(path)
+    except UserError as error:
+        return [Finding(Level.resolvable, name, str(error), mend)]
+    if hashlib.sha256(content).hexdigest() != patch:
         return [Finding(Level.resolvable, name, "its SHA-256 is not the recorded one", mend)]
     return []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from recipe.config import config_sha256, recipe_id
 from recipe.document.claims import FORMAT
 from recipe.document.facts import Facts, gather
 from recipe.errors import UserError
+from recipe.files import read_file
 from recipe.run import Run, recorded_path, shown_path
 
 DOCUMENT_NAMES = ("recipe.md", "README.md")  # of a run, of a published recipe
@@ -63,27 +65,26 @@ def open_subject(path: str | Path) -> Subject:
     """Find the recipe under a path; raises `UserError` where there is none."""
     path = Path(path)
     if path.is_dir():
-        document = next((path / name for name in DOCUMENT_NAMES if (path / name).is_file()), None)
+        document = next((path / name for name in DOCUMENT_NAMES if os.path.lexists(path / name)), None)
         return _subject(path, document, path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{shown_path(path)} does not exist; give a run directory, a published recipe or a document")
     return _subject(path, path, path.parent)
 
 
 def _subject(path: Path, document_path: Path | None, folder: Path) -> Subject:
-    text = read_text(document_path) if document_path is not None else None
+    inside = folder if document_path != path else None  # a link that the reader names leads where they want
+    text = read_text(document_path, inside) if document_path is not None else None
     run = Run(folder) if (folder / "records").is_dir() else None
     if text is None and run is None:
         raise UserError(f"{shown_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
     return Subject(path, document_path, text, identity_of(text) if text is not None else None, run)
 
 
-def read_text(path: Path) -> str:
-    """A document as it is, line endings included; refuses what is too large or no text."""
-    if path.stat().st_size > LARGEST_DOCUMENT_BYTES:
-        raise UserError(f"{shown_path(path)} has more than {LARGEST_DOCUMENT_BYTES >> 20} MiB: no document is as large")
+def read_text(path: Path, folder: Path | None = None) -> str:
+    """A document as it is, line endings included; refuses what is too large or not text, and links out of `folder`."""
     try:
-        return path.read_bytes().decode()
+        return read_file(path, shown_path(path), LARGEST_DOCUMENT_BYTES, folder).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{shown_path(path)} is not UTF-8 text: {error}") from error
 

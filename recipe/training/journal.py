@@ -26,7 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from recipe.errors import DiskError
-from recipe.metrics import Place, Row, missing_rows, place_of, planned_places
+from recipe.metrics import Place, Row, missing_rows, planned_places
 from recipe.run import Run, disk_errors, write_atomically
 
 Item = TypeVar("Item")
@@ -73,7 +73,7 @@ class Journal:
         The others come again: later steps, and the validation of an epoch that was saved before it. A row that is
         there twice is kept once. TensorBoard's events are made of what is kept.
         """
-        found = {place_of(row): row for row in reversed([Row(**row) for row in self.run.metric_rows()])}
+        found = {row.place: row for row in reversed([Row(**row) for row in self.run.metric_rows()])}
         rows = [found[place] for place in planned if place in found]
         content = as_lines(rows)
         write_atomically(self.run.metrics, content)

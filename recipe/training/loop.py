@@ -6,8 +6,10 @@ finished, and leaves the record of the Training chapter.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -31,6 +33,7 @@ from recipe.training.record import training_record
 from recipe.training.saving import save, save_and_exit, save_where_due
 from recipe.training.space import check_space
 from recipe.training.stopping import Stopped, stop_wish
+from recipe.weights import read_weights
 
 AfterValidation = Callable[[Run], None]
 DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation
@@ -62,6 +65,8 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
 
 def _started(run: Run, config: Config) -> Stage:
     values = pinned(config)
+    if config.model.weights is not None:
+        print(read_weights(Path(config.model.weights)), file=sys.stderr, flush=True)
     settings = {key: value for key, value in leaves(values).items() if "description." not in key}
     append_to_journal(run, "train", "started", name=config.name, config_sha256=config_sha256(values), config=settings)
     return Stage(run.directory)

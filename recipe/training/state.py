@@ -7,6 +7,7 @@ The order of an epoch and the pixels of a sample are functions of the seed, so t
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from recipe.config import config_sha256
 from recipe.distributed import World
 from recipe.errors import NonFiniteError, UserError
 from recipe.records import Epoch, Interface, Session
-from recipe.run import Run, now
+from recipe.run import Run, now, shown_path
 from recipe.training.averaging import WeightAverage
 from recipe.training.optimization import Stepper
 
@@ -116,19 +117,42 @@ class TrainingState:
             self._begin_session(world.size, is_exact=None, note="from the beginning")
             return
         self._must_match(state)
-        self.model.load_state_dict(state["model"])
-        self.average.restore(state["average"])
-        self.stepper.optimizer.load_state_dict(state["optimizer"])
-        self.stepper.scaler.load_state_dict(state["scaler"])
+        self._restore("model", self.model.load_state_dict, state)
+        self._restore("average", self.average.restore, state)
+        self._restore("optimizer", self._restore_optimizer, state)
+        self._restore("scaler", self.stepper.scaler.load_state_dict, state)
+        self._restore("progress", self._restore_progress, state)
         self.stepper.skipped_steps = state["skipped_steps"]
-        for name, value in state["progress"].items():
-            setattr(self.progress, name, value)
         self.stepper.tally += self.stepper.tally.new_tensor(self.progress.tally_of(world))  # on its own device
         changed = changes(state["circumstances"], self.circumstances)
         if next(self.model.parameters()).is_cuda and not torch.are_deterministic_algorithms_enabled():
             changed.append("algorithms are not deterministic (trainer.deterministic=false)")
         note = f"continued at step {self.progress.step}" + (f", not bit-exact: {'; '.join(changed)}" if changed else "")
         self._begin_session(world.size, is_exact=not changed, note=note)
+
+    def _restore(self, entry: str, restore: Callable[[Any], object], state: State) -> None:
+        """Hand one entry to its owner; a file with a right checksum may still hold what training never wrote."""
+        try:
+            restore(state[entry])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"the entry {entry!r} of the checkpoint of step {state['progress']['step']} in "
+                f"{shown_path(self.run.directory)} does not fit this run ({type(error).__name__}); remove its file to "
+                "continue from the one before, or begin again with trainer.restart=true"
+            ) from error
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        optimizer = self.stepper.optimizer
+        optimizer.load_state_dict(saved)
+        for parameter, buffers in optimizer.state.items():
+            for name, buffer in buffers.items():
+                if isinstance(buffer, torch.Tensor) and buffer.dim() and buffer.shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape than its parameter")
+
+    def _restore_progress(self, saved: dict[str, Any]) -> None:
+        found = msgspec.convert(saved, Progress)
+        for name in saved.keys() & vars(found).keys():
+            setattr(self.progress, name, getattr(found, name))
 
     def _must_match(self, state: State) -> None:
         for what, mine in (("config_sha256", self.config_sha256), ("manifest_sha256", self.manifest_sha256)):

@@ -108,7 +108,7 @@ def test_f16_a_hostile_checkpoint_in_a_run_is_set_aside_and_not_executed(
     hostile.with_name(f"{hostile.name}.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
     record = loop.train(compose_config(*words))
     assert record is not None
-    assert "step-00000099.pt is no checkpoint of plain tensors" in capsys.readouterr().err
+    assert "step-00000099.pt is not a file of plain tensors" in capsys.readouterr().err
     assert [session.first_step for session in record.sessions] == [0, 3]
     assert not (tmp_path / "executed").exists()
 

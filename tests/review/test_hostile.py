@@ -458,7 +458,7 @@ def test_documents_that_are_no_text_or_too_large(monkeypatch: pytest.MonkeyPatch
         planned(arguments())
     with Path("recipe.md").open("wb") as handle:
         handle.truncate(17 * 2**20)
-    with pytest.raises(UserError, match="more than 16 MiB"):
+    with pytest.raises(UserError, match="has 17,825,792 bytes; at most 16,777,216 are read"):
         planned(arguments())
 
 

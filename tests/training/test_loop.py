@@ -12,7 +12,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from recipe.checkpoint import checkpoint_files, load_checkpoint
+from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.config import config_sha256
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict, Predictions
@@ -376,3 +376,28 @@ def test_the_last_weights_lie_beside_their_checkpoint_for_anybody(smoke: Words, 
     assert weights_sha256(load_file(path)) == record.outputs["weights"]
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"weights_sha256": record.outputs["weights"]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("optimizer", {}),
+        ("optimizer", {"state": {}, "param_groups": []}),
+        ("optimizer", {"state": {0: {"momentum_buffer": torch.zeros(3, 3)}}, "param_groups": None}),
+        ("progress", {"epoch": 1, "step": 2, "best_step": 0, "epochs": 7}),
+        ("progress", {"epoch": 1, "step": 2, "best_step": 0, "training_seconds": "x"}),
+        ("model", {"a": torch.zeros(2)}),
+    ],
+)
+def test_an_entry_that_training_never_wrote_stops_a_continuation_in_one_sentence(
+    entry: str, value: dict[str, object], smoke: Words
+) -> None:
+    words = smoke("optimization.epochs=2")
+    train_killed_in_epoch(words, 1)
+    (path,) = checkpoint_files(Run(compose_config(*words).run_dir).checkpoints)
+    state = load_checkpoint(path)
+    if value.get("param_groups", 0) is None:
+        value = value | {"param_groups": state["optimizer"]["param_groups"]}
+    save_checkpoint(path.parent, state["progress"]["step"], {**state, entry: value})
+    with pytest.raises(UserError, match=f"the entry '{entry}' of the checkpoint of step .*trainer.restart=true"):
+        train(words)
