@@ -1,10 +1,14 @@
 """The reference ResNet-50 / ImageNet pipeline that emits its own recipe. The map, in reading order:
 
 ground floor, importable without torch
+    streams        standard output that cannot end the work
     errors         what stops a run, each kind with its exit code
+    signals        from a scheduler, a terminal that closes, Ctrl-C
+    launcher       which of how many processes this one is
     faults         failures on demand, for tests
     config         typed schema of every knob, cross-field checks, identity of a recipe
     files          files and names that may come from a stranger
+    metrics        the rows of metrics.jsonl
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
     energy         what GPUs have used, by their driver's counter
@@ -18,13 +22,14 @@ ground floor, torch
     checkpoint     atomic save, verified load
     weights        the files of weights that people have
 chapters
-    data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing;
-                   images, shards, packing, merging, expectation, sharing, processing, reporting, progress;
-                   adoption;
+    data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
+                   system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
+                   processing, reporting, progress; adoption;
                    decoding, transforms, interface, loading; worker, processes: the same in other processes
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
+    rehearsal      a forward pass of shapes alone: can the network take these images?
     published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       schedule, loss, optimizer, optimization, policies, mixing, draws, augmentation, averaging,

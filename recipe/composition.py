@@ -32,6 +32,7 @@ from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_senten
 from recipe.launcher import launched, report_ignored
 from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, JOURNAL, Run, disk_errors, shown_path
+from recipe.streams import protect_streams
 
 FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
 
@@ -54,6 +55,7 @@ def one_job() -> Iterator[None]:
     A signal ends the multirun, and so does any error under torchrun, whose processes have to stay together. A job that
     a launcher of Hydra has sent elsewhere ends alone in any case.
     """
+    protect_streams()
     if HydraConfig.get().mode != RunMode.MULTIRUN or launched().is_elastic:
         with one_clear_sentence():
             yield

@@ -74,20 +74,8 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
     )
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
-    with TemporaryDirectory() as folder, _signal_handlers_kept():
+    with TemporaryDirectory() as folder:
         return _launched(settings, worker, config, Path(folder, "saved"))
-
-
-@contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Torch leaves handlers that raise an error of its own in what follows, such as the next job of a multirun."""
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None and signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
 
 
 def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
