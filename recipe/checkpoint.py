@@ -27,7 +27,7 @@ from recipe.run import shown_path, write_atomically
 State = dict[str, Any]
 FORMAT = "checkpoint/1"
 CHECKSUMS_BYTES_MAX = 2**20
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class Position(msgspec.Struct):

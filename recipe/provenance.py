@@ -316,7 +316,7 @@ def _object_id(content: bytes | None, like: str) -> str | None:
 
 
 def _content(path: Path) -> bytes | None:
-    """What git would store of a file: its bytes, or where a link points; None where there is no file to read."""
+    """What git would store of a file: its bytes, or where a link points; None for what is not a file."""
     try:
         if path.is_symlink():
             return os.fsencode(os.readlink(path))
@@ -379,7 +379,7 @@ def _patch(committed: Mapping[str, Committed], modified: list[str], new: list[st
 
 
 def _mode(name: str, committed: Mapping[str, Committed]) -> str:
-    """Of a file as it is now; the right to execute is no change, since not every file system has it."""
+    """Of a file as it is now; the right to execute does not count, since not every file system has it."""
     if (CHECKOUT / name).is_symlink():
         return LINK
     was = committed[name].mode if name in committed else PLAIN

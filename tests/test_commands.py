@@ -169,6 +169,7 @@ run_command(main)
 """
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     ("seeds", "code", "ran"), [("0,1,4", 1, ["job 0", "job 4"]), ("1,0,2,4", 75, ["job 0"]), ("0,3,4", 130, ["job 0"])]
 )

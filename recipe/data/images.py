@@ -160,7 +160,7 @@ def pixels_of_clean_jpeg(image: Image.Image, content: bytes) -> Image.Image | No
 
 
 def checked(image: Image.Image, content: bytes) -> Flaw | None:
-    """What is wrong with a JPEG or PNG; the other formats are decoded by whoever stores them, and complain by then.
+    """What is wrong with a JPEG or PNG; the decoders of the other formats refuse damage by themselves.
 
     Of a JPEG all is decoded that can be corrupt, every marker and every coefficient. What follows in a decoder (inverse
     transform, upsampling, colours) is arithmetic that cannot fail.

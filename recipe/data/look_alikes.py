@@ -45,7 +45,7 @@ def look_alike_lines(names: Iterable[str]) -> Iterator[str]:
 
 
 def appearance(name: str) -> str:
-    """The same text for names that look alike: compatible forms, alphabets, case and spaces are not told apart."""
+    """The same text for names that look alike: compatible forms, alphabets, case and spaces count as equal."""
     plain = unicodedata.normalize("NFKC", name).translate(TWINS)
     seen = "".join(letter for letter in plain if unicodedata.category(letter) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())

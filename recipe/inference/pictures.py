@@ -58,7 +58,7 @@ def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_P
         except Image.DecompressionBombError as error:
             raise too_large(where, "more pixels than Pillow reads", max_pixels) from error
         except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
-            raise UserError(f"{where} is no picture that can be read: {reason(content, error)}") from error
+            raise UserError(f"{where} is not a picture that can be read: {reason(content, error)}") from error
 
 
 def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:

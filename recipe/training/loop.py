@@ -83,7 +83,7 @@ def fit(training: Training, after_validation: AfterValidation | None = None) -> 
                 training.watch.progressed()
                 training.wish.look(progress.step)
                 save_where_due(training)
-            training.wait.lap()  # validation begins: its time is no training time
+            training.wait.lap()  # validation begins: its time does not count as training
             predict = validation_predictor(training)
             save(training, must_succeed=epoch + 1 == epochs)
             validate(training, predict)

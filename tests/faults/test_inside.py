@@ -27,6 +27,7 @@ from recipe.training.build import Training
 from recipe.training.hanging import HangWatch
 from recipe.training.journal import Journal, append
 from tests.conftest import compose_config
+from tests.test_checkpoint import state_of
 from tests.worlds import run_world
 
 Words = Callable[..., list[str]]
@@ -291,7 +292,8 @@ def test_f07_a_kill_while_a_checkpoint_of_the_same_step_is_replaced_leaves_a_val
     writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 7: a run stopped in its validation, continued, is saved again under the same step."""
-    save_checkpoint(tmp_path, 4, {"content": "old"})
+    old, new = state_of(1), state_of(2)
+    save_checkpoint(tmp_path, 4, old)
     renames: list[Path] = []
     rename = Path.replace
 
@@ -303,8 +305,8 @@ def test_f07_a_kill_while_a_checkpoint_of_the_same_step_is_replaced_leaves_a_val
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt) if writes < 3 else nullcontext():
-        save_checkpoint(tmp_path, 4, {"content": "new"})
+        save_checkpoint(tmp_path, 4, new)
     monkeypatch.undo()
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found["content"] == ("old" if writes < 2 else "new")
+    assert torch.equal(found["model"]["w"], (old if writes < 2 else new)["model"]["w"])
