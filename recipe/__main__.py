@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from recipe.errors import DiskError, one_clear_sentence
-from recipe.streams import output_failure
+from recipe.streams import output_failure, protect_streams
 
 VERBS: dict[str, tuple[str, str]] = {
     "check": ("recipe.review.check", "is a recipe whole, readable and in agreement with itself?"),
@@ -32,6 +32,7 @@ PROGRAM = "python -m recipe"
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code."""
+    protect_streams(patience_seconds=None)  # a verb's output is its work
     with one_clear_sentence():
         arguments = _parsed(sys.argv[1:] if words is None else list(words))
         code = int(importlib.import_module(VERBS[arguments.verb][0]).answer(arguments))

@@ -44,7 +44,7 @@ def run_command(main: Callable[[], None]) -> None:
     with one_clear_sentence(), _explaining(), _failures_named():
         launched()  # refuses here, before anything is written
         report_ignored()
-        sys.argv[1:] = _paths_quoted(sys.argv[1:])
+        sys.argv[1:] = _without_unusable_values(_paths_quoted(sys.argv[1:]))
         main()
 
 
@@ -64,22 +64,27 @@ def one_job() -> Iterator[None]:
         with _explaining():
             yield
     except UserError as error:
-        _note_failure(error.exit_code, str(error))
+        _note_failure(*_this_job(), error.exit_code, str(error))
     except SystemExit as end:
         if sys.argv[0] == typed_words()[0]:
             raise
-        _note_failure(end.code if isinstance(end.code, int) else 1, f"stopped; {how_to_continue()}")
+        _note_failure(*_this_job(), end.code if isinstance(end.code, int) else 1, f"stopped; {how_to_continue()}")
     except Exception as error:
         traceback.print_exc()
-        _note_failure(1, f"{type(error).__name__}: {error}")
+        _note_failure(*_this_job(), 1, f"{type(error).__name__}: {error}")
 
 
-def _note_failure(exit_code: int, reason: str) -> None:
+def _this_job() -> tuple[int, str]:
+    """Its number in the multirun, and its own values."""
+    words = " ".join(f"{override.key_or_group}={override.get_value_element_as_str()}" for override in _swept())
+    return HydraConfig.get().job.num, words
+
+
+def _note_failure(job: int, words: str, exit_code: int, reason: str) -> None:
     """Say it now, and keep it for the end of the multirun."""
     reason = CONTROLS.sub("�", reason)
     print(f"error: {reason}", file=sys.stderr, flush=True)
-    words = " ".join(f"{override.key_or_group}={override.get_value_element_as_str()}" for override in _swept())
-    note = {"job": HydraConfig.get().job.num, "words": words, "exit_code": exit_code, "reason": reason}
+    note = {"job": job, "words": words, "exit_code": exit_code, "reason": reason}
     notes = Path(os.environ[FAILED_JOBS])
     with disk_errors(notes):
         notes.parent.mkdir(parents=True, exist_ok=True)
@@ -255,14 +260,48 @@ def _run_dir(given: list[str]) -> str:
     return str(compose("config", given).run_dir)
 
 
+def _without_unusable_values(words: list[str]) -> list[str]:
+    """A multirun's words without the values that Hydra cannot compose, such as a group's option that does not exist.
+
+    Hydra would refuse all of the multirun for one; here each counts as a failed job. Where no value of a key is left,
+    the words stay as they are.
+    """
+    if not _is_multirun(words):
+        return words
+    settings = [word for word in words if "=" in word and not word.startswith(("-", "hydra"))]
+    sweeps = {
+        word: override for word, override in zip(settings, _parsed(settings), strict=True) if override.is_choice_sweep()
+    }
+    fixed = [word for word in settings if word not in sweeps]
+    kept = list(words)
+    for word, override in sweeps.items():
+        key, usable, refused = word.partition("=")[0], [], {}
+        for value in override.sweep_string_iterator():
+            try:
+                with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
+                    compose("config", [*fixed, f"{key}={value}"])
+                usable.append(value)
+            except HydraException as error:
+                refused[value] = _explained(error)
+        if not usable:
+            return words
+        for value, reason in refused.items():
+            _note_failure(-1, f"{key}={value}", UserError.exit_code, reason)
+        kept[kept.index(word)] = f"{key}={','.join(usable)}"
+    return kept
+
+
+def _is_multirun(words: list[str]) -> bool:
+    return any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
+
+
 def _paths_quoted(words: list[str]) -> list[str]:
     """A command line with its paths quoted for Hydra, whose grammar has its own use for spaces, commas and brackets.
 
     What exists under a name as typed is meant by it. Any other value that Hydra reads as text, or as values to sweep
     over under -m, is left as it is: so names may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
     """
-    is_multirun = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
-    return [_path_quoted(word, is_multirun) for word in words]
+    return [_path_quoted(word, _is_multirun(words)) for word in words]
 
 
 def _path_quoted(word: str, is_multirun: bool) -> str:

@@ -37,7 +37,7 @@ def opened(path: Path, where: str, bytes_max: int, folder: Path | None = None) -
     if folder is not None and not is_inside(path, folder):
         raise UserError(f"{where} is a link that leaves its folder; put the file in its place")
     with reading_errors(where):
-        handle = open(path, "rb", opener=_at_once)  # noqa: SIM115 - closed below
+        handle = open(path, "rb", opener=at_once)  # noqa: SIM115 - closed below
     with handle:
         status = os.fstat(handle.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -47,7 +47,7 @@ def opened(path: Path, where: str, bytes_max: int, folder: Path | None = None) -
         yield handle
 
 
-def _at_once(path: str, flags: int) -> int:
+def at_once(path: str, flags: int) -> int:
     """A FIFO opens without anybody at its other end, a terminal stays another's."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 

@@ -16,7 +16,10 @@ from recipe.errors import UserError
 
 ELASTIC = "TORCHELASTIC_RUN_ID"  # what torch.distributed.is_torchelastic_launched looks at
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # job systems, srun, mpirun, mpiexec
+SIZES = (  # of job systems, srun, mpirun, mpiexec
+    *("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
+    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
 TASK = "SLURM_PROCID"  # of srun; 0 in a batch script, which also has SLURM_NTASKS, and is one process
 
 

@@ -61,6 +61,7 @@ GIT_FILES = (
 )  # the caller's variables that git is given
 PLAIN, LINK, SUBMODULE = "100644", "120000", "160000"  # modes in a commit
 LONGEST_REASON = 200
+GIT_SECONDS = 60
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -198,10 +199,18 @@ def _git(
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in GIT_FILES}
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=folder, env=kept | settings, input=given, capture_output=True, check=False
+            ["git", *arguments],
+            cwd=folder,
+            env=kept | settings,
+            input=given,
+            capture_output=True,
+            timeout=GIT_SECONDS,
+            check=False,
         )
     except OSError:
         raise NoCommitError(NO_GIT) from None
+    except subprocess.TimeoutExpired:
+        raise NoCommitError(GIT_REFUSED, f"it gave no answer for {GIT_SECONDS} seconds") from None
     if done.returncode in accepted:
         return done.stdout
     reason = _reason(done.stderr) or f"it ended with {done.returncode}"

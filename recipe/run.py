@@ -22,7 +22,7 @@ import yaml
 
 from recipe import faults, metrics
 from recipe.errors import DiskError, UserError, how_to_continue
-from recipe.files import RECORD_BYTES_MAX, file_name, opened, read_file
+from recipe.files import RECORD_BYTES_MAX, at_once, file_name, opened, read_file
 from recipe.records import (
     AnyRecord,
     EnergyRecord,
@@ -266,7 +266,7 @@ def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
     row = {"time": now(), **run_and_place, "stage": stage, "event": event, **facts}
     with disk_errors(JOURNAL):
         JOURNAL.parent.mkdir(parents=True, exist_ok=True)
-        with JOURNAL.open("a") as handle:
+        with open(JOURNAL, "a", opener=at_once) as handle:
             handle.write(json.dumps(row) + "\n")
 
 

@@ -5,6 +5,7 @@ What was ignored when the process started, SIGHUP under nohup or SIGINT in a scr
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def handlers_put_back() -> Iterator[None]:
-    """Undo what the block does to the handlers; where it leaves by `SystemExit`, signals do nothing from then on.
+    """Undo what the block does to the handlers; where the process is leaving, signals do nothing from then on.
 
     A signal often comes twice: from a terminal that closes and from its shell, from a scheduler to a process group and
     from the launcher in it. The second one must not change the exit code of a process that has saved.
@@ -49,8 +50,9 @@ def handlers_put_back() -> Iterator[None]:
     handlers: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in heeded(FROM_OUTSIDE)}
     try:
         yield
-    except SystemExit:
+    except (SystemExit, KeyboardInterrupt):
         handlers = dict.fromkeys(handlers, _pass_over)
+        atexit.register(_ignore, tuple(handlers))
         raise
     finally:
         for number, handler in handlers.items():
@@ -59,6 +61,12 @@ def handlers_put_back() -> Iterator[None]:
 
 def _pass_over(number: int, frame: FrameType | None) -> None:
     """Unlike SIG_IGN, this is not inherited by processes that are started afterwards."""
+
+
+def _ignore(numbers: tuple[signal.Signals, ...]) -> None:
+    """As the interpreter ends it puts Python's handlers back to the default, which would end it by the signal."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

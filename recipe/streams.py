@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -15,23 +16,43 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
+PATIENCE_SECONDS = 1.0
+
+
 class LossyFile(io.FileIO):
-    """A file whose `write` never fails; `failure` is the last error that it kept to itself."""
+    """A file whose `write` neither fails nor waits for long; `failure` is the last error that it kept to itself."""
 
     failure: OSError | None = None
+    patience_seconds: float | None = PATIENCE_SECONDS  # None: as long as it takes
+    is_stuck = False
 
     def write(self, content: ReadableBuffer) -> int:
-        """Write what can be written; returns the number of bytes that the caller is rid of."""
+        """Write what can be written; returns the number of bytes, of which some may be dropped."""
+        rest = memoryview(content).cast("B")
+        count = rest.nbytes
         try:
-            written = super().write(content)
+            while rest:
+                self.is_stuck = not is_writable(self.fileno(), 0.0 if self.is_stuck else self.patience_seconds)
+                written = None if self.is_stuck else super().write(rest[: select.PIPE_BUF])
+                if written is None:  # a reader that stands still: a paused pager, Ctrl-S
+                    break
+                rest = rest[written:]
         except OSError as error:
             self.failure = error
-            written = None
-        return memoryview(content).nbytes if written is None else written  # None: a full pipe that does not block
+        return count
 
 
-def protect_streams() -> None:
+def is_writable(descriptor: int, seconds: float | None = 0.0) -> bool:
+    """Whether `select.PIPE_BUF` bytes can be written without waiting, now or within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+
+def protect_streams(patience_seconds: float | None = PATIENCE_SECONDS) -> None:
     """Put lossy streams in place of this process's own; those that a caller has redirected stay.
+
+    A stream whose reader stands still for `patience_seconds` loses lines until it reads again; None waits for it.
 
     A stream that was closed from the start becomes os.devnull, for child processes too: the next file that is opened
     would get its descriptor, and whatever a library prints.
@@ -44,13 +65,14 @@ def protect_streams() -> None:
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115
     if sys.stdout is sys.__stdout__:
-        sys.stdout = _lossy(sys.stdout)
+        sys.stdout = _lossy(sys.stdout, patience_seconds)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _lossy(sys.stderr)
+        sys.stderr = _lossy(sys.stderr, patience_seconds)
 
 
-def _lossy(stream: TextIO | None) -> TextIO:
+def _lossy(stream: TextIO | None, patience_seconds: float | None) -> TextIO:
     file = LossyFile(os.devnull, "w") if stream is None else LossyFile(stream.fileno(), "w", closefd=False)
+    file.patience_seconds = patience_seconds
     encoding = "utf-8" if stream is None else stream.encoding
     return io.TextIOWrapper(io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=True)
 

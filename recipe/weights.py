@@ -120,18 +120,23 @@ def _without_prefix(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]
     """The names as the network has them; what modules noted of their versions keeps its place beside them."""
     prefix = ""
     names = [name for name in tensors if name != AVERAGE_COUNT]
-    while names and (more := _shared_prefix(names, len(prefix))):
+    while more := _usual_prefix([name for name in names if name.startswith(prefix)], len(prefix)):
         prefix += more
     kept = names if prefix and len(names) < len(tensors) else tensors
-    renamed = OrderedDict((DENSENET.sub(r"\1\2", name[len(prefix) :]), tensors[name].detach()) for name in kept)
+    renamed = OrderedDict((DENSENET.sub(r"\1\2", name.removeprefix(prefix)), tensors[name].detach()) for name in kept)
+    if len(renamed) < len(kept):  # names that only the prefix keeps apart
+        return "", OrderedDict(tensors)
     renamed._metadata = {  # type: ignore[attr-defined]  # where torch keeps them
         name[len(prefix) :]: version for name, version in _versions(tensors) if f"{name}.".startswith(prefix)
     }
     return prefix, renamed
 
 
-def _shared_prefix(names: list[str], at: int) -> str | None:
-    return next((prefix for prefix in PREFIXES if all(name.startswith(prefix, at) for name in names)), None)
+def _usual_prefix(names: list[str], at: int) -> str | None:
+    """The prefix that more than half of the names have; the others, such as a criterion's, are not the network's."""
+    return next(
+        (prefix for prefix in PREFIXES if 2 * sum(name.startswith(prefix, at) for name in names) > len(names)), None
+    )
 
 
 def _versions(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, int]]]:

@@ -140,6 +140,23 @@ def test_a_sweep_goes_on_after_jobs_that_are_refused_or_diverge(run_command: Com
     assert last_hash(done) == last_hash(alone)
 
 
+@pytest.mark.parametrize("wrong", ["optimization.batch_size=abc", "model=nosuch"])
+def test_a_value_that_cannot_be_composed_is_a_failed_job_like_others(
+    wrong: str, run_command: Command, tmp_path: Path
+) -> None:
+    key, right = wrong.partition("=")[0], "16" if "batch_size" in wrong else "small"
+    done = run_command("train.py", "-m", "optimization.epochs=1", f"{wrong},{right}", code=2)
+    assert names(tmp_path / "runs") == {f"smoke-{key}-{right}", "journal.jsonl", "multirun"}
+    *_, headline, failed = done.stderr.splitlines()
+    assert headline == "1 of the jobs failed:"
+    assert failed.startswith(f"  {wrong} (exit code 2): ")
+
+
+def test_a_sweep_without_a_value_that_can_be_composed_is_refused(run_command: Command, tmp_path: Path) -> None:
+    assert "nosuch" in run_command("train.py", "-m", "model=nosuch,neither", code=2).stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_sweeps_of_the_other_stages_go_on_too(run_command: Command, trained: Path, tmp_path: Path) -> None:
     done = run_command("evaluate.py", "-m", "run_dir=nowhere,x", code=2)
     assert "top-1" in done.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipe.run import CHECKOUT
-from recipe.streams import protect_streams
+from recipe.streams import LossyFile, protect_streams
 
 WORK = """
 import subprocess, sys, warnings
@@ -114,3 +114,35 @@ def test_a_verb_whose_answer_is_cut_says_so_unless_its_reader_left(shell: str, c
     words = ["bash", "-c", f"set -o pipefail; {shell}", sys.executable, str(CHECKOUT / "recipes" / "demo")]
     done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (code, said)
+
+
+def test_a_reader_that_stands_still_costs_lines_and_no_time() -> None:
+    reading, writing = os.pipe()
+    file = LossyFile(writing, "w", closefd=False)
+    file.patience_seconds = 0.01
+    line = b"x" * 999 + b"\n"
+    for _ in range(1000):  # a pipe holds some 64 of them
+        assert file.write(line) == len(line)
+    assert file.is_stuck
+    assert file.failure is None
+    held = len(os.read(reading, 2**20))
+    file.write(line)  # somebody reads again
+    assert os.read(reading, 2**20) == line
+    assert 0 < held < 1000 * len(line)
+    os.close(reading), os.close(writing)
+
+
+def test_a_long_line_is_written_in_one_piece_where_somebody_reads(tmp_path: Path) -> None:
+    line = "y" * 100_000
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from recipe.streams import protect_streams; protect_streams(); print('y' * {len(line)})",
+        ],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == line + "\n"

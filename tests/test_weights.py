@@ -387,3 +387,12 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
         handle.truncate(2**40)
     assert "has 1,099,511,627,776 bytes; at most" in refusal(tmp_path / "sparse")
     assert "cannot be read: No such file or directory" in refusal(tmp_path / "none")
+
+
+def test_a_tensor_beside_the_network_s_own_is_named_alone(tmp_path: Path) -> None:
+    """A Lightning module also holds its criterion."""
+    tensors = {f"model.{name}": tensor for name, tensor in STATE.items()} | {"criterion.weight": torch.ones(3)}
+    torch.save({"state_dict": tensors}, tmp_path / "w.ckpt")
+    given = read_weights(tmp_path / "w.ckpt")
+    assert given.prefix == "model."
+    assert given.tensors.keys() == STATE.keys() | {"criterion.weight"}

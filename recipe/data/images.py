@@ -133,7 +133,7 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
             raise RejectedImageError(f"it has {MODES_WITHOUT_WHITE[image.mode]}: 8 or 16 bits of grey or RGB are read")
         shrinks = rules.resize_short_side is not None and can_shrink(image, rules.resize_short_side)
         pixels = pixels_of_clean_jpeg(image, content) if shrinks else None
-        flaw = None if pixels is not None else checked(image, content)
+        flaw = None if pixels is not None else flaw_of(image, content)
         if flaw is not None and flaw.loses_pixels and not rules.is_verified:
             raise DamagedImageError(flaw.what)
         oddity = odd_kind(image, content, is_named_png and rules.keeps_png)
@@ -159,8 +159,11 @@ def pixels_of_clean_jpeg(image: Image.Image, content: bytes) -> Image.Image | No
     return None if pixels is None else Image.fromarray(pixels.squeeze(-1) if image.mode == "L" else pixels)
 
 
-def checked(image: Image.Image, content: bytes) -> Flaw | None:
-    """What is wrong with a JPEG or PNG; the decoders of the other formats refuse damage by themselves.
+def flaw_of(image: Image.Image, content: bytes) -> Flaw | None:
+    """What is wrong with a JPEG or PNG.
+
+    Other formats are left to their decoders, which refuse most damage; they pass over some in a JPEG or a fax inside a
+    TIFF, and over missing tiles of JPEG 2000.
 
     Of a JPEG all is decoded that can be corrupt, every marker and every coefficient. What follows in a decoder (inverse
     transform, upsampling, colours) is arithmetic that cannot fail.
@@ -286,7 +289,7 @@ def reason(content: bytes, error: Exception) -> str:
         form = format_of(content)
         if form in OPTIONAL and not features.check(OPTIONAL[form]):
             return f"it is {FORMATS[form]}, which this build of Pillow cannot read"
-        return f"it is none of {', '.join(FORMATS.values())}"
+        return f"it is a damaged {FORMATS[form]}" if form else f"it is none of {', '.join(FORMATS.values())}"
     return re.sub(r"\s*<[^>]*>", "", " ".join(str(error).split())) or type(error).__name__
 
 

@@ -28,6 +28,7 @@ HARMLESS = {  # warnings of libjpeg (JWRN_* of its jerror.h) that cost no pixel,
     "bad ICC marker": "damaged colour profile in a JPEG",
     "Premature end of JPEG file": "JPEG without an end marker",
 }
+ZEROS_MAX = 16  # stray bytes that may be a writer's padding; more stand where data were to be written
 STRAY_PLACES_MAX = 20  # each costs a few times the decoding of the image
 START, END = b"\xff\xd8", b"\xff\xd9"
 SOS, EOI, DHT = 0xDA, 0xD9, 0xC4
@@ -72,7 +73,10 @@ def jpeg_flaw(content: bytes) -> Flaw | None:
             warning = warning_of(content)
             if warning is None or not STRAY.search(warning):
                 break
-            content = without_stray_bytes(content, warning)
+            start, end = stray_bytes(content, warning)
+            if end - start > ZEROS_MAX and not any(content[start:end]):
+                return lost("zeros in the place of its end")  # a download that was cut short in a file made in advance
+            content = content[:start] + content[end:]
         if warning is None and has_all_scans(content):
             return Flaw(harmless, False)
         if STRAY.search(warning or ""):
@@ -152,8 +156,8 @@ def bare(content: bytes) -> bytes:
     return b"".join(parts) + END
 
 
-def without_stray_bytes(content: bytes, warning: str) -> bytes:
-    """A JPEG without the stray bytes that its first warning is about.
+def stray_bytes(content: bytes, warning: str) -> tuple[int, int]:
+    """Where the stray bytes begin and end that the first warning of a JPEG is about; (0, 0) where that is unclear.
 
     The warning names the marker after them, and there may be many of that name: it is the first one up to which the
     file has to be read for this warning to come.
@@ -171,9 +175,8 @@ def without_stray_bytes(content: bytes, warning: str) -> bytes:
 
     number = bisect_left(places, True, key=warns)
     if number == len(places):
-        return content
-    place = places[number]
-    return content[: place - count] + content[place:]
+        return 0, 0
+    return places[number] - count, places[number]
 
 
 def has_all_scans(content: bytes) -> bool:

@@ -21,8 +21,8 @@ from recipe.data.archives import Member
 from recipe.data.images import FILE_BYTES_MAX, SIGNATURE_BYTES, format_of
 from recipe.data.look_alikes import look_alike, refuse_same_names
 from recipe.data.system_files import belongs_to_system
-from recipe.errors import UserError
-from recipe.run import shown_path
+from recipe.errors import CONTROLS, UserError
+from recipe.run import printable, shown_path
 
 Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset (u8), changed_ns (i8)
 ROWS_AT_ONCE = 10_000
@@ -256,7 +256,7 @@ def class_folders(root: Path) -> list[str]:
     """The sorted names of the folders in `root`, without hidden ones: the order of torchvision's ImageFolder."""
     names = [entry.name for entry in found_in(root) if entry.is_dir() and not is_hidden(entry.name)]
     for name in names:
-        if not name.isprintable():
+        if name != printable(name) or "\n" in name or CONTROLS.search(name):
             raise UserError(f"the class folder {name!r} in {shown_path(root)} has no printable name; rename it")
     return names
 

@@ -262,7 +262,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no preprocessed data set in {shown_path(directory)}; "
-            "make it with `python preprocess.py experiment=...` and the same experiment"
+            "make it with `python preprocess.py experiment=...` and the same experiment, "
+            "or name its folder with data.directory="
         ) from None
     try:
         return from_json(content, Manifest, shown_path(path))

@@ -7,6 +7,7 @@ a line that does not fit is counted and passed over, and what is kept is bounded
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import msgspec
 from msgspec.structs import replace
 
 from recipe.config import differences
+from recipe.errors import UserError
+from recipe.files import opened
 from recipe.records import JournalEntry, JournalRecord
 from recipe.run import JOURNAL, Run, is_elsewhere, place_of, recorded_path
 
@@ -103,11 +106,11 @@ def read_lines(journal: Path) -> tuple[list[Line], int]:
 def newest(journal: Path) -> bytes:
     """The end of the file, from the beginning of a line; nothing where it cannot be read."""
     try:
-        with journal.open("rb") as handle:
+        with opened(journal, str(journal), sys.maxsize) as handle:
             size = handle.seek(0, 2)
             handle.seek(max(0, size - NEWEST_BYTES))
             content = handle.read()
-    except OSError:
+    except UserError:
         return b""
     return content.partition(b"\n")[2] if size > NEWEST_BYTES else content
 

@@ -18,7 +18,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from recipe.config import MAX_PIXELS
-from recipe.data.images import FILE_BYTES_PER_PIXEL, FORMATS, MODES_WITHOUT_WHITE, as_rgb, lift_pillows_limit, reason
+from recipe.data.images import (
+    FILE_BYTES_PER_PIXEL,
+    FORMATS,
+    MODES_WITHOUT_WHITE,
+    as_rgb,
+    flaw_of,
+    lift_pillows_limit,
+    reason,
+)
 from recipe.errors import UserError
 from recipe.files import read_file
 from recipe.run import shown_path
@@ -50,6 +58,9 @@ def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_P
             with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
                 if image.width * image.height > max_pixels:
                     raise too_large(where, f"{image.width} x {image.height} pixels", max_pixels)
+                flaw = flaw_of(image, content)
+                if flaw is not None and flaw.loses_pixels:
+                    raise UserError(f"{where} is damaged: {flaw.what}; use a sound copy")
                 return pixels_of_image(image, apply_orientation)
         except UserError:
             raise

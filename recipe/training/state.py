@@ -188,5 +188,5 @@ def saved_state(run: Run) -> State | None:
     state = newest_checkpoint(run.checkpoints)
     if state is not None:
         progress = state["progress"]
-        print(f"continuing at epoch {progress['epoch']}, step {progress['step']}", file=sys.stderr, flush=True)
+        print(f"continuing in epoch {progress['epoch'] + 1} at step {progress['step']}", file=sys.stderr, flush=True)
     return state

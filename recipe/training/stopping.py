@@ -21,6 +21,7 @@ import torch
 from recipe.distributed import World
 from recipe.launcher import launched
 from recipe.signals import handlers_put_back, heeded
+from recipe.streams import is_writable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_LOOKS = 16  # of several processes with accelerators: the host waits for the device to look
@@ -54,7 +55,8 @@ class StopWish:
         if is_news and self.world.is_first:
             text = f"{signal.Signals(number).name}: saving after this step; Ctrl-C (again) stops without\n"
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, text.encode())  # print is not safe here: it may be interrupted print itself
+                if is_writable(2):
+                    os.write(2, text.encode())  # print is not safe here: it may be interrupted print itself
 
     def look(self, count: int) -> None:
         """Raise `Stopped` on all processes or on none; all of them look at the same counts."""

@@ -31,6 +31,7 @@ def picture() -> Image.Image:
 
 
 PLAIN = encoded(picture())
+NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)), quality=85)
 RESTARTS = encoded(picture(), restart_marker_blocks=5)
 EVERYWHERE, RESTART_MARKERS = encoded(picture(), restart_marker_blocks=1), range(0xD0, 0xD8)
 PROGRESSIVE = encoded(picture(), progressive=True)
@@ -68,6 +69,14 @@ def with_scan_parameters(content: bytes) -> bytes:
 LOST = {
     "cut": (PLAIN[:HALF], "it is truncated"),
     "cut, with an end marker": (PLAIN[:HALF] + END, "it is truncated"),
+    "a tenth, with zeros to the full size": (
+        NOISE[: len(NOISE) // 10] + bytes(len(NOISE) - len(NOISE) // 10),
+        "zeros in the place of its end",
+    ),
+    "nine tenths, with zeros and an end marker": (
+        NOISE[: len(NOISE) * 9 // 10] + bytes(2000) + END,
+        "zeros in the place of its end",
+    ),
     "cut near its end": (PLAIN[:-40] + END, "it is truncated"),
     "grey, cut": (encoded(picture().convert("L"))[:2000] + END, "it is truncated"),
     "CMYK, cut": (encoded(picture().convert("CMYK"))[:HALF] + END, "it is truncated"),
@@ -263,3 +272,9 @@ def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
     preprocess(config(raw, tmp_path / "out"))  # the repair knows it too
     split = open_split(tmp_path / "out", "train")
     assert "n02085620_7" in {split.key(i) for i in range(len(split))}
+
+
+def test_a_header_that_cannot_be_read_is_damage_of_its_format() -> None:
+    for content, form in ((PLAIN[:20], "JPEG"), (encoded(picture(), "PNG")[:33], "PNG")):
+        with pytest.raises(DamagedImageError, match=f"it is a damaged {form}"):
+            store(content, False, KEEP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from recipe.document import figures
 from recipe.document import history as module
 from recipe.document.history import NO_END, history, keep_history
 from recipe.document.render import write_document
+from recipe.errors import DiskError
 from recipe.records import JournalRecord
 from recipe.run import JOURNAL, Run, append_to_journal, place_of
 from tests.document.test_document import HOSTILE, assert_tables_are_even, document, outside_code, section, write_run
@@ -177,3 +179,18 @@ def test_the_document_takes_it_from_the_records(monkeypatch: pytest.MonkeyPatch)
 def test_a_line_is_plain_json(tmp_path: Path) -> None:
     train("runs/demo", validation_top1_accuracy=0.5)
     assert all(isinstance(json.loads(line), dict) for line in JOURNAL.read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_a_journal_that_is_not_a_file_keeps_nobody_waiting(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    JOURNAL.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(JOURNAL)
+        with pytest.raises(DiskError, match=r"journal\.jsonl"):
+            append_to_journal(Run("runs/x"), "train", "started")
+    else:
+        JOURNAL.symlink_to("/dev/zero")
+    assert history(JOURNAL, "x", "runs/x").entries == []

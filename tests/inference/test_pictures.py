@@ -94,7 +94,9 @@ def test_paths_arrays_images_and_tensors_are_alike(tmp_path: Path) -> None:
     [
         (b"", r"it is empty \(0 bytes\)"),
         (b"hello, I am no picture", "is none of JPEG"),
-        (saved(pixels("cut", 200, 150), "JPEG")[:900], "not a picture that can be read"),
+        (saved(pixels("cut", 200, 150), "JPEG")[:900], "is damaged: it is truncated"),
+        (saved(pixels("cut", 200, 150), "JPEG")[:900] + b"\xff\xd9", "is damaged: it is truncated"),
+        (saved(pixels("cut", 200, 150), "JPEG")[:20], "not a picture that can be read: it is a damaged JPEG"),
         (saved(Image.new("1", (20000, 20000)), "PNG"), "is too large: .*max_pixels=178956970"),
     ],
 )

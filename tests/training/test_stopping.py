@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from recipe.distributed import World
 from recipe.errors import SAVED
+from recipe.run import CHECKOUT
 from recipe.training.stopping import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
 from tests.worlds import torchrun_environment
 
@@ -91,6 +94,28 @@ def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
     for number in SIGNALS:
         os.kill(os.getpid(), number)
         assert signal.getsignal(number) is not signal.SIG_IGN, "a child process would ignore it from its start"
+
+
+LATE = """
+import os, signal
+from recipe.errors import one_clear_sentence
+from recipe.signals import handlers_put_back
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
+        kill(process, number)
+
+late = Late()  # deleted after the interpreter has put back all handlers
+with one_clear_sentence(), handlers_put_back():
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    raise {ending}
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("SystemExit(75)", 75), ("KeyboardInterrupt", 130)])
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(ending: str, code: int) -> None:
+    words = [sys.executable, "-c", LATE.format(ending=ending)]
+    assert subprocess.run(words, cwd=CHECKOUT, capture_output=True, check=False).returncode == code
 
 
 def test_several_accelerators_are_not_waited_for_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
