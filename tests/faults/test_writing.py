@@ -66,7 +66,7 @@ def test_f19_a_kill_at_any_file_leaves_each_whole_and_the_next_time_is_as_the_fi
     """The worst moment of each: its content is there, its name is not."""
     shutil.copytree(documented / "x", tmp_path / "x")
     run = Run(tmp_path / "x")
-    before, count = files_of(run), len(list(run.figures.iterdir())) + 2
+    before, count = files_of(run), len(list(run.figures.iterdir())) + 3  # journal, twin, page
     program = [sys.executable, "-c", KILL_AT_EACH_FILE, str(count)]
     subprocess.run(program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True)
     after = files_of(run)
