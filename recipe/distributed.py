@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -115,10 +115,17 @@ def _started_worker(worker: Callable[[Config], Result], config: Config, saved: P
         raise SystemExit(130) from None
     except UserError as error:
         _leave_reason(str(error))
-        raise SystemExit(error.exit_code) from None
+        _end_at_once(error.exit_code)
     except Exception:
         _leave_reason(_traceback_of_rank())
-        raise SystemExit(1) from None
+        _end_at_once(1)
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
+    """End without the interpreter's own end, in which threads of a process group that was not left may abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _begun(saved: Path) -> Path:

@@ -312,7 +312,7 @@ def test_a_run_killed_after_an_epoch_ends_with_the_uninterrupted_weights(
     process.communicate()
     assert not (tmp_path / "cut" / "records" / "training.json").exists()
     continued = run_command("train.py", "run_dir=cut", "optimization.epochs=6")
-    assert "continuing at epoch" in continued.stderr
+    assert "continuing in epoch" in continued.stderr
     assert last_hash(continued) == last_hash(whole)
     again = run_command("train.py", "run_dir=cut", "optimization.epochs=6")
     assert last_hash(again) == last_hash(whole)

@@ -75,7 +75,7 @@ def test_f02_no_process_outlives_its_launcher(launch: str, data_directory: Path,
     wait_until(lambda: not processes_of(tmp_path), seconds=3)
     continued = start(tmp_path, data_directory, *ENDLESS, *words, launcher=OURS, fault="stop@0:20")
     if launch == "ours":
-        assert "continuing at epoch" in finish(continued, SAVED)[1]
+        assert "continuing in epoch" in finish(continued, SAVED)[1]
     else:
         continued.kill()
         continued.communicate(timeout=10)
@@ -111,7 +111,7 @@ def test_f03_a_terminal_that_closes_saves_the_step(gpus: int, data_directory: Pa
     assert process.wait(100) == SAVED
     wait_until(lambda: not processes_of(tmp_path), seconds=10)
     _, errors = finish(start(tmp_path, data_directory, *ENDLESS, f"trainer.gpus={gpus}", fault="stop@0:20"), SAVED)
-    assert "continuing at epoch 1, step" in errors
+    assert "continuing in epoch 2 at step" in errors
 
 
 def read_until_closed(descriptor: int) -> None:
