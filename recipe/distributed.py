@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -115,17 +115,10 @@ def _started_worker(worker: Callable[[Config], Result], config: Config, saved: P
         raise SystemExit(130) from None
     except UserError as error:
         _leave_reason(str(error))
-        _end_at_once(error.exit_code)
+        raise SystemExit(error.exit_code) from None
     except Exception:
         _leave_reason(_traceback_of_rank())
-        _end_at_once(1)
-
-
-def _end_at_once(exit_code: int) -> NoReturn:
-    """End without the interpreter's own end, in which threads of a process group that was not left may abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+        raise SystemExit(1) from None
 
 
 def _begun(saved: Path) -> Path:
@@ -157,6 +150,8 @@ def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError
     for other in failure.failures.values():
         if first.exitcode in (1, -signal.SIGABRT) and other.exitcode > 1:
             first = other
+    if first.exitcode < 0 and Path(first.error_file).is_file():  # threads of its group aborted it as it ended
+        return WorkerError(str(first.message), 1)
     if first.exitcode < 0:
         return WorkerError(
             f"the process of rank {first.local_rank} was ended by {first.signal_name()}; {stacks}{how_to_continue()}",
