@@ -23,7 +23,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "aggregate": ("recipe.review.aggregate", "one file of dynamics from several seeds of a recipe"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
     "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
-    "project": ("recipe.projection", "what would a recipe take on GPUs of a measured kind?"),
     "publish": ("recipe.document.publish", "write a run's recipe as a folder to commit: page, model card, records"),
     "index": ("recipe.document.index", "keep the table of published recipes in README.md true"),
 }

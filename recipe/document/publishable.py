@@ -51,7 +51,7 @@ def publishable(run: Run) -> Publishable:
 
 def provenances(facts: Facts) -> Iterator[tuple[str, Provenance]]:
     """Each stage that ran, with the code that it ran on."""
-    for stage in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
+    for stage in ("preprocessing", "training", "evaluation", "serialization", "inference"):
         if (record := getattr(facts, stage)) is not None:
             yield stage, record.provenance
     for other in facts.other_evaluations:

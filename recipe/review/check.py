@@ -142,7 +142,6 @@ def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable
     if facts is not None:
         found += sources.command_findings(facts, config if isinstance(config, dict) else None)
         found += [] if page.damage or unreadable else agreement.block_findings(page, facts)
-        found += [] if unreadable else agreement.orphaned_projection(page, facts)
         found += agreement.link_findings(page, page_folder(subject))
     return found + prose.prose_findings(page, prose.recorded_numbers(facts, agreement.claims_of(block)))
 
