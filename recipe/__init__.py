@@ -40,7 +40,7 @@ chapters
                    render: from records to pages, without torch; model_card, publishable,
                    seeds, published_folder, publish: a run as a folder to commit; index: the table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
-                   findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
+                   findings, page, reading, items, presence, sources, consistency, agreement, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
                    reference, verdict, watch, aggregate: is a run on track?; restoring (a stranger's document as data),
                    fitting (to this machine), judgement, reproduction_report, reproduce

@@ -14,7 +14,7 @@ from typing import Any
 
 from recipe.document.facts import Facts
 from recipe.errors import UserError
-from recipe.review import agreement, consistency, presence, prose, sources
+from recipe.review import agreement, consistency, presence, sources
 from recipe.review.execution import executed_findings
 from recipe.review.findings import Finding, Kind, Level, Report, printable
 from recipe.review.page import Page
@@ -26,19 +26,18 @@ def describe(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure again what needs no torch")
-    parser.add_argument("--strict", action="store_true", help="warnings fail the check too")
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    """0: no finding, 1: findings; notes, warnings and CANNOT TELL do not count. Raises `UserError` for what cannot be
+    """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for what cannot be
     opened."""
     report = check(open_subject(arguments.path), executes=arguments.execute)
     if arguments.json:
         print(json.dumps(report.as_json(), indent=2))
     else:
         print("\n".join([*lines_of_items(report), *report.lines()]))
-    return report.exit_code(arguments.strict)
+    return report.exit_code()
 
 
 def lines_of_items(report: Report) -> list[str]:
@@ -132,7 +131,7 @@ def page_findings(page: Page, report: Report) -> list[Finding]:
 
 
 def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
-    """The JSON block, what the document links, and what people wrote, against the records where they are there."""
+    """The JSON block, and what the document links, against the records where they are there."""
     block, found = subject.identity, []
     config = block.get("config") if block else None
     if block is None:
@@ -143,7 +142,7 @@ def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable
         found += sources.command_findings(facts, config if isinstance(config, dict) else None)
         found += [] if page.damage or unreadable else agreement.block_findings(page, facts)
         found += agreement.link_findings(page, page_folder(subject))
-    return found + prose.prose_findings(page, prose.recorded_numbers(facts, agreement.claims_of(block)))
+    return found
 
 
 def page_folder(subject: Subject) -> Path:

@@ -1,6 +1,6 @@
-"""A document as a checker reads it: lines with numbers, generated blocks with their places, and people's prose.
+"""A document as a checker reads it: lines with numbers, and generated blocks with their places.
 
-Markdown is cut into lines and never parsed. What lies in a code fence, in a comment or in an address is no prose.
+Markdown is cut into lines and never parsed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from recipe.errors import UserError
 
 HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(?P<text>\S.*)$")
 LINK = re.compile(r"\]\((?P<target>[^()\s]+)\)")
-NOT_PROSE = re.compile(r"`[^`\n]*`|<!--(?:(?!<!--).)*?-->|\]\([^()\n]*\)|https?://\S+", re.DOTALL)
 EMPTY_SECTION = re.compile(r"^(more information needed|to ?do|tba|tbd|n/?a|not applicable)\W*$", re.IGNORECASE)
 
 
@@ -107,14 +106,6 @@ class Page:
         return bool(first) and not HEADING.match(first) and not EMPTY_SECTION.match(first)
 
     @cached_property
-    def prose(self) -> str:
-        """People's words, with nothing but line ends in place of all else, so that line numbers still count."""
-        text = "".join(piece.text if isinstance(piece, Prose) else blank(piece.text) for piece in self.pieces)
-        fence = Fence()
-        kept = [blank(line) if fence.holds(line) else line for line in text.splitlines(keepends=True)]
-        return NOT_PROSE.sub(lambda found: blank(found[0]), "".join(kept))
-
-    @cached_property
     def links(self) -> list[tuple[str, int]]:
         """(target, line number) of every relative link and picture; addresses and anchors are left out."""
         return [
@@ -123,8 +114,3 @@ class Page:
             for found in LINK.finditer(line.text)
             if "://" not in found["target"] and not found["target"].startswith(("#", "mailto:"))
         ]
-
-
-def blank(text: str) -> str:
-    """As many lines, and nothing to read; it still parts the words beside it."""
-    return "\n" * text.count("\n") or " "

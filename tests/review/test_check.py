@@ -61,7 +61,7 @@ def test_nothing_is_found_in_a_whole_recipe_and_what_nobody_said_is_a_note(run: 
         "expected result and its source",
         "action items",
     }
-    assert report.exit_code(is_strict=True) == 0
+    assert report.exit_code() == 0
 
 
 def test_a_published_folder_and_the_document_alone_are_recipes_too(run: Run, tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ def test_a_document_that_people_wrote_is_read_for_presence_only(name: str) -> No
     assert report.levels == [Level.present]
     assert report.as_json()["truth_checked"] is False
     assert any("whether what it says is true was not checked" in one.what for one in report.findings)
-    assert report.exit_code(is_strict=False) == 1
+    assert report.exit_code() == 1
 
 
 # The command
@@ -561,13 +561,6 @@ def test_exit_codes_and_json(run: Run, capsys: pytest.CaptureFixture[str]) -> No
         main(["check", str(run.directory / "absent")])
     assert stopped.value.code == 2
     assert "does not exist" in capsys.readouterr().err
-
-
-def test_a_warning_fails_a_strict_check_only(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run.document.write_text(run.document.read_text() + "\nWe reach top-1 90.8 %.\n")
-    assert main(["check", str(run.directory)]) == 0
-    assert "WARNING [resolvable] recipe.md, line" in capsys.readouterr().out
-    assert main(["check", str(run.directory), "--strict"]) == 1
 
 
 def test_a_hostile_document_cannot_steer_the_terminal(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
