@@ -46,7 +46,6 @@ class Report:
     """Everything that one check found."""
 
     subject: str
-    is_own: bool  # written by this pipeline; of other documents only presence is reported
     levels: list[Level]
     findings: list[Finding] = field(default_factory=list)
     items: list[dict[str, Any]] = field(default_factory=list)
@@ -60,8 +59,6 @@ class Report:
         return {
             "format": FORMAT,
             "subject": self.subject,
-            "written_by_this_pipeline": self.is_own,
-            "truth_checked": self.is_own,
             "levels": [level.value for level in self.levels],
             "counts": self.counts(),
             "findings": [

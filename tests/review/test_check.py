@@ -34,7 +34,6 @@ from tests.review.factory import (
     sha,
 )
 
-DOCUMENTS = Path(__file__).parent / "documents"
 Damage = Callable[[Run], Any]
 
 
@@ -495,56 +494,6 @@ def test_commands_that_this_pipeline_records_are_no_finding(command: str) -> Non
     assert sources.command_faults(command, set(sources.known_keys())) == []
 
 
-# Documents that people wrote: what is there was decided by reading them
-
-
-PRESENT = {
-    "hand_written.md": {
-        "Data / Raw data": {
-            *("description of the data", "how the data came to be", "labels and their schema"),
-            *("label convention with examples", "path", "access rules", "split sizes"),
-        },
-        "Data / Processing methods": {"description", "how the test set is made", "code and command", "commit"},
-        "Training / Optimization methods": {
-            *("architecture", "loss", "code and command", "commit", "batch size", "number of GPUs or processes"),
-            *("optimizer", "weight decay", "learning rate and its schedule", "length of training", "augmentation"),
-            *("initial weights", "dynamics: total time", "dynamics: losses and metrics over time"),
-            "outputs: where the model is",
-        },
-        "Training / Performance metrics": {"target metrics"},
-        "Inference": {"code", "timing"},
-        "Miscellaneous": {"action items"},
-        "Machine-readable form": set(),
-    },
-    "trainer_card.md": {
-        "Data / Raw data": {"path", "licence"},
-        "Data / Processing methods": set(),
-        "Training / Optimization methods": {
-            *("architecture", "batch size", "optimizer", "learning rate and its schedule", "length of training"),
-            *("initial weights", "seed", "environment with versions", "dynamics: losses and metrics over time"),
-        },
-        "Training / Performance metrics": {"target metrics"},
-        "Inference": set(),
-        "Miscellaneous": set(),
-        "Machine-readable form": {"configuration for programs"},
-    },
-}
-
-
-@pytest.mark.parametrize("name", PRESENT)
-def test_a_document_that_people_wrote_is_read_for_presence_only(name: str) -> None:
-    report = check(open_subject(DOCUMENTS / name))
-    found: dict[str, set[str]] = {section: set() for section in PRESENT[name]}
-    for item in report.items:
-        if item["state"] == "present":
-            found[item["section"]].add(item["item"])
-    assert found == PRESENT[name]
-    assert report.levels == [Level.present]
-    assert report.as_json()["truth_checked"] is False
-    assert any("whether what it says is true was not checked" in one.what for one in report.findings)
-    assert report.exit_code() == 1
-
-
 # The command
 
 
@@ -561,6 +510,21 @@ def test_exit_codes_and_json(run: Run, capsys: pytest.CaptureFixture[str]) -> No
         main(["check", str(run.directory / "absent")])
     assert stopped.value.code == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["theirs.md", "theirs"])
+def test_a_document_of_another_pipeline_is_refused_in_one_sentence(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("theirs").mkdir()
+    for file in (Path("theirs.md"), Path("theirs", "README.md")):
+        file.write_text("# ResNet-50\n\nTrained on ImageNet for 90 epochs.\n\n```json\n{}\n```\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", path])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} was not written by this pipeline")
+    assert error.count("\n") == 1
 
 
 def test_a_hostile_document_cannot_steer_the_terminal(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
