@@ -117,14 +117,6 @@ def block_findings(page: Page, facts: Facts) -> list[Finding]:
     ]
 
 
-def orphaned_projection(page: Page, facts: Facts) -> list[Finding]:
-    """The one block that not every document has must have its record."""
-    if "projection" not in page.blocks or facts.projection is not None:
-        return []
-    what = "the document projects, and records/projection.json is not there"
-    return [Finding(Level.resolvable, page.place("projection"), what, RESTORE)]
-
-
 def differing_blocks(page: Page, facts: Facts) -> dict[str, str]:
     """Block id -> its first changed lines."""
     return {
@@ -269,7 +261,6 @@ RECORD_NAMES = (
     "serialization",
     "inference",
     "fingerprint",
-    "projection",
     "energy",
 )
 

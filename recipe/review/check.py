@@ -2,7 +2,6 @@
 
 Four levels: is it *present*, is it *well-formed*, is it *resolvable* (hashes match, commands parse, the code is known,
 records and document agree), and, with `--execute`, was it *executed* (measured again, as far as that needs no torch).
-A document that people wrote is looked through for headings and keywords only.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 
 from recipe.document.facts import Facts
 from recipe.errors import UserError
-from recipe.review import agreement, consistency, presence, prose, sources
+from recipe.review import agreement, consistency, presence, sources
 from recipe.review.execution import executed_findings
-from recipe.review.findings import Finding, Kind, Level, Report, printable
+from recipe.review.findings import Finding, Kind, Level, Report
 from recipe.review.page import Page
 from recipe.review.reading import Reader
 from recipe.review.subject import Subject, contradictions, open_subject
@@ -26,36 +25,28 @@ def describe(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure again what needs no torch")
-    parser.add_argument("--strict", action="store_true", help="warnings fail the check too")
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    """0: no finding, 1: findings; notes, warnings and CANNOT TELL do not count. Raises `UserError` for what cannot be
+    """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for what cannot be
     opened."""
     report = check(open_subject(arguments.path), executes=arguments.execute)
     if arguments.json:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        print("\n".join([*lines_of_items(report), *report.lines()]))
-    return report.exit_code(arguments.strict)
-
-
-def lines_of_items(report: Report) -> list[str]:
-    """What was seen of each item, for documents of which nothing else is known."""
-    if report.is_own:
-        return []
-    return [
-        printable(f"{item['state']:8} {item['section']}: {item['item']}" + f" ({item['where']})" * bool(item["where"]))
-        for item in report.items
-    ]
+        print("\n".join(report.lines()))
+    return report.exit_code()
 
 
 def check(subject: Subject, executes: bool = False) -> Report:
     """Look through a recipe."""
+    if not is_own(subject):
+        raise UserError(
+            f"{subject.name} was not written by this pipeline: it has no JSON block, no generated block and no records "
+            "beside it, so there is nothing to check it against"
+        )
     try:
-        if subject.document is not None and not is_own(subject):
-            return check_foreign(subject)
         return check_own(subject, executes)
     except RecursionError:
         raise UserError(f"{subject.name} is nested too deeply to be a recipe") from None
@@ -75,19 +66,11 @@ def page_of(subject: Subject) -> Page | None:
     return Page(subject.document_path.name, subject.document)
 
 
-def check_foreign(subject: Subject) -> Report:
-    page = page_of(subject)
-    assert page is not None, "the caller looked"
-    seen = presence.foreign_items(page)
-    items = [one.as_json() for one in seen]
-    return Report(subject.name, False, [Level.present], presence.foreign_findings(page, seen), items)
-
-
 def check_own(subject: Subject, executes: bool) -> Report:
     reader = Reader(subject.run) if subject.run is not None else None
     facts = reader.facts() if reader is not None else None
     levels = [Level.present, Level.well_formed, Level.resolvable, *([Level.executed] if executes else [])]
-    report = Report(subject.name, True, levels)
+    report = Report(subject.name, levels)
     page = page_of(subject)
     report.findings += reader.findings if reader is not None else without_records(subject)
     report.findings += page_findings(page, report) if page else without_document(subject)
@@ -117,7 +100,7 @@ def page_findings(page: Page, report: Report) -> list[Finding]:
     """Markers, and which items are there."""
     if page.damage is not None:
         return [Finding(Level.well_formed, page.name, page.damage, "take the document from version control")]
-    seen = presence.own_items(page)
+    seen = presence.seen_items(page)
     report.items += [one.as_json() for one in seen]
     edited = [
         Finding(
@@ -128,11 +111,11 @@ def page_findings(page: Page, report: Report) -> list[Finding]:
         )
         for block_id in page.edited
     ]
-    return presence.own_findings(page, seen) + edited
+    return presence.presence_findings(page, seen) + edited
 
 
 def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
-    """The JSON block, what the document links, and what people wrote, against the records where they are there."""
+    """The JSON block, and what the document links, against the records where they are there."""
     block, found = subject.identity, []
     config = block.get("config") if block else None
     if block is None:
@@ -142,9 +125,8 @@ def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable
     if facts is not None:
         found += sources.command_findings(facts, config if isinstance(config, dict) else None)
         found += [] if page.damage or unreadable else agreement.block_findings(page, facts)
-        found += [] if unreadable else agreement.orphaned_projection(page, facts)
         found += agreement.link_findings(page, page_folder(subject))
-    return found + prose.prose_findings(page, prose.recorded_numbers(facts, agreement.claims_of(block)))
+    return found
 
 
 def page_folder(subject: Subject) -> Path:

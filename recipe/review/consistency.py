@@ -13,7 +13,6 @@ from itertools import islice, pairwise
 from typing import Any
 
 from recipe.config import config_sha256, differences, leaves, recipe_id
-from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
 from recipe.metrics import Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
@@ -229,11 +228,8 @@ def promised(facts: Facts) -> Iterator[Place]:
 
 
 def later_findings(facts: Facts) -> list[Finding]:
-    """A projection is what its factors give, to the last digit; an energy was spent on the weights that are here."""
+    """The recorded energy belongs to the weights that training left."""
     found = []
-    if facts.projection is not None and facts.projection.rows != projected_again(facts.projection):
-        what, mend = "its factors do not give its rows", "run `python -m recipe project` again"
-        found.append(Finding(Level.resolvable, "records/projection.json, rows", what, mend))
     if facts.energy is not None and facts.training is not None:
         spent, trained = (record.get("weights") for record in (facts.energy.inputs, facts.training.outputs))
         if spent != trained:

@@ -23,10 +23,9 @@ class Level(str, Enum):
 
 
 class Kind(str, Enum):
-    """What a finding means for the exit code: only `finding` fails a check, and a `warning` where it is asked for."""
+    """What a finding means for the exit code: only `finding` fails a check."""
 
     finding = "finding"
-    warning = "warning"  # may be a false alarm
     note = "note"  # missing, but not asked for by the guideline
     cannot_tell = "cannot tell"
 
@@ -47,23 +46,19 @@ class Report:
     """Everything that one check found."""
 
     subject: str
-    is_own: bool  # written by this pipeline; of other documents only presence is reported
     levels: list[Level]
     findings: list[Finding] = field(default_factory=list)
     items: list[dict[str, Any]] = field(default_factory=list)
 
-    def exit_code(self, is_strict: bool) -> int:
-        """0: nothing was found, 1: something was; warnings count where the check is strict."""
-        failing = {Kind.finding, Kind.warning} if is_strict else {Kind.finding}
-        return int(any(found.kind in failing for found in self.findings))
+    def exit_code(self) -> int:
+        """0: no finding; 1: findings."""
+        return int(any(found.kind is Kind.finding for found in self.findings))
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         return {
             "format": FORMAT,
             "subject": self.subject,
-            "written_by_this_pipeline": self.is_own,
-            "truth_checked": self.is_own,
             "levels": [level.value for level in self.levels],
             "counts": self.counts(),
             "findings": [

@@ -20,7 +20,6 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
-    ProjectionRecord,
     SerializationRecord,
     TimingRecord,
     TrainingRecord,
@@ -97,7 +96,6 @@ FACTS: dict[Any, str] = {
     InferenceRecord: "inference",
     JournalRecord: "journal",
     Fingerprint: "fingerprint",
-    ProjectionRecord: "projection",
     EnergyRecord: "energy",
 }
 FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
@@ -121,20 +119,6 @@ def refuse_impossible_numbers(value: Any) -> None:
         raise UserError("it holds a count over no image")
     if isinstance(value, EnergyRecord) and (value.seconds <= 0 or value.joules < 0):
         raise UserError("it holds an energy of no time, or a negative one")
-    if isinstance(value, ProjectionRecord):
-        require_possible(value)
-
-
-def require_possible(record: ProjectionRecord) -> None:
-    """Factors that can be divided by, and rows that point at one of the steps."""
-    divisors = [step.images_per_second for step in record.steps]
-    divisors += [found.images_per_second for found in (record.evaluation, record.loading) if found is not None]
-    counts = [record.batch_size, record.epochs, *(row.accelerators for row in record.rows)]
-    counts += [record.loading.cores] if record.loading is not None else []
-    if not record.steps or min(divisors) <= 0 or min(counts) < 1:
-        raise UserError("it holds a projection from a factor that is zero, or from none")
-    if any(not 0 <= row.step < len(record.steps) for row in record.rows):
-        raise UserError("it holds a projection from a step that it does not have")
 
 
 def numbers_in(value: Any) -> Iterator[int | float]:

@@ -29,14 +29,14 @@ GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluatio
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 MODULES = ("recipe.notebook",)
 RULE = "recipe/provenance.py"
-PROJECT, REPRODUCE = ["-m", "recipe", "project"], ["-m", "recipe", "reproduce"]
+REPRODUCE = ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
 
 
 def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
     """(file of the record, provenance) of every stage that ran."""
-    for name in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
+    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
         record = getattr(facts, name)
         if record is not None:
             yield f"records/{name}.json", record.provenance
@@ -200,8 +200,6 @@ def arguments_of(words: list[str]) -> list[str] | None:
         at += 1
     if words[at : at + 1] == ["-m"] and words[at + 1 : at + 2] and words[at + 1] in MODULES:
         return words[at + 2 :]
-    if words[at : at + len(PROJECT)] == PROJECT:  # its files and numbers are flags; its settings are as for train.py
-        return [word for word in words[at + len(PROJECT) :] if OVERRIDE.match(word) and "=" in word]
     if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags; it sets nothing
         return []
     return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None

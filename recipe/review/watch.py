@@ -1,7 +1,8 @@
 """Is this run on track? `python -m recipe watch RUN --against RECIPE ...`, and `reference=RECIPE` while training.
 
 The run is compared with seeds of the same recipe at every epoch that it has completed. Exit codes: 0 ON TRACK, 1 OFF
-TRACK, 3 CANNOT TELL, 2 where the two cannot be compared.
+TRACK, 3 CANNOT TELL, 2 where the two cannot be compared. `--save FILE` writes the epochs of these seeds, no means, into
+one file, which `--against` and `reference=` read; beside a document it is called `dynamics.json`.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from recipe.config import Config, pinned
 from recipe.errors import UserError
+from recipe.records import Dynamics, to_json
 from recipe.review.convergence import ALPHA, CANNOT_TELL, FEWEST_SEEDS, METRICS, OFF_TRACK, ON_TRACK
 from recipe.review.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
 from recipe.review.verdict import Watch, as_json, as_text, in_short
-from recipe.run import Run
+from recipe.run import Run, shown_path, write_atomically
 
 EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("run", help="a run directory, finished or not; or a recipe")
+    parser.add_argument("run", nargs="?", help="a run directory, finished or not; or a recipe")
     parser.add_argument(
         "--against",
         nargs="+",
@@ -31,6 +34,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="seeds of the same recipe: runs, published recipes, files of dynamics",
     )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write these seeds into one file, .json")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"family-wise error, default {ALPHA}")
     parser.add_argument(
         "--prior-sd",
@@ -44,12 +48,20 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    """Print the verdict; returns its exit code."""
+    """Print the verdict, and return its exit code; without a run, only save the seeds."""
+    if arguments.run is None and arguments.save is None:
+        raise UserError("give a run to watch, or --save FILE to write the seeds of --against into one file")
     if not 0 < arguments.alpha < 1:
         raise UserError(f"--alpha {arguments.alpha} cannot be: an error is between 0 and 1")
     if arguments.follow is not None and not 0 < arguments.follow < float("inf"):
         raise UserError(f"--follow {arguments.follow} cannot be: give the seconds between two looks")
     watch = Watch(open_reference(arguments.against), arguments.alpha, dict(map(prior, arguments.prior_sd)))
+    if arguments.save is not None:
+        save(watch.reference, arguments.save)
+        if not arguments.json:
+            print(f"wrote {shown_path(arguments.save)}: {len(watch.reference.seeds)} seeds")
+    if arguments.run is None:
+        return 0
     epochs = len(phases_of(watch.reference))
     shown_epoch = -1
     while True:
@@ -63,6 +75,13 @@ def answer(arguments: argparse.Namespace) -> int:
         if arguments.follow is None or judgement.verdict == OFF_TRACK or judgement.epoch == epochs:
             return EXIT_CODES[judgement.verdict]
         time.sleep(arguments.follow)
+
+
+def save(reference: Dynamics, file: Path) -> None:
+    """Write every seed into one file."""
+    if file.suffix != ".json":
+        raise UserError(f"--save {file} cannot be: the name of a file of dynamics ends in .json")
+    write_atomically(file, to_json(reference))
 
 
 def prior(word: str) -> tuple[str, float]:
