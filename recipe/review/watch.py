@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from recipe.config import Config, pinned
 from recipe.errors import UserError
-from recipe.review.convergence import ALPHA, CANNOT_TELL, FEWEST_SEEDS, METRICS, OFF_TRACK, ON_TRACK
+from recipe.review.convergence import ALPHA, CANNOT_TELL, OFF_TRACK, ON_TRACK
 from recipe.review.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
 from recipe.review.verdict import Watch, as_json, as_text, in_short
 from recipe.run import Run
@@ -32,13 +32,6 @@ def describe(parser: argparse.ArgumentParser) -> None:
         help="seeds of the same recipe: runs, published recipes, files of dynamics",
     )
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"family-wise error, default {ALPHA}")
-    parser.add_argument(
-        "--prior-sd",
-        action="append",
-        default=[],
-        metavar="METRIC=SD",
-        help=f"a declared sd, used where there are fewer than {FEWEST_SEEDS} seeds; metrics: {', '.join(METRICS)}",
-    )
     parser.add_argument("--follow", type=float, metavar="SECONDS", help="look again until it ends or is off track")
     parser.add_argument("--json", action="store_true", help="for programs: one line of JSON for each look")
 
@@ -49,7 +42,7 @@ def answer(arguments: argparse.Namespace) -> int:
         raise UserError(f"--alpha {arguments.alpha} cannot be: an error is between 0 and 1")
     if arguments.follow is not None and not 0 < arguments.follow < float("inf"):
         raise UserError(f"--follow {arguments.follow} cannot be: give the seconds between two looks")
-    watch = Watch(open_reference(arguments.against), arguments.alpha, dict(map(prior, arguments.prior_sd)))
+    watch = Watch(open_reference(arguments.against), arguments.alpha)
     epochs = len(phases_of(watch.reference))
     shown_epoch = -1
     while True:
@@ -63,20 +56,6 @@ def answer(arguments: argparse.Namespace) -> int:
         if arguments.follow is None or judgement.verdict == OFF_TRACK or judgement.epoch == epochs:
             return EXIT_CODES[judgement.verdict]
         time.sleep(arguments.follow)
-
-
-def prior(word: str) -> tuple[str, float]:
-    """`validation_top1=0.001` as a metric and its standard deviation."""
-    name, _, value = word.partition("=")
-    try:
-        sd = float(value)
-    except ValueError:
-        sd = 0.0
-    if name not in METRICS or not 0 < sd < float("inf"):
-        raise UserError(
-            f"--prior-sd {word} cannot be: give METRIC=SD, a positive number for one of {', '.join(METRICS)}"
-        )
-    return name, sd
 
 
 @dataclass(frozen=True)

@@ -151,13 +151,9 @@ def test_an_epoch_counts_when_it_was_validated() -> None:
     assert main(["watch", "run", "--against", write_reference()]) == 0
 
 
-def test_two_seeds_cannot_tell_and_a_prior_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    run, reference = write_run(course(77)), write_reference(2)
-    assert main(["watch", run, "--against", reference]) == 3
-    assert main(["watch", run, "--against", reference, "--prior-sd", "train_loss=0.02"]) == 0
-    assert "the sd of train_loss is a declared prior" in capsys.readouterr().out
-    assert main(["watch", run, "--against", write_reference(5), "--prior-sd", "train_loss=1e-9"]) == 0
-    assert "--prior-sd train_loss is not used: 5 seeds are measured" in capsys.readouterr().out
+def test_two_seeds_cannot_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", write_run(course(77)), "--against", write_reference(2)]) == 3
+    assert "CANNOT TELL: run, epoch 6 of 6; 2 reference seeds: a spread needs 3" in capsys.readouterr().out
 
 
 def test_a_run_that_was_counted_before_is_not_counted_again() -> None:
@@ -262,10 +258,6 @@ def test_following_ends_where_it_is_off_track(monkeypatch: pytest.MonkeyPatch) -
         ["--alpha", "0"],
         ["--alpha", "nan"],
         ["--follow", "-1"],
-        ["--prior-sd", "train_loss"],
-        ["--prior-sd", "train_loss=nan"],
-        ["--prior-sd", "train_loss=0"],
-        ["--prior-sd", "speed=1"],
     ],
 )
 def test_impossible_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
