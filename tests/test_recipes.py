@@ -9,7 +9,7 @@ import pytest
 from recipe.__main__ import main
 from recipe.review.chain import BROKEN, links
 from recipe.review.drift import drifted
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 from recipe.run import CHECKOUT
 
 RECIPES = sorted(path.parent for path in (CHECKOUT / "recipes").glob("*/README.md"))
@@ -28,12 +28,12 @@ def test_a_published_recipe_is_whole(folder: Path, capsys: pytest.CaptureFixture
 @published
 def test_this_code_does_what_a_published_recipe_says(folder: Path) -> None:
     """The canary of `verify` is a part of `drift`."""
-    assert [finding.line() for finding in drifted(open_subject(folder))] == []
+    assert [finding.line() for finding in drifted(open_recipe(folder))] == []
 
 
 @published
 def test_the_chain_of_a_published_recipe_is_unbroken(folder: Path) -> None:
-    assert [link.line() for link in links(open_subject(folder), None, None) if link.state == BROKEN] == []
+    assert [link.line() for link in links(open_recipe(folder), None, None) if link.state == BROKEN] == []
 
 
 def test_the_index_is_true(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

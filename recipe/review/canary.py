@@ -20,7 +20,7 @@ import msgspec
 from recipe.config import leaves
 from recipe.errors import UserError
 from recipe.records import Fingerprint, ProbeStep
-from recipe.review.subject import Subject
+from recipe.review.subject import OpenedRecipe
 
 TOLERANCE = 1.25e-3  # relative
 TOLERANCE_OF_OTHER_PIXELS = 0.2
@@ -44,9 +44,9 @@ class Difference:
         return f"{self.what}: {self.recipe} in the recipe, {self.here} here"
 
 
-def stored_fingerprint(subject: Subject) -> Fingerprint:
+def stored_fingerprint(subject: OpenedRecipe) -> Fingerprint:
     """The recipe's own, from the document's block; raises `UserError` where there is none."""
-    value = subject.claims().get("fingerprint")
+    value = subject.required_block().get("fingerprint")
     if value is None:
         raise UserError(f"{subject.name} holds no fingerprint: the code was edited while it was training, or before it")
     try:

@@ -24,8 +24,8 @@ from recipe.model import weights_sha256
 from recipe.records import EvaluationRecord, SerializationRecord
 from recipe.review.agreement import difference_of, inside, is_there
 from recipe.review.execution import read_predictions
-from recipe.review.reading import Reader
-from recipe.review.subject import Subject
+from recipe.review.reading import RecordReader
+from recipe.review.subject import OpenedRecipe
 from recipe.run import Run, shown_path
 from recipe.weights import read_weights
 
@@ -45,11 +45,11 @@ class Link:
         return f"{self.state:<9} {self.name}: {self.detail}"
 
 
-def links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
+def links(subject: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
     """Every link that a file or two records can show."""
     if subject.run is None:
         return
-    reader = Reader(subject.run)
+    reader = RecordReader(subject.run)
     facts = reader.facts()
     yield from (Link(finding.place, BROKEN, finding.what) for finding in reader.findings)
     if facts.preprocessing is not None:
@@ -226,13 +226,13 @@ def counts_links(name: str, path: Path | None, claimed: tuple[int, int, int]) ->
         yield Link(name, BROKEN, f"{shown_path(path)} gives {found}, the record says {claimed}")
 
 
-def document_links(subject: Subject, facts: Facts) -> Iterator[Link]:
+def document_links(subject: OpenedRecipe, facts: Facts) -> Iterator[Link]:
     """The document's block says what the records say."""
-    if subject.identity is None:
+    if subject.block is None:
         yield Link("document", ABSENT, "no JSON block")
         return
     wanted = json.loads(json.dumps(identity(facts)))
-    wrong = sorted(key for key in wanted if wanted[key] != subject.identity.get(key))
+    wrong = sorted(key for key in wanted if wanted[key] != subject.block.get(key))
     yield (
         Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
         if wrong

@@ -17,8 +17,8 @@ from recipe.review import agreement, consistency, presence, sources
 from recipe.review.execution import executed_findings
 from recipe.review.findings import Finding, Kind, Level, Report
 from recipe.review.page import Page
-from recipe.review.reading import Reader
-from recipe.review.subject import Subject, contradictions, open_subject
+from recipe.review.reading import RecordReader
+from recipe.review.subject import OpenedRecipe, contradictions, open_recipe
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
 def answer(arguments: argparse.Namespace) -> int:
     """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for what cannot be
     opened."""
-    report = check(open_subject(arguments.path), executes=arguments.execute)
+    report = check(open_recipe(arguments.path), executes=arguments.execute)
     if arguments.json:
         print(json.dumps(report.as_json(), indent=2))
     else:
@@ -39,7 +39,7 @@ def answer(arguments: argparse.Namespace) -> int:
     return report.exit_code()
 
 
-def check(subject: Subject, executes: bool = False) -> Report:
+def check(subject: OpenedRecipe, executes: bool = False) -> Report:
     """Look through a recipe."""
     if not is_own(subject):
         raise UserError(
@@ -54,20 +54,20 @@ def check(subject: Subject, executes: bool = False) -> Report:
         raise UserError(f"{subject.name} holds numbers that no run has: {error}") from error
 
 
-def is_own(subject: Subject) -> bool:
+def is_own(subject: OpenedRecipe) -> bool:
     """Whether this pipeline wrote it: it has a JSON block, generated blocks, or records beside it."""
     page = page_of(subject)
-    return subject.identity is not None or subject.run is not None or bool(page and (page.blocks or page.damage))
+    return subject.block is not None or subject.run is not None or bool(page and (page.blocks or page.damage))
 
 
-def page_of(subject: Subject) -> Page | None:
+def page_of(subject: OpenedRecipe) -> Page | None:
     if subject.document is None or subject.document_path is None:
         return None
     return Page(subject.document_path.name, subject.document)
 
 
-def check_own(subject: Subject, executes: bool) -> Report:
-    reader = Reader(subject.run) if subject.run is not None else None
+def check_own(subject: OpenedRecipe, executes: bool) -> Report:
+    reader = RecordReader(subject.run) if subject.run is not None else None
     facts = reader.facts() if reader is not None else None
     levels = [Level.present, Level.well_formed, Level.resolvable, *([Level.executed] if executes else [])]
     report = Report(subject.name, levels)
@@ -86,12 +86,12 @@ def check_own(subject: Subject, executes: bool) -> Report:
     return report
 
 
-def without_records(subject: Subject) -> list[Finding]:
+def without_records(subject: OpenedRecipe) -> list[Finding]:
     what = "no records beside the document: its claims were compared with nothing but each other"
     return [Finding(Level.resolvable, subject.name, what, "give the folder of the run", Kind.cannot_tell)]
 
 
-def without_document(subject: Subject) -> list[Finding]:
+def without_document(subject: OpenedRecipe) -> list[Finding]:
     what = "records, but no document (recipe.md or README.md)"
     return [Finding(Level.present, subject.name, what, "run a stage of this run again: it writes the document")]
 
@@ -114,9 +114,9 @@ def page_findings(page: Page, report: Report) -> list[Finding]:
     return presence.presence_findings(page, seen) + edited
 
 
-def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
+def block_findings(page: Page, subject: OpenedRecipe, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
     """The JSON block, and what the document links, against the records where they are there."""
-    block, found = subject.identity, []
+    block, found = subject.block, []
     config = block.get("config") if block else None
     if block is None:
         found.append(no_block(page))
@@ -129,7 +129,7 @@ def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable
     return found
 
 
-def page_folder(subject: Subject) -> Path:
+def page_folder(subject: OpenedRecipe) -> Path:
     assert subject.document_path is not None, "there is a page"
     return subject.document_path.parent
 
@@ -144,7 +144,7 @@ def no_block(page: Page) -> Finding:
 
 
 def claim_findings(
-    page: Page, block: dict[str, Any], subject: Subject, facts: Facts | None, unreadable: set[str]
+    page: Page, block: dict[str, Any], subject: OpenedRecipe, facts: Facts | None, unreadable: set[str]
 ) -> list[Finding]:
     """The block against itself, config.yaml, the records and recipe.json."""
     try:

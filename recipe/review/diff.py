@@ -24,7 +24,7 @@ from recipe.review.explanation import TITLES, Group, group_of, is_inert, rank_of
 from recipe.review.findings import printable, shortened
 from recipe.review.results import dynamics_lines, result_lines
 from recipe.review.sides import Curve, Side, curves_of, is_number, objects, side_of, value_at
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 
 FORMAT = "diff/1"
 ABSENT = "(absent)"
@@ -44,7 +44,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
 def answer(arguments: argparse.Namespace) -> int:
     """0: the recipes and their results are the same; 1: they differ. Raises `UserError` for what is no recipe."""
     try:
-        report = compare(side_of(open_subject(arguments.a)), side_of(open_subject(arguments.b)))
+        report = compare(side_of(open_recipe(arguments.a)), side_of(open_recipe(arguments.b)))
     except RecursionError:
         raise UserError("one of the recipes is nested too deeply to be one") from None
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))

@@ -23,7 +23,7 @@ from recipe.provenance import source_sha256
 from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.review.restoring import restored_config
-from recipe.review.subject import Subject, contradictions, open_subject
+from recipe.review.subject import OpenedRecipe, contradictions, open_recipe
 from recipe.run import CHECKOUT
 from recipe.training.fingerprint import take_fingerprint
 
@@ -40,7 +40,7 @@ def describe(parser: ArgumentParser) -> None:
 
 def answer(arguments: Namespace) -> int:
     """Compare; 1 where something has changed."""
-    subject = open_subject(arguments.path)
+    subject = open_recipe(arguments.path)
     found = list(drifted(subject))
     changed = [difference for difference in found if difference.kind != CANNOT_TELL]
     same_source = code_of(subject).get("source_sha256") == source_sha256()
@@ -55,10 +55,10 @@ def answer(arguments: Namespace) -> int:
     return int(bool(changed))
 
 
-def drifted(subject: Subject) -> Iterator[Difference]:
+def drifted(subject: OpenedRecipe) -> Iterator[Difference]:
     """Every difference between the recipe and this checkout."""
-    config = restored_config(subject.claims())
-    for line in contradictions(subject.claims()):
+    config = restored_config(subject.required_block())
+    for line in contradictions(subject.required_block()):
         yield Difference("the document", line, "another one")
     yield from unimportable()
     yield from recomposed(subject, pinned(config))
@@ -66,16 +66,16 @@ def drifted(subject: Subject) -> Iterator[Difference]:
     yield from compared(stored, fingerprint_here(subject))
 
 
-def fingerprint_here(subject: Subject) -> Fingerprint:
+def fingerprint_here(subject: OpenedRecipe) -> Fingerprint:
     """The recipe's configuration through this checkout's code."""
-    claims = subject.claims().get("claims")
+    claims = subject.required_block().get("claims")
     training, data = (claims.get("training"), claims.get("data")) if isinstance(claims, dict) else (None, None)
     steps_per_epoch = counted(subject, training, "steps_per_epoch")
     classes = counted(subject, data, "classes")
-    return take_fingerprint(restored_config(subject.claims()), steps_per_epoch, classes)
+    return take_fingerprint(restored_config(subject.required_block()), steps_per_epoch, classes)
 
 
-def counted(subject: Subject, claims: Any, name: str) -> int:
+def counted(subject: OpenedRecipe, claims: Any, name: str) -> int:
     """A claimed number that shapes what is computed."""
     value = claims.get(name) if isinstance(claims, dict) else None
     if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
@@ -85,7 +85,7 @@ def counted(subject: Subject, claims: Any, name: str) -> int:
     return value
 
 
-def recomposed(subject: Subject, recipe: dict[str, Any]) -> Iterator[Difference]:
+def recomposed(subject: OpenedRecipe, recipe: dict[str, Any]) -> Iterator[Difference]:
     """The recorded command's experiment, composed from today's files."""
     words = recorded_overrides(subject)
     if not any(word.startswith("experiment=") for word in words):
@@ -107,7 +107,7 @@ def recomposed(subject: Subject, recipe: dict[str, Any]) -> Iterator[Difference]
         yield Difference(f"configuration {key}", theirs, ours)
 
 
-def typed_settings(subject: Subject) -> list[str]:
+def typed_settings(subject: OpenedRecipe) -> list[str]:
     """The settings of the recorded training command, facts of the machine left out; it is a stranger's text."""
     command = code_of(subject).get("command")
     try:
@@ -118,20 +118,20 @@ def typed_settings(subject: Subject) -> list[str]:
     return [word for word in settings if word.partition("=")[0] not in MACHINE_FACTS]
 
 
-def recorded_overrides(subject: Subject) -> list[str]:
+def recorded_overrides(subject: OpenedRecipe) -> list[str]:
     """Those that are not swept over."""
     return [word for word in typed_settings(subject) if word.partition("=")[0] not in swept_keys(subject)]
 
 
-def swept_keys(subject: Subject) -> set[str]:
+def swept_keys(subject: OpenedRecipe) -> set[str]:
     """Keys of a multirun's command, such as seed=1,2,3: which value was this run's, its configuration says."""
     words = (word.partition("=") for word in typed_settings(subject))
     return {key for key, _, value in words if "," in value and value[0] not in "[{"}
 
 
-def code_of(subject: Subject) -> dict[str, Any]:
+def code_of(subject: OpenedRecipe) -> dict[str, Any]:
     """What the document says of the code that trained."""
-    code = subject.claims().get("code")
+    code = subject.required_block().get("code")
     return code if isinstance(code, dict) else {}
 
 

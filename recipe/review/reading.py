@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 LARGEST_INTEGER = 2**63
 
 
-class Reader:
+class RecordReader:
     """Reads the files of a run and remembers what is wrong with them."""
 
     def __init__(self, run: Run) -> None:

@@ -22,7 +22,7 @@ from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
 from recipe.review.convergence import METRICS, phases
-from recipe.review.subject import Subject, open_subject, read_text
+from recipe.review.subject import OpenedRecipe, open_recipe, read_text
 from recipe.run import Run, shown_path
 
 DYNAMICS_FILE = "dynamics.json"  # beside the document
@@ -67,7 +67,7 @@ def _one_reference(path: str | Path) -> Dynamics:
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
         return _checked(_read_dynamics(path), shown_path(path))
-    subject = open_subject(path)
+    subject = open_recipe(path)
     own = _with_published_seeds(_from_claims(subject), subject)
     file = (path if path.is_dir() else path.parent) / DYNAMICS_FILE
     if not file.is_file():
@@ -78,7 +78,7 @@ def _one_reference(path: str | Path) -> Dynamics:
     return _checked(msgspec.structs.replace(own, seeds=seeds), subject.name)
 
 
-def _with_published_seeds(own: Dynamics, subject: Subject) -> Dynamics:
+def _with_published_seeds(own: Dynamics, subject: OpenedRecipe) -> Dynamics:
     """The other seeds that were published with a recipe: of the same recipe on the same data, as `publish` saw to."""
     published = subject.run.read(SeedsRecord) if subject.run is not None else None
     if published is None:
@@ -110,7 +110,7 @@ def _read_dynamics(path: Path) -> Dynamics:
     return found
 
 
-def _from_claims(subject: Subject) -> Dynamics:
+def _from_claims(subject: OpenedRecipe) -> Dynamics:
     """The one seed that a document tells of, or the records of a run where no document was written."""
     claims = _claims(subject)
     training, config = claims["claims"]["training"], claims["config"]
@@ -123,9 +123,9 @@ def _from_claims(subject: Subject) -> Dynamics:
     )
 
 
-def _claims(subject: Subject) -> dict[str, Any]:
+def _claims(subject: OpenedRecipe) -> dict[str, Any]:
     """The document's block, down to the claims of training; raises `UserError` where nothing was trained to its end."""
-    claims = subject.identity
+    claims = subject.block
     if claims is None and subject.run is not None:
         claims = identity(gather(subject.run, subject.name))
     try:
@@ -262,7 +262,7 @@ def open_watched(path: str | Path) -> Watched:
     run = Run(path)
     if path.is_dir() and run.metrics.exists():
         return watched_run(run)
-    subject = open_subject(path)
+    subject = open_recipe(path)
     claims = _claims(subject)
     found = _from_claims(subject)
     _checked(found, subject.name)

@@ -34,7 +34,7 @@ from recipe.review.fitting import Fitted, changed_words, checkout_differences, f
 from recipe.review.judgement import DIFFERS, judged, verdict
 from recipe.review.reproduction_report import report
 from recipe.review.restoring import ClaimedData, Recipe, beyond_caps, restored_config, restored_recipe, shown
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
 from recipe.training.loop import train
 
@@ -102,10 +102,10 @@ class Plan:
 
 def planned(arguments: Namespace) -> Plan:
     """Read, validate and decide; raises `UserError` for everything that would stop the work later."""
-    subject = open_subject(arguments.path)
+    subject = open_recipe(arguments.path)
     if subject.document_path is None or subject.document is None:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
-    identity = subject.claims()
+    identity = subject.required_block()
     recipe, config = restored_recipe(identity), restored_config(identity)
     require_known_network(config)
     digest = hashlib.sha256(subject.document.encode()).hexdigest()

@@ -15,8 +15,8 @@ from recipe.document.claims import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.review.findings import printable
-from recipe.review.reading import Reader
-from recipe.review.subject import Subject
+from recipe.review.reading import RecordReader
+from recipe.review.subject import OpenedRecipe
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
-def side_of(subject: Subject) -> Side:
+def side_of(subject: OpenedRecipe) -> Side:
     """The records where they are there, else the document's JSON block; raises `UserError` where there is neither."""
     if subject.run is None:
-        return Side(subject.name, subject.claims(), None)
-    reader = Reader(subject.run)
+        return Side(subject.name, subject.required_block(), None)
+    reader = RecordReader(subject.run)
     facts = reader.facts()
     if reader.findings:
         found = reader.findings[0]

@@ -20,7 +20,7 @@ from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.review.chain import BROKEN, Link, links
 from recipe.review.drift import fingerprint_here
-from recipe.review.subject import Subject, open_subject
+from recipe.review.subject import OpenedRecipe, open_recipe
 
 DECIDING = 3  # differences shown of a canary that fails; the others follow from them
 
@@ -36,7 +36,7 @@ def describe(parser: ArgumentParser) -> None:
 
 def answer(arguments: Namespace) -> int:
     """Test both; 1 where a link is broken or the canary died."""
-    subject = open_subject(arguments.path)
+    subject = open_recipe(arguments.path)
     chain = [] if arguments.skip == "chain" else found_links(subject, arguments.raw_dir, arguments.data_dir)
     clock = time.perf_counter()
     differences = None if arguments.skip == "canary" else canary(subject)
@@ -58,7 +58,7 @@ def rows(entries: list[Link] | list[Difference]) -> list[dict[str, str]]:
     return [dict(vars(entry)) for entry in entries]
 
 
-def found_links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -> list[Link]:
+def found_links(subject: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> list[Link]:
     """The chain; a document alone has none."""
     if subject.run is None:
         return []
@@ -66,9 +66,9 @@ def found_links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -
     return list(links(subject, raw_dir or usual_raw, data_dir or usual_data))
 
 
-def usual_places(subject: Subject) -> tuple[Path | None, Path | None]:
+def usual_places(subject: OpenedRecipe) -> tuple[Path | None, Path | None]:
     """Where this checkout's file of the experiment has raw and processed data."""
-    config = (subject.identity or {}).get("config")
+    config = (subject.block or {}).get("config")
     name = str(config.get("name", "")) if isinstance(config, dict) else ""
     if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None
@@ -79,7 +79,7 @@ def usual_places(subject: Subject) -> tuple[Path | None, Path | None]:
     return (Path(data.raw_dir) if data.raw_dir else None), Path(data.directory)
 
 
-def canary(subject: Subject) -> list[Difference]:
+def canary(subject: OpenedRecipe) -> list[Difference]:
     """What this code does otherwise than the recipe's did."""
     return compared(stored_fingerprint(subject), fingerprint_here(subject))
 

@@ -19,7 +19,7 @@ from recipe.provenance import commit
 from recipe.review import sources
 from recipe.review.check import check
 from recipe.review.findings import Finding, Kind, Level
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 from recipe.run import CHECKOUT, Run, recorded_path
 from tests.review.factory import (
     CORRECT,
@@ -38,7 +38,7 @@ Damage = Callable[[Run], Any]
 
 
 def findings(run: Run, executes: bool = False) -> list[Finding]:
-    return check(open_subject(run.directory), executes).findings
+    return check(open_recipe(run.directory), executes).findings
 
 
 def of_kind(found: list[Finding], kind: Kind = Kind.finding) -> list[Finding]:
@@ -49,7 +49,7 @@ def of_kind(found: list[Finding], kind: Kind = Kind.finding) -> list[Finding]:
 
 
 def test_nothing_is_found_in_a_whole_recipe_and_what_nobody_said_is_a_note(run: Run) -> None:
-    report = check(open_subject(run.directory), executes=True)
+    report = check(open_recipe(run.directory), executes=True)
     assert not [one for one in report.findings if one.kind is not Kind.note]
     assert {one.level for one in report.findings} == {Level.present}
     unknown = {item["item"] for item in report.items if item["state"] != "present"}
@@ -72,13 +72,13 @@ def test_a_published_folder_and_the_document_alone_are_recipes_too(run: Run, tmp
     for name in ("config.yaml", "metrics.jsonl", "recipe.json"):
         shutil.copy(run.directory / name, published / name)
     shutil.copy(run.document, published / "README.md")
-    found = check(open_subject(published)).findings
+    found = check(open_recipe(published)).findings
     assert not of_kind(found)
     assert any("onnx/model-fp32.onnx" in one.what for one in of_kind(found, Kind.cannot_tell))
 
     alone = tmp_path / "alone.md"
     shutil.copy(run.document, alone)
-    found = check(open_subject(alone)).findings
+    found = check(open_recipe(alone)).findings
     assert not of_kind(found)
     assert any("no records" in one.what for one in of_kind(found, Kind.cannot_tell))
 
@@ -136,7 +136,7 @@ def test_an_untouched_run_is_without_finding_wherever_it_is(
     path = MOVES[move](run.directory, tmp_path_factory.mktemp("elsewhere") / "other name")
     for folder in (CHECKOUT, tmp_path_factory.getbasetemp()):
         monkeypatch.chdir(folder)
-        found = of_kind(check(open_subject(path)).findings)
+        found = of_kind(check(open_recipe(path)).findings)
         assert not [one for one in found if not one.what.startswith("not measured yet")]
 
 

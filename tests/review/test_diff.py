@@ -19,7 +19,7 @@ from recipe.review.diff import Report, compare
 from recipe.review.explanation import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.results import result_lines
 from recipe.review.sides import Side, side_of, value_at
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 from recipe.run import Run
 from tests.conftest import compose_config
 from tests.review.factory import change_record, set_at
@@ -28,7 +28,7 @@ from tests.review.factory import change_record, set_at
 @pytest.fixture
 def side(whole: Path) -> Side:
     """The whole recipe, with a complete configuration."""
-    found = side_of(open_subject(whole))
+    found = side_of(open_recipe(whole))
     block = deepcopy(found.block)
     block["config"] = pinned(compose_config("experiment=demo"))
     return replace(found, block=block)

@@ -25,7 +25,7 @@ from recipe.provenance import source_sha256
 from recipe.review import fitting, reproduce
 from recipe.review.reproduce import MARKER, planned
 from recipe.review.restoring import CAPS, beyond_caps, restored_config, restored_recipe
-from recipe.review.subject import identity_of
+from recipe.review.subject import json_block
 from recipe.run import CHECKOUT
 from tests.conftest import compose_config
 from tests.document.test_document import evaluation_record, facts, preprocessing_record, training_record
@@ -465,4 +465,4 @@ def test_documents_that_are_no_text_or_too_large(monkeypatch: pytest.MonkeyPatch
 def test_other_fences_and_prose_are_not_read(block: dict[str, Any]) -> None:
     text = document(block)
     noise = '```json\n{broken\n```\n```json\n[1]\n```\n```yaml\nformat: recipe/1\n```\n{"format": "recipe/1"}\n'
-    assert identity_of(noise + text) == identity_of(text)
+    assert json_block(noise + text) == json_block(text)

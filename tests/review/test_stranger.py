@@ -19,7 +19,7 @@ from recipe.errors import UserError
 from recipe.files import file_name, is_inside, read_file
 from recipe.review.chain import BROKEN, links
 from recipe.review.execution import read_predictions
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 from recipe.run import Run
 from tests.document.test_latency import timing
 from tests.review.factory import change_record
@@ -135,7 +135,7 @@ def test_a_published_folder_with_such_a_file_is_refused_by_index(
 
 
 def broken(run: Run) -> dict[str, str]:
-    return {link.name: link.detail for link in links(open_subject(run.directory), None, None) if link.state == BROKEN}
+    return {link.name: link.detail for link in links(open_recipe(run.directory), None, None) if link.state == BROKEN}
 
 
 def array(descr: str, shape: tuple[int, ...], data: bytes) -> bytes:

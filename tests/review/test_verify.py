@@ -18,7 +18,7 @@ from recipe.records import TrainingRecord
 from recipe.review import drift
 from recipe.review.canary import Difference
 from recipe.review.chain import ABSENT, BROKEN, HOLDS, Link, links
-from recipe.review.subject import open_subject
+from recipe.review.subject import open_recipe
 from recipe.run import Run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
@@ -54,7 +54,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def chain_of(folder: Path) -> list[Link]:
-    return list(links(open_subject(folder / "run"), folder / "raw", folder / "data"))
+    return list(links(open_recipe(folder / "run"), folder / "raw", folder / "data"))
 
 
 def broken(folder: Path) -> list[str]:
@@ -135,7 +135,7 @@ def test_outputs_outside_the_run_are_not_looked_at(copy: Path) -> None:
 
 
 def findings(folder: Path) -> list[Difference]:
-    return list(drift.drifted(open_subject(folder / "run")))
+    return list(drift.drifted(open_recipe(folder / "run")))
 
 
 def test_a_fresh_recipe_has_not_drifted(finished: Path) -> None:
@@ -188,26 +188,26 @@ def test_an_entry_point_that_does_not_load_is_drift(
     ],
 )
 def test_of_a_strangers_command_only_plain_settings_are_taken(finished: Path, command: str, kept: list[str]) -> None:
-    subject = open_subject(finished / "run")
-    assert subject.identity is not None
-    subject.identity["code"]["command"] = command
+    subject = open_recipe(finished / "run")
+    assert subject.block is not None
+    subject.block["code"]["command"] = command
     assert drift.recorded_overrides(subject) == kept
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "37", 10**12, None])
 def test_claimed_numbers_that_shape_the_work_are_checked(finished: Path, value: Any) -> None:
-    subject = open_subject(finished / "run")
-    assert subject.identity is not None
-    subject.identity["claims"]["training"]["steps_per_epoch"] = value
+    subject = open_recipe(finished / "run")
+    assert subject.block is not None
+    subject.block["claims"]["training"]["steps_per_epoch"] = value
     with pytest.raises(ValueError, match="steps_per_epoch"):
         drift.fingerprint_here(subject)
 
 
 @pytest.mark.parametrize("value", [[], "x", 1, {"training": []}, {"training": "x"}])
 def test_claims_of_no_known_form_are_one_sentence(finished: Path, value: Any) -> None:
-    subject = open_subject(finished / "run")
-    assert subject.identity is not None
-    subject.identity["claims"] = value
+    subject = open_recipe(finished / "run")
+    assert subject.block is not None
+    subject.block["claims"] = value
     with pytest.raises(UserError, match="claims steps_per_epoch=None"):
         drift.fingerprint_here(subject)
 
