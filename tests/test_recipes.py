@@ -8,7 +8,7 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.review.chain import BROKEN, links
-from recipe.review.drift import drifted
+from recipe.review.drift import code_differences
 from recipe.review.subject import open_recipe
 from recipe.run import CHECKOUT
 
@@ -27,8 +27,8 @@ def test_a_published_recipe_is_whole(folder: Path, capsys: pytest.CaptureFixture
 
 @published
 def test_this_code_does_what_a_published_recipe_says(folder: Path) -> None:
-    """The canary of `verify` is a part of `drift`."""
-    assert [finding.line() for finding in drifted(open_recipe(folder))] == []
+    """The trace of `verify` is a part of `drift`."""
+    assert [finding.line() for finding in code_differences(open_recipe(folder))] == []
 
 
 @published

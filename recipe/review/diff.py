@@ -21,7 +21,7 @@ from recipe.config import leaves
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.review.explanation import TITLES, Group, group_of, is_inert, rank_of, theme_of
-from recipe.review.findings import printable, shortened
+from recipe.review.findings import LINE_LENGTH_MAX, shorten
 from recipe.review.results import dynamics_lines, result_lines
 from recipe.review.sides import Curve, Side, curves_of, is_number, objects, side_of, value_at
 from recipe.review.subject import open_recipe
@@ -68,7 +68,7 @@ class Difference:
 
 def spelled(value: object) -> str:
     """A value for a line; of a hash as many digits as tell two apart."""
-    return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else shortened(value)
+    return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else shorten(value)
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Report:
             ("Not compared", self.not_compared),
         ):
             lines += ["", f"{title}:", *(f"  {line}" for line in said)] if said else []
-        return [printable(line) if not line.startswith("  ") else "  " + printable(line) for line in lines]
+        return ["  " * line.startswith("  ") + shorten(line, LINE_LENGTH_MAX) for line in lines]
 
 
 def compare(a: Side, b: Side) -> Report:
@@ -144,7 +144,7 @@ def sameness(a: Side, b: Side, found: Sequence[Difference]) -> str:
         return "the same recipe: nothing differs that was recorded"
     ids = {str(side.block.get("recipe_id")) for side in (a, b)}
     if len(ids) == 1 and "None" not in ids:
-        return f"the same configuration but for the seed at most: recipe_id {shortened(ids.pop(), 16)}"
+        return f"the same configuration but for the seed at most: recipe_id {shorten(ids.pop(), 16)}"
     return ""
 
 

@@ -14,7 +14,7 @@ from recipe.config import leaves
 from recipe.document.claims import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
-from recipe.review.findings import printable
+from recipe.review.findings import LINE_LENGTH_MAX, shorten
 from recipe.review.reading import RecordReader
 from recipe.review.subject import OpenedRecipe
 
@@ -60,7 +60,7 @@ def side_of(subject: OpenedRecipe) -> Side:
     facts = reader.facts()
     if reader.findings:
         found = reader.findings[0]
-        raise UserError(printable(f"{subject.name}, {found.place}: {found.what}"))
+        raise UserError(shorten(f"{subject.name}, {found.place}: {found.what}", LINE_LENGTH_MAX))
     return Side(subject.name, json.loads(json.dumps(identity(facts))), facts.training)
 
 

@@ -60,7 +60,6 @@ def test_nothing_is_found_in_a_whole_recipe_and_what_nobody_said_is_a_note(run: 
         "expected result and its source",
         "action items",
     }
-    assert report.exit_code() == 0
 
 
 def test_a_published_folder_and_the_document_alone_are_recipes_too(run: Run, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from recipe.__main__ import main
 from recipe.errors import UserError
 from recipe.files import file_name, is_inside, read_file
 from recipe.review.chain import BROKEN, links
-from recipe.review.execution import read_predictions
+from recipe.review.outputs import read_predictions
 from recipe.review.subject import open_recipe
 from recipe.run import Run
 from tests.document.test_latency import timing
@@ -63,7 +63,7 @@ DAMAGES = [endless, pipe, sparse, of_another, looping]
 FILES = ["config.yaml", "metrics.jsonl", "records/training.json", "records/evaluation.json", "recipe.md", "recipe.json"]
 VERBS: dict[str, list[str]] = {
     "check": ["demo"],
-    "verify": ["--skip", "canary", "demo"],
+    "verify": ["--skip", "trace", "demo"],
     "diff": ["demo", "whole"],
     "drift": ["demo"],
     "watch": ["demo", "--against", "whole"],
