@@ -22,7 +22,7 @@ from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.review.outputs import file_fault, path_inside
 from recipe.review.page import Page
 from recipe.review.sources import command_findings, source_sha256_here, stages
-from recipe.review.subject import OpenedRecipe, contradictions
+from recipe.review.subject import OpenedRecipe, contradictions, dict_or_empty
 from recipe.run import Run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -99,7 +99,7 @@ def json_block_findings(
 def claim_differences(name: str, block: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
     """Claims of the JSON block that the records do not give, and records that it does not mention."""
     expected = json.loads(as_json(identity(facts)))
-    claims, findings = claims_of(block), []
+    claims, findings = dict_or_empty(block.get("claims")), []
     for claim, record in RECORD_OF_CLAIM.items():
         place = f"records/{record}.json"
         if claims.get(claim) is not None and getattr(facts, record) is None and place not in unreadable:
@@ -112,23 +112,18 @@ def claim_differences(name: str, block: dict[str, Any], facts: Facts, unreadable
         if claimed != given and not key.startswith("config") and key != "recipe_id":
             what = f"it says {shorten(claimed)}, the records give {shorten(given)}"
             findings.append(Finding(Level.resolvable, f"{name}, JSON block, {key}", what, RENDER))
-    for claim, value in claims_of(expected).items():
+    for claim, value in dict_or_empty(expected.get("claims")).items():
         if value is not None and claims.get(claim) is None:
             place = f"{name}, JSON block, claims.{claim}"
             findings.append(Finding(Level.resolvable, place, "it says nothing, a record is there", RENDER))
     return findings
 
 
-def claims_of(block: Mapping[str, Any]) -> dict[str, Any]:
-    claims = block.get("claims")
-    return claims if isinstance(claims, dict) else {}
-
-
 def with_records(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """The block without the claims whose records are not there."""
     claims = {
         claim: value
-        for claim, value in claims_of(block).items()
+        for claim, value in dict_or_empty(block.get("claims")).items()
         if claim not in RECORD_OF_CLAIM or getattr(facts, RECORD_OF_CLAIM[claim]) is not None
     }
     of_training = ("code", "circumstances") if facts.training is None else ()
@@ -148,8 +143,7 @@ def recipe_json_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[
     except (UserError, ValueError, RecursionError) as error:
         return [Finding(Level.well_formed, run.twin.name, f"it cannot be read: {error}", RENDER)]
     changed = [key for key in block if values.get(key) != block[key]]
-    records = values.get("records")
-    for name, value in (records if isinstance(records, dict) else {}).items():
+    for name, value in dict_or_empty(values.get("records")).items():
         record = getattr(facts, name, None) if name in RECORD_NAMES else None
         if record is not None and not is_same_record(value, record):
             changed.append(f"records.{name}")

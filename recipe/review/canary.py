@@ -57,12 +57,9 @@ def stored_trace(recipe: OpenedRecipe) -> Fingerprint:
 
 def trace_here(recipe: OpenedRecipe) -> Fingerprint:
     """The trace of the recipe's configuration by the code of this checkout; raises `UserError`."""
-    block = recipe.required_block()
-    sizes = []
+    block, sizes = recipe.required_block(), []
     for chapter, name in (("training", "steps_per_epoch"), ("data", "classes")):
-        claims = block.get("claims")
-        claims = claims.get(chapter) if isinstance(claims, dict) else None
-        size = claims.get(name) if isinstance(claims, dict) else None
+        size = recipe.claims(chapter).get(name)
         if type(size) is not int or not 1 <= size <= LARGEST_COUNT:
             raise UserError(
                 f"{recipe.name} claims {name}={size!r:.100}, which must be a number from 1 to {LARGEST_COUNT}"

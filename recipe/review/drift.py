@@ -24,7 +24,7 @@ from recipe.errors import UserError
 from recipe.provenance import source_sha256
 from recipe.review.canary import CANNOT_TELL, TraceDifference, compare_traces, stored_trace, trace_here
 from recipe.review.restoring import restored_config
-from recipe.review.subject import OpenedRecipe, contradictions, open_recipe
+from recipe.review.subject import OpenedRecipe, contradictions, dict_or_empty, open_recipe
 from recipe.run import CHECKOUT
 
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
@@ -100,8 +100,7 @@ def recorded_settings(recipe: OpenedRecipe) -> tuple[list[str], set[str]]:
 
 def claimed_code(recipe: OpenedRecipe) -> dict[str, Any]:
     """The code of the training, as the document claims it."""
-    code = recipe.required_block().get("code")
-    return code if isinstance(code, dict) else {}
+    return dict_or_empty(recipe.required_block().get("code"))
 
 
 def load_failures() -> Iterator[TraceDifference]:

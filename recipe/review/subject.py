@@ -54,6 +54,15 @@ class OpenedRecipe:
             raise UserError(f"{self.name} holds no ```json block of format {FORMAT}: it was not written by a run")
         return self.block
 
+    def claims(self, chapter: str) -> dict[str, Any]:
+        """The claims of the JSON block on a chapter; empty where it has none."""
+        return dict_or_empty(dict_or_empty((self.block or {}).get("claims")).get(chapter))
+
+
+def dict_or_empty(value: object) -> dict[str, Any]:
+    """A JSON object, or an empty one for a value of any other type."""
+    return value if isinstance(value, dict) else {}
+
 
 def open_recipe(path: str | Path) -> OpenedRecipe:
     """Open the recipe under a path; raises `UserError` where there is none."""

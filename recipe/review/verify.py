@@ -17,7 +17,7 @@ from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.review.canary import CANNOT_TELL, compare_traces, stored_trace, trace_here
 from recipe.review.chain import BROKEN, links
-from recipe.review.subject import OpenedRecipe, open_recipe
+from recipe.review.subject import OpenedRecipe, dict_or_empty, open_recipe
 
 DIFFERENCES_SHOWN = 3  # of a trace; the others follow from them
 
@@ -65,8 +65,7 @@ def answer(arguments: Namespace) -> int:
 
 def data_places(recipe: OpenedRecipe) -> tuple[Path | None, Path | None]:
     """(raw, processed) data by this checkout's file of the experiment; None where it has none."""
-    config = (recipe.block or {}).get("config")
-    name = str(config.get("name", "")) if isinstance(config, dict) else ""
+    name = str(dict_or_empty((recipe.block or {}).get("config")).get("name"))
     if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None
     try:
