@@ -42,7 +42,7 @@ chapters
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
                    findings, page, reading, items, presence, sources, consistency, agreement, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
-                   reference, verdict, watch, aggregate: is a run on track?; restoring (a stranger's document as data),
+                   reference, verdict, watch: is a run on track?; restoring (a stranger's document as data),
                    fitting (to this machine), judgement, reproduction_report, reproduce
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records

@@ -66,8 +66,7 @@ VERBS: dict[str, list[str]] = {
     "verify": ["--skip", "trace", "demo"],
     "diff": ["demo", "whole"],
     "drift": ["demo"],
-    "watch": ["demo", "--against", "whole"],
-    "aggregate": ["whole", "demo", "--output", "out.json"],
+    "watch": ["demo", "--against", "whole", "demo", "--save", "out.json"],
     "publish": ["demo", "--output", "out", "--allow-modified", "--allow-stale"],
     "reproduce": ["demo"],
 }

@@ -1,4 +1,4 @@
-"""The verbs `watch` and `aggregate`, and `reference=` while training: verdicts, refusals, hostile input."""
+"""The verb `watch`, and `reference=` while training: verdicts, refusals, hostile input."""
 
 from __future__ import annotations
 
@@ -167,9 +167,18 @@ def test_documents_and_dynamics_beside_them_make_one_reference(capsys: pytest.Ca
     write_reference(4, name="published/dynamics.json")  # seed 0 again, and three more
     found = open_reference([folder])
     assert sorted(seed.seed for seed in found.seeds) == [0, 1, 2, 3]
-    assert main(["aggregate", folder, write_document(9, "other"), "--output", "all.json"]) == 0
-    assert "5 seeds" in capsys.readouterr().out
+    assert main(["watch", "--against", folder, write_document(9, "other"), "--save", "all.json"]) == 0
+    assert capsys.readouterr().out == "wrote all.json: 5 seeds\n"
     assert open_reference(["all.json"]).seeds == open_reference([folder, "other"]).seeds
+    assert main(["watch", write_run(course(77)), "--against", "all.json", "--save", "again.json"]) == 0
+    assert Path("again.json").read_bytes() == Path("all.json").read_bytes()
+
+
+def test_neither_run_nor_file_and_a_file_of_another_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give a run to watch, or --save FILE" in refused(["watch", "--against", write_reference()], capsys)
+    words = ["watch", "--against", write_reference(), "--save", "dynamics.txt"]
+    assert "--save dynamics.txt cannot be" in refused(words, capsys)
+    assert not Path("dynamics.txt").exists()
 
 
 def test_seeds_that_were_published_with_a_recipe_are_its_reference() -> None:
