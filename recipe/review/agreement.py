@@ -68,7 +68,7 @@ def document_findings(page: Page, recipe: OpenedRecipe, facts: Facts | None, unr
     return findings + link_findings(page, recipe.document_path.parent)
 
 
-def edited_blocks(page: Page) -> list[Finding]:
+def edit_findings(page: Page) -> list[Finding]:
     """Generated blocks whose content is not what their marker says."""
     what = "this generated block was edited by hand"
     mend = "put your words outside the markers; delete the block with its markers and run a stage again to restore it"

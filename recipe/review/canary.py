@@ -27,7 +27,7 @@ TOLERANCE_OF_OTHER_PIXELS = 0.2
 TOLERATED_COUNT = 2  # of 160 images: two classes may be as likely as one another, and the last digits decide
 SCHEDULE_TOLERANCE = 1e-12  # relative: a closed form
 WITHOUT_AVX2 = ("DEFAULT", "NO AVX")
-CHANGED, CANNOT_TELL = "changed", Kind.cannot_tell.value
+CHANGED, UNDECIDED = "changed", Kind.cannot_tell.value
 LARGEST_COUNT = 10**8
 
 
@@ -72,12 +72,12 @@ def compare_traces(recipe: Fingerprint, here: Fingerprint) -> list[TraceDifferen
     """All differences, causes before their effects."""
     same_pixels = (recipe.instructions.upper() in WITHOUT_AVX2) == (here.instructions.upper() in WITHOUT_AVX2)
     tolerance = TOLERANCE if same_pixels else TOLERANCE_OF_OTHER_PIXELS
-    kind = CHANGED if same_pixels else CANNOT_TELL  # of what follows from pixels
+    kind = CHANGED if same_pixels else UNDECIDED  # of what follows from pixels
     differences = _Differences()
     differences.equal("architecture", recipe.architecture_sha256[:16], here.architecture_sha256[:16])
     differences.equal("parameters", recipe.parameters, here.parameters)
     differences.schedule(recipe.learning_rates, here.learning_rates)
-    differences.settings("optimizer group", _groups(recipe), _groups(here))
+    differences.settings("optimizer group", _optimizer_groups(recipe), _optimizer_groups(here))
     differences.settings("", recipe.facts, here.facts)
     differences.equal("order of the images", recipe.order_sha256[:16], here.order_sha256[:16])
     pixels = "pixels of the augmentation"
@@ -99,7 +99,7 @@ def compare_traces(recipe: Fingerprint, here: Fingerprint) -> list[TraceDifferen
     return list(differences)
 
 
-def _groups(trace: Fingerprint) -> dict[str, Any]:
+def _optimizer_groups(trace: Fingerprint) -> dict[str, Any]:
     """Settings of the live optimizer; its learning rate is compared as the schedule."""
     return {
         group.name: {"tensors": group.tensors, "parameters": group.parameters, "settings": group.settings}

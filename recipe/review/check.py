@@ -14,11 +14,14 @@ from typing import Any
 
 from recipe.document.facts import Facts
 from recipe.errors import UserError
-from recipe.review import agreement, consistency, presence, sources
+from recipe.review.agreement import document_findings, edit_findings, output_findings
+from recipe.review.consistency import record_findings
 from recipe.review.execution import executed_findings
 from recipe.review.findings import LINE_LENGTH_MAX, Finding, Kind, Level, shorten
 from recipe.review.page import Page
+from recipe.review.presence import presence_findings, seen_items
 from recipe.review.reading import RecordReader
+from recipe.review.sources import code_findings
 from recipe.review.subject import OpenedRecipe, open_recipe
 
 
@@ -116,16 +119,16 @@ def _check(recipe: OpenedRecipe, page: Page | None, executes: bool) -> CheckRepo
         mend = "take the document from version control"
         report.findings.append(Finding(Level.well_formed, page.name, page.damage, mend))
     else:
-        items = presence.seen_items(page)
+        items = seen_items(page)
         report.items += [item.as_json() for item in items]
-        report.findings += presence.presence_findings(page, items)
-        report.findings += agreement.edited_blocks(page)
+        report.findings += presence_findings(page, items)
+        report.findings += edit_findings(page)
     if facts is not None and recipe.run is not None:
-        report.findings += consistency.record_findings(facts)
-        report.findings += sources.code_findings(facts, recipe.run)
-        report.findings += agreement.output_findings(facts, recipe.run, Level.resolvable)
+        report.findings += record_findings(facts)
+        report.findings += code_findings(facts, recipe.run)
+        report.findings += output_findings(facts, recipe.run, Level.resolvable)
     if page is not None:
-        report.findings += agreement.document_findings(page, recipe, facts, unreadable)
+        report.findings += document_findings(page, recipe, facts, unreadable)
     if executes and facts is not None and recipe.run is not None:
         report.findings += executed_findings(facts, recipe.run)
     return report

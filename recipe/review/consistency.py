@@ -51,7 +51,7 @@ class Sum:
 def record_findings(facts: Facts) -> list[Finding]:
     """Sums that do not add up, texts that are not hashes, stale sections, lost rows, other weights."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + energy_findings(facts)
 
 
 def sums(facts: Facts) -> Iterator[Sum]:
@@ -210,15 +210,14 @@ def promised(facts: Facts) -> Iterator[Place]:
     return islice(planned, MOST_ROWS)
 
 
-def later_findings(facts: Facts) -> list[Finding]:
+def energy_findings(facts: Facts) -> list[Finding]:
     """The recorded energy belongs to the weights that training left."""
-    found = []
-    if facts.energy is not None and facts.training is not None:
-        spent, trained = (record.get("weights") for record in (facts.energy.inputs, facts.training.outputs))
-        if spent != trained:
-            what = "it was spent on other weights than training left"
-            found.append(Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again"))
-    return found
+    if facts.energy is None or facts.training is None:
+        return []
+    if facts.energy.inputs.get("weights") == facts.training.outputs.get("weights"):
+        return []
+    what = "it was spent on other weights than training left"
+    return [Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again")]
 
 
 def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:

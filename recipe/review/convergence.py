@@ -19,14 +19,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from recipe.review.findings import CANNOT_TELL
+
 ALPHA = 0.05  # family-wise
 POWER = 0.9
 FEWEST_SEEDS = 3
-METRICS = ("train_loss", "train_top1", "validation_loss", "validation_top1")
+WATCHED_METRICS = ("train_loss", "train_top1", "validation_loss", "validation_top1")
 WINDOW_SHARE = 1 / 6  # of the training: 15 epochs of 90
 KURTOSIS_ERRORS = 3.0  # standard errors above the measured kurtosis
 CHI_SQUARED_POINTS = 2000
-ON_TRACK, OFF_TRACK, CANNOT_TELL = "ON TRACK", "OFF TRACK", "CANNOT TELL"
+ON_TRACK, OFF_TRACK = "ON TRACK", "OFF TRACK"
 Numbers = NDArray[np.float64]
 
 

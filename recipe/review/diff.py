@@ -43,7 +43,7 @@ def answer(arguments: argparse.Namespace) -> int:
 
 
 @dataclass
-class Comparison:
+class DiffReport:
     """Two recipes beside each other."""
 
     a: str
@@ -73,7 +73,7 @@ class Comparison:
         return ["  " * line.startswith("  ") + shorten(line, LINE_LENGTH_MAX) for line in lines]
 
 
-def compare_recipes(a: Comparable, b: Comparable) -> Comparison:
+def compare_recipes(a: Comparable, b: Comparable) -> DiffReport:
     """All differences, in the order of their likely effect."""
     differences = [*config_differences(a, b)]
     themes = {theme_of(one.key) for one in differences if one.group is Group.accuracy}
@@ -88,7 +88,7 @@ def compare_recipes(a: Comparable, b: Comparable) -> Comparison:
         same_recipe = "the same recipe: nothing differs that was recorded"
     elif len(ids) == 1 and "None" not in ids:
         same_recipe = f"the same configuration but for the seed at most: recipe_id {shorten(ids.pop(), 16)}"
-    return Comparison(
+    return DiffReport(
         a=a.name,
         b=b.name,
         differs=bool(differences) or results_differ,

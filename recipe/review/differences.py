@@ -28,15 +28,15 @@ FEW_POINTS = 50
 CURVE_TOLERANCE = 1e-3  # of the peak: points are recorded at a hundred steps, and read between them
 
 SETTINGS_AGREE, AS_MEASURED = "though its settings agree", "as measured"
-INITIAL = "model.initial weights, SHA-256"
-MANIFEST = "data.manifest, SHA-256"
-PIXELS = "augmentation.pixels, SHA-256"
+INITIAL_HASH = "model.initial weights, SHA-256"
+MANIFEST_HASH = "data.manifest, SHA-256"
+PIXELS_HASH = "augmentation.pixels, SHA-256"
 HASHES = (  # chapter and key of the claims, name, note
-    ("training", "augmentation_sha256", PIXELS, SETTINGS_AGREE),
+    ("training", "augmentation_sha256", PIXELS_HASH, SETTINGS_AGREE),
     ("data", "class_list_sha256", "data.class list, SHA-256", SETTINGS_AGREE),
-    ("data", "manifest_sha256", MANIFEST, SETTINGS_AGREE),
+    ("data", "manifest_sha256", MANIFEST_HASH, SETTINGS_AGREE),
     ("training", "architecture_sha256", "model.architecture, SHA-256", SETTINGS_AGREE),
-    ("training", "initial_weights_sha256", INITIAL, SETTINGS_AGREE),
+    ("training", "initial_weights_sha256", INITIAL_HASH, SETTINGS_AGREE),
     ("evaluation", "transform_sha256", "evaluation.pixels, SHA-256", AS_MEASURED),
     ("evaluation", "protocol", "evaluation.protocol", AS_MEASURED),
 )
@@ -62,7 +62,7 @@ def _short(value: object) -> str:
     return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else shorten(value)
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, value before, value after) of every key that differs, in the order of both."""
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
@@ -76,7 +76,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tup
 def config_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
     """Keys of the pinned configurations; none where one of them was not trained."""
     before, after = a.config, b.config
-    for key, old, new in changes(before, after) if before and after else ():
+    for key, old, new in changed_values(before, after) if before and after else ():
         if is_inert(key, before) and is_inert(key, after):
             yield Difference(Group.cosmetic, key, old, new, "without effect beside the other settings")
         else:
@@ -134,9 +134,9 @@ def curve_difference(before: Curve, after: Curve) -> Iterator[Difference]:
 
 def hidden_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
     """Hashes and live objects that differ although the settings of their chapter agree."""
-    changed = {key for key, _, _ in changes(a.config, b.config)}
-    implied = {INITIAL, PIXELS} if "seed" in changed else set()
-    for group, name in (("model", INITIAL), ("data", MANIFEST)):
+    changed = {key for key, _, _ in changed_values(a.config, b.config)}
+    implied = {INITIAL_HASH, PIXELS_HASH} if "seed" in changed else set()
+    for group, name in (("model", INITIAL_HASH), ("data", MANIFEST_HASH)):
         if any(key.startswith(f"{group}.") and not key.startswith(f"{group}.description") for key in changed):
             implied.add(name)
     for chapter, key, name, note in HASHES:
@@ -147,7 +147,7 @@ def hidden_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
         {name: dict_or_empty(split).get("raw_sha256") for name, split in sorted(splits.items())}
         for splits in (dict_or_empty(one.claims("data").get("splits")) for one in (a, b))
     ]
-    for split, old, new in changes(*raw) if all(raw) else ():
+    for split, old, new in changed_values(*raw) if all(raw) else ():
         yield Difference(Group.accuracy, f"data.raw images of {split}, SHA-256", old, new, SETTINGS_AGREE)
     codes = [dict_or_empty(one.block.get("code")) for one in (a, b)]
     old, new = (code.get("source_sha256") for code in codes)
@@ -155,7 +155,7 @@ def hidden_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
         commits = f"commits {_short(codes[0].get('commit'))} and {_short(codes[1].get('commit'))}"
         yield Difference(Group.accuracy, "code.source_sha256", old, new, commits)
     if a.training is not None and b.training is not None:
-        for key, old, new in changes(live_settings(a.training), live_settings(b.training)):
+        for key, old, new in changed_values(live_settings(a.training), live_settings(b.training)):
             is_exact = key.startswith("trainer.")
             yield Difference(Group.last_digits if is_exact else Group.accuracy, key, old, new, "as run")
 
@@ -182,6 +182,6 @@ def circumstance_differences(a: Comparable, b: Comparable) -> Iterator[Differenc
         before, after = (
             {key: one.claims("training").get(key) for key in ("processes", "accelerator")} for one in (a, b)
         )
-    for key, old, new in changes(before, after):
+    for key, old, new in changed_values(before, after):
         if key != "the source":
             yield Difference(Group.last_digits, key, old, new)

@@ -22,7 +22,7 @@ from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.provenance import source_sha256
-from recipe.review.canary import CANNOT_TELL, TraceDifference, compare_traces, stored_trace, trace_here
+from recipe.review.canary import UNDECIDED, TraceDifference, compare_traces, stored_trace, trace_here
 from recipe.review.restoring import restored_config
 from recipe.review.subject import OpenedRecipe, contradictions, dict_or_empty, open_recipe
 from recipe.run import CHECKOUT
@@ -40,7 +40,7 @@ def answer(arguments: Namespace) -> int:
     """1 where something has changed, else 0."""
     recipe = open_recipe(arguments.path)
     findings = list(code_differences(recipe))
-    changed = sum(difference.kind != CANNOT_TELL for difference in findings)
+    changed = sum(difference.kind != UNDECIDED for difference in findings)
     same_source = claimed_code(recipe).get("source_sha256") == source_sha256()
     if arguments.json:
         print(json.dumps({"same_source": same_source, "findings": msgspec.to_builtins(findings)}, indent=2))

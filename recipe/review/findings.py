@@ -9,6 +9,7 @@ from enum import Enum
 from recipe.document.formatting import on_one_line
 
 LINE_LENGTH_MAX = 600
+CANNOT_TELL = "CANNOT TELL"  # a verdict of watch, a level of reproduce
 
 
 class Level(str, Enum):

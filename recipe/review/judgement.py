@@ -24,11 +24,12 @@ from scipy.stats import t
 from recipe.document.dynamics import epoch_rows
 from recipe.document.facts import Facts
 from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
+from recipe.review.findings import CANNOT_TELL
 from recipe.review.restoring import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
 
 BIT_EXACT, NUMERICALLY_EQUAL = "BIT-EXACT", "NUMERICALLY EQUAL"
 CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"
-DIFFERS, CANNOT_TELL = "DIFFERS", "CANNOT TELL"
+DIFFERS = "DIFFERS"
 
 LEARNING_RATE_TOLERANCE = 1e-9  # relative; it is computed in double precision
 # Of the mean train loss, relative. Between 1 and 2 CPU threads it differed by 0.6 % on `demo` (37 steps of ResNet-50)

@@ -21,7 +21,7 @@ from recipe.document.facts import gather
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
-from recipe.review.convergence import METRICS, phases
+from recipe.review.convergence import WATCHED_METRICS, phases
 from recipe.review.subject import OpenedRecipe, dict_or_empty, open_recipe, read_text
 from recipe.run import Run, shown_path
 
@@ -150,7 +150,7 @@ def _checked(dynamics: Dynamics, where: str) -> Dynamics:
     for seed in dynamics.seeds:
         if seed.epochs.get("epoch") != list(range(1, epochs + 1)):
             raise UserError(f"seed {seed.seed} of {where} does not hold each of its {epochs} epochs once, in order")
-        for name in METRICS:
+        for name in WATCHED_METRICS:
             values = seed.epochs.get(name, [])
             if len(values) != epochs or not all(is_exact_number(value) for value in values):
                 raise UserError(f"seed {seed.seed} of {where} has no number for {name} in one of its {epochs} epochs")
@@ -231,7 +231,7 @@ def _without_repeats(seeds: Sequence[SeedDynamics]) -> list[SeedDynamics]:
 def same_run(first: SeedDynamics, second: SeedDynamics) -> bool:
     """Whether all values that both have are equal, as those of two seeds never are; hashes can be edited."""
     shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
-    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in METRICS for at in shared]
+    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in WATCHED_METRICS for at in shared]
     return bool(pairs) and all(a == b for a, b in pairs)
 
 

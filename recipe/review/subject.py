@@ -92,7 +92,7 @@ def read_text(path: Path, folder: Path | None = None) -> str:
 
 def json_block(document: str) -> dict[str, Any] | None:
     """The one JSON block of a known format; None where there is none, `UserError` where there are several."""
-    blocks = [block for text in JSON_FENCE.findall(document) if (block := _parsed(text)) is not None]
+    blocks = [block for text in JSON_FENCE.findall(document) if (block := _parse_block(text)) is not None]
     if len(blocks) > 1:
         raise UserError(
             f"the document holds {len(blocks)} ```json blocks of format {FORMAT}: one of them is not its own"
@@ -100,7 +100,7 @@ def json_block(document: str) -> dict[str, Any] | None:
     return blocks[0] if blocks else None
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parse_block(text: str) -> dict[str, Any] | None:
     """A block of the known format; None for other JSON and text that is not JSON.
 
     Raises `UserError` where a key stands twice: two readers of it would read two recipes.

@@ -11,7 +11,18 @@ import numpy as np
 
 from recipe.document.formatting import on_one_line
 from recipe.records import Dynamics
-from recipe.review.convergence import ALPHA, METRICS, ON_TRACK, POWER, Band, Deviation, Judgement, Numbers, Seeds, judge
+from recipe.review.convergence import (
+    ALPHA,
+    ON_TRACK,
+    POWER,
+    WATCHED_METRICS,
+    Band,
+    Deviation,
+    Judgement,
+    Numbers,
+    Seeds,
+    judge,
+)
 from recipe.review.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
 
 
@@ -27,8 +38,10 @@ class Watch:
         refuse_differences(self.reference, watched.config, watched.steps_per_epoch, watched.name)
         refuse_other_data(self.reference, watched)
         phases = phases_of(self.reference)
-        seeds = {name: np.array([seed.epochs[name] for seed in self.reference.seeds], np.float64) for name in METRICS}
-        run = {name: by_epoch(watched.seed.epochs, name, len(phases)) for name in METRICS}
+        seeds = {
+            name: np.array([seed.epochs[name] for seed in self.reference.seeds], np.float64) for name in WATCHED_METRICS
+        }
+        run = {name: by_epoch(watched.seed.epochs, name, len(phases)) for name in WATCHED_METRICS}
         judgement = judge(Seeds(seeds, phases), run, self.alpha)
         for seed in self.reference.seeds:
             if same_run(seed, watched.seed):
@@ -107,7 +120,7 @@ def notes(watch: Watch, watched: Watched) -> list[str]:
     return lines
 
 
-def as_json(watch: Watch, watched: Watched, judgement: Judgement) -> str:
+def as_json_line(watch: Watch, watched: Watched, judgement: Judgement) -> str:
     """The verdict for programs, on one line."""
     report = {
         "verdict": judgement.verdict,

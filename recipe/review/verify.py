@@ -15,11 +15,11 @@ from recipe.config import NAME
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
-from recipe.review.canary import CANNOT_TELL, compare_traces, stored_trace, trace_here
+from recipe.review.canary import UNDECIDED, compare_traces, stored_trace, trace_here
 from recipe.review.chain import BROKEN, links
 from recipe.review.subject import OpenedRecipe, dict_or_empty, open_recipe
 
-DIFFERENCES_SHOWN = 3  # of a trace; the others follow from them
+LEADING_DIFFERENCES = 3  # of a trace; the others follow from them
 
 
 def describe(parser: ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def answer(arguments: Namespace) -> int:
     clock = time.perf_counter()
     differences = [] if skip == "trace" else compare_traces(stored_trace(recipe), trace_here(recipe))
     seconds = time.perf_counter() - clock
-    changed = [difference for difference in differences if difference.kind != CANNOT_TELL]
+    changed = [difference for difference in differences if difference.kind != UNDECIDED]
     code = int(bool(changed) or any(link.state == BROKEN for link in chain))
     if arguments.json:
         trace = None if skip == "trace" else msgspec.to_builtins(differences)
@@ -52,10 +52,10 @@ def answer(arguments: Namespace) -> int:
     print(f"chain: {summary or 'a document alone: no files to compare'}")
     if skip == "trace":
         return code
-    for difference in [*changed[:DIFFERENCES_SHOWN], *(one for one in differences if one.kind == CANNOT_TELL)]:
+    for difference in [*changed[:LEADING_DIFFERENCES], *(one for one in differences if one.kind == UNDECIDED)]:
         print(on_one_line(f"{difference.kind}: {difference.line()}"))
-    if len(changed) > DIFFERENCES_SHOWN:
-        print(f"... and {len(changed) - DIFFERENCES_SHOWN} more")
+    if len(changed) > LEADING_DIFFERENCES:
+        print(f"... and {len(changed) - LEADING_DIFFERENCES} more")
     verdict = (
         "differs: this code does not do what the recipe's did" if changed else "matches: this code does what it did"
     )

@@ -16,9 +16,10 @@ from pathlib import Path
 from recipe.config import Config, pinned
 from recipe.errors import UserError
 from recipe.records import to_json
-from recipe.review.convergence import ALPHA, CANNOT_TELL, OFF_TRACK, ON_TRACK
+from recipe.review.convergence import ALPHA, OFF_TRACK, ON_TRACK
+from recipe.review.findings import CANNOT_TELL
 from recipe.review.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
-from recipe.review.verdict import Watch, as_json, as_text, in_short
+from recipe.review.verdict import Watch, as_json_line, as_text, in_short
 from recipe.run import Run, shown_path, write_atomically
 
 EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}
@@ -57,7 +58,7 @@ def answer(arguments: argparse.Namespace) -> int:
     if arguments.run is None:
         return 0
     epochs, printed_epoch = len(phases_of(watch.reference)), -1
-    as_output = as_json if arguments.json else as_text
+    as_output = as_json_line if arguments.json else as_text
     while True:
         watched = open_watched(arguments.run)
         judgement = watch.judge(watched)

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from recipe.review.convergence import (
-    CANNOT_TELL,
     OFF_TRACK,
     Numbers,
     Seeds,
@@ -23,6 +22,7 @@ from recipe.review.convergence import (
     pooled,
     tail_degrees,
 )
+from recipe.review.findings import CANNOT_TELL
 
 
 def one_metric(values: Numbers, phase_of: list[int] | None = None) -> Seeds:

@@ -15,7 +15,7 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.config import known_keys, pinned
-from recipe.review.diff import Comparison, compare_recipes, result_lines
+from recipe.review.diff import DiffReport, compare_recipes, result_lines
 from recipe.review.explanation import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.sides import Comparable, value_at
 from recipe.review.subject import open_recipe
@@ -45,7 +45,7 @@ def altered(side: Comparable, *changes: tuple[str, Any], training: Callable[[Any
     return Comparable("B", block, training(side.training) if training else side.training)
 
 
-def first(report: Comparison) -> str:
+def first(report: DiffReport) -> str:
     return report.differences[0].key
 
 

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from recipe.document.claims import identity
 from recipe.document.facts import Facts
 from recipe.records import JudgedClaim, ReproductionRecord, SeedRun, SeedsRecord, from_json, to_json
+from recipe.review.findings import CANNOT_TELL
 from recipe.review.judgement import (
     BIT_EXACT,
-    CANNOT_TELL,
     CONSISTENT,
     DIFFERS,
     EVALUATION_EQUAL,

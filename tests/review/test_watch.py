@@ -19,7 +19,7 @@ from recipe.__main__ import main
 from recipe.config import pinned, recipe_id
 from recipe.errors import UserError
 from recipe.records import Dynamics, SeedDynamics, SeedRun, SeedsRecord, to_json
-from recipe.review.convergence import METRICS, OFF_TRACK, ON_TRACK
+from recipe.review.convergence import OFF_TRACK, ON_TRACK, WATCHED_METRICS
 from recipe.review.reference import open_reference, watched_run
 from recipe.review.watch import TrainingWatch, training_watch
 from recipe.run import Run
@@ -39,9 +39,9 @@ CONFIG = configuration()
 
 def course(seed: int, spread: float = SPREAD, epochs: int = EPOCHS) -> Values:
     """How a seed went: falling losses, rising accuracies, a little noise of its own."""
-    noise = np.random.default_rng(seed).normal(0, spread, (len(METRICS), epochs))
+    noise = np.random.default_rng(seed).normal(0, spread, (len(WATCHED_METRICS), epochs))
     trend = np.linspace(2.0, 1.0, epochs)
-    signs = {name: -0.4 if "top1" in name else 1.0 for name in METRICS}
+    signs = {name: -0.4 if "top1" in name else 1.0 for name in WATCHED_METRICS}
     values = {
         name: (0.9 * ("top1" in name) + sign * trend + noise[at]).tolist()
         for at, (name, sign) in enumerate(signs.items())
