@@ -3,7 +3,7 @@
     python benchmarks/canary.py                                    # here: threads, processor instructions, faults
     python benchmarks/canary.py --python /other/venv/bin/python    # and another torch's numbers
 
-The tolerance of `recipe.review.canary` has to be between the two: above all harmless differences, below all faults.
+The tolerance of `recipe.review.canary` has to be between the two: above harmless differences, below faults.
 Writes benchmarks/results/canary.md. The faults are a test too: tests/review/test_canary.py.
 """
 

@@ -18,7 +18,7 @@ from recipe.review.presence import HEADINGS
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
-MOST_ROWS = 1_000_000  # looked for: a record from a stranger may promise any number
+MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
 SECTIONS = HEADINGS | {
     "inference_code": "Inference / Code",
     "timing_information": "Inference / Timing information",

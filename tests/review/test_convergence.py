@@ -41,7 +41,7 @@ def correlated(generator: np.random.Generator, runs: int, epochs: int, correlati
 def test_a_single_epoch_is_the_two_sample_t_test_of_one_run_against_the_seeds(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipe.review.convergence.tail_degrees", lambda *_: math.inf)  # Gaussian, as in a textbook
+    monkeypatch.setattr("recipe.review.convergence.tail_degrees", lambda *_: math.inf)  # Gaussian tails
     values = np.random.default_rng(count).normal(2.0, 0.3, (count, 1))
     own = band(values, [0], level=0.01)
     at_limit = own.mean[0] + own.limit[0]
