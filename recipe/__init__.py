@@ -37,8 +37,8 @@ chapters
                    journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
-                   render: from records to pages, without torch; model_card, publishable,
-                   seeds, published_folder, publish: a run as a folder to commit; index: the table of those
+                   render: from records to pages, without torch; model_card,
+                   published_folder, publish: a run as a folder to commit, and the table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
                    findings, page, reading, items, presence, sources, consistency, agreement, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),

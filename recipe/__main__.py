@@ -22,8 +22,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "watch": ("recipe.review.watch", "is a run on track, beside seeds of the same recipe?"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document, and judge its claims"),
     "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
-    "publish": ("recipe.document.publish", "write a run's recipe as a folder to commit: page, model card, records"),
-    "index": ("recipe.document.index", "keep the table of published recipes in README.md true"),
+    "publish": (
+        "recipe.document.publish",
+        "write a run's recipe as a folder to commit: page, model card, records; its row in README.md",
+    ),
 }
 PROGRAM = "python -m recipe"
 

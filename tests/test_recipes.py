@@ -34,8 +34,3 @@ def test_this_code_does_what_a_published_recipe_says(folder: Path) -> None:
 @published
 def test_the_chain_of_a_published_recipe_is_unbroken(folder: Path) -> None:
     assert [link.line() for link in links(open_recipe(folder), None, None) if link.state == BROKEN] == []
-
-
-def test_the_index_is_true(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(CHECKOUT)
-    assert main(["index", "--check"]) == 0, capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipe.document.formatting import NOTHING, code, duration, hardware, setting, text, tree
+from recipe.document.formatting import NOTHING, code, duration, hardware, setting, table, text, tree
 from recipe.records import JudgedClaim, ReproductionRecord, Setting
 
 WORDS = """A level says how much was shown. BIT-EXACT: the same bits. NUMERICALLY EQUAL: within the stated tolerance,
@@ -53,12 +53,6 @@ def value(found: Setting) -> str:
     if isinstance(found, str):
         return code(found[:16]) or NOTHING
     return NOTHING if found is None else setting(found)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A markdown table of cells that are markdown already."""
-    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|" + ":--|" * len(head), *lines[1:]])
 
 
 def bullets(lines: list[str]) -> str:

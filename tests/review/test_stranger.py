@@ -20,7 +20,7 @@ from recipe.files import file_name, is_inside, read_file
 from recipe.review.chain import BROKEN, links
 from recipe.review.outputs import read_predictions
 from recipe.review.subject import open_recipe
-from recipe.run import Run
+from recipe.run import CHECKOUT, Run
 from tests.document.test_latency import timing
 from tests.review.factory import change_record
 
@@ -119,15 +119,17 @@ def test_a_figure_that_is_no_file_is_not_what_the_records_give(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_published_folder_with_such_a_file_is_refused_by_index(
+def test_a_published_folder_with_such_a_file_is_refused_by_publish(
     damage: Damage, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("recipes").mkdir()
-    shutil.move(run.directory, "recipes/demo")
-    damage(Path("recipes/demo/records/publication.json"))
-    Path("README.md").write_text("<!-- recipe:begin published_recipes sha256=0 -->\n")
-    assert code_of("index", []) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    shutil.copytree(run.directory, "recipes/other")
+    damage(Path("recipes/other/records/publication.json"))
+    shutil.copy(CHECKOUT / "README.md", "README.md")
+    assert code_of("publish", ["demo", "--allow-modified", "--allow-stale"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "publication.json" in error
+    assert not Path("recipes/demo").exists()
 
 
 # ---- what verify makes of damage ----------------------------------------------------------------------
