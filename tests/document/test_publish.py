@@ -25,7 +25,7 @@ from recipe.document.render import render, write_document
 from recipe.errors import UserError
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
-from recipe.review.subject import contradictions, open_subject
+from recipe.review.opening import contradictions, open_recipe
 from recipe.run import CHECKOUT, Run
 from tests.document.test_document import (
     CONFIG,
@@ -116,14 +116,14 @@ def test_a_published_recipe_says_what_its_run_says(run: Run) -> None:
     folder = publish(run)
     published, facts = gather(Run(folder), "elsewhere"), gather(run, "runs/demo")
     assert dataclasses.replace(published, publication=None, run_dir=facts.run_dir) == facts
-    subject = open_subject(folder)
+    subject = open_recipe(folder)
     assert subject.document_path == folder / "README.md"
     assert subject.facts() == published
-    assert contradictions(subject.claims()) == []
-    assert subject.config() == CONFIG
+    assert contradictions(subject.required_block()) == []
+    assert subject.required_block()["config"] == CONFIG
     body = page(folder).split("\n---\n", 1)[1]
     assert render(published, body) == body
-    assert json.loads((folder / "recipe.json").read_bytes())["claims"] == subject.claims()["claims"]
+    assert json.loads((folder / "recipe.json").read_bytes())["claims"] == subject.required_block()["claims"]
 
 
 def test_the_page_is_a_valid_model_card(run: Run) -> None:
@@ -396,7 +396,7 @@ def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.Mo
     assert [row for row in whole.metrics if row["split"] == "validation"] == [
         row for row in thin.metrics if row["split"] == "validation"
     ]
-    claims = [open_subject(path).claims()["claims"]["training"]["epochs"] for path in (run.document, folder)]
+    claims = [open_recipe(path).required_block()["claims"]["training"]["epochs"] for path in (run.document, folder)]
     for name, column in claims[0].items():
         assert claims[1][name] == pytest.approx(column), name
 
@@ -429,7 +429,7 @@ def test_seeds_give_n_mean_and_spread(tmp_path: Path) -> None:
     assert record is not None
     assert [(run.seed, run.correct_top1) for run in record.runs] == [(1, 436), (2, 442), (3, 430)]
     assert "top-1 over n = 3 seeds: mean 90.83 %, standard deviation 1.25 %" in page(folder)  # 6 of 480
-    assert open_subject(folder).claims()["claims"]["seeds"]["correct_top1"] == [436, 442, 430]
+    assert open_recipe(folder).required_block()["claims"]["seeds"]["correct_top1"] == [436, 442, 430]
     publish(runs[0])
     assert Run(folder).read(SeedsRecord) == record
     with pytest.raises(UserError, match="a seed of its own"):

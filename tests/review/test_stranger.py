@@ -17,9 +17,9 @@ import pytest
 from recipe.__main__ import main
 from recipe.errors import UserError
 from recipe.files import file_name, is_inside, read_file
-from recipe.review.chain import BROKEN, links
-from recipe.review.execution import read_predictions
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_recipe
+from recipe.review.outputs import read_predictions
+from recipe.review.verify.files import BROKEN, links
 from recipe.run import CHECKOUT, Run
 from tests.document.test_latency import timing
 from tests.review.factory import change_record
@@ -63,7 +63,7 @@ DAMAGES = [endless, pipe, sparse, of_another, looping]
 FILES = ["config.yaml", "metrics.jsonl", "records/training.json", "records/evaluation.json", "recipe.md", "recipe.json"]
 VERBS: dict[str, list[str]] = {
     "check": ["demo"],
-    "verify": ["--skip", "canary", "demo"],
+    "verify": ["--skip", "trace", "demo"],
     "diff": ["demo", "whole"],
     "drift": ["demo"],
     "watch": ["demo", "--against", "whole", "demo", "--save", "out.json"],
@@ -136,7 +136,7 @@ def test_a_published_folder_with_such_a_file_is_refused_by_publish(
 
 
 def broken(run: Run) -> dict[str, str]:
-    return {link.name: link.detail for link in links(open_subject(run.directory), None, None) if link.state == BROKEN}
+    return {link.name: link.detail for link in links(open_recipe(run.directory), None, None) if link.state == BROKEN}
 
 
 def array(descr: str, shape: tuple[int, ...], data: bytes) -> bytes:

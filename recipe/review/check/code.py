@@ -1,0 +1,212 @@
+"""Level *resolvable*: the code and the commands that the records name.
+
+A commit that this history does not have is not a finding: the clone may be shallow, the commit squashed or rebased. The
+hash of the source identifies the code then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from recipe.config import known_keys
+from recipe.document.facts import Facts, source_changed
+from recipe.errors import UserError
+from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
+from recipe.records import Provenance
+from recipe.review.findings import Finding, Kind, Level, first_few, shorten
+from recipe.run import CHECKOUT, Run
+
+SHA1 = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
+SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
+MODULES = ("recipe.notebook",)
+RULE = "recipe/provenance.py"
+REPRODUCE = ["-m", "recipe", "reproduce"]
+OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
+SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
+
+
+def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
+    """(file of the record, provenance) of every stage that ran."""
+    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
+        record = getattr(facts, name)
+        if record is not None:
+            yield f"records/{name}.json", record.provenance
+    for timing in facts.timing:
+        yield f"records/timing/{timing.machine}.json", timing.provenance
+
+
+# Which code ran
+
+
+def code_findings(facts: Facts, run: Run) -> list[Finding]:
+    """For every stage: the same code from start to end, identified by a commit, a patch or at least its hash."""
+    findings: list[Finding] = []
+    for record, provenance in stages(facts):
+        place, source = f"{record}, provenance", provenance.source_sha256
+        if source_changed(provenance):
+            what = "the source changed during the stage, so that the code of its result is not known"
+            findings.append(Finding(Level.resolvable, place, what, "run the stage again; do not edit code meanwhile"))
+        if not SHA256.fullmatch(source):
+            what = f"source_sha256 {shorten(source)} is not a SHA-256, so that the code is not identified"
+            findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
+        patch = provenance.tree_at_start.patch_sha256
+        findings += patch_findings(patch, run) if patch else commit_findings(place, provenance)
+    return list(dict.fromkeys(findings))
+
+
+def patch_findings(patch: str, run: Run) -> list[Finding]:
+    """The patch of a modified tree is there with its hash."""
+    name = f"records/patches/{patch[:16]}.patch"
+    mend = "take the file from where the run was made; without it the code of this stage is lost"
+    if not SHA256.fullmatch(patch):
+        return [Finding(Level.well_formed, name, f"{shorten(patch)} is not a SHA-256", mend)]
+    path = run.directory / name
+    if not path.exists():
+        return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
+    try:
+        content = run.content(path)
+    except UserError as error:
+        return [Finding(Level.resolvable, name, str(error), mend)]
+    if hashlib.sha256(content).hexdigest() != patch:
+        return [Finding(Level.resolvable, name, "its SHA-256 is not the recorded one", mend)]
+    return []
+
+
+def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
+    """The recorded commit holds the recorded source."""
+    commit, recorded = provenance.commit, provenance.source_sha256
+    if commit is None:
+        what = f"no commit was recorded; the code is identified by its source SHA-256 {recorded[:16]} alone"
+        return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
+    if not SHA1.fullmatch(commit) and not SHA256.fullmatch(commit):
+        what = f"{shorten(commit)} is not the name of a commit"
+        return [Finding(Level.well_formed, place, what, "run the stage again in a git checkout")]
+    if recorded == source_sha256_here():
+        return []
+    there = source_sha256_at(commit)
+    if there is None:
+        what = (
+            f"commit {commit[:12]} is not in this history (shallow, rewritten, or never pushed), or lists its source "
+            f"in another way; its code is known by the source SHA-256 {recorded[:16]}, which is not this checkout's"
+        )
+        return [Finding(Level.resolvable, place, what, "fetch the whole history to look", Kind.cannot_tell)]
+    if there != recorded:
+        what = f"commit {commit[:12]} holds source {there[:16]}, the stage ran on {recorded[:16]}"
+        return [Finding(Level.resolvable, place, what, "run the stage again from a commit")]
+    return []
+
+
+@cache
+def source_sha256_here() -> str:
+    """Of this checkout."""
+    return source_sha256()
+
+
+@cache
+def source_sha256_at(commit: str) -> str | None:
+    """The source hash of a commit, from git alone; None where git cannot tell."""
+    try:
+        files = committed_files(commit)
+        rule = contents([files[RULE].object_id])[0] if RULE in files else b""
+        if listing_rule(rule) != listing_rule((CHECKOUT / RULE).read_bytes()):
+            return None
+        names = sorted((name for name in files if is_source(name)), key=lambda name: Path(name).parts)
+        sources = contents([files[name].object_id for name in names])
+    except NoCommitError:
+        return None
+    digest = hashlib.sha256()
+    for name, content in zip(names, sources, strict=True):
+        digest.update(os.fsencode(f"{name} {hashlib.sha256(content).hexdigest()}\n"))
+    return digest.hexdigest()
+
+
+def listing_rule(source: bytes) -> bytes | None:
+    """The line of provenance.py that says what counts as source: another rule gives another hash of the same code."""
+    found = re.search(rb"^SOURCES = .*$", source, re.MULTILINE)
+    return found[0] if found else None
+
+
+def is_source(name: str) -> bool:
+    return any(re.fullmatch(as_expression(pattern), name) for pattern in SOURCES)
+
+
+@cache
+def as_expression(pattern: str) -> str:
+    """A glob of `pathlib` as a regular expression."""
+    return re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+
+
+# What its commands say
+
+
+def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
+    """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
+    keys = set(known_keys()) | (set(leaf_names(config)) if config else set())
+    return [
+        Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
+        for place, provenance in stages(facts)
+        for what in command_faults(provenance.command, keys)
+    ]
+
+
+def leaf_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaf_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def command_faults(command: str, keys: set[str]) -> list[str]:
+    """Why a command cannot be typed."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return [f"{shorten(command)!r} is not a shell command: {error}"]
+    if SHELL.search(unquoted(command)):
+        return [f"{shorten(command)!r} does more than start one program"]
+    given = arguments_of(words)
+    if given is None:
+        return [f"{shorten(command)!r} starts none of {', '.join(SCRIPTS + MODULES)}"]
+    unknown = [word for word in given if not is_known(word, keys)]
+    return [f"{shorten(command)!r} names what no configuration knows: {first_few(unknown)}"] if unknown else []
+
+
+def unquoted(command: str) -> str:
+    """The command without what quotes hold; `$RAW_DIR` in double quotes is a place, `$(...)` a program."""
+    without_single = re.sub(r"'[^']*'", "", command)
+    return re.sub(r'"(?:[^"\\`$]|\\.|\$(?!\())*"', "", without_single)
+
+
+def arguments_of(words: list[str]) -> list[str] | None:
+    """The words after the script or module; None where another program is started."""
+    if not words or words[0] not in ("python", "torchrun"):
+        return None
+    at = 1
+    while at < len(words) and words[0] == "torchrun" and words[at].startswith("-"):
+        at += 1
+    if words[at : at + 1] == ["-m"] and words[at + 1 : at + 2] and words[at + 1] in MODULES:
+        return words[at + 2 :]
+    if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags; it sets nothing
+        return []
+    return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None
+
+
+def is_known(word: str, keys: set[str]) -> bool:
+    """Whether a word of a command line is a flag, a group, an experiment of this checkout or a known key."""
+    if word.startswith("-"):
+        return True
+    found = OVERRIDE.match(word)
+    if found is None or not (found["equals"] or found["sign"] == "~"):
+        return False
+    key = found["key"]
+    return key == "experiment" or key in GROUPS or key in keys or key.startswith(("hydra.", "hydra/"))

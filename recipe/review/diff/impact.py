@@ -1,0 +1,99 @@
+"""The likely impact of each setting on a result: the order of the differences in `diff`, and the inert settings.
+
+The order in the first group is by how often a setting answered "why is mine different?": the learning rate and its
+relatives, the images of a batch norm, augmentation, data, network, arithmetic, protocol. A key that is in no table
+belongs to the first group: it can matter until it is known not to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from typing import Any
+
+Values = Mapping[str, Any]  # flat: "optimization.epochs" -> 90
+
+
+class Group(IntEnum):
+    """The effect that a difference can have."""
+
+    accuracy = 0
+    last_digits = 1
+    cosmetic = 2
+
+
+TITLES = {
+    Group.accuracy: "Can explain a difference in accuracy, the likeliest first",
+    Group.last_digits: "May explain the last digits",
+    Group.cosmetic: "Cosmetic, or without effect here",
+}
+
+COSMETIC = re.compile(
+    r"(\w+\.)?description\..*|name|data\.name|trainer\.(log_every_steps|keep_checkpoints)"
+    r"|(serialization|timing)\..*|evaluation\.(backend|variant)"
+)
+LAST_DIGITS = re.compile(r"data\.(decoder|images_per_shard)|evaluation\.batch_size|trainer\.(?!precision$).*")
+RANKS = [  # theme, keys
+    ("optimization", r"optimization\.(learning_rate|weight_decay)"),
+    ("optimization", r"optimization\.(batch_size|epochs)"),
+    ("optimization", r"learning-rate curve"),
+    ("optimization", r"optimization\.(schedule|warmup_\w+|step_\w+)"),
+    ("optimization", r"optimization\.(optimizer|momentum|nesterov|decay_norms_and_biases)"),
+    ("optimization", r"optimization\.(loss|label_smoothing|binary_\w+)"),
+    ("optimization", r"optimization\..*"),
+    ("optimization", r"images seen"),
+    ("batch norm", r"images per batch norm"),
+    ("augmentation", r"augmentation\..*"),
+    ("data", r"data\..*"),
+    ("model", r"model\.(?!initial).*"),
+    ("initial weights", r"model\.initial.*"),
+    ("precision", r"trainer\.precision.*"),
+    ("evaluation", r"evaluation\..*"),
+    ("seed", r"seed"),
+    ("code", r"code\..*"),
+]
+INERT: list[tuple[str, Callable[[Values], bool]]] = [
+    (r"optimization\.step_\w+", lambda values: values.get("optimization.schedule") != "step"),
+    (r"optimization\.warmup_start_factor", lambda values: values.get("optimization.warmup_epochs") == 0),
+    (r"optimization\.averaging\.(?!decay).*", lambda values: values.get("optimization.averaging.decay") == 0),
+    (r"augmentation\.policy\.(?!kind).*", lambda values: values.get("augmentation.policy.kind") != "rand_augment"),
+    (
+        r"augmentation\.erasing\.(?!probability).*",
+        lambda values: values.get("augmentation.erasing.probability") == 0,
+    ),
+    (
+        r"augmentation\.mixing\.(?!\w+_alpha).*",
+        lambda values: (
+            values.get("augmentation.mixing.mixup_alpha") == 0 and values.get("augmentation.mixing.cutmix_alpha") == 0
+        ),
+    ),
+    (
+        r"augmentation\.progressive\.(?!first_pixels).*",
+        lambda values: values.get("augmentation.progressive.first_pixels") is None,
+    ),
+    (r"data\.quality", lambda values: values.get("data.resize_short_side") is None),
+    (r"data\.\w+_images_per_class", lambda values: values.get("data.source") != "demo"),
+]
+
+
+def group_of(key: str) -> Group:
+    if COSMETIC.fullmatch(key):
+        return Group.cosmetic
+    return Group.last_digits if LAST_DIGITS.fullmatch(key) else Group.accuracy
+
+
+def rank_of(key: str) -> int:
+    """The position of a key in its group; unknown keys come last."""
+    return next((rank for rank, (_, keys) in enumerate(RANKS) if re.fullmatch(keys, key)), len(RANKS))
+
+
+def theme_of(key: str) -> str:
+    """The chapter that a key belongs to."""
+    rank = rank_of(key)
+    return RANKS[rank][0] if rank < len(RANKS) else key
+
+
+def is_inert(key: str, values: Values) -> bool:
+    """Whether a setting has no effect beside these values, such as a step's epochs under a cosine."""
+    return any(re.fullmatch(keys, key) and rests(values) for keys, rests in INERT)
