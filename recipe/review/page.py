@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from recipe.document.blocks import Block, Fence, Prose, edited_blocks, split
+from recipe.document.blocks import Block, Prose, edited_blocks, split
 from recipe.errors import UserError
 
+CODE = re.compile(  # a fenced block, also one in a list
+    r"^[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?"
+    r"(?:^[ \t]*(?P=fence)[`~]*[ \t\r]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
 HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(?P<text>\S.*)$")
 LINK = re.compile(r"\]\((?P<target>[^()\s]+)\)")
 NOT_PROSE = re.compile(r"`[^`\n]*`|<!--(?:(?!<!--).)*?-->|\]\([^()\n]*\)|https?://\S+", re.DOTALL)
@@ -81,15 +86,12 @@ class Page:
     @cached_property
     def headings(self) -> list[Line]:
         """Headings outside code fences under which something is said directly."""
-        fence, outside = Fence(), []
-        for line in self.lines:
-            outside.append(not fence.holds(f"{line.text}\n"))
-        found = []
-        for at, line in enumerate(self.lines):
-            heading = HEADING.match(line.text) if outside[at] else None
-            if heading and self._says_something(at + 1):
-                found.append(Line(line.number, heading["text"].rstrip("# \t")))
-        return found
+        text = CODE.sub(lambda code: blank(code[0]), self.text)
+        return [
+            Line(number, heading["text"].rstrip("# \t"))
+            for number, line in enumerate(text.split("\n"), start=1)
+            if (heading := HEADING.match(line.rstrip("\r"))) and self._says_something(number)
+        ]
 
     @cached_property
     def pairs(self) -> list[Line]:
@@ -110,9 +112,7 @@ class Page:
     def prose(self) -> str:
         """People's words, with nothing but line ends in place of all else, so that line numbers still count."""
         text = "".join(piece.text if isinstance(piece, Prose) else blank(piece.text) for piece in self.pieces)
-        fence = Fence()
-        kept = [blank(line) if fence.holds(line) else line for line in text.splitlines(keepends=True)]
-        return NOT_PROSE.sub(lambda found: blank(found[0]), "".join(kept))
+        return NOT_PROSE.sub(lambda found: blank(found[0]), CODE.sub(lambda code: blank(code[0]), text))
 
     @cached_property
     def links(self) -> list[tuple[str, int]]:
