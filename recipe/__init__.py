@@ -12,7 +12,8 @@ ground floor, importable without torch
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
     energy         what GPUs have used, by their driver's counter
-    provenance     commit and tree state, command, hardware, versions
+    environment    the command line, versions, environment variables and machine of a stage
+    provenance     its commit, tree state and patch; the hash of the source
     composition    from the command line to a Config
 ground floor, torch
     distributed    launch(), World, reductions

@@ -20,13 +20,14 @@ from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.document.inference_figures import guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
+from recipe.environment import shown_argument
 from recipe.errors import UserError
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import load_evaluated
 from recipe.inference.onnx_file import OnnxModel
 from recipe.inference.pictures import bytes_of, pixels_of
 from recipe.inference.timing import measure_timing
-from recipe.provenance import Stage, shown_argument
+from recipe.provenance import Stage
 from recipe.records import ClassifiedPicture, Guess, InferenceRecord, TimingRecord
 from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
 

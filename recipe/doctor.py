@@ -27,8 +27,8 @@ from recipe.data.loading import Batch, derive_layout, naming
 from recipe.data.shards import Split, open_split, read_manifest
 from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
+from recipe.environment import usable_cores
 from recipe.model import build_model
-from recipe.provenance import usable_cores
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, compiled

@@ -28,8 +28,9 @@ from recipe.data.loading import derive_layout
 from recipe.data.shards import read_manifest
 from recipe.document.arithmetic import projected_again
 from recipe.document.render import check_document, projection_page, write_document
+from recipe.environment import machine, shown_argument
 from recipe.errors import UserError
-from recipe.provenance import Stage, machine, shown_argument
+from recipe.provenance import Stage
 from recipe.records import MeasuredEvaluation, MeasuredLoading, MeasuredStep, Projected, ProjectionRecord
 from recipe.run import Run, recorded_path, shown_path
 

@@ -6,7 +6,7 @@ import re
 import shlex
 
 from recipe.document.facts import Facts
-from recipe.provenance import PLACES
+from recipe.environment import PLACES
 from recipe.records import Provenance
 from recipe.run import CHECKOUT, is_elsewhere
 
