@@ -38,7 +38,7 @@ chapters
                    journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
-    document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
+    document       facts, blocks, dynamics, claims, latency, commands, experiment_log, formatting, figures,
                    arithmetic (of a projection), render: from records to pages, without torch; model_card, publishable,
                    seeds, published_folder, publish: a run as a folder to commit; index: the table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.

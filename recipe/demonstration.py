@@ -18,7 +18,7 @@ from recipe.config import Config, Precision, Variant
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
-from recipe.document.inference_figures import guesses_png, latency_png, sheet_png, thumbnail_png
+from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
 from recipe.environment import shown_argument
 from recipe.errors import UserError

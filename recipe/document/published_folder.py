@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recipe.document import figures, inference_figures
+from recipe.document import figures
 from recipe.document.dynamics import MetricRow, train_weights, weighted_mean
 from recipe.document.facts import gather
 from recipe.document.model_card import readme
@@ -102,7 +102,7 @@ def copy_figures(text: str, main: Publishable, there: Run) -> None:
     """The figures that the page shows, drawn anew where they are drawn from records."""
     facts = main.facts
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, there.read_all(there.timing, TimingRecord))
+    drawn |= figures.draw_inference(facts.inference, there.read_all(there.timing, TimingRecord))
     for link in sorted(set(FIGURE.findall(text))):
         name = Path(link).name
         source, target = main.run.figures / name, there.figures / name

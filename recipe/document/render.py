@@ -20,9 +20,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from recipe.config import leaves
 from recipe.document import blocks, commands, dynamics, formatting, latency
 from recipe.document.claims import as_json, identity
+from recipe.document.experiment_log import update_log_record
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
-from recipe.document.history import keep_history
 from recipe.errors import UserError
 from recipe.records import EvaluationRecord, PreprocessingRecord, ProjectionRecord
 from recipe.run import Run, shown_path, write_atomically
@@ -54,13 +54,13 @@ def render(facts: Facts, existing: str | None) -> str:
 
 def write_document(run: Run, shown_run_dir: str) -> None:
     """Write recipe.md, recipe.json and the figures of a run; nothing is written where the document refuses."""
-    from recipe.document import figures, inference_figures  # matplotlib: a second that a reader of pages need not wait
+    from recipe.document import figures  # matplotlib: a second that a reader of pages need not wait
 
-    keep_history(run, shown_run_dir)
+    update_log_record(run, shown_run_dir)
     facts = gather(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
+    drawn |= figures.draw_inference(facts.inference, facts.timing)
     for name, content in drawn.items():
         write_atomically(run.figures / name, content)
     write_atomically(run.twin, twin(facts))

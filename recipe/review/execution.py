@@ -197,10 +197,10 @@ def is_file_of(run: Run, path: Path, content: bytes) -> bool:
 
 def figure_findings(facts: Facts, run: Run) -> list[Finding]:
     """Drawn again from the records, the figures are the same; another matplotlib draws all of them otherwise."""
-    from recipe.document import figures, inference_figures
+    from recipe.document import figures
 
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
+    drawn |= figures.draw_inference(facts.inference, facts.timing)
     there = [name for name in drawn if os.path.lexists(run.figures / name)]
     wrong = [name for name in there if not is_file_of(run, run.figures / name, drawn[name])]
     if not wrong:

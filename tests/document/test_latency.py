@@ -11,8 +11,8 @@ import pytest
 
 from recipe.document import latency
 from recipe.document.facts import sections
+from recipe.document.figures import draw_inference
 from recipe.document.formatting import latency as as_text
-from recipe.document.inference_figures import draw_inference
 from recipe.document.render import generated_blocks, twin
 from recipe.records import Absent, ClassifiedPicture, Guess, Hardware, InferenceRecord, Latency, TimingRecord
 from tests.document.test_document import facts as facts_of_a_run
