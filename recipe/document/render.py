@@ -1,8 +1,8 @@
 """From records to pages: `recipe.md` for people and `recipe.json`, its twin, for programs.
 
 Rendering is a pure function of the records, the pinned configuration and the logged rows, so equal inputs give equal
-bytes; nothing is ever read back from a page but the hashes of its own blocks. `template.md.j2` reads as the
-document and alone knows the order of its sections.
+bytes; nothing is ever read back from a page but the hashes of its own blocks. `templates/document.md.j2` has the
+order of the chapters, and each chapter its own file.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def generated_blocks(facts: Facts) -> dict[str, str]:
         contents[block_id] = compact(caller())
         return Markdown("")
 
-    template = environment().get_template("template.md.j2")
+    template = environment().get_template("document.md.j2")
     template.render(block=block, **context(facts))
     return contents
 
@@ -110,7 +110,7 @@ def compact(content: str) -> str:
 def environment() -> Environment:
     """Undefined names stop, and everything is escaped that no filter has made into markdown."""
     made = Environment(
-        loader=PackageLoader("recipe.document", "."),
+        loader=PackageLoader("recipe.document", "templates"),
         undefined=StrictUndefined,
         finalize=formatting.shown,
         autoescape=False,
