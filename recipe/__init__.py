@@ -47,8 +47,7 @@ chapters
                    reference, verdict, watch, aggregate: is a run on track?; restoring (a stranger's document as data),
                    fitting (to this machine), judgement, reproduction_report, reproduce
 the example
-    demonstration  what inference.ipynb shows of a run, and leaves in its records
-    notebook       python -m recipe.notebook: runs it without a browser
+    demonstration  inference.ipynb: a run's model on pictures, from every file; python -m recipe.demonstration runs it
 """
 
 import os

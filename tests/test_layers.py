@@ -61,7 +61,6 @@ ALLOWED = {
     "document": [*GROUND, "document"],
     "projection": [*GROUND, "composition", "data", "document"],
     "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
-    "notebook": [*GROUND, "composition", "document"],
     "review": [
         *GROUND,
         *(

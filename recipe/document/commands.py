@@ -72,7 +72,7 @@ def to_serialize(facts: Facts) -> str:
 
 def to_show(facts: Facts) -> str:
     """What fills Inference / Code and adds this machine to the timing information."""
-    return f"python -m recipe.notebook {places(facts)}"
+    return f"python -m recipe.demonstration {places(facts)}"
 
 
 def experiment(facts: Facts) -> str:

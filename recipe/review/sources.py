@@ -28,7 +28,7 @@ SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
-MODULES = ("recipe.notebook",)
+MODULES = ("recipe.demonstration",)
 PROJECT, REPRODUCE = ["-m", "recipe", "project"], ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program

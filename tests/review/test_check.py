@@ -97,7 +97,7 @@ def test_it_needs_no_torch_and_less_than_two_seconds(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "command", "kind"),
     [
-        ("inference.json", "python -m recipe.notebook run_dir=", Kind.finding),
+        ("inference.json", "python -m recipe.demonstration run_dir=", Kind.finding),
         ("serialization.json", "python serialize.py run_dir=", Kind.note),  # asked for where the deployed form differs
     ],
 )
@@ -495,7 +495,7 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         "torchrun --nnodes=4 --nproc-per-node=8 train.py optimization.epochs=18 trainer.gpus=8",
         "python train.py -m seed=1,2,3 hydra/launcher=submitit_slurm",
         "python train.py ++model.name=resnet18 ~data.description.papers data=imagenet",
-        "python -m recipe.notebook run_dir=runs/demo timing.seconds_per_cell=0.1",
+        "python -m recipe.demonstration run_dir=runs/demo timing.seconds_per_cell=0.1",
         'python train.py experiment=demo run_dir="$RUN_DIR" reference="$REFERENCE"',
         'python -m recipe reproduce "$RECIPE" --run-dir "$RUN_DIR" --yes',
         "python -m recipe reproduce recipes/demo --stages train evaluate --yes",
