@@ -38,7 +38,7 @@ from recipe.run import CHECKOUT, Run, append_to_journal, recorded_path, shown_pa
 
 NOTEBOOK = CHECKOUT / "inference.ipynb"
 PARAMETERS = "parameters"  # tag of the cell that names the run
-COLORS = re.compile(r"\x1b\[[0-9;]*m")  # of a traceback
+ANSI_COLORS = re.compile(r"\x1b\[[0-9;]*m")  # of a traceback
 SAMPLES = 8  # validation images, each of another class
 CLASSES_NAMED = 20
 
@@ -230,7 +230,7 @@ def execute(notebook: Any) -> Any:
         except CellExecutionError as error:
             if error.ename in (UserError.__name__, DiskError.__name__):
                 raise (DiskError if error.ename == DiskError.__name__ else UserError)(error.evalue) from None
-            print(COLORS.sub("", str(error)), file=sys.stderr)
+            print(ANSI_COLORS.sub("", str(error)), file=sys.stderr)
             raise UserError(f"a cell of {NOTEBOOK.name} failed: {error.ename}: {error.evalue}") from None
 
 

@@ -28,7 +28,7 @@ OWN_FILE = "recipe/__init__.py"  # in every commit of this project
 GIT_FILES = ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")  # variables that git is given
 GIT_SECONDS = 60
 REASON_LENGTH_MAX = 200
-PLAIN, LINK, SUBMODULE = "100644", "120000", "160000"  # modes in a commit
+PLAIN, SYMLINK, SUBMODULE = "100644", "120000", "160000"  # modes in a commit
 
 
 class Stage:
@@ -282,13 +282,13 @@ def _patch(committed: Mapping[str, CommittedFile], modified: list[str], new: lis
         for side in ("a", "b"):
             (folder / side).mkdir()
         for name, content in zip(modified, before, strict=True):
-            _write(folder / "a" / name, content, committed[name].mode)
+            _write_file(folder / "a" / name, content, committed[name].mode)
         for name in (*modified, *new):
             if (now_there := _content(name)) is not None:
                 # The right to execute is the committed one, since not every file system has it.
                 mode = committed[name].mode if name in committed else PLAIN
-                mode = LINK if (CHECKOUT / name).is_symlink() else PLAIN if mode == LINK else mode
-                _write(folder / "b" / name, now_there, mode)
+                mode = SYMLINK if (CHECKOUT / name).is_symlink() else PLAIN if mode == SYMLINK else mode
+                _write_file(folder / "b" / name, now_there, mode)
         settings = {name: str(folder) for name in ("HOME", "XDG_CONFIG_HOME")}
         settings |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
         settings |= {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
@@ -296,9 +296,9 @@ def _patch(committed: Mapping[str, CommittedFile], modified: list[str], new: lis
         return git(*words, folder=folder, settings=settings, accepted=(0, 1))
 
 
-def _write(path: Path, content: bytes, mode: str) -> None:
+def _write_file(path: Path, content: bytes, mode: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if mode == LINK:
+    if mode == SYMLINK:
         path.symlink_to(os.fsdecode(content))
     else:
         path.write_bytes(content)
