@@ -165,7 +165,7 @@ def recipe_parts(
     gate = ["serialization.int8_accuracy_drop_max=0.2"] if is_small else []
     yield Part("serialize", ["serialize.py", f"run_dir={shown}", data_word(words), *gate], (f"evaluate-{first}",))
     timing = ["timing.seconds_per_cell=0.2", "timing.batch_sizes=[1]"] if is_small else []
-    notebook = ["-m", "recipe.notebook", f"run_dir={shown}", data_word(words), *timing]
+    notebook = ["-m", "recipe.demonstration", f"run_dir={shown}", data_word(words), *timing]
     yield Part("latency", notebook, (f"evaluate-{first}",))
     dynamics = ["-m", "recipe", "watch", "--against", *runs.values(), "--save", f"{work}/dynamics.json"]
     yield Part("dynamics", dynamics, evaluated)

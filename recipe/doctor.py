@@ -28,8 +28,8 @@ from recipe.data.shards import Split, open_split, read_manifest
 from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
 from recipe.document.formatting import duration
+from recipe.environment import usable_cores
 from recipe.model import build_model
-from recipe.provenance import usable_cores
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, compiled
