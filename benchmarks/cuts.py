@@ -63,7 +63,12 @@ def finished(words: list[str], run_dir: str) -> tuple[int, str]:
 def train(words: list[str], fault: str | None = None) -> tuple[int, str]:
     """Exit code and output of one command."""
     environment = {name: value for name, value in os.environ.items() if name != "FAULT"}
-    command = [sys.executable, str(CHECKOUT / "train.py"), "experiment=smoke", f"optimization.batch_size={BATCH_SIZE}"]
+    command = [
+        sys.executable,
+        str(CHECKOUT / "tests" / "faults" / "inject.py"),
+        "experiment=smoke",
+        f"optimization.batch_size={BATCH_SIZE}",
+    ]
     done = subprocess.run(
         [*command, "trainer.accelerator=cpu", *words],
         env=environment | ({"FAULT": fault} if fault else {}),

@@ -5,7 +5,6 @@ ground floor, importable without torch
     errors         what stops a run, each kind with its exit code
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
-    faults         failures on demand, for tests
     config         typed schema of every knob, cross-field checks, identity of a recipe
     files          files and names that may come from a stranger
     metrics        the rows of metrics.jsonl

@@ -10,7 +10,7 @@ from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
-    *("streams", "errors", "launcher", "signals", "faults", "energy", "config", "files", "metrics", "records", "run"),
+    *("streams", "errors", "launcher", "signals", "energy", "config", "files", "metrics", "records", "run"),
     "provenance",
 ]
 ALLOWED = {
@@ -18,13 +18,12 @@ ALLOWED = {
     "errors": ["streams"],
     "launcher": ["errors"],
     "signals": ["errors"],
-    "faults": [],
     "energy": [],
     "config": ["errors"],
     "files": ["errors"],
     "metrics": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "faults", "files", "metrics", "records"],
+    "run": ["errors", "files", "metrics", "records"],
     "provenance": ["launcher", "records", "run"],
     "composition": GROUND,
     "distributed": GROUND,

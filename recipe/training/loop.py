@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 import torch
 
-from recipe import faults
 from recipe.checkpoint import prune_checkpoints, write_released_weights
 from recipe.config import Config, config_sha256, leaves, pinned
 from recipe.data.loading import Batch
@@ -47,7 +46,6 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
     """
     config = with_known_weights(config)
     with start_world(config.trainer) as world, stop_wish(world) as wish, _one_writer(config, world) as run:
-        faults.stop("beginning", world.rank, 0)
         finished = finished_record(run) if world.is_first else None
         if world.from_first(finished is not None):
             return finished
@@ -97,7 +95,6 @@ def fit(training: Training, after_validation: AfterValidation | None = None) -> 
 def take_step(training: Training, batches: list[Batch]) -> None:
     """One optimizer step and what follows from it."""
     progress = training.progress
-    faults.strike(training.world.rank, progress.step, training.model.parameters())
     torch.manual_seed(_dropout_seed(training))
     training.stepper.step(batches, training.learning_rate(progress.step))
     progress.step += 1

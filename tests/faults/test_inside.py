@@ -27,6 +27,7 @@ from recipe.training.build import Training
 from recipe.training.hanging import HangWatch
 from recipe.training.journal import Journal, append
 from tests.conftest import compose_config
+from tests.faults.inject import injected
 from tests.test_checkpoint import state_of
 from tests.worlds import run_world
 
@@ -207,9 +208,9 @@ def test_f17_a_run_directory_that_vanishes_ends_the_run_at_its_next_checkpoint(
 
 
 def kind_of_failure(words: list[str], fault: str) -> str:
-    os.environ["FAULT"] = fault
     try:
-        loop.train(compose_config(*words))
+        with injected(fault):
+            loop.train(compose_config(*words))
     except Exception as error:
         code = error.exit_code if isinstance(error, UserError) else "unexpected"
         return f"{code}: {error}"
