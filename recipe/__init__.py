@@ -10,7 +10,6 @@ ground floor, importable without torch
     metrics        the rows of metrics.jsonl
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
-    energy         what GPUs have used, by their driver's counter
     provenance     commit and tree state, command, hardware, versions
     composition    from the command line to a Config
 ground floor, torch

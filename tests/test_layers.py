@@ -10,7 +10,7 @@ from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
-    *("streams", "errors", "launcher", "signals", "energy", "config", "files", "metrics", "records", "run"),
+    *("streams", "errors", "launcher", "signals", "config", "files", "metrics", "records", "run"),
     "provenance",
 ]
 ALLOWED = {
@@ -18,7 +18,6 @@ ALLOWED = {
     "errors": ["streams"],
     "launcher": ["errors"],
     "signals": ["errors"],
-    "energy": [],
     "config": ["errors"],
     "files": ["errors"],
     "metrics": ["errors"],

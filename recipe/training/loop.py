@@ -24,7 +24,7 @@ from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
 from recipe.run import Run, append_to_journal, shown_path
 from recipe.training.build import Training, build_training
-from recipe.training.energy import Meter
+from recipe.training.energy import EnergyMeter
 from recipe.training.hanging import hang_watch
 from recipe.training.measurement import measure_steps, validate, validation_predictor
 from recipe.training.pinning import finished_record, pin, set_aside
@@ -56,7 +56,7 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
         ):
             with world.first_decides():
                 check_space(training)
-            meter = Meter(world)
+            meter = EnergyMeter(world)
             fit(training, after_validation)
             return _leave_record(training, meter) if world.is_first else None
 
@@ -124,7 +124,7 @@ def _complete_epoch(training: Training) -> None:
     training.wait.lap()
 
 
-def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
+def _leave_record(training: Training, meter: EnergyMeter) -> TrainingRecord:
     energy = meter.record(training.progress.session_records())
     if training.journal is not None:
         training.journal.settle(durably=True)  # the last validation comes after the last checkpoint
