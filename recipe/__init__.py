@@ -14,11 +14,11 @@ ground floor, importable without torch
     composition    from the command line to a Config
 ground floor, torch
     distributed    launch(), World, reductions
-    alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head
-    model          ResNet-50 and its sources
-    plain          what torch.save wrote, if it is data
+    alterations    blur pooling, stochastic depth, the initial bias of the head
+    plain          files of torch.save as plain data
     checkpoint     atomic save, verified load
-    weights        the files of weights that people have
+    weights        the files of weights of other training scripts
+    model          ResNet-50 and its sources, finished here
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
                    system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
@@ -27,12 +27,10 @@ chapters
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
-    rehearsal      a forward pass of shapes alone: can the network take these images?
-    published      weights that others published, to check the evaluator with
+    published      published pretrained weights, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       schedule, loss, optimizer, optimization, policies, mixing, draws, augmentation, averaging,
-                   recalibration; build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement,
-                   journal, record, fingerprint
+    training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
+                   watchdog, metrics, metric_log, energy, record; fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,

@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors and JSON-able values, saved so that a kill at any point costs nothing.
+"""Checkpoint files: plain tensors and JSON-able values, saved so that a kill at any point costs nothing.
 
 A checkpoint is `step-00000312.pt` with its SHA-256 in `step-00000312.pt.sha256`; it counts only if both are there
 and agree, since `torch.load` does not notice a flipped bit. Both are written to temporary names, flushed and
@@ -31,7 +31,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class Position(msgspec.Struct):
-    """The part of a training's progress that other stages read."""
+    """The progress of a training, as far as other stages read it."""
 
     epoch: Count
     step: Count
@@ -39,7 +39,7 @@ class Position(msgspec.Struct):
 
 
 class Entries(msgspec.Struct):
-    """The types of a checkpoint's entries; weights are looked at beside it, the rest by who restores it."""
+    """The types of a checkpoint's entries; `_check_entries` checks the weights, `restore` the rest."""
 
     config: dict[str, Any]
     config_sha256: str
@@ -55,7 +55,7 @@ class Entries(msgspec.Struct):
 
 
 def save_checkpoint(directory: Path, step: int, state: State) -> Path:
-    """Write `state` durably under the number of its step; raises `DiskError` and leaves no half file."""
+    """Write `state` durably under the number of its step; raises `DiskError` and leaves no partial file."""
     buffer = io.BytesIO()  # a file name would become part of the archive's bytes
     torch.save({"format": FORMAT, **state}, buffer)
     content = buffer.getvalue()
@@ -64,7 +64,7 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
     old = checksum.read_bytes() if path.exists() and checksum.exists() else b""  # of the same step: valid until the end
     write_atomically(checksum, new + old)
     try:
-        write_atomically(path, content)  # last: whoever finds it finds its checksum too
+        write_atomically(path, content)  # last: its checksum is there when it appears
     except DiskError:
         if not old:
             checksum.unlink()
@@ -89,38 +89,38 @@ def load_checkpoint(path: Path) -> State:
         state: State = unpickled(handle, where)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{where} is not of format {FORMAT!r}")
-    _require_entries(state, where)
+    _check_entries(state, where)
     return state
 
 
-def _require_entries(state: State, where: str) -> None:
+def _check_entries(state: State, where: str) -> None:
     try:
         msgspec.convert(state, Entries)
     except (msgspec.ValidationError, RecursionError, AttributeError) as error:  # a tensor looks like a mapping
         raise UserError(f"{where} was not written by training, or its entries were changed: {error}") from error
-    for name, tensors in (("model", state["model"]), ("average", released_entry(state)[1])):
+    for name, tensors in (("model", state["model"]), ("average", eval_entry(state)[1])):
         if not named_tensors(tensors) or not all(map(is_plain, tensors.values())):
             raise UserError(f"{where} was not written by training: its entry {name!r} does not hold plain weights")
 
 
-def released_weights(state: State) -> dict[str, Tensor]:
-    """The weights that count: the moving average's where the run keeps one."""
-    weights: dict[str, Tensor] = released_entry(state)[1]
+def eval_weights(state: State) -> dict[str, Tensor]:
+    """The evaluated weights: those of the moving average where the run keeps one."""
+    weights: dict[str, Tensor] = eval_entry(state)[1]
     return weights
 
 
-def released_entry(state: State) -> tuple[str, Any]:
-    """The name of the entry that counts, and its weights."""
+def eval_entry(state: State) -> tuple[str, Any]:
+    """The name of the entry of the evaluated weights, and these."""
     average = state.get("average")
     if average is None:
         return "model", state.get("model")
     return "average", average.get("model") if isinstance(average, dict) else None
 
 
-def write_released_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:
-    """The weights alone, beside the checkpoint of their step, in a format that anybody can read and that runs no code.
+def write_eval_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:
+    """Write the weights alone, as safetensors, beside the checkpoint of their step.
 
-    The digest (`model.weights_sha256`) travels with them, since the format itself does not notice a flipped bit.
+    The digest (`model.weights_sha256`) goes with them, since the format itself does not notice a flipped bit.
     """
     path = directory / f"step-{step:08d}.safetensors"
     plain = {
@@ -131,7 +131,7 @@ def write_released_weights(directory: Path, step: int, weights: dict[str, Tensor
 
 
 def interface_of(state: State, where: str) -> Interface:
-    """How the pixels of these weights are made and what their outputs mean; raises `UserError` where it is not said."""
+    """How the pixels of these weights are made and what their outputs mean; raises `UserError` where it is missing."""
     try:
         return msgspec.convert(state["interface"], Interface)
     except (KeyError, AttributeError, msgspec.ValidationError) as error:
@@ -139,10 +139,10 @@ def interface_of(state: State, where: str) -> Interface:
 
 
 def newest_checkpoint(directory: Path) -> State | None:
-    """The newest valid checkpoint's state, or None where there is none at all.
+    """The newest valid checkpoint's state, or None where there are no checkpoints.
 
-    Damaged ones are set aside as `.corrupt` and named. Where all are damaged it stops: training never starts anew in
-    silence where checkpoints exist.
+    Damaged ones are renamed to `.corrupt` with a warning. Raises `UserError` where all are damaged: training never
+    starts over in silence.
     """
     for path in checkpoint_files(directory)[::-1]:
         try:

@@ -1,6 +1,6 @@
-"""What torch.save wrote, as plain data: tensors, numbers, text, and the containers of these. Nothing of a file is run.
+"""Reads files of torch.save as plain data: tensors, numbers, text, and containers of these. Runs no code of a file.
 
-Of classes, a file may hold `argparse.Namespace` alone, whose values are data; training scripts keep their arguments so.
+The only class that a file may hold is `argparse.Namespace`, in which training scripts save their arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]{1,100})")  # in torch's words
 
 
 def unpickled(handle: BufferedReader, where: str, is_mapped: bool = False) -> Any:
-    """The content of a file; raises `UserError` that names the class of what is not plain data, and for damage.
+    """The content of a file; raises `UserError` for damage, and for an object that is not plain data, with its class.
 
     The tensors of a mapped file are read where they are used; files older than torch 1.6 cannot be mapped.
     """
@@ -30,7 +30,7 @@ def unpickled(handle: BufferedReader, where: str, is_mapped: bool = False) -> An
     handle.seek(0)
     is_archive = start == ZIP
     if is_archive:
-        _refuse_packed(handle, where, size)
+        _refuse_zip_bomb(handle, where, size)
     source = f"/dev/fd/{handle.fileno()}" if is_mapped and is_archive else handle  # torch decides by a path's suffix
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -38,19 +38,19 @@ def unpickled(handle: BufferedReader, where: str, is_mapped: bool = False) -> An
             return torch.load(source, map_location="cpu", weights_only=True, mmap=source is not handle)
     except Exception as error:  # for a damaged or hostile file torch raises about anything
         refused = REFUSED_CLASS.search(str(error))
-        what = f"holds an object of {refused[1]}" if refused else "is damaged, or holds more than data"
+        problem = f"holds an object of {refused[1]}" if refused else "is damaged, or holds more than data"
         raise UserError(
-            f"{where} is not a file of plain tensors: it {what}; save the weights alone, as "
+            f"{where} is not a file of plain tensors: it {problem}; save the weights alone, as "
             "torch.save(model.state_dict(), FILE)"
         ) from error
 
 
-def _refuse_packed(handle: BufferedReader, where: str, size: int) -> None:
-    """torch.save packs nothing: an archive that unpacks to more than its size is a bomb."""
+def _refuse_zip_bomb(handle: BufferedReader, where: str, size: int) -> None:
+    """torch.save does not compress: an archive that unpacks to more than its size is a zip bomb."""
     try:
         with zipfile.ZipFile(handle) as archive:
             entries = archive.infolist()
-    except Exception as error:  # zip, struct and value errors, as the damage has it
+    except Exception as error:  # zip, struct or value errors, depending on the damage
         raise UserError(f"{where} is not a file of plain tensors: it is cut short or damaged; copy it again") from error
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise UserError(f"{where} is not a file of plain tensors: it holds a TorchScript program")
@@ -69,7 +69,7 @@ def named_tensors(value: Any) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a network can compute with a tensor: dense real numbers that are here."""
+    """Whether a network can compute with a tensor: dense real numbers on the CPU."""
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""Weights that others published: with them anybody who has ImageNet can check this evaluator before trusting it.
+"""Published pretrained weights: with them anyone who has ImageNet can check this evaluator before trusting it.
 
 `evaluation.weights=IMAGENET1K_V2` names weights of torchvision; a file (see `recipe.weights`) can be given instead, for
-machines that reach no host. The protocol of named weights is their own (resize, crop, interpolation belong to weights).
+machines without network. Named weights bring their own protocol (resize, crop, interpolation).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HASH_DIGITS = 8  # of the SHA-256, at the end of the published file's name
 
 
 def published_config(config: Config) -> Config:
-    """The configuration with the protocol of the asked weights, in fp32 as they were measured."""
+    """The configuration with the protocol of these weights, in fp32 as they were measured."""
     weights = named_weights(config.model.name, config.evaluation.weights)
     config = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
     if weights is None:
@@ -41,7 +41,7 @@ def published_config(config: Config) -> Config:
 
 
 def published_weights(model_name: str, asked: str) -> GivenWeights:
-    """The weights of that name or file; a download is held to the hash in its name and read as plain data."""
+    """The weights of that name or file; a download is checked against the hash in its name and read as plain data."""
     weights = named_weights(model_name, asked)
     if weights is None:
         return read_weights(Path(asked), "evaluation.weights")
@@ -59,7 +59,7 @@ def published_weights(model_name: str, asked: str) -> GivenWeights:
 
 
 def published_accuracy(model_name: str, asked: str | None) -> dict[str, float]:
-    """Top-1 and top-5 as fractions, as torchvision's own metadata has them; empty where nobody published any."""
+    """Top-1 and top-5 as fractions, from torchvision's own metadata; empty where there are none."""
     weights = named_weights(model_name, asked)
     metrics: dict[str, float] = {} if weights is None else weights.meta["_metrics"].get(METRICS, {})
     return {f"top{within}_accuracy": metrics[f"acc@{within}"] / 100 for within in (1, 5) if f"acc@{within}" in metrics}
@@ -67,15 +67,17 @@ def published_accuracy(model_name: str, asked: str | None) -> dict[str, float]:
 
 def named_weights(model_name: str, asked: str | None) -> Any | None:
     """torchvision's entry of that name for this network; None for a file. Raises `UserError` for neither."""
-    if asked is None or os.path.exists(asked):  # whatever it is: reading it says so
+    if asked is None or os.path.exists(asked):  # a file; reading it tells whether it holds weights
         return None
     if model_name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"evaluation.weights={shown_path(asked)} does not exist, and nobody published {model_name}")
-    known: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
-    names = list(known.__members__)
+        raise UserError(
+            f"evaluation.weights={shown_path(asked)} does not exist, and torchvision publishes no {model_name}"
+        )
+    published: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
+    names = list(published.__members__)
     if asked not in names:
         raise UserError(
             f"evaluation.weights={shown_path(asked)} is neither a file nor weights of {model_name}; torchvision "
             f"{torchvision.__version__} knows {', '.join(names)}"
         )
-    return known[asked]
+    return published[asked]

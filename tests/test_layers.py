@@ -35,10 +35,9 @@ ALLOWED = {
     "evaluation": [*GROUND, "distributed", "model", "data"],
     "published": [*GROUND, "weights"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
-    "rehearsal": ["errors"],
     "performance": [
         *GROUND,
-        *("distributed", "model", "checkpoint", "weights", "data", "evaluation", "published", "inference", "rehearsal"),
+        *("distributed", "model", "checkpoint", "weights", "data", "evaluation", "published", "inference"),
     ],
     "training": [
         *GROUND,
@@ -50,7 +49,6 @@ ALLOWED = {
             "weights",
             "data",
             "evaluation",
-            "rehearsal",
             "training",
         ),
     ],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.checkpoint import load_checkpoint, released_weights
+from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.config import config_sha256
 from recipe.data.shards import MANIFEST, is_file_with, read_manifest
 from recipe.document.claims import identity
@@ -149,7 +149,7 @@ def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
         return
     wanted = facts.training.outputs.get("weights")
     name = f"step-{facts.training.schedule.steps:08d}"
-    yield weights_link(run, f"{name}.pt", wanted, lambda path: released_weights(load_checkpoint(path)))
+    yield weights_link(run, f"{name}.pt", wanted, lambda path: eval_weights(load_checkpoint(path)))
     yield weights_link(run, f"{name}.safetensors", wanted, lambda path: read_weights(path, "file").tensors)
 
 

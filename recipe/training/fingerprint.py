@@ -35,13 +35,11 @@ from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, 
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
-from recipe.training.hanging import HangWatch
 from recipe.training.loop import take_step
-from recipe.training.loss import loss_facts
-from recipe.training.measurement import predict_validation, validation_predictor
-from recipe.training.optimizer import optimizer_facts
-from recipe.training.schedule import build_schedule
-from recipe.training.stopping import StopWish
+from recipe.training.metrics import predict_validation, validation_predictor
+from recipe.training.optim import build_schedule, loss_facts, optimizer_facts
+from recipe.training.shutdown import StopRequest
+from recipe.training.watchdog import Watchdog
 
 STEPS = 10
 # Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
@@ -71,15 +69,17 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
 
     More `threads` than one are for measuring how far the last digits move.
     """
-    facts = model_facts(build_model(config.model, classes, config.seed), config.model, classes)
+    network = replace(config.model, weights=None, weights_sha256=None)  # those of a run are not needed
+    model = build_model(network, classes, config.seed, config.optimization.binary_head_bias)
+    facts = model_facts(model, network, classes)
     schedule = build_schedule(config.optimization, steps_per_epoch)
     augmentation = build_augmentation(config.augmentation, config.seed)
     with _calm(threads), _small_training(config) as training:
         settings = _facts(config, training)
-        groups = optimizer_facts(training.stepper.optimizer)
+        groups = optimizer_facts(training.train_step.optimizer)
         start = _start(training)
         probes = list(_probes(training, start))
-        counts = _counts([tally for _, tally in probes], int(training.stepper.skipped_steps))
+        counts = _counts([tally for _, tally in probes], int(training.train_step.skipped_steps))
         evaluation = _evaluated(training)
         order = _order_sha256(training)
     return Fingerprint(
@@ -208,8 +208,8 @@ def _small_training(config: Config) -> Iterator[Training]:
         with contextlib.redirect_stderr(io.StringIO()):
             preprocess(small)
         run = Run(small.run_dir)
-        watch = HangWatch(world, run, small.trainer.timeout_seconds)  # silent: one process
-        with build_training(small, world, run, None, StopWish(world), watch, keeps_journal=False) as training:
+        watchdog = Watchdog(world, run, small.trainer.timeout_seconds)  # off: one process
+        with build_training(small, world, run, None, StopRequest(world), watchdog, None) as training:
             yield training
 
 
@@ -242,10 +242,10 @@ class Start(NamedTuple):
 
 
 def _start(training: Training) -> Start:
-    groups = training.stepper.optimizer.param_groups
+    groups = training.train_step.optimizer.param_groups
     return Start(
         [[parameter.detach().clone() for parameter in group["params"]] for group in groups],
-        [tensor.clone() for tensor in _floating(training.average.model)] if training.average.is_on else [],
+        [tensor.clone() for tensor in _floating(training.ema.model)] if training.ema.is_on else [],
     )
 
 
@@ -267,7 +267,7 @@ def _probes(training: Training, start: Start) -> Iterator[tuple[ProbeStep, Tally
     """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up."""
     for number, position in enumerate(_positions(training)):
         if number == STEPS // 2:
-            training.average.updates = MANY_UPDATES
+            training.ema.updates = MANY_UPDATES
         yield _probe(training, position, start)
 
 
@@ -288,13 +288,13 @@ def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, 
     seen = Seen([], [])
     with _watched(training, seen):
         take_step(training, found)
-    tally = Tally(*training.stepper.take_tally().tolist())
+    tally = Tally(*training.train_step.take_tally().tolist())
     images = torch.cat([part.flatten() for part in seen.images])
     probe = ProbeStep(
         step=position,
         epoch=epoch,
         indices=[index for batch in found for index in batch.indices.tolist()],
-        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
+        learning_rate=training.train_step.optimizer.param_groups[0]["lr"],
         images_mean=images.mean().item(),
         images_std=images.std().item(),
         loss=tally.loss / tally.images,
@@ -333,8 +333,8 @@ def _watched(training: Training, seen: Seen) -> Iterator[None]:
         seen.gradients[:] = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
     hooks = [
-        training.stepper.model.register_forward_pre_hook(look_at_images),
-        training.stepper.optimizer.register_step_pre_hook(look_at_gradients),
+        training.train_step.model.register_forward_pre_hook(look_at_images),
+        training.train_step.optimizer.register_step_pre_hook(look_at_gradients),
     ]
     try:
         yield
@@ -346,10 +346,10 @@ def _watched(training: Training, seen: Seen) -> Iterator[None]:
 def _distances(training: Training, start: Start) -> dict[str, float]:
     """How far each parameter group is from its beginning, and the averaged parameters and buffers if there are any."""
     distances = {}
-    for group, before in zip(training.stepper.optimizer.param_groups, start.groups, strict=True):
+    for group, before in zip(training.train_step.optimizer.param_groups, start.groups, strict=True):
         distances[group["name"]] = _norm([now - then for now, then in zip(group["params"], before, strict=True)])
-    if training.average.is_on:
-        now = _floating(training.average.model)
+    if training.ema.is_on:
+        now = _floating(training.ema.model)
         distances["average"] = _norm([one - other for one, other in zip(now, start.average, strict=True)])
     return distances
 
@@ -390,15 +390,15 @@ def _order_sha256(training: Training) -> str:
 def _facts(config: Config, training: Training) -> dict[str, Setting]:
     """What the live objects say of themselves; the evaluation's are of the recipe's own sizes."""
     transform = build_evaluation_transform(config.evaluation)
-    averaging = {name: value for name, value in training.average.facts().items() if name != "updates"}
+    averaging = {name: value for name, value in training.ema.facts().items() if name != "updates"}
     return {
         "model": _model_facts(training.facts),
-        "loss": loss_facts(training.stepper.loss),
-        "optimizer": type(training.stepper.optimizer).__name__,
-        "gradient_scaler": training.stepper.scaler.is_enabled(),
+        "loss": loss_facts(training.train_step.loss),
+        "optimizer": type(training.train_step.optimizer).__name__,
+        "gradient_scaler": training.train_step.scaler.is_enabled(),
         "averaging": averaging,
-        "normalisation": training.stepper.normalisation.facts(),
+        "normalisation": training.train_step.normalisation.facts(),
         "evaluation": transform.facts(),
-        "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.average.is_on),
+        "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.ema.is_on),
         "decoder": training.batches.threads.decoder_name,
     }

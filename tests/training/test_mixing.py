@@ -32,7 +32,7 @@ from recipe.training.mixing import (
     soft_targets,
 )
 from tests.conftest import compose_config
-from tests.training.test_optimization import ALONE, stepper_of
+from tests.training.test_step import ALONE, step_of
 from tests.worlds import run_world
 
 PIXELS, CLASSES = 20, 10
@@ -328,14 +328,14 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
         augmentation: Augmentation = build_augmentation(config.augmentation, config.seed)
         threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, world)  # type: ignore[arg-type]
         batches = TrainingBatches(threads, augmentation, layout, world.rank, config.seed)
-        from recipe.training.optimization import replicate
-        from tests.training.test_optimization import network
+        from recipe.training.step import replicate
+        from tests.training.test_step import network
 
         model = network(config)
         example = torch.zeros(1, 3, PIXELS, PIXELS, dtype=torch.float64)
-        stepper = stepper_of(config, model, world, replicate(model, world, example, config.trainer.precision))
+        train_step = step_of(config, model, world, replicate(model, world, example, config.trainer.precision))
         for step in batches.epoch(0):
-            stepper.step(step, 0.1)
+            train_step(step, 0.1)
         threads.close()
     assert os.environ.get("WORLD_SIZE", "1") == str(processes)
     return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
