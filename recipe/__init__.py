@@ -15,9 +15,8 @@ ground floor, importable without torch
 ground floor, torch
     distributed    launch(), World, reductions
     alterations    blur pooling, stochastic depth, the initial bias of the head
-    plain          files of torch.save as plain data
-    checkpoint     atomic save, verified load
-    weights        the files of weights of other training scripts
+    checkpoint     atomic save, verified load; files of torch.save as plain data
+    weights        pretrained weights: files of other training scripts, torchvision's
     model          ResNet-50 and its sources, finished here
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
@@ -27,7 +26,6 @@ chapters
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
-    published      published pretrained weights, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
     training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
                    watchdog, metrics, metric_log, energy, record; fingerprint

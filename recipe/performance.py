@@ -48,10 +48,9 @@ from recipe.evaluation import (
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.model import build_model, check_forward, restored_model, weights_sha256
 from recipe.provenance import Stage
-from recipe.published import published_accuracy, published_weights
 from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
-from recipe.weights import GivenWeights, load_state
+from recipe.weights import GivenWeights, load_state, published_accuracy, published_weights
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # people name their weights as they like

@@ -3,25 +3,31 @@
 A state dictionary or a checkpoint that holds one: of this project, torchvision and its reference script, timm,
 Lightning and pytorch/examples, saved by torch or as safetensors; the content decides, not the suffix. Where a file
 holds averaged weights beside the trained ones, the average is read, as those scripts evaluate it.
+
+`evaluation.weights=IMAGENET1K_V2` names weights that torchvision publishes: with them anyone who has ImageNet can check
+this evaluator before trusting it. They bring their own protocol (resize, crop, interpolation).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from safetensors import safe_open
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
-from recipe.checkpoint import FORMAT, eval_entry
+from recipe.checkpoint import FORMAT, ZIP, eval_entry, is_plain, named_tensors, unpickled
+from recipe.config import Config, Interpolation, Precision
 from recipe.errors import NonFiniteError, UserError
 from recipe.files import WEIGHTS_BYTES_MAX, opened
-from recipe.plain import ZIP, is_plain, named_tensors, unpickled
 from recipe.run import shown_path
 
 AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
@@ -31,6 +37,8 @@ AVERAGE_COUNT = "n_averaged"  # of torch's AveragedModel, beside its module
 DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files have a dot more
 PICKLE, SAFETENSORS = b"\x80", b"{"
 HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
+METRICS = "ImageNet-1K"  # torchvision's key of the accuracies
+HASH_DIGITS = 8  # of the SHA-256, at the end of the published file's name
 EXAMPLES = 3
 LONGEST_NAME = 100
 
@@ -196,3 +204,65 @@ def _examples(names: Iterable[str]) -> str:
 def _shortened(name: str) -> str:
     line = " ".join(name.split())
     return line if len(line) <= LONGEST_NAME else f"{line[:LONGEST_NAME]}..."
+
+
+# ---- published by torchvision ------------------------------------------------------------------------
+
+
+def published_config(config: Config) -> Config:
+    """The configuration with the protocol of these weights, in fp32 as they were measured."""
+    weights = named_weights(config.model.name, config.evaluation.weights)
+    config = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
+    if weights is None:
+        return config
+    view = weights.transforms()
+    protocol = replace(
+        config.evaluation,
+        resize_pixels=view.resize_size[0],
+        crop_pixels=view.crop_size[0],
+        interpolation=Interpolation(view.interpolation.value),
+    )
+    return replace(config, evaluation=protocol)
+
+
+def published_weights(model_name: str, asked: str) -> GivenWeights:
+    """The weights of that name or file; a download is checked against the hash in its name and read as plain data."""
+    weights = named_weights(model_name, asked)
+    if weights is None:
+        return read_weights(Path(asked), "evaluation.weights")
+    path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[1])
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(path), path.stem[-HASH_DIGITS:])
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"evaluation.weights={asked} could not be downloaded from {weights.url} ({error}); fetch that file by "
+                "other means and give its path"
+            ) from error
+    return read_weights(path, "evaluation.weights")
+
+
+def published_accuracy(model_name: str, asked: str | None) -> dict[str, float]:
+    """Top-1 and top-5 as fractions, from torchvision's own metadata; empty where there are none."""
+    weights = named_weights(model_name, asked)
+    metrics: dict[str, float] = {} if weights is None else weights.meta["_metrics"].get(METRICS, {})
+    return {f"top{within}_accuracy": metrics[f"acc@{within}"] / 100 for within in (1, 5) if f"acc@{within}" in metrics}
+
+
+def named_weights(model_name: str, asked: str | None) -> Any | None:
+    """torchvision's entry of that name for this network; None for a file. Raises `UserError` for neither."""
+    if asked is None or os.path.exists(asked):  # a file; reading it tells whether it holds weights
+        return None
+    if model_name not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(
+            f"evaluation.weights={shown_path(asked)} does not exist, and torchvision publishes no {model_name}"
+        )
+    published: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
+    names = list(published.__members__)
+    if asked not in names:
+        raise UserError(
+            f"evaluation.weights={shown_path(asked)} is neither a file nor weights of {model_name}; torchvision "
+            f"{torchvision.__version__} knows {', '.join(names)}"
+        )
+    return published[asked]

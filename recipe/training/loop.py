@@ -153,26 +153,16 @@ def _leave_record(training: Training, meter: EnergyMeter) -> TrainingRecord:
 
 @contextmanager
 def _one_writer(config: Config, world: World) -> Iterator[Run]:
-    """The run directory with its configuration pinned, held by the first process alone."""
+    """The run directory with its configuration pinned, locked by the first process; all processes must agree on it."""
     run = Run(config.run_dir)
     with ExitStack() as held:
         with world.first_decides():
             if world.is_first:
-                _claim(run, config, held)
-        _agree(config, world)
+                if config.trainer.restart and run.config.exists():
+                    with run.lock():
+                        print(f"the old run is now {shown_path(run.move_aside())}", flush=True)
+                held.enter_context(run.lock())
+                pin(run, config)
+        world.must_agree("the configuration", config_sha256(pinned(config)))
+        world.must_agree("the source code", source_sha256())
         yield run
-
-
-def _claim(run: Run, config: Config, held: ExitStack) -> None:
-    """Take the run directory for this process until `held` is closed."""
-    if config.trainer.restart and run.config.exists():
-        with run.lock():
-            print(f"the old run is now {shown_path(run.move_aside())}", flush=True)
-    held.enter_context(run.lock())
-    pin(run, config)
-
-
-def _agree(config: Config, world: World) -> None:
-    """Raise `UserError` where processes were started with different configurations or checkouts."""
-    world.must_agree("the configuration", config_sha256(pinned(config)))
-    world.must_agree("the source code", source_sha256())

@@ -14,7 +14,7 @@ from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
-from recipe.training.mixing import blended, heavier_labels, soft_targets
+from recipe.training.mixing import dominant_labels, mix, soft_targets
 from recipe.training.optim import Loss
 
 
@@ -89,9 +89,9 @@ class TrainStep:
         labels = batch.labels.to(self.device, non_blocking=True)
         draws = None if batch.draws is None else batch.draws.to(self.device)
         with autocast(self.precision, self.device):
-            logits = self.model(blended(self.normalisation(images), draws))
+            logits = self.model(mix(self.normalisation(images), draws))
             loss: Tensor = self.loss(logits, soft_targets(labels, draws, logits.shape[1]))
-        self._count(loss.detach(), logits.detach(), heavier_labels(labels, draws))
+        self._count(loss.detach(), logits.detach(), dominant_labels(labels, draws))
         return loss
 
     @torch.no_grad()
