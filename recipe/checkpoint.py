@@ -160,7 +160,7 @@ def newest_checkpoint(directory: Path) -> State | None:
     if damaged:
         raise UserError(
             f"no valid checkpoint is left in {shown_path(directory)} (damaged: {', '.join(damaged)}); "
-            "trainer.restart=true moves this run aside and begins anew"
+            "trainer.restart=true moves this run aside and starts over"
         )
     return None
 

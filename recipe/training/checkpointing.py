@@ -139,7 +139,7 @@ def restore(training: Training, state: State | None) -> None:
         "average": training.ema.restore,
         "optimizer": lambda saved: _restore_optimizer(train_step.optimizer, saved),
         "scaler": train_step.scaler.load_state_dict,
-        "progress": lambda saved: _restore_progress(progress, saved),
+        "progress": lambda saved: vars(progress).update(vars(msgspec.convert(saved, Progress))),
     }
     for entry, restorer in restorers.items():  # the checksum is right, the content may still not be training's
         try:
@@ -170,12 +170,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
         for name, buffer in buffers.items():
             if isinstance(buffer, torch.Tensor) and buffer.dim() and buffer.shape != parameter.shape:
                 raise ValueError(f"{name} has another shape than its parameter")
-
-
-def _restore_progress(progress: Progress, saved: dict[str, Any]) -> None:
-    converted = msgspec.convert(saved, Progress)
-    for name in saved.keys() & vars(converted).keys():
-        setattr(progress, name, getattr(converted, name))
 
 
 def _begin_session(training: Training, is_exact: bool | None, note: str) -> None:
