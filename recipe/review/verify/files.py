@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.checkpoint import load_checkpoint, eval_weights
+from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.config import config_sha256
 from recipe.data.shards import MANIFEST, is_file_with, read_manifest
 from recipe.document.claims import identity
