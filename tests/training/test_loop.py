@@ -202,7 +202,7 @@ def test_before_the_first_validation_there_is_no_best_epoch(smoke: Words, monkey
     monkeypatch.setattr(loop, "validate", failing_validation)
     with pytest.raises(Killed):
         train(smoke())
-    with pytest.raises(UserError, match=r"evaluation\.checkpoint=best cannot be yet"):
+    with pytest.raises(UserError, match=r"evaluation\.checkpoint=best does not exist yet"):
         evaluate_run(compose_config(*smoke("evaluation.checkpoint=best")))
 
 
