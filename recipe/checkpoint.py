@@ -25,7 +25,7 @@ from recipe.records import Interface
 from recipe.run import shown_path, write_atomically
 
 State = dict[str, Any]
-FORMAT = "checkpoint/1"
+FORMAT = "checkpoint/2"
 CHECKSUMS_BYTES_MAX = 2**20
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 

@@ -22,22 +22,37 @@ Split = Literal["train", "validation"]
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
 
-    split: Split  # train: since the row before; validation: all of the set
+    split: Split  # train: since the row before; validation: all of the set, at the end of an epoch
     epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     step: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     images_seen: Count
     loss: Number
     top1_accuracy: Number
     top5_accuracy: Number
-    learning_rate: Number | None
+    learning_rate: Number  # of the last step
     images_per_second: Number
     data_wait_fraction: Number | None
     seconds: Number  # of training, validation included, since the run began
     held_up_fraction: Number | None = None  # of the thread that launches work, see `recipe.training.journal.Probe`
+    train_loss: Number | None = None  # of validation rows: these three are means over the training images of the epoch
+    train_top1_accuracy: Number | None = None
+    train_top5_accuracy: Number | None = None
 
     @property
     def place(self) -> Place:
         return Place(self.split, self.epoch, self.step)
+
+
+EPOCH_FIELDS = {  # of `recipe.records.Epoch` -> of the validation row that ends the epoch
+    "epoch": "epoch",
+    "learning_rate": "learning_rate",
+    "train_loss": "train_loss",
+    "train_top1": "train_top1_accuracy",
+    "train_top5": "train_top5_accuracy",
+    "validation_loss": "loss",
+    "validation_top1": "top1_accuracy",
+    "validation_top5": "top5_accuracy",
+}
 
 
 class Place(NamedTuple):

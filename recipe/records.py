@@ -199,10 +199,17 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
 
 
 class Epoch(Record, frozen=True, kw_only=True):
-    """One epoch's cost, by the wall clock of the first process."""
+    """What one epoch gave and cost; seconds are by the wall clock of the first process."""
 
     epoch: int  # counted from 1
-    seconds: float
+    learning_rate: float  # of its last step
+    train_loss: float  # these three: means over the augmented images of all its steps and processes
+    train_top1: float  # fractions, as all accuracies
+    train_top5: float
+    validation_loss: float
+    validation_top1: float
+    validation_top5: float
+    seconds: float  # of training
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
@@ -224,7 +231,7 @@ class Session(Record, frozen=True, kw_only=True):
 class TrainingRecord(Record, frozen=True, kw_only=True):
     """The Training chapter: what was trained, how, and how it went."""
 
-    format: str = "training/1"
+    format: str = "training/2"
     config_sha256: str
     recipe_id: str
     provenance: Provenance

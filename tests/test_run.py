@@ -201,10 +201,15 @@ def test_naming_a_run_creates_nothing(tmp_path: Path) -> None:
 # ---- metrics, journal and configuration -------------------------------------------------------------
 
 
+MEANS = ("loss", "top1_accuracy", "top5_accuracy")
+
+
 def metric_row(step: int) -> dict[str, Any]:
-    numbers = {name: step / 30 for name in ("loss", "top1_accuracy", "top5_accuracy", "images_per_second", "seconds")}
-    absent = dict.fromkeys(("learning_rate", "data_wait_fraction", "held_up_fraction"))
-    return {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step} | numbers | absent
+    numbers = {name: step / 30 for name in (*MEANS, "images_per_second", "seconds")}
+    absent = dict.fromkeys(("data_wait_fraction", "held_up_fraction", *(f"train_{name}" for name in MEANS)))
+    return (
+        {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step, "learning_rate": 0.1} | numbers | absent
+    )
 
 
 def test_an_unfinished_last_row_is_left_out(tmp_path: Path) -> None:

@@ -14,9 +14,15 @@ from typing import Any
 import msgspec
 
 from recipe.config import config_sha256, recipe_id
-from recipe.document.dynamics import EpochRow, epoch_rows
 from recipe.document.facts import Facts
-from recipe.records import EvaluationRecord, PreprocessingRecord, SeedsRecord, SerializationRecord, TrainingRecord
+from recipe.records import (
+    Epoch,
+    EvaluationRecord,
+    PreprocessingRecord,
+    SeedsRecord,
+    SerializationRecord,
+    TrainingRecord,
+)
 
 FORMAT = "recipe/1"
 DYNAMICS = (
@@ -38,7 +44,7 @@ def identity(facts: Facts) -> dict[str, Any]:
         "circumstances": training.circumstances if training else None,
         "claims": {
             "data": data_claims(facts.preprocessing) if facts.preprocessing else None,
-            "training": training_claims(facts, training) if training else None,
+            "training": training_claims(training) if training else None,
             "evaluation": evaluation_claims(facts.evaluation) if facts.evaluation else None,
             "serialization": serialization_claims(facts.serialization) if facts.serialization else None,
             "seeds": seeds_claims(facts.seeds) if facts.seeds else None,
@@ -79,7 +85,7 @@ def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
     }
 
 
-def training_claims(facts: Facts, training: TrainingRecord) -> dict[str, Any]:
+def training_claims(training: TrainingRecord) -> dict[str, Any]:
     """What training began with, did and left."""
     return {
         "initial_weights_sha256": training.model.initial_weights_sha256,
@@ -95,14 +101,14 @@ def training_claims(facts: Facts, training: TrainingRecord) -> dict[str, Any]:
         "accelerator": training.provenance.hardware.accelerator,
         "is_exact": all(session.is_exact is not False for session in training.sessions),
         "weights_sha256": training.outputs.get("weights"),
-        "epochs": columns(epoch_rows(training, facts.metrics)),
+        "epochs": columns(training.epochs),
         "final": training.final,
     }
 
 
-def columns(rows: Sequence[EpochRow]) -> dict[str, list[Any]]:
-    """One list for each column: 600 epochs stay a few lines. How long an epoch took is a fact, but no claim."""
-    return {name: [getattr(row, name) for row in rows] for name in DYNAMICS}
+def columns(epochs: Sequence[Epoch]) -> dict[str, list[Any]]:
+    """One list for each column, so that 600 epochs stay a few lines; how long an epoch took is not a claim."""
+    return {name: [getattr(epoch, name) for epoch in epochs] for name in DYNAMICS}
 
 
 def evaluation_claims(evaluation: EvaluationRecord) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from recipe.document import figures, inference_figures
-from recipe.document.dynamics import MetricRow, train_weights, weighted_mean
+from recipe.document.dynamics import MetricRow
 from recipe.document.facts import gather
 from recipe.document.model_card import readme
 from recipe.document.publishable import Publishable, provenances
@@ -22,7 +21,7 @@ from recipe.records import Record, TimingRecord, to_json
 from recipe.run import RECORD_FILES, Run, disk_errors, shown_path, write_atomically
 
 README = "README.md"
-METRIC_ROWS_MAX = 5000  # more are thinned: all validation rows, and one training row for each epoch
+METRIC_ROWS_MAX = 5000  # more are thinned
 FIGURE = re.compile(r"\]\((figures/[^)\s]+)\)")
 
 
@@ -115,28 +114,11 @@ def copy_figures(text: str, main: Publishable, there: Run) -> None:
 
 
 def thinned(rows: Sequence[MetricRow]) -> list[MetricRow]:
-    """The rows as they are; of very many, all of the validation and for each epoch the mean of the training's."""
+    """The rows; of more than `METRIC_ROWS_MAX` only the last of training and of validation in each epoch."""
     if len(rows) <= METRIC_ROWS_MAX:
         return list(rows)
-    weights = train_weights(rows)
-    by_epoch: dict[int, list[tuple[MetricRow, float]]] = {}
-    kept: list[MetricRow] = []
-    for position, row in enumerate(rows):
-        if row["split"] == "train":
-            by_epoch.setdefault(row["epoch"], []).append((row, weights[position]))
-            continue
-        if row["epoch"] in by_epoch:
-            kept.append(mean_row(by_epoch.pop(row["epoch"])))
-        kept.append(row)
-    return kept + [mean_row(rest) for rest in by_epoch.values()]
-
-
-def mean_row(rows: list[tuple[MetricRow, float]]) -> MetricRow:
-    """One row for the training rows of an epoch: means over its steps, all else as in the last one."""
-    row: dict[str, Any] = dict(rows[-1][0])
-    for key in ("loss", "top1_accuracy", "top5_accuracy"):
-        row[key] = weighted_mean(rows, key)
-    return row
+    last = {(row["epoch"], row["split"]): row for row in rows}
+    return list(last.values())
 
 
 def metric_lines(rows: Sequence[MetricRow]) -> bytes:

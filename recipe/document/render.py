@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -124,7 +123,7 @@ def environment() -> Environment:
 def context(facts: Facts) -> dict[str, Any]:
     """Everything that the template may name."""
     training, evaluation = facts.training, facts.evaluation
-    rows = dynamics.epoch_rows(training, facts.metrics) if training else []
+    epochs = training.epochs if training else []
     return {
         "facts": facts,
         "projection": facts.projection,
@@ -140,8 +139,8 @@ def context(facts: Facts) -> dict[str, Any]:
         "commands": commands,
         "accuracy": formatting.accuracy,
         "ilsvrc2012_verdict": ilsvrc2012_verdict,
-        "epochs": rows,
-        "epochs_shown": dynamics.evenly(rows, EPOCHS_SHOWN),
+        "epochs": epochs,
+        "epochs_shown": dynamics.evenly(epochs, EPOCHS_SHOWN),
         "throughput": dynamics.throughput(training) if training else None,
         "rows_shown": ROWS_SHOWN,
         "schedule_rows": dynamics.schedule_rows(training.schedule) if training else [],
@@ -262,11 +261,9 @@ def twin(facts: Facts) -> bytes:
 def metrics_summary(facts: Facts) -> dict[str, Any]:
     """How much was logged, and its last rows; all rows are in metrics.jsonl."""
     by_split = {split: [row for row in facts.metrics if row["split"] == split] for split in ("train", "validation")}
-    epochs = dynamics.epoch_rows(facts.training, facts.metrics) if facts.training else []
     return {
         "rows": len(facts.metrics),
         "last": {split: rows[-1] if rows else None for split, rows in by_split.items()},
-        "epochs": [asdict(row) for row in epochs],
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from recipe.document.claims import columns
-from recipe.document.dynamics import epoch_rows
 from recipe.document.publishable import Publishable, stage_problems, stale_problems
 from recipe.errors import UserError
 from recipe.records import SeedRun, SeedsRecord
@@ -68,5 +67,5 @@ def seed_run(entry: Publishable) -> SeedRun:
         source_sha256=entry.training.provenance.source_sha256,
         correct_top1=entry.evaluation.correct_top1,
         correct_top5=entry.evaluation.correct_top5,
-        epochs=columns(epoch_rows(entry.training, entry.facts.metrics)),
+        epochs=columns(entry.training.epochs),
     )

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
 from recipe.config import config_sha256, differences, leaves, recipe_id
 from recipe.document.arithmetic import projected_again
+from recipe.document.dynamics import MetricRow
 from recipe.document.facts import STALE, Facts, sections
-from recipe.metrics import Place, missing_rows, planned_places
+from recipe.metrics import EPOCH_FIELDS, Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.findings import Finding, Level, listed
 
@@ -209,6 +210,7 @@ def final_findings(facts: Facts) -> list[Finding]:
             place = f"records/training.json, final.validation_{name}"
             what = f"it is {recorded:.6g}, the last row of metrics.jsonl has {logged:.6g}"
             found.append(Finding(Level.resolvable, place, what, "take both files from version control"))
+    found += epoch_findings(facts.training, facts.metrics)
     steps = last["train"]["step"] if "train" in last else facts.training.schedule.steps
     if steps != facts.training.schedule.steps:
         what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
@@ -216,8 +218,20 @@ def final_findings(facts: Facts) -> list[Finding]:
     return found
 
 
+def epoch_findings(training: TrainingRecord, metrics: Sequence[MetricRow]) -> Iterator[Finding]:
+    """The recorded epochs and the validation rows that ended them hold the same numbers."""
+    ends = {row["epoch"]: row for row in metrics if row["split"] == "validation"}
+    for epoch in training.epochs:
+        row = ends.get(epoch.epoch, {})
+        changed = [name for name, field in EPOCH_FIELDS.items() if row and row.get(field) != getattr(epoch, name)]
+        if changed:
+            what = f"{listed(changed)} are not those of its validation row in metrics.jsonl"
+            place = f"records/training.json, epochs, {epoch.epoch}"
+            yield Finding(Level.resolvable, place, what, "take both files from version control")
+
+
 def promised(facts: Facts) -> Iterator[Place]:
-    """The rows that are to be there; a published recipe may keep one train row an epoch, with the mean of its steps."""
+    """The rows that are to be there; a published recipe may keep one train row an epoch."""
     assert facts.training is not None, "the caller looked"
     schedule, publication = facts.training.schedule, facts.publication
     every = leaves(facts.config or {}).get("trainer.log_every_steps")

@@ -21,7 +21,6 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-from recipe.document.dynamics import epoch_rows
 from recipe.document.facts import Facts
 from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
 from recipe.review.restoring import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
@@ -131,31 +130,29 @@ def training_claims(
         ("augmentation of a fixed image", claimed.augmentation_sha256, training.augmentation_sha256),
     ):
         yield rounded_bits(name, theirs, ours, circumstances)
-    yield first_epoch(claimed, facts, training)
+    yield first_epoch(claimed, training)
     yield weights(claimed, training, circumstances)
 
 
-def first_epoch(claimed: ClaimedTraining, facts: Facts, training: TrainingRecord) -> JudgedClaim:
+def first_epoch(claimed: ClaimedTraining, training: TrainingRecord) -> JudgedClaim:
     """Learning rate and mean train loss of the first epoch: whether the same thing was done."""
-    row = epoch_rows(training, facts.metrics)[0]
     names = ("learning_rate", "train_loss")
     theirs = {name: (claimed.epochs.get(name) or [None])[0] for name in names}
-    ours = {name: getattr(row, name) for name in names}
+    ours = {name: getattr(training.epochs[0], name) for name in names}
     level, why = near(theirs, ours)
     claim = "first epoch: learning rate, mean train loss"
     return JudgedClaim(claim=claim, level=level, claimed=dict(theirs), found=dict(ours), why=why)
 
 
-def near(theirs: dict[str, float | None], ours: dict[str, float | None]) -> tuple[str, str]:
+def near(theirs: dict[str, float | None], ours: dict[str, float]) -> tuple[str, str]:
     """Level and reason for the numbers of the first epoch."""
-    if theirs == ours and None not in theirs.values():
+    if theirs == ours:
         return BIT_EXACT, "equal to the last digit"
     apart = {}
     for name, value in theirs.items():
-        mine = ours[name]
-        if value is None or mine is None:
-            return CANNOT_TELL, "one of the two has no logged rows of it"
-        apart[name] = abs(value - mine) / max(abs(value), abs(mine), 1e-30)
+        if value is None:
+            return CANNOT_TELL, f"the recipe does not say its {name}"
+        apart[name] = abs(value - ours[name]) / max(abs(value), abs(ours[name]), 1e-30)
     is_near = apart["learning_rate"] <= LEARNING_RATE_TOLERANCE and apart["train_loss"] <= FIRST_EPOCH_TOLERANCE
     why = (
         f"they differ by {apart['learning_rate']:.1e} and {apart['train_loss']:.1e} of their value; allowed are "

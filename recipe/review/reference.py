@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 
 from recipe.config import differences, leaves, recipe_id
-from recipe.document.claims import columns, identity
-from recipe.document.dynamics import MetricRow, joined_rows
+from recipe.document.claims import DYNAMICS, identity
+from recipe.document.dynamics import MetricRow
 from recipe.document.facts import gather
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
+from recipe.metrics import EPOCH_FIELDS
 from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
 from recipe.review.convergence import METRICS, phases
 from recipe.review.subject import Subject, open_subject, read_text
@@ -282,19 +283,19 @@ def watched_run(run: Run) -> Watched:
         source_sha256=training.provenance.source_sha256 if training else None,
         images_per_batch_norm=training.loader.images_per_batch_norm if training else None,
         raw_sha256={split: facts.raw_sha256 for split, facts in data.splits.items()} if data else {},
-        epochs=columns(joined_rows(rows)),
+        epochs={name: [row[EPOCH_FIELDS[name]] for row in rows] for name in DYNAMICS},
     )
     return Watched(name, config, steps_per_epoch, seed)
 
 
 def _completed(rows: Sequence[MetricRow], epochs: int, where: str) -> tuple[list[MetricRow], int | None]:
-    """The rows of the epochs that are over, and how many steps one has."""
+    """The validation rows, each the end of an epoch, and the number of steps of an epoch."""
     beyond = max((row["epoch"] for row in rows), default=0)
     if beyond > epochs:
         raise UserError(f"{where} has a row of metrics of epoch {beyond}; its training has {epochs}")
-    validated = {row["epoch"]: row["step"] for row in rows if row["split"] == "validation"}
-    lengths = {step / epoch for epoch, step in validated.items()}
+    validated = [row for row in rows if row["split"] == "validation"]
+    lengths = {row["step"] / row["epoch"] for row in validated}
     if len(lengths) > 1:
         raise UserError(f"the epochs of {where} have different numbers of steps: {sorted(lengths)}")
     length = round(lengths.pop()) if lengths else None
-    return [row for row in rows if row["epoch"] in validated], length
+    return validated, length

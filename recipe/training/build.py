@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from recipe.alterations import lower_head
@@ -208,7 +209,8 @@ def _open_journal(
             )
             held.enter_context(closing(journal))
             if journal.missing:
-                state.progress.sessions[-1]["note"] += f"; {journal.missing}"
+                session = state.progress.sessions[-1]
+                state.progress.sessions[-1] = replace(session, note=f"{session.note}; {journal.missing}")
     return journal
 
 

@@ -124,11 +124,12 @@ def _complete_epoch(training: Training) -> None:
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_held_up_seconds = 0.0
+    progress.epoch_tally = [0.0] * 4
     training.wait.lap()
 
 
 def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
-    energy = meter.record(training.progress.session_records())
+    energy = meter.record(training.progress.sessions)
     if training.journal is not None:
         training.journal.settle(durably=True)  # the last validation comes after the last checkpoint
     keep, best_step = training.config.trainer.keep_checkpoints, training.progress.best_step

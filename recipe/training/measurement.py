@@ -14,16 +14,19 @@ import torch
 from recipe import faults
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
-from recipe.metrics import Row
+from recipe.metrics import EPOCH_FIELDS, Row
+from recipe.records import Epoch
 from recipe.training.build import Training
 from recipe.training.recalibration import RecalibrationBatches, recalibrate
 
 
 def measure_steps(training: Training) -> None:
     """A `train` row over all processes; every process calls this after the same step."""
-    loss, top1, top5, images = training.world.sum(training.stepper.take_tally()).tolist()
+    tally = training.world.sum(training.stepper.take_tally()).tolist()
+    loss, top1, top5, images = tally
     seconds, waited_seconds = training.wait.lap()
     progress = training.progress
+    progress.epoch_tally = [total + more for total, more in zip(progress.epoch_tally, tally, strict=True)]
     progress.training_seconds += seconds
     progress.epoch_seconds += seconds
     progress.epoch_waited_seconds += waited_seconds
@@ -35,7 +38,6 @@ def measure_steps(training: Training) -> None:
         loss=loss / images,
         top1_accuracy=top1 / images,
         top5_accuracy=top5 / images,
-        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
         images_per_second=round(images / seconds, 2),
         data_wait_fraction=round(waited_seconds / seconds, 4),
         held_up_fraction=held_up,
@@ -102,26 +104,29 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
     """The row, the best epoch so far, and what this epoch cost."""
     progress = training.progress
     progress.validation_seconds += seconds
+    loss, top1, top5, images = progress.epoch_tally
     row = _row(
         training,
         split="validation",
         loss=predictions.loss,
         top1_accuracy=predictions.accuracy(1),
         top5_accuracy=predictions.accuracy(5),
-        learning_rate=None,
         images_per_second=round(predictions.images / seconds, 2),
         data_wait_fraction=None,
+        train_loss=loss / images,
+        train_top1_accuracy=top1 / images,
+        train_top5_accuracy=top5 / images,
     )
     if row.top1_accuracy > progress.best_top1_accuracy:
         progress.best_top1_accuracy = row.top1_accuracy
         progress.best_epoch, progress.best_step = row.epoch, row.step
-    _note_epoch(training, seconds)
+    epoch = _epoch(training, row, seconds)
+    progress.epochs.append(epoch)
     _write(training, row)
     if training.journal is not None:
-        cost = progress.epochs[-1]
         is_cuda = training.world.device.type == "cuda"  # a CPU computes on all cores, and is held up by itself
-        held_up = cost["held_up_fraction"] if is_cuda else 0.0
-        training.journal.warn_of_waiting(cost["epoch"], cost["data_wait_fraction"], held_up, cost["seconds"])
+        held_up = (epoch.held_up_fraction or 0.0) if is_cuda else 0.0
+        training.journal.warn_of_waiting(epoch.epoch, epoch.data_wait_fraction, held_up, epoch.seconds)
 
 
 def _row(training: Training, **measured: Any) -> Row:
@@ -131,24 +136,24 @@ def _row(training: Training, **measured: Any) -> Row:
         epoch=progress.epoch + 1,
         step=progress.step,
         images_seen=progress.images_seen,
+        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
         seconds=round(progress.training_seconds + progress.validation_seconds, 3),
         **measured,
     )
 
 
-def _note_epoch(training: Training, validation_seconds: float) -> None:
+def _epoch(training: Training, row: Row, validation_seconds: float) -> Epoch:
+    """The epoch that ends with this validation row."""
     progress = training.progress
     if training.world.device.type == "cuda":
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, torch.cuda.max_memory_allocated())
-    progress.epochs.append(
-        {
-            "epoch": progress.epoch + 1,
-            "seconds": round(progress.epoch_seconds, 3),
-            "images_per_second": round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
-            "data_wait_fraction": round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
-            "held_up_fraction": round(progress.epoch_held_up_seconds / progress.epoch_seconds, 4),
-            "validation_seconds": round(validation_seconds, 3),
-        }
+    return Epoch(
+        seconds=round(progress.epoch_seconds, 3),
+        images_per_second=round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
+        data_wait_fraction=round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
+        held_up_fraction=round(progress.epoch_held_up_seconds / progress.epoch_seconds, 4),
+        validation_seconds=round(validation_seconds, 3),
+        **{name: getattr(row, field) for name, field in EPOCH_FIELDS.items()},
     )
 
 

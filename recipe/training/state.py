@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -42,14 +42,11 @@ class Progress:
     epoch_seconds: float = 0.0  # of training, since the last completed epoch
     epoch_waited_seconds: float = 0.0  # of these, for data
     epoch_held_up_seconds: float = 0.0  # of these, by the measure of `Probe`
+    epoch_tally: list[float] = field(default_factory=lambda: [0.0] * 4)  # up to the last row, as `Stepper.tally` sums
     peak_memory_bytes: int = 0  # of the accelerator
     window: dict[str, Any] = field(default_factory=dict)  # since the last row: a tally per process, and seconds
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    sessions: list[dict[str, Any]] = field(default_factory=list)
-
-    def epoch_records(self) -> list[Epoch]:
-        """Every epoch's cost."""
-        return [Epoch(**epoch) for epoch in self.epochs]
+    epochs: list[Epoch] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
 
     def tally_of(self, world: World) -> list[float]:
         """What this process had counted since the last row; with another number of them the first has it all."""
@@ -62,10 +59,6 @@ class Progress:
     def lap(self) -> tuple[float, float]:
         """(seconds since the last row, of which waited for data)."""
         return self.window.get("seconds", 0.0), self.window.get("waited_seconds", 0.0)
-
-    def session_records(self) -> list[Session]:
-        """Every uninterrupted stretch."""
-        return [Session(**session) for session in self.sessions]
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class TrainingState:
             "interface": msgspec.to_builtins(self.interface),
             "manifest_sha256": self.manifest_sha256,
             "circumstances": self.circumstances,
-            "progress": asdict(self.progress),
+            "progress": msgspec.to_builtins(self.progress),
             "model": model,
             "average": self.average.state(),
             "optimizer": self.stepper.optimizer.state_dict(),
@@ -150,9 +143,7 @@ class TrainingState:
                     raise ValueError(f"{name} has another shape than its parameter")
 
     def _restore_progress(self, saved: dict[str, Any]) -> None:
-        found = msgspec.convert(saved, Progress)
-        for name in saved.keys() & vars(found).keys():
-            setattr(self.progress, name, getattr(found, name))
+        vars(self.progress).update(vars(msgspec.convert(saved, Progress)))
 
     def _must_match(self, state: State) -> None:
         for what, mine in (("config_sha256", self.config_sha256), ("manifest_sha256", self.manifest_sha256)):
@@ -164,15 +155,15 @@ class TrainingState:
 
     def _begin_session(self, processes: int, is_exact: bool | None, note: str) -> None:
         self.progress.sessions.append(
-            {
-                "started": now(),
-                "first_step": self.progress.step,
-                "processes": processes,
-                "is_exact": is_exact,
-                "note": note,
-                "source": self.circumstances["the source"],
-                "images_per_batch_norm": self.circumstances["images per forward pass"],
-            }
+            Session(
+                started=now(),
+                first_step=self.progress.step,
+                processes=processes,
+                is_exact=is_exact,
+                note=note,
+                source=self.circumstances["the source"],
+                images_per_batch_norm=self.circumstances["images per forward pass"],
+            )
         )
 
 

@@ -194,6 +194,12 @@ def last_row(run: Run) -> None:
     run.metrics.write_text("\n".join([*lines[:-1], json.dumps(row), ""]))
 
 
+def row_of_epoch_3(run: Run) -> None:
+    lines = run.metrics.read_text().splitlines()
+    lines[8] = json.dumps(json.loads(lines[8]) | {"train_top1_accuracy": 0.9})
+    run.metrics.write_text("\n".join([*lines, ""]))
+
+
 def lost_rows(first: int, last: int) -> Callable[[Run], None]:
     def lose(run: Run) -> None:
         lines = run.metrics.read_text().splitlines(keepends=True)
@@ -324,6 +330,12 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
         Level.well_formed,
         r"metrics\.jsonl",
     ),
+    "the mean of an epoch": (
+        lambda run: change_record(run, "training.json", set_at("epochs", 2, "train_loss", value=0.5)),
+        Level.resolvable,
+        r"records/training\.json, epochs, 3",
+    ),
+    "a row of an epoch in the middle": (row_of_epoch_3, Level.resolvable, r"records/training\.json, epochs, 3"),
     "rows lost in the middle": (lost_rows(3, 5), Level.resolvable, r"metrics\.jsonl"),
     "one row lost": (lost_rows(1, 2), Level.resolvable, r"metrics\.jsonl"),
     "all rows lost": (lambda run: run.metrics.unlink(), Level.resolvable, r"metrics\.jsonl"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 
 from recipe.document.claims import identity
 from recipe.document.facts import Facts
-from recipe.records import JudgedClaim, ReproductionRecord, SeedRun, SeedsRecord, from_json, to_json
+from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedRun, SeedsRecord, from_json, to_json
 from recipe.review.judgement import (
     BIT_EXACT,
     CANNOT_TELL,
@@ -28,7 +29,6 @@ from tests.document.test_document import (
     assert_tables_are_even,
     evaluation_record,
     facts,
-    metric_rows,
     preprocessing_record,
     provenance,
     sha,
@@ -90,25 +90,32 @@ def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(determinist
     assert levels(theirs, ours, [])["trained weights"] == level
 
 
+def first_epoch_claim(change: Callable[[Epoch], Epoch]) -> JudgedClaim:
+    """The claim about the first epoch beside a run whose epochs were changed."""
+    ours = facts(training=training_record(epochs=[change(epoch) for epoch in training_record().epochs]))
+    [claim] = [claim for claim in judged(recipe(), ours, OTHER) if "first epoch" in claim.claim]
+    return claim
+
+
 @pytest.mark.parametrize(
     ("factor", "level"), [(1.0, BIT_EXACT), (1.001, NUMERICALLY_EQUAL), (0.985, NUMERICALLY_EQUAL), (1.1, DIFFERS)]
 )
 def test_the_first_epoch_is_held_to_a_stated_tolerance(factor: float, level: str) -> None:
-    rows = [{**row, "loss": row["loss"] * factor} for row in metric_rows()]
-    [claim] = [claim for claim in judged(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
+    claim = first_epoch_claim(lambda epoch: replace(epoch, train_loss=epoch.train_loss * factor))
     assert claim.level == level
     if level == NUMERICALLY_EQUAL:
         assert "allowed are 1e-09 and 0.02" in claim.why
 
 
 def test_another_learning_rate_is_no_rounding() -> None:
-    rows = [{**row, "learning_rate": row["learning_rate"] and row["learning_rate"] * 1.001} for row in metric_rows()]
-    [claim] = [claim for claim in judged(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
+    claim = first_epoch_claim(lambda epoch: replace(epoch, learning_rate=epoch.learning_rate * 1.001))
     assert claim.level == DIFFERS
 
 
-def test_without_rows_the_first_epoch_tells_nothing() -> None:
-    assert levels(recipe(), facts(metrics=[]), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
+def test_a_recipe_without_epochs_claims_nothing_of_the_first() -> None:
+    block = json.loads(json.dumps(identity(facts())))
+    block["claims"]["training"]["epochs"] = {}
+    assert levels(restored_recipe(block), facts(), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
 
 
 @pytest.mark.parametrize(("correct", "level"), [(431, EVALUATION_EQUAL), (430, EVALUATION_EQUAL), (429, DIFFERS)])

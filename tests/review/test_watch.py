@@ -85,6 +85,7 @@ def metric_lines(values: Values, epoch: int) -> list[dict[str, Any]]:
         split: {"loss": values[f"{split}_loss"][epoch - 1], "top1_accuracy": values[f"{split}_top1"][epoch - 1]}
         for split in ("train", "validation")
     }
+    measured["validation"] |= {f"train_{name}": value for name, value in measured["train"].items()}
     return [{"split": split, "learning_rate": 0.1, **common, **row} for split, row in measured.items()]
 
 
