@@ -9,7 +9,9 @@ Decoding validates: an unknown field, a missing one or a wrong type is refused (
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -713,6 +715,62 @@ class ProjectionRecord(Record, frozen=True, kw_only=True):
     loading: MeasuredLoading | None
     dollars_per_accelerator_hour: float | None  # as given, not checked
     rows: list[Projected]
+
+
+StageRecord = (
+    PreprocessingRecord
+    | TrainingRecord
+    | EvaluationRecord
+    | SerializationRecord
+    | InferenceRecord
+    | TimingRecord
+    | ProjectionRecord
+)
+STAGES = {  # name of a stage's record -> the script or module that writes it, in the order of the pipeline
+    "preprocessing": "preprocess.py",
+    "training": "train.py",
+    "evaluation": "evaluate.py",
+    "serialization": "serialize.py",
+    "inference": "recipe.notebook",
+    "projection": "recipe",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """All records of a run, each in `records/<name>.json`; None where it was not written yet."""
+
+    preprocessing: PreprocessingRecord | None = None
+    training: TrainingRecord | None = None
+    energy: EnergyRecord | None = None
+    fingerprint: Fingerprint | None = None
+    evaluation: EvaluationRecord | None = None
+    other_evaluations: Sequence[EvaluationRecord] = ()  # evaluations/<protocol>.json: exported and published weights
+    serialization: SerializationRecord | None = None
+    inference: InferenceRecord | None = None
+    timing: Sequence[TimingRecord] = ()  # timing/<machine>.json
+    journal: JournalRecord | None = None
+    seeds: SeedsRecord | None = None
+    reproduction: ReproductionRecord | None = None
+    publication: PublicationRecord | None = None
+    projection: ProjectionRecord | None = None
+
+    def stages(self) -> Iterator[tuple[str, StageRecord]]:
+        """(file below records/ without its suffix, record) of each stage that ran, in the order of the pipeline."""
+        for name in STAGES:
+            if (record := getattr(self, name)) is not None:
+                yield name, record
+        yield from ((f"evaluations/{record.protocol.name}", record) for record in self.other_evaluations)
+        yield from ((f"timing/{record.machine}", record) for record in self.timing)
+
+
+def _types(are_lists: bool) -> dict[str, type[Record]]:
+    hints = get_type_hints(Records).items()
+    return {name: get_args(hint)[0] for name, hint in hints if (get_origin(hint) is Sequence) == are_lists}
+
+
+RECORDS = _types(are_lists=False)  # name -> type
+RECORD_LISTS = _types(are_lists=True)  # name -> type of each record of a folder
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -24,21 +24,11 @@ from recipe import faults, metrics
 from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.files import RECORD_BYTES_MAX, at_once, file_name, opened, read_file
 from recipe.records import (
+    RECORDS,
     AnyRecord,
-    EnergyRecord,
     EvaluationRecord,
-    Fingerprint,
-    InferenceRecord,
-    JournalRecord,
-    PreprocessingRecord,
-    ProjectionRecord,
-    PublicationRecord,
     Record,
-    ReproductionRecord,
-    SeedsRecord,
-    SerializationRecord,
     TimingRecord,
-    TrainingRecord,
     from_json,
     to_json,
 )
@@ -46,22 +36,7 @@ from recipe.records import (
 JOURNAL = Path("runs", "journal.jsonl")
 CHECKOUT = Path(__file__).resolve().parent.parent
 ELSEWHERE = "..."  # stands for the folders of a place outside the checkout
-RECORD_FILES: dict[type[Record], str] = {
-    PreprocessingRecord: "preprocessing.json",
-    TrainingRecord: "training.json",
-    EnergyRecord: "energy.json",
-    EvaluationRecord: "evaluation.json",
-    SerializationRecord: "serialization.json",
-    InferenceRecord: "inference.json",
-    Fingerprint: "fingerprint.json",
-    JournalRecord: "journal.json",
-    SeedsRecord: "seeds.json",
-    ReproductionRecord: "reproduction.json",
-    PublicationRecord: "publication.json",
-    ProjectionRecord: "projection.json",
-}
-
-
+RECORD_FILES = {kind: f"{name}.json" for name, kind in RECORDS.items()}
 # A slash where a path can begin (not in a word or a URL; behind a colon a single one), and folders behind it.
 ABSOLUTE_PATH = re.compile(r"(?:(?<=file:)//+|(?<![\w.$}:/])/+|(?<=:)/(?!/))(?:[\w.+@%~-]+/+)+")
 
@@ -93,7 +68,7 @@ class Run:
     def read(self, kind: type[AnyRecord]) -> AnyRecord | None:
         """The stored record of this kind, or None where the stage has not run."""
         path = self.records / RECORD_FILES[kind]
-        return from_json(self.content(path), kind, shown_path(path)) if os.path.lexists(path) else None
+        return self.read_file(path, kind) if os.path.lexists(path) else None
 
     def content(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> bytes:
         """The bytes of one of the run's files; raises `UserError` for a link that leaves the run, and for what never
@@ -134,7 +109,11 @@ class Run:
 
     def read_all(self, directory: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
         """Every record of a folder, in the order of the files' names."""
-        return [from_json(self.content(path), kind, shown_path(path)) for path in sorted(directory.glob("*.json"))]
+        return [self.read_file(path, kind) for path in sorted(directory.glob("*.json"))]
+
+    def read_file(self, path: Path, kind: type[AnyRecord]) -> AnyRecord:
+        """The record of this kind in one of the run's files."""
+        return from_json(self.content(path), kind, shown_path(path))
 
     def write_config(self, pinned: Mapping[str, Any]) -> None:
         """Pin the configuration: later stages read this file and compose nothing but their own group."""

@@ -6,25 +6,23 @@ record was made from something that is no longer there, and *not measured* where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recipe.config import config_sha256
 from recipe.document.dynamics import MetricRow
 from recipe.records import (
-    EnergyRecord,
+    RECORD_LISTS,
+    RECORDS,
     EvaluationRecord,
-    Fingerprint,
     InferenceRecord,
     JournalRecord,
-    PreprocessingRecord,
-    ProjectionRecord,
     Provenance,
     PublicationRecord,
-    ReproductionRecord,
-    SeedsRecord,
+    Records,
     SerializationRecord,
     TimingRecord,
     TrainingRecord,
@@ -35,28 +33,14 @@ LaterRecord = SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Everything that the document may say; `config` and each record are None until their stage has run."""
+@dataclass(frozen=True, kw_only=True)
+class Facts(Records):
+    """Everything that the document may say: the records of a run, its configuration and its logged rows."""
 
     name: str
     run_dir: str  # as commands name it
-    config: dict[str, Any] | None
-    preprocessing: PreprocessingRecord | None
-    training: TrainingRecord | None
-    evaluation: EvaluationRecord | None
+    config: dict[str, Any] | None  # None until training has pinned it
     metrics: Sequence[MetricRow]
-    serialization: SerializationRecord | None = None
-    other_evaluations: Sequence[EvaluationRecord] = ()  # of exported models and of published weights
-    inference: InferenceRecord | None = None
-    timing: Sequence[TimingRecord] = ()  # one for each machine
-    fingerprint: Fingerprint | None = None
-    journal: JournalRecord | None = None
-    seeds: SeedsRecord | None = None
-    reproduction: ReproductionRecord | None = None
-    publication: PublicationRecord | None = None
-    projection: ProjectionRecord | None = None
-    energy: EnergyRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -67,13 +51,24 @@ class Section:
     reasons: tuple[str, ...] = ()
 
 
-def gather(run: Run, shown_run_dir: str) -> Facts:
-    """Read the files of a run; `shown_run_dir` serves until a document was written, which records its own.
+Attempt = Callable[[Path, Callable[[], Any]], Any]  # reads one file, given its path and how to read it
 
-    So the page of a run that was moved, copied or is looked at from another folder stays what its records give.
+
+def gather(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: read()) -> Facts:
+    """Read the files of a run, each through `attempt`, which may return None for one that cannot be read.
+
+    `shown_run_dir` is used until a document was written, which records its own: the page of a run that was moved or
+    copied, or is read from another folder, stays what its records give.
     """
-    config = run.read_config()
-    publication, journal = run.read(PublicationRecord), run.read(JournalRecord)
+    config = attempt(run.config, run.read_config)
+    records = {name: attempt(run.records / f"{name}.json", partial(run.read, kind)) for name, kind in RECORDS.items()}
+    for name, kind in RECORD_LISTS.items():
+        found = [
+            attempt(path, partial(run.read_file, path, kind)) for path in sorted(getattr(run, name).glob("*.json"))
+        ]
+        records[name] = [record for record in found if record is not None]
+    publication: PublicationRecord | None = records["publication"]
+    journal: JournalRecord | None = records["journal"]
     recorded = publication.run_dir if publication else journal.run_dir if journal else None
     run_dir = shown_run_dir if recorded is None else recorded
     folder = Path(run_dir).name or printable(run.directory.absolute().name)
@@ -81,21 +76,8 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         name=str(config["name"]) if config else folder,
         run_dir=run_dir,
         config=config,
-        preprocessing=run.read(PreprocessingRecord),
-        training=run.read(TrainingRecord),
-        evaluation=run.read(EvaluationRecord),
-        metrics=run.metric_rows(),
-        serialization=run.read(SerializationRecord),
-        other_evaluations=run.read_all(run.other_evaluations, EvaluationRecord),
-        inference=run.read(InferenceRecord),
-        timing=run.read_all(run.timing, TimingRecord),
-        fingerprint=run.read(Fingerprint),
-        journal=journal,
-        seeds=run.read(SeedsRecord),
-        reproduction=run.read(ReproductionRecord),
-        publication=publication,
-        projection=run.read(ProjectionRecord),
-        energy=run.read(EnergyRecord),
+        metrics=attempt(run.metrics, run.metric_rows) or [],
+        **records,
     )
 
 

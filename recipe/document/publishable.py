@@ -11,7 +11,7 @@ from recipe.document.formatting import without_commit
 from recipe.document.render import check_document
 from recipe.errors import UserError
 from recipe.provenance import NoCommitError, modified_files
-from recipe.records import EvaluationRecord, PreprocessingRecord, Provenance, TrainingRecord
+from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
 from recipe.run import Run, recorded_path, shown_path
 
 
@@ -49,20 +49,10 @@ def publishable(run: Run) -> Publishable:
     return Publishable(run, facts, facts.preprocessing, facts.training, facts.evaluation)
 
 
-def provenances(facts: Facts) -> Iterator[tuple[str, Provenance]]:
-    """Each stage that ran, with the code that it ran on."""
-    for stage in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
-        if (record := getattr(facts, stage)) is not None:
-            yield stage, record.provenance
-    for other in facts.other_evaluations:
-        yield f"evaluation {other.protocol.name}", other.provenance
-    for timing in facts.timing:
-        yield f"timing on {timing.machine}", timing.provenance
-
-
 def stage_problems(facts: Facts) -> Iterator[str]:
     """Every stage whose code is no commit, or changed under it."""
-    for stage, provenance in provenances(facts):
+    for stage, record in facts.stages():
+        provenance = record.provenance
         states = (provenance.tree_at_start, provenance.tree_at_end)
         if any(state.state == "modified" or state.patch_sha256 for state in states):
             yield f"{stage} ran on a modified tree"

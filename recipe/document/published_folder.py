@@ -14,7 +14,7 @@ from recipe.document import figures, inference_figures
 from recipe.document.dynamics import MetricRow
 from recipe.document.facts import gather
 from recipe.document.model_card import readme
-from recipe.document.publishable import Publishable, provenances
+from recipe.document.publishable import Publishable
 from recipe.document.render import read_document, twin
 from recipe.errors import UserError
 from recipe.records import Record, TimingRecord, to_json
@@ -74,8 +74,8 @@ def copy_records(main: Publishable, there: Run) -> None:
     run = main.run
     sources = [run.records / name for name in RECORD_FILES.values()]
     sources += [*run.timing.glob("*.json"), *run.other_evaluations.glob("*.json")]
-    for _, provenance in provenances(main.facts):
-        for state in (provenance.tree_at_start, provenance.tree_at_end):
+    for _, record in main.facts.stages():
+        for state in (record.provenance.tree_at_start, record.provenance.tree_at_end):
             if state.patch_sha256 is not None:
                 sources.append(run.patch_file(state.patch_sha256))
     for source in sources:

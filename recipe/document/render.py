@@ -23,7 +23,7 @@ from recipe.document.facts import Facts, Section, gather, sections, source_chang
 from recipe.document.formatting import Markdown
 from recipe.document.history import keep_history
 from recipe.errors import UserError
-from recipe.records import EvaluationRecord, PreprocessingRecord, ProjectionRecord
+from recipe.records import RECORDS, EvaluationRecord, PreprocessingRecord, ProjectionRecord
 from recipe.run import Run, shown_path, write_atomically
 
 __all__ = ["Facts", "check_document", "render", "write_document"]
@@ -233,24 +233,10 @@ def recipe_json(facts: Facts) -> Markdown:
 
 def twin(facts: Facts) -> bytes:
     """The machine-readable twin of the document: the same facts, sorted keys."""
-    records = {
-        "preprocessing": facts.preprocessing,
-        "training": facts.training,
-        "evaluation": facts.evaluation,
-        "serialization": facts.serialization,
-        "inference": facts.inference,
-        "fingerprint": facts.fingerprint,
-        "journal": facts.journal,
-        "seeds": facts.seeds,
-        "reproduction": facts.reproduction,
-        "publication": facts.publication,
-        "projection": facts.projection,
-        "energy": facts.energy,
-    }
     content = {
         **identity(facts),
         "name": facts.name,
-        "records": {name: msgspec.to_builtins(record) for name, record in records.items()},
+        "records": {name: msgspec.to_builtins(getattr(facts, name)) for name in RECORDS},
         "timing": {record.machine: msgspec.to_builtins(record) for record in facts.timing},
         "metrics": metrics_summary(facts),
         "sections": {name: section_json(section) for name, section in sections(facts).items()},

@@ -18,10 +18,10 @@ from recipe.document.facts import Facts
 from recipe.document.render import generated_blocks
 from recipe.errors import UserError
 from recipe.files import WEIGHTS_BYTES_MAX, is_inside, opened
-from recipe.records import Record
+from recipe.records import RECORDS, Record
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
 from recipe.review.page import Page
-from recipe.review.sources import source_sha256_here, stages
+from recipe.review.sources import source_sha256_here
 from recipe.run import Run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -145,7 +145,7 @@ def first_change(found: str, generated: str) -> str:
 
 def written_by(facts: Facts) -> str | None:
     """The source hash of the code that ran the newest stage, and wrote the document behind it."""
-    ran = [provenance for _, provenance in stages(facts)]
+    ran = [record.provenance for _, record in facts.stages()]
     return max(ran, key=lambda one: one.started).source_sha256_at_end if ran else None
 
 
@@ -205,16 +205,10 @@ def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
 
 def recorded_outputs(facts: Facts) -> Iterator[tuple[str, str, str]]:
     """(record, file, SHA-256) of every output that is a file of the recipe."""
-    named = {
-        "evaluation.json": facts.evaluation,
-        "serialization.json": facts.serialization,
-        "inference.json": facts.inference,
-        **{f"evaluations/{other.protocol.name}.json": other for other in facts.other_evaluations},
-    }
-    for name, record in named.items():
-        for file, recorded in (record.outputs if record is not None else {}).items():
+    for name, record in facts.stages():
+        for file, recorded in getattr(record, "outputs", {}).items():
             if "/" in file:
-                yield name, file, recorded
+                yield f"{name}.json", file, recorded
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -253,25 +247,13 @@ def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding
     wrong = [key for key in block if twin.get(key) != block[key]]
     recorded = twin.get("records")
     for name, value in (recorded if isinstance(recorded, dict) else {}).items():
-        record = getattr(facts, name, None) if name in RECORD_NAMES else None
+        record = getattr(facts, name, None) if name in RECORDS else None
         if record is not None and not is_same_record(value, record):
             wrong.append(f"records.{name}")
     if not wrong:
         return []
     what = f"it differs from the document or the records in {listed(wrong)}"
     return [Finding(Level.resolvable, place, what, RENDER)]
-
-
-RECORD_NAMES = (
-    "preprocessing",
-    "training",
-    "evaluation",
-    "serialization",
-    "inference",
-    "fingerprint",
-    "projection",
-    "energy",
-)
 
 
 def is_same_record(value: Any, record: Record) -> bool:

@@ -21,7 +21,6 @@ from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationR
 from recipe.review.findings import Finding, Level, listed
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
 MOST_ROWS = 1_000_000  # looked for: a record from a stranger may promise any number
 SECTIONS = {
     "raw_data": "Data / Raw data",
@@ -158,9 +157,8 @@ def timing_sums(record: TimingRecord) -> Iterator[Sum]:
 def hash_findings(facts: Facts) -> list[Finding]:
     """Inputs and outputs whose hash is no SHA-256, and identities that are not those of the configuration."""
     found = []
-    for name in RECORDS:
-        record = getattr(facts, name)
-        hashes = {**record.inputs, **record.outputs} if record is not None else {}
+    for name, record in facts.stages():
+        hashes = {**record.inputs, **getattr(record, "outputs", {})}
         wrong = [key for key, value in hashes.items() if not SHA256.fullmatch(value)]
         if wrong:
             place = f"records/{name}.json, inputs and outputs"

@@ -23,11 +23,11 @@ from recipe.provenance import source_sha256
 from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.review.restoring import restored_config
+from recipe.review.sources import SCRIPTS
 from recipe.review.subject import Subject, contradictions, open_subject
 from recipe.run import CHECKOUT
 from recipe.training.fingerprint import take_fingerprint
 
-SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 LARGEST_COUNT = 10**8
 OVERRIDE = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
 

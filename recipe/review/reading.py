@@ -5,31 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from recipe.document.facts import Facts, gather
 from recipe.errors import UserError
-from recipe.records import (
-    EnergyRecord,
-    EvaluationRecord,
-    Fingerprint,
-    InferenceRecord,
-    JournalRecord,
-    PreprocessingRecord,
-    ProjectionRecord,
-    SerializationRecord,
-    TimingRecord,
-    TrainingRecord,
-    from_json,
-)
+from recipe.records import EnergyRecord, EvaluationRecord, ProjectionRecord, SerializationRecord, TrainingRecord
 from recipe.review.findings import Finding, Level
-from recipe.run import RECORD_FILES, Run, recorded_path
+from recipe.run import Run, recorded_path
 
-Value = TypeVar("Value")
 LARGEST_INTEGER = 2**63
 
 
@@ -41,32 +27,10 @@ class Reader:
         self.findings: list[Finding] = []
 
     def facts(self) -> Facts:
-        """What can be read; a file that cannot is None or empty, and a finding."""
-        facts = self._facts_by_file()
-        if self.findings:
-            return facts
-        try:
-            return gather(self.run, recorded_path(self.run.directory))  # with whatever else a document is made of
-        except (UserError, OSError) as error:
-            self.findings.append(unreadable("records", str(error)))
-            return facts
+        """The files that can be read; one that cannot is None or left out, and a finding."""
+        return gather(self.run, recorded_path(self.run.directory), self._read)
 
-    def _facts_by_file(self) -> Facts:
-        run = self.run
-        config = self._read(run.config, run.read_config)
-        by_kind = {kind: self._read(run.records / name, partial(run.read, kind)) for kind, name in FILES}
-        return Facts(
-            name=str(config["name"]) if config else run.directory.absolute().name,
-            run_dir=recorded_path(run.directory),
-            config=config,
-            metrics=self._read(run.metrics, run.metric_rows) or [],
-            other_evaluations=self._read_all(run.other_evaluations, EvaluationRecord),
-            timing=self._read_all(run.timing, TimingRecord),
-            **{name: by_kind[kind] for kind, name in FACTS.items()},
-        )
-
-    def _read(self, path: Path, read: Callable[[], Value]) -> Value | None:
-        """One file; None where it is absent, and where it cannot be read, which is a finding."""
+    def _read(self, path: Path, read: Callable[[], Any]) -> Any:
         if not os.path.lexists(path):
             return None
         try:
@@ -77,30 +41,9 @@ class Reader:
             return None
         return value
 
-    def _read_all(self, folder: Path, kind: Any) -> list[Any]:
-        found = [self._read(path, partial(self._record, path, kind)) for path in sorted(folder.glob("*.json"))]
-        return [record for record in found if record is not None]
-
-    def _record(self, path: Path, kind: Any) -> Any:
-        return from_json(self.run.content(path), kind, self.name_of(path))
-
     def name_of(self, path: Path) -> str:
         """A file's name inside the recipe."""
         return path.relative_to(self.run.directory).as_posix()
-
-
-FACTS: dict[Any, str] = {
-    PreprocessingRecord: "preprocessing",
-    TrainingRecord: "training",
-    EvaluationRecord: "evaluation",
-    SerializationRecord: "serialization",
-    InferenceRecord: "inference",
-    JournalRecord: "journal",
-    Fingerprint: "fingerprint",
-    ProjectionRecord: "projection",
-    EnergyRecord: "energy",
-}
-FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
 
 
 def unreadable(place: str, why: str) -> Finding:

@@ -19,29 +19,19 @@ from recipe.config import known_keys
 from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
-from recipe.records import Provenance
+from recipe.records import STAGES, Provenance
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
 from recipe.run import CHECKOUT, Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
-SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
+SCRIPTS = tuple(program for program in STAGES.values() if program.endswith(".py"))
 MODULES = ("recipe.notebook",)
 RULE = "recipe/provenance.py"
 PROJECT, REPRODUCE = ["-m", "recipe", "project"], ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
-
-
-def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
-    """(file of the record, provenance) of every stage that ran."""
-    for name in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
-        record = getattr(facts, name)
-        if record is not None:
-            yield f"records/{name}.json", record.provenance
-    for timing in facts.timing:
-        yield f"records/timing/{timing.machine}.json", timing.provenance
 
 
 # Which code ran
@@ -50,8 +40,8 @@ def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
 def code_findings(facts: Facts, run: Run) -> list[Finding]:
     """For every stage: one code from start to end, known by a commit, a patch or at least its hash."""
     found: list[Finding] = []
-    for place, provenance in stages(facts):
-        found += stage_code(f"{place}, provenance", provenance, run)
+    for name, record in facts.stages():
+        found += stage_code(f"records/{name}.json, provenance", record.provenance, run)
     return list(dict.fromkeys(found))
 
 
@@ -156,9 +146,14 @@ def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Findin
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
     keys = set(known_keys()) | (set(leaf_names(config)) if config else set())
     return [
-        Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
-        for place, provenance in stages(facts)
-        for what in command_faults(provenance.command, keys)
+        Finding(
+            Level.resolvable,
+            f"records/{name}.json, provenance.command",
+            what,
+            "run the stage again, by a command that works",
+        )
+        for name, record in facts.stages()
+        for what in command_faults(record.provenance.command, keys)
     ]
 
 
