@@ -167,8 +167,8 @@ def recipe_parts(
     timing = ["timing.seconds_per_cell=0.2", "timing.batch_sizes=[1]"] if is_small else []
     notebook = ["-m", "recipe.notebook", f"run_dir={shown}", data_word(words), *timing]
     yield Part("latency", notebook, (f"evaluate-{first}",))
-    dynamics = ["-m", "recipe", "aggregate", *runs.values(), "--output", f"{work}/dynamics.json"]
-    yield Part("aggregate", dynamics, evaluated)
+    aggregate = ["-m", "recipe", "aggregate", *runs.values(), "--output", f"{work}/seeds.json"]
+    yield Part("aggregate", aggregate, evaluated)
     yield projected(shown, work, table_name, f"evaluate-{first}")
     publish = ["-m", "recipe", "publish", shown, "--output", output]
     yield Part("publish", [*publish, *(["--seeds", *(runs[seed] for seed in others)] if others else [])], evaluated)

@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("recipe.review.verify", "do the files belong together, and does the code behave as the recipe's did?"),
     "diff": ("recipe.review.diff", "what differs between two recipes, and can it explain a difference in accuracy?"),
     "watch": ("recipe.review.watch", "is a run on track, beside seeds of the same recipe?"),
-    "aggregate": ("recipe.review.aggregate", "one file of dynamics from several seeds of a recipe"),
+    "aggregate": ("recipe.review.aggregate", "one file from several seeds of a recipe"),
     "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
     "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
     "project": ("recipe.projection", "what would a recipe take on GPUs of a measured kind?"),

@@ -331,27 +331,6 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     evaluation: EvaluationProbe
 
 
-class SeedDynamics(Record, frozen=True, kw_only=True):
-    """How one seed of a recipe went."""
-
-    seed: int
-    weights_sha256: str | None  # of what it ended with
-    source_sha256: str | None
-    images_per_batch_norm: int | None
-    raw_sha256: dict[str, str]  # of each split's original images
-    epochs: dict[str, list[int | float | None]]  # one column each: epoch, train_loss, train_top1, ...
-
-
-class Dynamics(Record, frozen=True, kw_only=True):
-    """How several seeds of one recipe went: what another run of it is judged by."""
-
-    format: str = "dynamics/1"
-    recipe_id: str
-    config: dict[str, Any]  # pinned, without the seed
-    steps_per_epoch: int
-    seeds: list[SeedDynamics]
-
-
 class ClassName(Record, frozen=True, kw_only=True):
     """One class; its label is its place in the list."""
 
@@ -612,21 +591,31 @@ class SeedRun(Record, frozen=True, kw_only=True):
     """One of several runs of a recipe."""
 
     seed: int
-    weights_sha256: str
-    source_sha256: str
-    correct_top1: int
-    correct_top5: int
-    epochs: dict[str, list[float | None]]  # one list for each column of the dynamics
+    weights_sha256: str | None  # at the end of training
+    source_sha256: str | None
+    images_per_batch_norm: int | None
+    raw_sha256: dict[str, str]  # split -> hash of its original images
+    epochs: dict[str, list[int | float | None]]  # one column each: epoch, train_loss, train_top1, ...
+
+
+class SeedCounts(Record, frozen=True, kw_only=True):
+    """The evaluation of several runs by one protocol; one count for each of them."""
+
+    protocol: str
+    images: int
+    correct_top1: list[int]
+    correct_top5: list[int]
 
 
 class SeedsRecord(Record, frozen=True, kw_only=True):
-    """Runs with one recipe_id, which differ in their seed only: how far honest runs lie apart."""
+    """Runs of one recipe that differ in their seed only: their spread, and the reference of `watch`."""
 
-    format: str = "seeds/1"
+    format: str = "seeds/2"
     recipe_id: str
-    protocol: str
-    images: int
-    runs: list[SeedRun]  # by seed
+    config: dict[str, Any]  # pinned, without the seed
+    steps_per_epoch: int
+    runs: list[SeedRun]
+    evaluation: SeedCounts | None = None
 
 
 class PublicationRecord(Record, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from recipe.records import (
     Epoch,
     EvaluationRecord,
     PreprocessingRecord,
+    SeedCounts,
     SeedsRecord,
     SerializationRecord,
     TrainingRecord,
@@ -47,7 +48,9 @@ def identity(facts: Facts) -> dict[str, Any]:
             "training": training_claims(training) if training else None,
             "evaluation": evaluation_claims(facts.evaluation) if facts.evaluation else None,
             "serialization": serialization_claims(facts.serialization) if facts.serialization else None,
-            "seeds": seeds_claims(facts.seeds) if facts.seeds else None,
+            "seeds": seeds_claims(facts.seeds, facts.seeds.evaluation)
+            if facts.seeds and facts.seeds.evaluation
+            else None,
         },
         "fingerprint": msgspec.to_builtins(facts.fingerprint) if facts.fingerprint else None,
     }
@@ -139,12 +142,6 @@ def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
     }
 
 
-def seeds_claims(seeds: SeedsRecord) -> dict[str, Any]:
-    """Several runs of the recipe; their dynamics are in records/seeds.json."""
-    return {
-        "seeds": [run.seed for run in seeds.runs],
-        "protocol": seeds.protocol,
-        "images": seeds.images,
-        "correct_top1": [run.correct_top1 for run in seeds.runs],
-        "correct_top5": [run.correct_top5 for run in seeds.runs],
-    }
+def seeds_claims(seeds: SeedsRecord, evaluation: SeedCounts) -> dict[str, Any]:
+    """Several runs of the recipe; their epochs are in records/seeds.json."""
+    return {"seeds": [run.seed for run in seeds.runs], **msgspec.to_builtins(evaluation)}

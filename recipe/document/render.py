@@ -207,9 +207,10 @@ def papers(facts: Facts) -> list[str]:
 
 def seeds_top1(facts: Facts) -> tuple[int, float, float] | None:
     """(n, mean, standard deviation) of top-1 over the recipe's seeds; None where there is one run only."""
-    if facts.seeds is None or len(facts.seeds.runs) < 2:
+    counts = facts.seeds.evaluation if facts.seeds else None
+    if counts is None or len(counts.correct_top1) < 2:
         return None
-    shares = [run.correct_top1 / facts.seeds.images for run in facts.seeds.runs]
+    shares = [correct / counts.images for correct in counts.correct_top1]
     return len(shares), statistics.mean(shares), statistics.stdev(shares)
 
 

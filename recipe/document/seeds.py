@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from recipe.document.claims import columns
 from recipe.document.publishable import Publishable, stage_problems, stale_problems
 from recipe.errors import UserError
-from recipe.records import SeedRun, SeedsRecord
+from recipe.records import SeedCounts, SeedRun, SeedsRecord
 from recipe.run import Run, shown_path
 
 
@@ -34,24 +34,19 @@ def require_same_recipe(main: Publishable, other: Publishable) -> None:
 
 
 def seeds_of(main: Publishable, others: Sequence[Publishable], published: Run) -> SeedsRecord | None:
-    """All runs of the recipe, this one among them; those that were published before stay where none are given."""
+    """All runs of the recipe by seed, this one among them; without others those that were published before."""
     if not others:
         return _published_before(main, published)
-    runs = sorted((seed_run(entry) for entry in (main, *others)), key=lambda run: run.seed)
-    seeds = [run.seed for run in runs]
+    entries = sorted((main, *others), key=lambda entry: entry.training.seed)
+    seeds = [entry.training.seed for entry in entries]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds: each run must have a seed of its own, found {', '.join(map(str, seeds))}")
-    return SeedsRecord(
-        recipe_id=main.training.recipe_id,
-        protocol=main.evaluation.protocol.name,
-        images=main.evaluation.images,
-        runs=runs,
-    )
+    return seeds_record(entries)
 
 
 def _published_before(main: Publishable, published: Run) -> SeedsRecord | None:
     before = published.read(SeedsRecord)
-    if before is not None and seed_run(main) not in before.runs:
+    if before is not None and seeds_record([main]).runs[0] not in before.runs:
         raise UserError(
             f"{shown_path(published.directory)} gives {len(before.runs)} seeds, and this run is none of them: name "
             "them again with --seeds"
@@ -59,13 +54,28 @@ def _published_before(main: Publishable, published: Run) -> SeedsRecord | None:
     return before
 
 
-def seed_run(entry: Publishable) -> SeedRun:
-    """What a recipe keeps of one of its runs."""
-    return SeedRun(
-        seed=entry.training.seed,
-        weights_sha256=entry.evaluation.inputs["weights"],
-        source_sha256=entry.training.provenance.source_sha256,
-        correct_top1=entry.evaluation.correct_top1,
-        correct_top5=entry.evaluation.correct_top5,
-        epochs=columns(entry.training.epochs),
+def seeds_record(entries: Sequence[Publishable]) -> SeedsRecord:
+    """The record of these runs of one recipe."""
+    first = entries[0]
+    return SeedsRecord(
+        recipe_id=first.training.recipe_id,
+        config={key: value for key, value in (first.facts.config or {}).items() if key != "seed"},
+        steps_per_epoch=first.training.schedule.steps_per_epoch,
+        runs=[
+            SeedRun(
+                seed=entry.training.seed,
+                weights_sha256=entry.evaluation.inputs["weights"],
+                source_sha256=entry.training.provenance.source_sha256,
+                images_per_batch_norm=entry.training.loader.images_per_batch_norm,
+                raw_sha256={name: split.raw_sha256 for name, split in entry.data.splits.items()},
+                epochs=columns(entry.training.epochs),
+            )
+            for entry in entries
+        ],
+        evaluation=SeedCounts(
+            protocol=first.evaluation.protocol.name,
+            images=first.evaluation.images,
+            correct_top1=[entry.evaluation.correct_top1 for entry in entries],
+            correct_top5=[entry.evaluation.correct_top5 for entry in entries],
+        ),
     )

@@ -1,7 +1,7 @@
-"""One file of dynamics from several seeds: `python -m recipe aggregate RUN RUN RUN --output runs/dynamics.json`.
+"""One file from several seeds of a recipe: `python -m recipe aggregate RUN RUN RUN --output runs/seeds.json`.
 
-The file holds every seed's epochs, no means: whoever judges by it pools as it sees fit. `watch` and `reference=` take
-it as it is, and beside a published document under the name `dynamics.json`.
+The file holds every seed's epochs, no means, as `records/seeds.json` of a published recipe does; `watch` and
+`reference=` take either.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from recipe.run import shown_path, write_atomically
 
 def describe(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="finished runs, recipes or files of dynamics")
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="finished runs, recipes or seeds.json files")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write, .json")
 
 
 def answer(arguments: argparse.Namespace) -> int:
     """Write the file."""
     if arguments.output.suffix != ".json":
-        raise UserError(f"--output {arguments.output} cannot be: the name of a file of dynamics ends in .json")
+        raise UserError(f"--output {arguments.output} cannot be: its name must end in .json")
     found = open_reference(arguments.recipes)
     write_atomically(arguments.output, to_json(found))
-    print(f"wrote {shown_path(arguments.output)}: {len(found.seeds)} seeds of recipe {found.recipe_id[:12]}")
+    print(f"wrote {shown_path(arguments.output)}: {len(found.runs)} seeds of recipe {found.recipe_id[:12]}")
     return 0

@@ -1,7 +1,7 @@
 """Which runs a run may be compared with, and their epochs as columns: read from records, documents and strangers.
 
-A reference is a finished run, a published recipe or a file of dynamics (several seeds of one recipe). Whatever differs
-in what can change the dynamics makes two of them incomparable, and is named.
+A reference is a finished run, a published recipe or a `seeds.json` (several seeds of one recipe). Every difference that
+can change the training makes two of them incomparable, and is named.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from recipe.document.facts import gather
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.metrics import EPOCH_FIELDS
-from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
+from recipe.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
 from recipe.review.convergence import METRICS, phases
 from recipe.review.subject import Subject, open_subject, read_text
 from recipe.run import Run, shown_path
 
-DYNAMICS_FILE = "dynamics.json"  # beside the document
 MOST_EPOCHS = 100_000
 COSMETIC = ("seed", "name", "trainer.log_every_steps", "trainer.keep_checkpoints")
 COSMETIC_GROUPS = ("description", "data.description", "model.description", "serialization", "timing")
@@ -49,78 +48,46 @@ class Watched:
     name: str
     config: Mapping[str, Any]
     steps_per_epoch: int | None  # unknown until its first epoch is over
-    seed: SeedDynamics
+    seed: SeedRun
 
 
-def open_reference(paths: Sequence[str | Path]) -> Dynamics:
+def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
     """All seeds under the given paths, each once; raises `UserError` where they are not of one recipe."""
     first, *others = [_one_reference(path) for path in paths]
-    seeds = list(first.seeds)
+    seeds = list(first.runs)
     for path, other in zip(paths[1:], others, strict=True):
         refuse_differences(first, other.config, other.steps_per_epoch, shown_path(path))
-        seeds += other.seeds
+        seeds += other.runs
     for seed in seeds[1:]:
         _refuse_other_data(seeds[0], seed, f"reference seed {seed.seed}")
-    return msgspec.structs.replace(first, seeds=_without_repeats(seeds))
+    return msgspec.structs.replace(first, runs=_without_repeats(seeds), evaluation=None)
 
 
-def _one_reference(path: str | Path) -> Dynamics:
+def _one_reference(path: str | Path) -> SeedsRecord:
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
-        return _checked(_read_dynamics(path), shown_path(path))
+        return _checked(from_json(read_text(path).encode(), SeedsRecord, shown_path(path)), shown_path(path))
     subject = open_subject(path)
-    own = _with_published_seeds(_from_claims(subject), subject)
-    file = (path if path.is_dir() else path.parent) / DYNAMICS_FILE
-    if not file.is_file():
-        return _checked(own, subject.name)
-    published = _read_dynamics(file)
-    refuse_differences(own, published.config, published.steps_per_epoch, shown_path(file))
-    seeds = _without_repeats([*own.seeds, *published.seeds])
-    return _checked(msgspec.structs.replace(own, seeds=seeds), subject.name)
-
-
-def _with_published_seeds(own: Dynamics, subject: Subject) -> Dynamics:
-    """The other seeds that were published with a recipe: of the same recipe on the same data, as `publish` saw to."""
+    own = _from_claims(subject)
     published = subject.run.read(SeedsRecord) if subject.run is not None else None
     if published is None:
-        return own
-    if published.recipe_id != own.recipe_id:
-        raise UserError(f"the seeds in the records of {subject.name} are of another recipe")
-    others = [
-        SeedDynamics(
-            seed=run.seed,
-            weights_sha256=run.weights_sha256,
-            source_sha256=run.source_sha256,
-            images_per_batch_norm=None,
-            raw_sha256=own.seeds[0].raw_sha256,
-            epochs={name: list(values) for name, values in run.epochs.items()},
-        )
-        for run in published.runs
-    ]
-    return msgspec.structs.replace(own, seeds=_without_repeats([*own.seeds, *others]))
+        return _checked(own, subject.name)
+    where = f"records/seeds.json of {subject.name}"
+    refuse_differences(own, _checked(published, where).config, published.steps_per_epoch, where)
+    runs = _without_repeats([*own.runs, *published.runs])
+    return _checked(msgspec.structs.replace(own, runs=runs), subject.name)
 
 
-def _read_dynamics(path: Path) -> Dynamics:
-    found = from_json(read_text(path).encode(), Dynamics, shown_path(path))
-    computed = recipe_id(found.config)
-    if found.recipe_id != computed:
-        raise UserError(
-            f"{shown_path(path)} calls itself recipe {on_one_line(found.recipe_id)[:16]}, but its configuration is "
-            f"that of {computed[:16]}: it was edited"
-        )
-    return found
-
-
-def _from_claims(subject: Subject) -> Dynamics:
+def _from_claims(subject: Subject) -> SeedsRecord:
     """The one seed that a document tells of, or the records of a run where no document was written."""
     claims = _claims(subject)
     training, config = claims["claims"]["training"], claims["config"]
     seed = config.get("seed")
-    return Dynamics(
+    return SeedsRecord(
         recipe_id=recipe_id(config),
         config={key: value for key, value in config.items() if key != "seed"},
         steps_per_epoch=training.get("steps_per_epoch"),
-        seeds=[_seed_of(claims, seed if isinstance(seed, int) else 0)],
+        runs=[_seed_of(claims, seed if isinstance(seed, int) else 0)],
     )
 
 
@@ -139,7 +106,7 @@ def _claims(subject: Subject) -> dict[str, Any]:
     return claims
 
 
-def _seed_of(claims: dict[str, Any], seed: int) -> SeedDynamics:
+def _seed_of(claims: dict[str, Any], seed: int) -> SeedRun:
     training = claims["claims"]["training"]
     values = {
         "seed": seed,
@@ -150,7 +117,7 @@ def _seed_of(claims: dict[str, Any], seed: int) -> SeedDynamics:
         "epochs": training.get("epochs"),
     }
     try:
-        return msgspec.convert(values, SeedDynamics)
+        return msgspec.convert(values, SeedRun)
     except (msgspec.ValidationError, AttributeError) as error:
         raise UserError(f"the document's claims about training cannot be read: {error}") from error
 
@@ -162,14 +129,20 @@ def _raw_sha256(data: Any) -> dict[str, Any]:
     return {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)}
 
 
-def _checked(found: Dynamics, where: str) -> Dynamics:
-    """The dynamics if every seed has every epoch with plain numbers; raises `UserError` otherwise."""
+def _checked(found: SeedsRecord, where: str) -> SeedsRecord:
+    """The seeds, if they are of their configuration, each with finite numbers for every epoch; else `UserError`."""
+    computed = recipe_id(found.config)
+    if found.recipe_id != computed:
+        raise UserError(
+            f"{where} calls itself recipe {on_one_line(found.recipe_id)[:16]}, but its configuration is that of "
+            f"{computed[:16]}: it was edited"
+        )
     epochs = schedule_of(found.config, where).epochs
     if not isinstance(found.steps_per_epoch, int) or found.steps_per_epoch < 1:
         raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(found.steps_per_epoch))}")
-    if not found.seeds:
+    if not found.runs:
         raise UserError(f"{where} holds no seed")
-    for seed in found.seeds:
+    for seed in found.runs:
         if seed.epochs.get("epoch") != list(range(1, epochs + 1)):
             raise UserError(f"seed {seed.seed} of {where} does not hold each of its {epochs} epochs once, in order")
         for name in METRICS:
@@ -197,15 +170,17 @@ def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
     return settings
 
 
-def phases_of(reference: Dynamics) -> list[int]:
+def phases_of(reference: SeedsRecord) -> list[int]:
     """The phase of the schedule of every epoch."""
     settings = schedule_of(reference.config, "the reference")
     falls = settings.step_epochs if settings.schedule == "step" else []
     return phases(settings.epochs, [settings.warmup_epochs, *falls])
 
 
-def refuse_differences(reference: Dynamics, config: Mapping[str, Any], steps_per_epoch: int | None, where: str) -> None:
-    """Raise `UserError` with every difference that can change the dynamics."""
+def refuse_differences(
+    reference: SeedsRecord, config: Mapping[str, Any], steps_per_epoch: int | None, where: str
+) -> None:
+    """Raise `UserError` with every difference that can change the training."""
     changed = differences(what_matters(reference.config), what_matters(config))
     if changed:
         shown = "; ".join(on_one_line(line) for line in changed)
@@ -225,13 +200,13 @@ def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in ignored and not f"{key}.".startswith(groups)}
 
 
-def refuse_other_data(reference: Dynamics, watched: Watched) -> None:
+def refuse_other_data(reference: SeedsRecord, watched: Watched) -> None:
     """Raise `UserError` where the original images are known to be others."""
-    for seed in reference.seeds:
+    for seed in reference.runs:
         _refuse_other_data(seed, watched.seed, watched.name)
 
 
-def _refuse_other_data(first: SeedDynamics, second: SeedDynamics, where: str) -> None:
+def _refuse_other_data(first: SeedRun, second: SeedRun, where: str) -> None:
     for split in first.raw_sha256.keys() & second.raw_sha256.keys():
         ours, theirs = first.raw_sha256[split], second.raw_sha256[split]
         if ours != theirs:
@@ -241,16 +216,16 @@ def _refuse_other_data(first: SeedDynamics, second: SeedDynamics, where: str) ->
             )
 
 
-def _without_repeats(seeds: Sequence[SeedDynamics]) -> list[SeedDynamics]:
+def _without_repeats(seeds: Sequence[SeedRun]) -> list[SeedRun]:
     """Each run once, however often it was named: a copy would make the spread look smaller than it is."""
-    kept: list[SeedDynamics] = []
+    kept: list[SeedRun] = []
     for seed in seeds:
         if not any(same_run(seed, other) for other in kept):
             kept.append(seed)
     return kept
 
 
-def same_run(first: SeedDynamics, second: SeedDynamics) -> bool:
+def same_run(first: SeedRun, second: SeedRun) -> bool:
     """Whether every value that both have is the same: two seeds never agree so, whatever their hashes say."""
     shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
     pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in METRICS for at in shared]
@@ -267,7 +242,7 @@ def open_watched(path: str | Path) -> Watched:
     claims = _claims(subject)
     found = _from_claims(subject)
     _checked(found, subject.name)
-    return Watched(subject.name, claims["config"], found.steps_per_epoch, found.seeds[0])
+    return Watched(subject.name, claims["config"], found.steps_per_epoch, found.runs[0])
 
 
 def watched_run(run: Run) -> Watched:
@@ -277,7 +252,7 @@ def watched_run(run: Run) -> Watched:
         raise UserError(f"{name} has no config.yaml: nothing was trained there")
     rows, steps_per_epoch = _completed(run.metric_rows(), schedule_of(config, name).epochs, name)
     training, data = run.read(TrainingRecord), run.read(PreprocessingRecord)
-    seed = SeedDynamics(
+    seed = SeedRun(
         seed=int(config["seed"]),
         weights_sha256=training.outputs.get("weights") if training else None,
         source_sha256=training.provenance.source_sha256 if training else None,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recipe.document.formatting import on_one_line
-from recipe.records import Dynamics
+from recipe.records import SeedsRecord
 from recipe.review.convergence import ALPHA, METRICS, ON_TRACK, POWER, Band, Deviation, Judgement, Numbers, Seeds, judge
 from recipe.review.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
 
@@ -19,7 +19,7 @@ from recipe.review.reference import Watched, phases_of, refuse_differences, refu
 class Watch:
     """A reference and how it is to be used; called with a run it says how that one goes."""
 
-    reference: Dynamics
+    reference: SeedsRecord
     alpha: float = ALPHA
     priors: Mapping[str, float] = field(default_factory=dict)
 
@@ -30,7 +30,7 @@ class Watch:
         epochs = len(phases_of(self.reference))
         run = {name: by_epoch(watched.seed.epochs, name, epochs) for name in METRICS}
         judgement = judge(self.seeds(), run, self.alpha, self.priors)
-        twin = next((seed for seed in self.reference.seeds if same_run(seed, watched.seed)), None)
+        twin = next((seed for seed in self.reference.runs if same_run(seed, watched.seed)), None)
         if twin is not None:
             reason = f"every value so far is that of reference seed {twin.seed}, digit by digit"
             return Judgement(ON_TRACK, reason, judgement.epoch, judgement.comparisons, judgement.bands)
@@ -39,7 +39,7 @@ class Watch:
     def seeds(self) -> Seeds:
         """The reference as arrays."""
         values = {
-            name: np.array([seed.epochs[name] for seed in self.reference.seeds], dtype=np.float64) for name in METRICS
+            name: np.array([seed.epochs[name] for seed in self.reference.runs], dtype=np.float64) for name in METRICS
         }
         return Seeds(values, phases_of(self.reference))
 
@@ -54,7 +54,7 @@ def by_epoch(columns: Mapping[str, Sequence[Any]], name: str, epochs: int) -> Nu
 
 def as_text(watch: Watch, watched: Watched, judgement: Judgement) -> str:
     """The verdict for a person: a headline, what deviates, the newest epoch of every metric, what was assumed."""
-    reference, seeds = watch.reference, len(watch.reference.seeds)
+    reference, seeds = watch.reference, len(watch.reference.runs)
     epochs = len(phases_of(reference))
     lines = [
         f"{judgement.verdict}: {on_one_line(watched.name)}, epoch {judgement.epoch} of {epochs}; {judgement.reason}",
@@ -111,11 +111,11 @@ def notes(watch: Watch, watched: Watched, judgement: Judgement) -> list[str]:
     """What a reader must know to trust the verdict."""
     found = [f"the sd of {name} is a declared prior" for name, band in judgement.bands.items() if band.is_prior]
     found += [
-        f"--prior-sd {name} is not used: {len(watch.reference.seeds)} seeds are measured"
+        f"--prior-sd {name} is not used: {len(watch.reference.runs)} seeds are measured"
         for name in watch.priors
         if name in judgement.bands and not judgement.bands[name].is_prior
     ]
-    ours, theirs = watched.seed.images_per_batch_norm, {seed.images_per_batch_norm for seed in watch.reference.seeds}
+    ours, theirs = watched.seed.images_per_batch_norm, {seed.images_per_batch_norm for seed in watch.reference.runs}
     if ours is not None and theirs - {None, ours}:
         others = ", ".join(
             str(count) for count in sorted(count for count in theirs - {None, ours} if count is not None)
@@ -123,7 +123,7 @@ def notes(watch: Watch, watched: Watched, judgement: Judgement) -> list[str]:
         found.append(
             f"batch norm sees {ours} images at a time in the run, {others} in the reference: no other setting says so"
         )
-    sources = {seed.source_sha256 for seed in watch.reference.seeds if seed.source_sha256}
+    sources = {seed.source_sha256 for seed in watch.reference.runs if seed.source_sha256}
     if len(sources) > 1:
         found.append(f"the reference seeds were trained by {len(sources)} states of the code")
     return found
@@ -137,7 +137,7 @@ def as_json(watch: Watch, watched: Watched, judgement: Judgement) -> str:
             "reason": judgement.reason,
             "run": watched.name,
             "recipe_id": watch.reference.recipe_id,
-            "seeds": len(watch.reference.seeds),
+            "seeds": len(watch.reference.runs),
             "epoch": judgement.epoch,
             "epochs": len(phases_of(watch.reference)),
             "family_wise_error": watch.alpha,

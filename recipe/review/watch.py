@@ -29,7 +29,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="RECIPE",
-        help="seeds of the same recipe: runs, published recipes, files of dynamics",
+        help="seeds of the same recipe: runs, published recipes, seeds.json files",
     )
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"family-wise error, default {ALPHA}")
     parser.add_argument(

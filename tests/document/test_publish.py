@@ -25,6 +25,7 @@ from recipe.document.render import render, write_document
 from recipe.errors import UserError
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
+from recipe.review.reference import open_reference
 from recipe.review.subject import contradictions, open_subject
 from recipe.run import CHECKOUT, Run
 from tests.document.test_document import (
@@ -400,7 +401,8 @@ def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.Mo
 
 
 def seed_run(directory: Path, seed: int, correct: int) -> Run:
-    config = {**CONFIG, "seed": seed}
+    schedule = {"schedule": "cosine", "warmup_epochs": 1.0, "step_epochs": []}
+    config = {**CONFIG, "seed": seed, "optimization": CONFIG["optimization"] | schedule}
     run = Run(directory)
     run.write_config(config)
     weights = sha(f"weights {seed}")
@@ -425,9 +427,13 @@ def test_seeds_give_n_mean_and_spread(tmp_path: Path) -> None:
     folder = publish(runs[0], seeds=runs[1:])
     record = Run(folder).read(SeedsRecord)
     assert record is not None
-    assert [(run.seed, run.correct_top1) for run in record.runs] == [(1, 436), (2, 442), (3, 430)]
+    assert record.evaluation is not None
+    assert [run.seed for run in record.runs] == [1, 2, 3]
+    assert record.evaluation.correct_top1 == [436, 442, 430]
     assert "top-1 over n = 3 seeds: mean 90.83 %, standard deviation 1.25 %" in page(folder)  # 6 of 480
     assert open_subject(folder).claims()["claims"]["seeds"]["correct_top1"] == [436, 442, 430]
+    assert open_reference([folder / "records" / "seeds.json"]).runs == record.runs[:1]  # three equal courses
+    assert open_reference([folder]).recipe_id == record.recipe_id
     publish(runs[0])
     assert Run(folder).read(SeedsRecord) == record
     with pytest.raises(UserError, match="a seed of its own"):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from recipe.document.claims import identity
 from recipe.document.facts import Facts
-from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedRun, SeedsRecord, from_json, to_json
+from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedCounts, SeedRun, SeedsRecord, from_json, to_json
 from recipe.review.judgement import (
     BIT_EXACT,
     CANNOT_TELL,
@@ -133,11 +133,17 @@ def test_another_protocol_cannot_be_compared() -> None:
 def seeds(*correct: int) -> SeedsRecord:
     runs = [
         SeedRun(
-            seed=at, weights_sha256=sha(str(at)), source_sha256=sha("s"), correct_top1=count, correct_top5=1, epochs={}
+            seed=at,
+            weights_sha256=sha(str(at)),
+            source_sha256=sha("s"),
+            images_per_batch_norm=None,
+            raw_sha256={},
+            epochs={},
         )
-        for at, count in enumerate(correct)
+        for at in range(len(correct))
     ]
-    return SeedsRecord(recipe_id=sha("r"), protocol="p", images=480, runs=runs)
+    counts = SeedCounts(protocol="p", images=480, correct_top1=list(correct), correct_top5=[1] * len(correct))
+    return SeedsRecord(recipe_id=sha("r"), config={}, steps_per_epoch=37, runs=runs, evaluation=counts)
 
 
 @pytest.mark.parametrize(
