@@ -25,7 +25,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TreeState(Record, frozen=True, kw_only=True):
-    """`clean`, `untracked`, `modified`; `no git`, `git refused` or `not a repository of ours` where no commit is known."""
+    """`clean`, `untracked`, `modified`; `no git`, `git refused` or `not a repository of ours` if no commit is known."""
 
     state: str
     reason: str | None = None  # what git answered where it refused

@@ -36,7 +36,7 @@ from recipe.records import (
 JOURNAL = Path("runs", "journal.jsonl")
 CHECKOUT = Path(__file__).resolve().parent.parent
 ELSEWHERE = "..."  # stands for the folders of a place outside the checkout
-RECORD_FILES = {kind: f"{name}.json" for name, kind in RECORDS.items()}
+RECORD_NAMES = {kind: name for name, kind in RECORDS.items()}
 # A slash where a path can begin (not in a word or a URL; behind a colon a single one), and folders behind it.
 ABSOLUTE_PATH = re.compile(r"(?:(?<=file:)//+|(?<![\w.$}:/])/+|(?<=:)/(?!/))(?:[\w.+@%~-]+/+)+")
 
@@ -63,12 +63,16 @@ class Run:
 
     def write(self, record: Record) -> None:
         """Store a record under its known name."""
-        write_atomically(self.records / RECORD_FILES[type(record)], to_json(record))
+        write_atomically(self.record_file(type(record)), to_json(record))
 
     def read(self, kind: type[AnyRecord]) -> AnyRecord | None:
         """The stored record of this kind, or None where the stage has not run."""
-        path = self.records / RECORD_FILES[kind]
-        return self.read_file(path, kind) if os.path.lexists(path) else None
+        path = self.record_file(kind)
+        return self.read_record(path, kind) if os.path.lexists(path) else None
+
+    def record_file(self, kind: type[Record]) -> Path:
+        """The file of the record of this kind."""
+        return self.records / f"{RECORD_NAMES[kind]}.json"
 
     def content(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> bytes:
         """The bytes of one of the run's files; raises `UserError` for a link that leaves the run, and for what never
@@ -109,9 +113,9 @@ class Run:
 
     def read_all(self, directory: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
         """Every record of a folder, in the order of the files' names."""
-        return [self.read_file(path, kind) for path in sorted(directory.glob("*.json"))]
+        return [self.read_record(path, kind) for path in sorted(directory.glob("*.json"))]
 
-    def read_file(self, path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    def read_record(self, path: Path, kind: type[AnyRecord]) -> AnyRecord:
         """The record of this kind in one of the run's files."""
         return from_json(self.content(path), kind, shown_path(path))
 
@@ -155,13 +159,14 @@ class Run:
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
-    def move_aside(self) -> Path:
-        """Rename the directory to the first free `<name>.old-<n>`; nothing is ever deleted."""
-        number = 1
-        while (aside := self.directory.with_name(f"{self.directory.name}.old-{number}")).exists():
-            number += 1
-        self.directory.rename(aside)
-        return aside
+    def archive(self) -> Path:
+        """Rename the directory to the first free `<name>.old-<n>`, unless another process writes to it."""
+        with self.lock():
+            number = 1
+            while (archived := self.directory.with_name(f"{self.directory.name}.old-{number}")).exists():
+                number += 1
+            self.directory.rename(archived)
+        return archived
 
 
 def plain_yaml(text: str) -> Any:

@@ -12,7 +12,8 @@ from recipe.__main__ import VERBS
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
 from recipe.notebook import NOTEBOOK
-from recipe.run import CHECKOUT, RECORD_FILES, Run
+from recipe.records import RECORDS
+from recipe.run import CHECKOUT, Run
 from tests.conftest import compose_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"]
@@ -120,7 +121,7 @@ def section_table() -> list[list[str]]:
 
 def test_the_section_table_names_scripts_code_configuration_and_records() -> None:
     run = Run("run")
-    left = {f"records/{name}" for name in RECORD_FILES.values()}
+    left = {f"records/{name}.json" for name in RECORDS}
     left |= {"records/timing"} | {path.name for path in (run.metrics, run.config, run.twin, run.document)}
     rows = section_table()
     assert len(rows) >= 7

@@ -17,28 +17,21 @@ import pytest
 
 from recipe.errors import DiskError, UserError
 from recipe.records import (
+    RECORD_LISTS,
+    RECORDS,
+    STAGES,
     ClassCounts,
-    EnergyRecord,
     EvaluationRecord,
-    Fingerprint,
     Hardware,
-    InferenceRecord,
-    JournalRecord,
-    PreprocessingRecord,
-    ProjectionRecord,
     Protocol,
     Provenance,
-    PublicationRecord,
     Record,
-    ReproductionRecord,
-    SeedsRecord,
-    SerializationRecord,
     TrainingRecord,
     TreeState,
     from_json,
     to_json,
 )
-from recipe.run import CHECKOUT, RECORD_FILES, Run, append_to_journal, recorded_path, without_paths, write_atomically
+from recipe.run import CHECKOUT, Run, append_to_journal, recorded_path, without_paths, write_atomically
 
 
 def names(directory: Path) -> set[str]:
@@ -178,7 +171,7 @@ def test_old_runs_are_numbered_and_kept(tmp_path: Path) -> None:
         run = Run(tmp_path / "run")
         run.directory_exists()
         (run.directory / "what").write_text(str(number))
-        assert run.move_aside() == tmp_path / f"run.old-{number}"
+        assert run.archive() == tmp_path / f"run.old-{number}"
     assert names(tmp_path) == {"run.old-1", "run.old-2", "run.old-3"}
     assert [(tmp_path / f"run.old-{number}" / "what").read_text() for number in (1, 2, 3)] == ["1", "2", "3"]
 
@@ -186,7 +179,7 @@ def test_old_runs_are_numbered_and_kept(tmp_path: Path) -> None:
 def test_a_free_number_in_between_is_used_without_touching_others(tmp_path: Path) -> None:
     for name in ("run", "run.old-1", "run.old-3"):
         (tmp_path / name).mkdir()
-    assert Run(tmp_path / "run").move_aside().name == "run.old-2"
+    assert Run(tmp_path / "run").archive().name == "run.old-2"
     assert names(tmp_path) == {"run.old-1", "run.old-2", "run.old-3"}
 
 
@@ -364,12 +357,16 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     assert stored["format"] == "evaluation/1"
 
 
-def test_every_stage_has_a_file_of_its_own() -> None:
-    stages = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord)
-    kinds = (*stages, Fingerprint, JournalRecord, SeedsRecord, ReproductionRecord, PublicationRecord)
-    kinds = (*kinds, ProjectionRecord, EnergyRecord)
-    assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
-    assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
+def test_every_record_has_a_file_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert {run.record_file(kind).name for kind in RECORDS.values()} == {f"{name}.json" for name in RECORDS}
+    assert len(set(RECORDS.values())) == len(RECORDS)
+    assert set(STAGES) <= set(RECORDS)
+    assert {name for name, kind in RECORDS.items() if "provenance" in kind.__struct_fields__} == {
+        *STAGES,
+        "reproduction",  # of another run
+    }
+    assert set(RECORD_LISTS) <= set(vars(run))
 
 
 def changed(**changes: Any) -> bytes:

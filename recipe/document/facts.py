@@ -61,10 +61,10 @@ def gather(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: r
     copied, or is read from another folder, stays what its records give.
     """
     config = attempt(run.config, run.read_config)
-    records = {name: attempt(run.records / f"{name}.json", partial(run.read, kind)) for name, kind in RECORDS.items()}
+    records = {name: attempt(run.record_file(kind), partial(run.read, kind)) for name, kind in RECORDS.items()}
     for name, kind in RECORD_LISTS.items():
         found = [
-            attempt(path, partial(run.read_file, path, kind)) for path in sorted(getattr(run, name).glob("*.json"))
+            attempt(path, partial(run.read_record, path, kind)) for path in sorted(getattr(run, name).glob("*.json"))
         ]
         records[name] = [record for record in found if record is not None]
     publication: PublicationRecord | None = records["publication"]

@@ -17,8 +17,8 @@ from recipe.document.model_card import readme
 from recipe.document.publishable import Publishable
 from recipe.document.render import read_document, twin
 from recipe.errors import UserError
-from recipe.records import Record, TimingRecord, to_json
-from recipe.run import RECORD_FILES, Run, disk_errors, shown_path, write_atomically
+from recipe.records import RECORDS, Record, TimingRecord, to_json
+from recipe.run import Run, disk_errors, shown_path, write_atomically
 
 README = "README.md"
 METRIC_ROWS_MAX = 5000  # more are thinned
@@ -72,7 +72,7 @@ def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record
 def copy_records(main: Publishable, there: Run) -> None:
     """The records, each read and validated before; the patches that they name."""
     run = main.run
-    sources = [run.records / name for name in RECORD_FILES.values()]
+    sources = [run.record_file(kind) for kind in RECORDS.values()]
     sources += [*run.timing.glob("*.json"), *run.other_evaluations.glob("*.json")]
     for _, record in main.facts.stages():
         for state in (record.provenance.tree_at_start, record.provenance.tree_at_end):

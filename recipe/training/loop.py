@@ -28,7 +28,7 @@ from recipe.training.build import Training, build_training
 from recipe.training.energy import Meter
 from recipe.training.hanging import hang_watch
 from recipe.training.measurement import measure_steps, validate, validation_predictor
-from recipe.training.pinning import finished_record, pin, set_aside
+from recipe.training.pinning import finished_record, pin
 from recipe.training.record import training_record
 from recipe.training.saving import save, save_and_exit, save_where_due
 from recipe.training.space import check_space
@@ -159,7 +159,7 @@ def _one_writer(config: Config, world: World) -> Iterator[Run]:
 def _claim(run: Run, config: Config, held: ExitStack) -> None:
     """Take the run directory for this process until `held` is closed."""
     if config.trainer.restart and run.config.exists():
-        print(f"the old run is now {shown_path(set_aside(run))}", flush=True)
+        print(f"the old run is now {shown_path(run.archive())}", flush=True)
     held.enter_context(run.lock())
     pin(run, config)
 

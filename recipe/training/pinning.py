@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from recipe.config import Config, config_sha256, differences, pinned
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
@@ -30,12 +28,6 @@ def pin(run: Run, config: Config) -> None:
 
 def _has_begun(run: Run) -> bool:
     return any(run.checkpoints.glob("step-*")) or run.read(TrainingRecord) is not None
-
-
-def set_aside(run: Run) -> Path:
-    """Rename the old run, unless somebody is writing to it."""
-    with run.lock():
-        return run.move_aside()
 
 
 def finished_record(run: Run) -> TrainingRecord | None:
