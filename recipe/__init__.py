@@ -7,10 +7,11 @@ ground floor, importable without torch
     launcher       which of how many processes this one is
     faults         failures on demand, for tests
     config         typed schema of every knob, cross-field checks, identity of a recipe
-    files          files and names that may come from a stranger
+    files          atomic writing, locks, reading files of others, paths as text
     metrics        the rows of metrics.jsonl
-    records        what each stage leaves behind: frozen records <-> JSON
-    run            the known files of a run directory; atomic writes
+    records        the results of every stage: frozen structs <-> JSON, and the table of them
+    run            the known files of a run directory
+    experiment_log one line for each stage started and ended
     energy         what GPUs have used, by their driver's counter
     provenance     commit and tree state, command, hardware, versions
     composition    from the command line to a Config
@@ -37,9 +38,10 @@ chapters
                    journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
-    document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
-                   arithmetic (of a projection), render: from records to pages, without torch; model_card, publishable,
-                   seeds, published_folder, publish: a run as a folder to commit; index: the table of those
+    document       run_data, blocks, curves, recipe_json, latency, commands, history, formatting, figures,
+                   inference_figures, arithmetic (of a projection), render: from records to pages, without torch;
+                   model_card, publishable, seeds, published_folder, publish: a run as a folder to commit; index: the
+                   table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
                    findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),

@@ -21,6 +21,8 @@ from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.document.inference_figures import guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
 from recipe.errors import UserError
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path, portable_path, write_atomically
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import load_evaluated
 from recipe.inference.onnx_file import OnnxModel
@@ -28,7 +30,7 @@ from recipe.inference.pictures import bytes_of, pixels_of
 from recipe.inference.timing import measure_timing
 from recipe.provenance import Stage, shown_argument
 from recipe.records import ClassifiedPicture, Guess, InferenceRecord, TimingRecord
-from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
+from recipe.run import Run
 
 SAMPLES = 8  # of the validation set, each of another class
 CLASSES_NAMED = 20
@@ -68,7 +70,7 @@ class Demonstration:
             if isinstance(model, OnnxModel) and model.metadata.weights_sha256 != self.subject.weights_sha256:
                 raise UserError(
                     f"{name} holds other weights than those that were evaluated: "
-                    f"run `python serialize.py run_dir={shlex.quote(shown_path(self.run.directory))}` again"
+                    f"run `python serialize.py run_dir={shlex.quote(display_path(self.run.directory))}` again"
                 )
         return found
 
@@ -81,7 +83,7 @@ class Demonstration:
         return "\n".join(
             [
                 f"{self.config.name}: {self.config.model.name} trained on {self.config.data.name}, in "
-                f"{shown_path(self.run.directory)}",
+                f"{display_path(self.run.directory)}",
                 f"top-1 {evaluation.correct_top1 / evaluation.images:.2%} ({evaluation.correct_top1} of "
                 f"{evaluation.images} validation images, {evaluation.protocol.name})",
                 f"files: {', '.join(self.classifiers)}; computed on {device}",
@@ -162,7 +164,7 @@ class Demonstration:
             )
         )
         append_to_journal(self.run, "inference", "ended")
-        write_document(self.run, recorded_path(self.config.run_dir))
+        write_document(self.run, portable_path(self.config.run_dir))
         return self.run.document
 
 

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl: what one holds, how they are read, which ones a training writes, and which are missing."""
+"""metrics.jsonl: its rows, reading them, and finding those that are missing."""
 
 from __future__ import annotations
 
@@ -56,17 +56,15 @@ EPOCH_FIELDS = {  # of `recipe.records.Epoch` -> of the validation row that ends
 
 
 class Place(NamedTuple):
-    """What identifies a row within its run."""
-
     split: Split
     epoch: int
     step: int
 
 
 def read_rows(lines: BinaryIO, where: str) -> Iterator[Row]:
-    """The rows of an open file, in order; an unfinished last line (a killed run) is left out.
+    """The rows of an open file, in order, without an unfinished last line (of a killed run).
 
-    Raises `UserError` with the number of the first line that is not a row; `where` names the file.
+    Raises `UserError` with the number of the first line that is not a row; `where` is the name of the file.
     """
     for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW_BYTES), b""), start=1):
         is_complete = line.endswith(b"\n")
@@ -89,7 +87,7 @@ def _row(line: bytes, is_complete: bool, where: str) -> Row:
 
 
 def planned_places(steps: int, steps_per_epoch: int, log_every_steps: int, validated_epochs: int) -> Iterator[Place]:
-    """The rows of the first `steps` steps, in order: within an epoch, at its end, and of its validation."""
+    """The places of all rows of the first `steps` steps, in order."""
     for epoch in range(1, (steps - 1) // steps_per_epoch + 2):
         first = (epoch - 1) * steps_per_epoch
         batches = chain(range(log_every_steps, steps_per_epoch, log_every_steps), (steps_per_epoch,))
@@ -99,12 +97,12 @@ def planned_places(steps: int, steps_per_epoch: int, log_every_steps: int, valid
             yield Place("validation", epoch, first + steps_per_epoch)
 
 
-def missing_rows(found: set[Place], planned: Iterable[Place]) -> str | None:
-    """Which of the planned rows are not found, in words: "3 rows are missing from metrics.jsonl (steps 3 to 9)"."""
-    count, gaps = 0, []  # the first and the last step of neighbours
+def missing_rows(present: set[Place], planned: Iterable[Place]) -> str | None:
+    """A sentence about the planned rows that are absent: "3 rows are missing from metrics.jsonl (steps 3 to 9)"."""
+    count, gaps = 0, []  # (first, last) step of each gap
     is_open = False
     for place in planned:
-        if place in found:
+        if place in present:
             is_open = False
             continue
         if not is_open:
@@ -113,7 +111,7 @@ def missing_rows(found: set[Place], planned: Iterable[Place]) -> str | None:
         count, is_open = count + 1, True
     if not gaps:
         return None
-    shown = [f"step {first}" if first == last else f"steps {first} to {last}" for first, last in gaps[:GAPS_SHOWN]]
+    ranges = [f"step {first}" if first == last else f"steps {first} to {last}" for first, last in gaps[:GAPS_SHOWN]]
     more = [f"{len(gaps) - GAPS_SHOWN} more gaps"] if len(gaps) > GAPS_SHOWN else []
     rows = "1 row is" if count == 1 else f"{count:,} rows are"
-    return f"{rows} missing from metrics.jsonl ({', '.join(shown + more)})"
+    return f"{rows} missing from metrics.jsonl ({', '.join(ranges + more)})"

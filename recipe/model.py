@@ -24,8 +24,8 @@ from recipe.alterations import alteration_facts, blur_strides, drop_branches
 from recipe.checkpoint import State, interface_of, released_weights
 from recipe.config import Config, ModelConfig, canonical_json
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.records import ModelFacts, Setting
-from recipe.run import shown_path
 from recipe.weights import load_state, read_weights
 
 ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
@@ -147,7 +147,7 @@ def with_known_weights(config: Config) -> Config:
     found = weights_sha256(read_weights(Path(config.model.weights)).tensors)
     if expected not in (None, found):
         raise UserError(
-            f"model.weights={shown_path(config.model.weights)} holds the weights {found}, but the recipe "
+            f"model.weights={display_path(config.model.weights)} holds the weights {found}, but the recipe "
             f"starts from {expected}"
         )
     return replace(config, model=replace(config.model, weights_sha256=found))

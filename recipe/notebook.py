@@ -19,7 +19,8 @@ from traitlets.config import Config
 from recipe.composition import pinned_config_of
 from recipe.document.render import check_document
 from recipe.errors import DiskError, UserError, one_clear_sentence
-from recipe.run import CHECKOUT, Run, shown_path, without_paths, write_atomically
+from recipe.files import CHECKOUT, display_path, redact_paths, write_atomically
+from recipe.run import Run
 
 NOTEBOOK = CHECKOUT / "inference.ipynb"
 PARAMETERS = "parameters"  # tag of the cell that names the run
@@ -34,7 +35,7 @@ def main(words: list[str]) -> None:
         notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
         executed = execute(with_words(notebook, words))
         write_atomically(run.notebook, nbformat.writes(executed).encode())  # type: ignore[no-untyped-call]
-        print(f"wrote {shown_path(run.notebook)} and {shown_path(run.document)}")
+        print(f"wrote {display_path(run.notebook)} and {display_path(run.document)}")
 
 
 def with_words(notebook: Any, words: list[str]) -> Any:
@@ -80,12 +81,12 @@ def without_places(notebook: Any) -> Any:
     """The executed notebook as others may see it: no path of this machine in its words and texts."""
     for cell in notebook.cells:
         if PARAMETERS in cell.metadata.get("tags", []):
-            cell.source = without_paths(cell.source)
+            cell.source = redact_paths(cell.source)
         for output in cell.get("outputs", []):
             if "text" in output:
-                output.text = without_paths(output.text)
+                output.text = redact_paths(output.text)
             if "text/plain" in output.get("data", {}):
-                output.data["text/plain"] = without_paths(output.data["text/plain"])
+                output.data["text/plain"] = redact_paths(output.data["text/plain"])
     return notebook
 
 

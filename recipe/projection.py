@@ -29,9 +29,10 @@ from recipe.data.shards import read_manifest
 from recipe.document.arithmetic import projected_again
 from recipe.document.render import check_document, projection_page, write_document
 from recipe.errors import UserError
+from recipe.files import display_path, portable_path
 from recipe.provenance import Stage, machine, shown_argument
 from recipe.records import MeasuredEvaluation, MeasuredLoading, MeasuredStep, Projected, ProjectionRecord
-from recipe.run import Run, recorded_path, shown_path
+from recipe.run import Run
 
 Found = TypeVar("Found")
 OURS = "this project"
@@ -57,7 +58,7 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        return recorded_path(self.path)
+        return portable_path(self.path)
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +84,8 @@ def answer(arguments: argparse.Namespace) -> int:
         raise UserError(f"--run {arguments.run} holds no run")
     check_document(run)
     run.write(projection(config, arguments, Stage(run.directory, retyped(arguments))))
-    write_document(run, recorded_path(run.directory))
-    print(f"wrote {shown_path(run.document)}")
+    write_document(run, portable_path(run.directory))
+    print(f"wrote {display_path(run.document)}")
     return 0
 
 
@@ -206,9 +207,9 @@ def measurement(path: Path, must_hold: str) -> Measurement:
         content = path.read_bytes()
         values = json.loads(content)
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown_path(path)} cannot be read as a measurement: {error}") from error
+        raise UserError(f"{display_path(path)} cannot be read as a measurement: {error}") from error
     if not isinstance(values, dict) or must_hold not in values:
-        raise UserError(f"{shown_path(path)} is no measurement of that kind: it has no {must_hold!r}")
+        raise UserError(f"{display_path(path)} is no measurement of that kind: it has no {must_hold!r}")
     return Measurement(path, values, hashlib.sha256(content).hexdigest())
 
 

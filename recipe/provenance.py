@@ -23,19 +23,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
-from recipe.launcher import launched
-from recipe.records import Hardware, Provenance, TreeState
-from recipe.run import (
+from recipe.files import (
     CHECKOUT,
     ELSEWHERE,
     disk_errors,
     is_elsewhere,
-    now,
+    portable_path,
     printable,
-    recorded_path,
-    without_paths,
+    redact_paths,
     write_atomically,
 )
+from recipe.launcher import launched
+from recipe.records import Hardware, Provenance, TreeState, now
 
 PACKAGES = (
     "torch",
@@ -160,12 +159,12 @@ def shown_argument(argument: str, before: str = "") -> str:
     if not equals:
         key, value = before, argument
     place = PLACES.get(key.lstrip("+"))
-    is_outside = value.startswith("~") or is_elsewhere(recorded_path(value.strip("'\"")))
+    is_outside = value.startswith("~") or is_elsewhere(portable_path(value.strip("'\"")))
     if place and is_outside:
         return f'{key}="{place}"' if equals else f'"{place}"'
     if equals and is_outside:
         return shlex.quote(f"{key}={ELSEWHERE}/{Path(value).name}")
-    return shlex.quote(without_paths(argument))
+    return shlex.quote(redact_paths(argument))
 
 
 class NoCommitError(Exception):
@@ -434,7 +433,7 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """The white list of environment variables that change a run; nothing else is ever recorded."""
     names = (name for name in sorted(os.environ) if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES))
-    return {printable(name): printable(without_paths(os.environ[name])) for name in names}
+    return {printable(name): printable(redact_paths(os.environ[name])) for name in names}
 
 
 def processor_name() -> str:

@@ -17,7 +17,7 @@ from torchvision.models import WeightsEnum
 
 from recipe.config import Config, Interpolation, Precision
 from recipe.errors import UserError
-from recipe.run import shown_path
+from recipe.files import display_path
 from recipe.weights import GivenWeights, read_weights
 
 METRICS = "ImageNet-1K"  # torchvision's key of the accuracies
@@ -70,12 +70,12 @@ def named_weights(model_name: str, asked: str | None) -> Any | None:
     if asked is None or os.path.exists(asked):  # whatever it is: reading it says so
         return None
     if model_name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"evaluation.weights={shown_path(asked)} does not exist, and nobody published {model_name}")
+        raise UserError(f"evaluation.weights={display_path(asked)} does not exist, and nobody published {model_name}")
     known: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
     names = list(known.__members__)
     if asked not in names:
         raise UserError(
-            f"evaluation.weights={shown_path(asked)} is neither a file nor weights of {model_name}; torchvision "
+            f"evaluation.weights={display_path(asked)} is neither a file nor weights of {model_name}; torchvision "
             f"{torchvision.__version__} knows {', '.join(names)}"
         )
     return known[asked]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -177,7 +178,7 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
     images_left_out_per_epoch: int  # of the last, incomplete batch; different images in every epoch
     global_batch_size: int
     images_per_forward: int  # in one process
-    images_per_batch_norm: int
+    batch_norm_batch_size: int
     accumulation_steps: int
     decoder: str
     threads_per_process: int  # decoding threads of each training process, its workers included
@@ -214,7 +215,7 @@ class Session(Record, frozen=True, kw_only=True):
     is_exact: bool | None  # whether the continuation can be bit-exact; None: the first session
     note: str
     source: str  # first digits of the hash of the code
-    images_per_batch_norm: int
+    batch_norm_batch_size: int
 
 
 class TrainingRecord(Record, frozen=True, kw_only=True):
@@ -250,7 +251,7 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     final: dict[str, float]  # of the last train and validation rows
     best_epoch: int
     selection: str
-    circumstances: dict[str, Setting] = {}  # must be equal for another run to give the same bits
+    determinism_context: dict[str, Setting] = {}  # must be equal for another run to give the same bits
 
 
 class EnergyRecord(Record, frozen=True, kw_only=True):
@@ -531,7 +532,7 @@ class ReproductionRecord(Record, frozen=True, kw_only=True):
     provenance: Provenance
     machine: dict[str, Setting]  # processes, threads and similar settings of this machine
     checkout: list[str]  # differences between this checkout and the recipe's, in words
-    circumstances: list[str]  # differences between the circumstances of the two trainings
+    determinism_context: list[str]  # differences between the circumstances of the two trainings
     stages: list[str]  # that were run
     claims: list[JudgedClaim]
     verdict: str
@@ -567,7 +568,7 @@ class SeedRun(Record, frozen=True, kw_only=True):
     seed: int
     weights_sha256: str | None  # at the end of training
     source_sha256: str | None
-    images_per_batch_norm: int | None
+    batch_norm_batch_size: int | None
     raw_sha256: dict[str, str]  # split -> hash of its original images
     epochs: dict[str, list[int | float | None]]  # one column each: epoch, train_loss, train_top1, ...
 
@@ -734,6 +735,11 @@ def _types(are_lists: bool) -> dict[str, type[Record]]:
 
 RECORDS = _types(are_lists=False)  # name -> type
 RECORD_LISTS = _types(are_lists=True)  # name -> type of each record of a folder
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

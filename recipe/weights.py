@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from recipe.checkpoint import FORMAT, released_entry
 from recipe.errors import NonFiniteError, UserError
-from recipe.files import WEIGHTS_BYTES_MAX, opened
+from recipe.files import WEIGHTS_BYTES_MAX, display_path, opened
 from recipe.plain import ZIP, is_plain, named_tensors, unpickled
-from recipe.run import shown_path
 
 AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
 ENTRIES = (*AVERAGES, "state_dict", "model", "model_state_dict")
@@ -52,7 +51,7 @@ class GivenWeights:
 
 def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
     """Read a file of weights; raises `UserError` that names the setting `key`, the file and what is wrong with it."""
-    where = f"{key}={shown_path(path)}"
+    where = f"{key}={display_path(path)}"
     with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
         start, size = handle.read(9), handle.seek(0, 2)
         handle.seek(0)

@@ -36,7 +36,7 @@ def state_of(step: int) -> dict[str, Any]:
         "config_sha256": "0" * 64,
         "interface": {},
         "manifest_sha256": "1" * 64,
-        "circumstances": {},
+        "determinism_context": {},
         "scaler": {},
         "skipped_steps": 0,
         "progress": {"epoch": 1, "step": step, "best_step": 0, "epochs": [{"seconds": 1.5}]},

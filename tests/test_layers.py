@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
     *("streams", "errors", "launcher", "signals", "faults", "energy", "config", "files", "metrics", "records", "run"),
-    "provenance",
+    *("experiment_log", "provenance"),
 ]
 ALLOWED = {
     "streams": [],
@@ -21,11 +21,12 @@ ALLOWED = {
     "faults": [],
     "energy": [],
     "config": ["errors"],
-    "files": ["errors"],
+    "files": ["errors", "faults"],
     "metrics": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "faults", "files", "metrics", "records"],
-    "provenance": ["launcher", "records", "run"],
+    "run": ["errors", "files", "metrics", "records"],
+    "experiment_log": ["files", "records", "run"],
+    "provenance": ["files", "launcher", "records"],
     "composition": GROUND,
     "distributed": GROUND,
     "alterations": GROUND,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import main
+from recipe.files import CHECKOUT
 from recipe.review.chain import BROKEN, links
 from recipe.review.drift import drifted
 from recipe.review.subject import open_subject
-from recipe.run import CHECKOUT
 
 RECIPES = sorted(path.parent for path in (CHECKOUT / "recipes").glob("*/README.md"))
 published = pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from recipe.errors import DiskError, UserError
+from recipe.experiment_log import append_to_journal
+from recipe.files import CHECKOUT, portable_path, redact_paths, write_atomically
 from recipe.records import (
     RECORD_LISTS,
     RECORDS,
@@ -31,7 +33,7 @@ from recipe.records import (
     from_json,
     to_json,
 )
-from recipe.run import CHECKOUT, Run, append_to_journal, recorded_path, without_paths, write_atomically
+from recipe.run import Run
 
 
 def names(directory: Path) -> set[str]:
@@ -412,23 +414,23 @@ OUTSIDE = ["/home/alice/data/run", "/data/x", "/x", "/", "/home/alice/with space
 
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_a_recorded_path_is_never_absolute(path: str) -> None:
-    assert not recorded_path(path).startswith("/")
-    assert "/home" not in recorded_path(path)
+    assert not portable_path(path).startswith("/")
+    assert "/home" not in portable_path(path)
 
 
 def test_a_recorded_path_names_no_user() -> None:
     for path in ("/home/alice/run", "/Users/alice/run", "/home/alice/runs/x"):
-        assert "alice" not in recorded_path(path)
+        assert "alice" not in portable_path(path)
 
 
 def test_a_recorded_path_is_relative_to_the_checkout_or_to_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert recorded_path(CHECKOUT / "runs" / "demo") == "runs/demo"
-    assert recorded_path(CHECKOUT) == "."
+    assert portable_path(CHECKOUT / "runs" / "demo") == "runs/demo"
+    assert portable_path(CHECKOUT) == "."
     monkeypatch.chdir(tmp_path)
-    assert recorded_path("runs/demo") == "runs/demo"
-    assert recorded_path(tmp_path / "a") == "a"
+    assert portable_path("runs/demo") == "runs/demo"
+    assert portable_path(tmp_path / "a") == "a"
 
 
 @pytest.mark.parametrize(
@@ -451,7 +453,7 @@ def test_a_recorded_path_is_relative_to_the_checkout_or_to_here(
     ],
 )
 def test_text_keeps_no_absolute_path(text: str) -> None:
-    cleaned = without_paths(text.format(path="/home/alice/data/ilsvrc"))
+    cleaned = redact_paths(text.format(path="/home/alice/data/ilsvrc"))
     assert "alice" not in cleaned
     assert "/home" not in cleaned
 
@@ -470,8 +472,8 @@ def test_text_keeps_no_absolute_path(text: str) -> None:
     ],
 )
 def test_text_without_absolute_paths_stays(text: str) -> None:
-    assert without_paths(text) == text
+    assert redact_paths(text) == text
 
 
 def test_paths_in_the_checkout_become_relative() -> None:
-    assert without_paths(f"python {CHECKOUT}/train.py run_dir={CHECKOUT}/runs/x") == "python train.py run_dir=runs/x"
+    assert redact_paths(f"python {CHECKOUT}/train.py run_dir={CHECKOUT}/runs/x") == "python train.py run_dir=runs/x"

@@ -48,10 +48,11 @@ from recipe.document import figures
 from recipe.document.formatting import accuracy
 from recipe.document.render import write_document
 from recipe.errors import NonFiniteError
+from recipe.files import CHECKOUT
 from recipe.model import build_model
 from recipe.provenance import source_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from recipe.training import build, loop, measurement
 from recipe.training.augmentation import build_augmentation
 from recipe.training.optimization import Stepper

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
+from recipe.files import CHECKOUT, is_elsewhere
 from recipe.provenance import PLACES
 from recipe.records import Provenance
-from recipe.run import CHECKOUT, is_elsewhere
 
 SHELL_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # with its quotes
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
@@ -17,7 +17,7 @@ DATA_DIRECTORY = re.compile(
 )
 
 
-def again(facts: Facts) -> list[str]:
+def again(facts: RunData) -> list[str]:
     """A shell script from a bare machine to the result: the code as it was, the set-up, the stages as recorded.
 
     The code is fetched anew wherever a stage ran on other code than the stage before it.
@@ -46,12 +46,12 @@ def code_of(provenance: Provenance) -> list[str]:
     return [*lines, setup]
 
 
-def to_preprocess(facts: Facts) -> str:
+def to_preprocess(facts: RunData) -> str:
     """What fills the Data chapter."""
     return f"python preprocess.py {experiment(facts)}"
 
 
-def to_train(facts: Facts) -> str:
+def to_train(facts: RunData) -> str:
     """What fills the Training chapter; before it, the words of preprocess.py name an experiment that has no file."""
     if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
         _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
@@ -60,34 +60,34 @@ def to_train(facts: Facts) -> str:
     return f"python train.py {experiment(facts)}"
 
 
-def to_evaluate(facts: Facts) -> str:
+def to_evaluate(facts: RunData) -> str:
     """What fills the performance metrics: the run's pinned configuration says the rest."""
     return f"python evaluate.py {places(facts)}"
 
 
-def to_serialize(facts: Facts) -> str:
+def to_serialize(facts: RunData) -> str:
     """What fills the Serialization section; it needs the evaluation."""
     return f"python serialize.py {places(facts)}"
 
 
-def to_show(facts: Facts) -> str:
+def to_show(facts: RunData) -> str:
     """What fills Inference / Code and adds this machine to the timing information."""
     return f"python -m recipe.notebook {places(facts)}"
 
 
-def experiment(facts: Facts) -> str:
+def experiment(facts: RunData) -> str:
     """The arguments that name this run; the directory goes without saying where it is the usual one."""
     usual = facts.run_dir == f"runs/{facts.name}"
     return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" {run_dir(facts)}")
 
 
-def places(facts: Facts) -> str:
+def places(facts: RunData) -> str:
     """The arguments that a stage after training needs: the run's directory, and the data set's where it was given."""
     given = DATA_DIRECTORY.search(facts.training.provenance.command) if facts.training else None
     return " ".join([run_dir(facts), *([given[0]] if given else [])])
 
 
-def run_dir(facts: Facts) -> str:
+def run_dir(facts: RunData) -> str:
     """The argument that names this run's directory; one outside the checkout is a variable."""
     if is_elsewhere(facts.run_dir):
         return f'run_dir="{PLACES["run_dir"]}"'

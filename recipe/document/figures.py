@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recipe.document.dynamics import MetricRow, Points, evenly, figure_names, points
+from recipe.document.curves import MetricRow, Points, evenly, figure_names, points
 from recipe.document.formatting import percent
 from recipe.records import TrainingRecord
 

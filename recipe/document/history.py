@@ -17,9 +17,10 @@ from msgspec.structs import replace
 
 from recipe.config import differences
 from recipe.errors import UserError
-from recipe.files import opened
+from recipe.experiment_log import JOURNAL, place_of
+from recipe.files import is_elsewhere, opened, portable_path
 from recipe.records import JournalEntry, JournalRecord
-from recipe.run import JOURNAL, Run, is_elsewhere, place_of, recorded_path
+from recipe.run import Run
 
 NEWEST_BYTES = 16 * 2**20  # of the journal that are read
 ENTRIES_KEPT = 200
@@ -70,7 +71,7 @@ def keep_history(run: Run, shown_run_dir: str) -> None:
     """
     config = run.read_config()
     found = history(
-        JOURNAL, str(config["name"]) if config else None, recorded_path(run.directory), place_of(run.directory)
+        JOURNAL, str(config["name"]) if config else None, portable_path(run.directory), place_of(run.directory)
     )
     kept = found if found.entries else run.read(JournalRecord) or found
     run.write(replace(kept, run_dir=shown_run_dir))

@@ -9,14 +9,15 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from recipe.document import blocks
-from recipe.document.facts import Facts, gather
 from recipe.document.formatting import Markdown, accuracy, code, hardware, percent, text
 from recipe.document.publish import RECIPES
 from recipe.document.published_folder import README
 from recipe.document.render import seeds_top1
+from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.records import PublicationRecord
-from recipe.run import Run, shown_path, write_atomically
+from recipe.run import Run
 
 BLOCK = "published_recipes"
 HEAD = ("Recipe", "Data", "Top-1 (*measured*)", "Top-5 (*measured*)", "Runs", "Protocol", "Hardware", "Weights")
@@ -68,16 +69,16 @@ def published(recipes: Path) -> list[Path]:
     folders = sorted(path for path in recipes.glob("*") if path.is_dir() and not path.name.startswith("."))
     strange = [folder for folder in folders if Run(folder).read(PublicationRecord) is None]
     if strange:
-        raise UserError(f"{shown_path(strange[0])} holds no published recipe: publish it, or move it away")
+        raise UserError(f"{display_path(strange[0])} holds no published recipe: publish it, or move it away")
     return folders
 
 
 def row(folder: Path) -> tuple[str, ...]:
     """A recipe in one line, from its records."""
-    facts = gather(Run(folder), "")
+    facts = load(Run(folder), "")
     evaluation, training, data = facts.evaluation, facts.training, facts.preprocessing
     if evaluation is None or training is None or data is None or facts.publication is None:
-        raise UserError(f"{shown_path(folder)} lacks a record: publish it again")
+        raise UserError(f"{display_path(folder)} lacks a record: publish it again")
     artefacts, weights = facts.publication.artefacts, code(training.outputs["weights"][:12])
     return (
         f"[{text(facts.name)}]({RECIPES.name}/{folder.name}/{README})",
@@ -91,7 +92,7 @@ def row(folder: Path) -> tuple[str, ...]:
     )
 
 
-def runs(facts: Facts) -> Markdown:
+def runs(facts: RunData) -> Markdown:
     """How far one number can be trusted."""
     found = seeds_top1(facts)
     if found is None:

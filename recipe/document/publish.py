@@ -19,8 +19,9 @@ from recipe.document.publishable import Publishable, publishable, stage_problems
 from recipe.document.published_folder import README, fill, replaced_folder, thinned
 from recipe.document.seeds import require_same_recipe, seed_problems, seeds_of
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.records import PublicationRecord, TrainingRecord
-from recipe.run import Run, shown_path
+from recipe.run import Run
 
 RECIPES = Path("recipes")
 NOT_SOURCE = (str(RECIPES), README)  # what publishing itself changes
@@ -51,7 +52,7 @@ def answer(arguments: Namespace) -> int:
         allow_stale=arguments.allow_stale,
     )
     files = [path for path in output.rglob("*") if path.is_file()]
-    where = shown_path(output)
+    where = display_path(output)
     print(f"wrote {where}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1000:,.0f} kB")
     print("next:")
     print("  python -m recipe index")
@@ -130,9 +131,9 @@ def require_own_folder(output: Path, main: Publishable) -> None:
     is_published = output.is_dir() and there.read(PublicationRecord) is not None
     training = there.read(TrainingRecord) if is_published else None
     if training is None:
-        raise UserError(f"{shown_path(output)} is there and holds no published recipe; give another --output")
+        raise UserError(f"{display_path(output)} is there and holds no published recipe; give another --output")
     if training.recipe_id != main.training.recipe_id:
         raise UserError(
-            f"{shown_path(output)} holds another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
+            f"{display_path(output)} holds another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
             f"{main.training.recipe_id[:16]}); give another --output"
         )

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipe.config import NAME
-from recipe.document.facts import STALE, Facts, gather, sections
 from recipe.document.formatting import without_commit
 from recipe.document.render import check_document
+from recipe.document.run_data import STALE, RunData, load, sections
 from recipe.errors import UserError
+from recipe.files import display_path, portable_path
 from recipe.provenance import NoCommitError, modified_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
-from recipe.run import Run, recorded_path, shown_path
+from recipe.run import Run
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Publishable:
     """A run with the records that a published recipe cannot do without."""
 
     run: Run
-    facts: Facts
+    facts: RunData
     data: PreprocessingRecord
     training: TrainingRecord
     evaluation: EvaluationRecord
@@ -28,16 +29,16 @@ class Publishable:
     @property
     def where(self) -> str:
         """The run for a person."""
-        return shown_path(self.run.directory)
+        return display_path(self.run.directory)
 
 
 def publishable(run: Run) -> Publishable:
     """Read a run; raises `UserError` where it is not finished, or where a generated block of its page was edited."""
-    where = shown_path(run.directory)
+    where = display_path(run.directory)
     if not run.records.is_dir():
         raise UserError(f"{where} holds no run")
     check_document(run)
-    facts = gather(run, recorded_path(run.directory))
+    facts = load(run, portable_path(run.directory))
     if facts.publication is not None:
         raise UserError(f"{where} is a published recipe already; give the run that it was made of")
     if facts.config is None or facts.training is None or facts.preprocessing is None:
@@ -49,7 +50,7 @@ def publishable(run: Run) -> Publishable:
     return Publishable(run, facts, facts.preprocessing, facts.training, facts.evaluation)
 
 
-def stage_problems(facts: Facts) -> Iterator[str]:
+def stage_problems(facts: RunData) -> Iterator[str]:
     """Every stage whose code is no commit, or changed under it."""
     for stage, record in facts.stages():
         provenance = record.provenance
@@ -74,7 +75,7 @@ def tree_problems(outside: tuple[str, ...]) -> Iterator[str]:
         yield f"the working tree is modified now ({', '.join(now[:3])}{', ...' if len(now) > 3 else ''})"
 
 
-def stale_problems(facts: Facts) -> Iterator[str]:
+def stale_problems(facts: RunData) -> Iterator[str]:
     """Sections that no longer belong to what lies beside them."""
     for name, section in sections(facts).items():
         if section.state == STALE:

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recipe.document import figures, inference_figures
-from recipe.document.dynamics import MetricRow
-from recipe.document.facts import gather
+from recipe.document.curves import MetricRow
 from recipe.document.model_card import readme
 from recipe.document.publishable import Publishable
-from recipe.document.render import read_document, twin
+from recipe.document.render import json_file, read_document
+from recipe.document.run_data import load
 from recipe.errors import UserError
+from recipe.files import disk_errors, display_path, write_atomically
 from recipe.records import RECORDS, Record, TimingRecord, to_json
-from recipe.run import Run, disk_errors, shown_path, write_atomically
+from recipe.run import Run
 
 README = "README.md"
 METRIC_ROWS_MAX = 5000  # more are thinned
@@ -56,7 +57,7 @@ def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record
     for record in records:
         there.write(record)
     write_atomically(there.metrics, metric_lines(thinned(main.facts.metrics)))
-    published = gather(there, main.facts.run_dir)
+    published = load(there, main.facts.run_dir)
     before = output / README
     text = readme(
         published,
@@ -65,7 +66,7 @@ def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record
         Run(output).content(before).decode() if before.exists() else None,
     )
     write_atomically(folder / README, text.encode())
-    write_atomically(there.twin, twin(published))
+    write_atomically(there.json_file, json_file(published))
     copy_figures(text, main, there)
 
 
@@ -90,7 +91,7 @@ def copy_kept(output: Path, there: Run, main: Publishable) -> None:
         target = there.timing_file(record.machine)
         if record.inputs.get("weights") == main.evaluation.inputs.get("weights") and not target.exists():
             write_atomically(target, to_json(record))
-    generated = {README, before.config.name, before.metrics.name, before.twin.name, before.records.name}
+    generated = {README, before.config.name, before.metrics.name, before.json_file.name, before.records.name}
     for source in sorted(output.rglob("*")):
         name = source.relative_to(output)
         if source.is_file() and not source.is_symlink() and name.parts[0] not in generated:
@@ -110,7 +111,7 @@ def copy_figures(text: str, main: Publishable, there: Run) -> None:
         elif source.exists():
             write_atomically(target, main.run.content(source))
         elif not target.is_file():
-            raise UserError(f"{shown_path(source)} is missing, and the page shows it: run the stage that makes it")
+            raise UserError(f"{display_path(source)} is missing, and the page shows it: run the stage that makes it")
 
 
 def thinned(rows: Sequence[MetricRow]) -> list[MetricRow]:

@@ -1,4 +1,4 @@
-"""From records to pages: `recipe.md` for people and `recipe.json`, its twin, for programs.
+"""From records to pages: `recipe.md` for people and `recipe.json` for programs.
 
 Rendering is a pure function of the records, the pinned configuration and the logged rows, so equal inputs give equal
 bytes; nothing is ever read back from a page but the hashes of its own blocks. `template.md.j2` reads as the
@@ -17,16 +17,17 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recipe.config import leaves
-from recipe.document import blocks, commands, dynamics, formatting, latency
-from recipe.document.claims import as_json, identity
-from recipe.document.facts import Facts, Section, gather, sections, source_changed
+from recipe.document import blocks, commands, curves, formatting, latency
 from recipe.document.formatting import Markdown
 from recipe.document.history import keep_history
+from recipe.document.recipe_json import as_json, identity
+from recipe.document.run_data import RunData, Section, load, sections, source_changed
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.records import RECORDS, EvaluationRecord, PreprocessingRecord, ProjectionRecord
-from recipe.run import Run, shown_path, write_atomically
+from recipe.run import Run
 
-__all__ = ["Facts", "check_document", "render", "write_document"]
+__all__ = ["RunData", "check_document", "render", "write_document"]
 
 EPOCHS_SHOWN = 20
 ROWS_SHOWN = 20  # of lists that can be thousands long, such as the shards of ImageNet
@@ -43,7 +44,7 @@ class Declared(NamedTuple):
     kind: Markdown
 
 
-def render(facts: Facts, existing: str | None) -> str:
+def render(facts: RunData, existing: str | None) -> str:
     """The document: generated blocks anew, everything else in `existing` byte for byte.
 
     Raises `UserError` where a generated block of `existing` was edited by hand.
@@ -56,19 +57,19 @@ def write_document(run: Run, shown_run_dir: str) -> None:
     from recipe.document import figures, inference_figures  # matplotlib: a second that a reader of pages need not wait
 
     keep_history(run, shown_run_dir)
-    facts = gather(run, shown_run_dir)
+    facts = load(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)
     drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
     for name, content in drawn.items():
         write_atomically(run.figures / name, content)
-    write_atomically(run.twin, twin(facts))
+    write_atomically(run.json_file, json_file(facts))
     write_atomically(run.document, document.encode())
 
 
 def check_document(run: Run) -> None:
     """Refuse before the work, not after it, where `write_document` would: edited blocks, unreadable records or rows."""
-    existing, facts = read_document(run), gather(run, shown_path(run.directory))
+    existing, facts = read_document(run), load(run, display_path(run.directory))
     if existing is not None and blocks.edited_blocks(blocks.split(existing)):
         render(facts, existing)
 
@@ -80,10 +81,10 @@ def read_document(run: Run) -> str | None:
     try:
         return run.content(run.document).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown_path(run.document)} is not UTF-8 text: {error}") from error
+        raise UserError(f"{display_path(run.document)} is not UTF-8 text: {error}") from error
 
 
-def generated_blocks(facts: Facts) -> dict[str, str]:
+def generated_blocks(facts: RunData) -> dict[str, str]:
     """Block id -> content, in the order of the template."""
     contents: dict[str, str] = {}
 
@@ -120,7 +121,7 @@ def environment() -> Environment:
     return made
 
 
-def context(facts: Facts) -> dict[str, Any]:
+def context(facts: RunData) -> dict[str, Any]:
     """Everything that the template may name."""
     training, evaluation = facts.training, facts.evaluation
     epochs = training.epochs if training else []
@@ -140,11 +141,11 @@ def context(facts: Facts) -> dict[str, Any]:
         "accuracy": formatting.accuracy,
         "ilsvrc2012_verdict": ilsvrc2012_verdict,
         "epochs": epochs,
-        "epochs_shown": dynamics.evenly(epochs, EPOCHS_SHOWN),
-        "throughput": dynamics.throughput(training) if training else None,
+        "epochs_shown": curves.evenly(epochs, EPOCHS_SHOWN),
+        "throughput": curves.throughput(training) if training else None,
         "rows_shown": ROWS_SHOWN,
-        "schedule_rows": dynamics.schedule_rows(training.schedule) if training else [],
-        "figures": dynamics.figure_names(training, facts.metrics) if training else [],
+        "schedule_rows": curves.schedule_rows(training.schedule) if training else [],
+        "figures": curves.figure_names(training, facts.metrics) if training else [],
         "measured_latencies": latency.measured_rows(facts.timing),
         "published_latencies": latency.published_rows(facts.training.model.name if facts.training else ""),
         "latency_verdicts": latency.verdicts(facts.timing),
@@ -156,7 +157,7 @@ def context(facts: Facts) -> dict[str, Any]:
     }
 
 
-def title(facts: Facts) -> str:
+def title(facts: RunData) -> str:
     """What was trained on what; data that were not verified to be ILSVRC2012 say so."""
     values = leaves(facts.config or {})
     model = facts.training.model.name if facts.training else str(values.get("model.name", ""))
@@ -178,7 +179,7 @@ def ilsvrc2012_verdict(preprocessing: PreprocessingRecord) -> str:
     return "class list and counts match; this layout has no published hash of its content"
 
 
-def declared(facts: Facts, key: str) -> Declared:
+def declared(facts: RunData, key: str) -> Declared:
     """A `description` key."""
     value = descriptions(facts).get(key)
     if not isinstance(value, str) or not value.strip():
@@ -186,26 +187,26 @@ def declared(facts: Facts, key: str) -> Declared:
     return Declared(formatting.text(value), Markdown("*declared*"))
 
 
-def descriptions(facts: Facts) -> dict[str, Any]:
+def descriptions(facts: RunData) -> dict[str, Any]:
     """What people declared: as training pinned it, and before that what preprocessing knew of its data set."""
     if facts.config is not None:
         return leaves(facts.config)
     return leaves({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
 
 
-def declared_items(facts: Facts, key: str) -> list[str]:
+def declared_items(facts: RunData, key: str) -> list[str]:
     """A `description` key that holds a list."""
     values = descriptions(facts).get(key)
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
-def papers(facts: Facts) -> list[str]:
+def papers(facts: RunData) -> list[str]:
     """Of the experiment, the model and the data set, each once."""
     keys = ("description.papers", "model.description.papers", "data.description.papers")
     return list(dict.fromkeys(paper for key in keys for paper in declared_items(facts, key)))
 
 
-def seeds_top1(facts: Facts) -> tuple[int, float, float] | None:
+def seeds_top1(facts: RunData) -> tuple[int, float, float] | None:
     """(n, mean, standard deviation) of top-1 over the recipe's seeds; None where there is one run only."""
     counts = facts.seeds.evaluation if facts.seeds else None
     if counts is None or len(counts.correct_top1) < 2:
@@ -227,13 +228,13 @@ def projection_page(record: ProjectionRecord) -> str:
     return compact(environment().get_template("projection.md.j2").render(projection=record)).strip("\n")
 
 
-def recipe_json(facts: Facts) -> Markdown:
+def recipe_json(facts: RunData) -> Markdown:
     """The block from which a program can run the recipe again, and test its claims."""
     return Markdown(as_json(identity(facts)))
 
 
-def twin(facts: Facts) -> bytes:
-    """The machine-readable twin of the document: the same facts, sorted keys."""
+def json_file(facts: RunData) -> bytes:
+    """recipe.json: the facts of the document for programs, with sorted keys."""
     content = {
         **identity(facts),
         "name": facts.name,
@@ -245,7 +246,7 @@ def twin(facts: Facts) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content, order="sorted"), indent=2) + b"\n"
 
 
-def metrics_summary(facts: Facts) -> dict[str, Any]:
+def metrics_summary(facts: RunData) -> dict[str, Any]:
     """How much was logged, and its last rows; all rows are in metrics.jsonl."""
     by_split = {split: [row for row in facts.metrics if row["split"] == split] for split in ("train", "validation")}
     return {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from recipe.document.claims import columns
 from recipe.document.publishable import Publishable, stage_problems, stale_problems
+from recipe.document.recipe_json import columns
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.records import SeedCounts, SeedRun, SeedsRecord
-from recipe.run import Run, shown_path
+from recipe.run import Run
 
 
 def seed_problems(main: Publishable, others: Sequence[Publishable]) -> Iterator[str]:
@@ -48,7 +49,7 @@ def _published_before(main: Publishable, published: Run) -> SeedsRecord | None:
     before = published.read(SeedsRecord)
     if before is not None and seeds_record([main]).runs[0] not in before.runs:
         raise UserError(
-            f"{shown_path(published.directory)} gives {len(before.runs)} seeds, and this run is none of them: name "
+            f"{display_path(published.directory)} gives {len(before.runs)} seeds, and this run is none of them: name "
             "them again with --seeds"
         )
     return before
@@ -66,7 +67,7 @@ def seeds_record(entries: Sequence[Publishable]) -> SeedsRecord:
                 seed=entry.training.seed,
                 weights_sha256=entry.evaluation.inputs["weights"],
                 source_sha256=entry.training.provenance.source_sha256,
-                images_per_batch_norm=entry.training.loader.images_per_batch_norm,
+                batch_norm_batch_size=entry.training.loader.batch_norm_batch_size,
                 raw_sha256={name: split.raw_sha256 for name, split in entry.data.splits.items()},
                 epochs=columns(entry.training.epochs),
             )

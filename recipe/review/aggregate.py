@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.records import to_json
 from recipe.review.reference import open_reference
-from recipe.run import shown_path, write_atomically
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +27,5 @@ def answer(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {arguments.output} cannot be: its name must end in .json")
     found = open_reference(arguments.recipes)
     write_atomically(arguments.output, to_json(found))
-    print(f"wrote {shown_path(arguments.output)}: {len(found.runs)} seeds of recipe {found.recipe_id[:12]}")
+    print(f"wrote {display_path(arguments.output)}: {len(found.runs)} seeds of recipe {found.recipe_id[:12]}")
     return 0

@@ -13,9 +13,9 @@ import msgspec
 
 from recipe.config import leaves
 from recipe.document.blocks import difference
-from recipe.document.claims import as_json, identity
-from recipe.document.facts import Facts
+from recipe.document.recipe_json import as_json, identity
 from recipe.document.render import generated_blocks
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.files import WEIGHTS_BYTES_MAX, is_inside, opened
 from recipe.records import RECORDS, Record
@@ -39,7 +39,7 @@ RESTORE = "take the file from version control, or run its stage again"
 # Claims and records
 
 
-def claim_findings(name: str, block: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
+def claim_findings(name: str, block: dict[str, Any], facts: RunData, unreadable: set[str]) -> list[Finding]:
     """Every claim of the JSON block that the records do not give."""
     expected = json.loads(as_json(identity(facts)))
     found = missing_records(name, claims_of(block), facts, unreadable)
@@ -69,7 +69,7 @@ def claims_of(block: Mapping[str, Any] | None) -> dict[str, Any]:
     return claims if isinstance(claims, dict) else {}
 
 
-def missing_records(name: str, claims: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
+def missing_records(name: str, claims: dict[str, Any], facts: RunData, unreadable: set[str]) -> list[Finding]:
     """Claims that rest on a record which is not there; one that cannot be read was reported already."""
     gone = [
         f"records/{record}.json"
@@ -83,14 +83,14 @@ def missing_records(name: str, claims: dict[str, Any], facts: Facts, unreadable:
     ]
 
 
-def without_orphans(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+def without_orphans(block: Mapping[str, Any], facts: RunData) -> dict[str, Any]:
     """The block without what comes from records that are not there."""
     kept = {
         claim: value
         for claim, value in claims_of(block).items()
         if claim not in RECORD_OF_CLAIM or getattr(facts, RECORD_OF_CLAIM[claim]) is not None
     }
-    of_training = ("code", "circumstances") if facts.training is None else ()
+    of_training = ("code", "determinism_context") if facts.training is None else ()
     of_fingerprint = ("fingerprint",) if facts.fingerprint is None else ()
     rest = {key: value for key, value in block.items() if key not in ("claims", *of_training, *of_fingerprint)}
     return {**rest, "claims": kept}
@@ -99,7 +99,7 @@ def without_orphans(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 # Blocks and records
 
 
-def block_findings(page: Page, facts: Facts) -> list[Finding]:
+def block_findings(page: Page, facts: RunData) -> list[Finding]:
     """Blocks that are whole, but not what the records give.
 
     Another version of the template gives other words from equal records, so that a difference means something only
@@ -117,7 +117,7 @@ def block_findings(page: Page, facts: Facts) -> list[Finding]:
     ]
 
 
-def orphaned_projection(page: Page, facts: Facts) -> list[Finding]:
+def orphaned_projection(page: Page, facts: RunData) -> list[Finding]:
     """The one block that not every document has must have its record."""
     if "projection" not in page.blocks or facts.projection is not None:
         return []
@@ -125,7 +125,7 @@ def orphaned_projection(page: Page, facts: Facts) -> list[Finding]:
     return [Finding(Level.resolvable, page.place("projection"), what, RESTORE)]
 
 
-def differing_blocks(page: Page, facts: Facts) -> dict[str, str]:
+def differing_blocks(page: Page, facts: RunData) -> dict[str, str]:
     """Block id -> its first changed lines."""
     return {
         block_id: first_change(page.blocks[block_id].content, content)
@@ -143,7 +143,7 @@ def first_change(found: str, generated: str) -> str:
     return "; ".join(shortened(line, 160) for line in signs if line)
 
 
-def written_by(facts: Facts) -> str | None:
+def written_by(facts: RunData) -> str | None:
     """The source hash of the code that ran the newest stage, and wrote the document behind it."""
     ran = [record.provenance for _, record in facts.stages()]
     return max(ran, key=lambda one: one.started).source_sha256_at_end if ran else None
@@ -186,7 +186,7 @@ def not_here(place: str, names: list[str]) -> list[Finding]:
     return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
 
 
-def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
+def output_findings(facts: RunData, run: Run, level: Level) -> list[Finding]:
     """Recorded files whose SHA-256 is another; exported models, which are large, only where it is asked for."""
     found, absent = [], []
     for record, name, recorded in recorded_outputs(facts):
@@ -203,7 +203,7 @@ def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
     return found + not_here("recorded outputs", absent)
 
 
-def recorded_outputs(facts: Facts) -> Iterator[tuple[str, str, str]]:
+def recorded_outputs(facts: RunData) -> Iterator[tuple[str, str, str]]:
     """(record, file, SHA-256) of every output that is a file of the recipe."""
     for name, record in facts.stages():
         for file, recorded in getattr(record, "outputs", {}).items():
@@ -232,20 +232,20 @@ def difference_of(path: Path, hashes: Container[str], where: str) -> str | None:
     return None if found in hashes else f"its SHA-256 is not the one {where}"
 
 
-# The twin
+# recipe.json
 
 
-def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding]:
+def json_file_findings(run: Run, block: dict[str, Any], facts: RunData) -> list[Finding]:
     """recipe.json says the same as the document and the records."""
-    if not os.path.lexists(run.twin):
+    if not os.path.lexists(run.json_file):
         return []
-    place = run.twin.name
+    place = run.json_file.name
     try:
-        twin = read_twin(run)
+        values = read_json_file(run)
     except (UserError, ValueError, RecursionError) as error:
         return [Finding(Level.well_formed, place, f"it cannot be read: {error}", RENDER)]
-    wrong = [key for key in block if twin.get(key) != block[key]]
-    recorded = twin.get("records")
+    wrong = [key for key in block if values.get(key) != block[key]]
+    recorded = values.get("records")
     for name, value in (recorded if isinstance(recorded, dict) else {}).items():
         record = getattr(facts, name, None) if name in RECORDS else None
         if record is not None and not is_same_record(value, record):
@@ -264,8 +264,8 @@ def is_same_record(value: Any, record: Record) -> bool:
         return False
 
 
-def read_twin(run: Run) -> dict[str, Any]:
-    twin = json.loads(run.content(run.twin))
-    if not isinstance(twin, dict):
+def read_json_file(run: Run) -> dict[str, Any]:
+    values = json.loads(run.content(run.json_file))
+    if not isinstance(values, dict):
         raise UserError("it is no JSON object")
-    return twin
+    return values

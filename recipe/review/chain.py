@@ -16,17 +16,17 @@ from typing import Any
 from recipe.checkpoint import load_checkpoint, released_weights
 from recipe.config import config_sha256
 from recipe.data.shards import MANIFEST, is_file_with, read_manifest
-from recipe.document.claims import identity
-from recipe.document.facts import Facts
+from recipe.document.recipe_json import identity
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.files import WEIGHTS_BYTES_MAX
+from recipe.files import WEIGHTS_BYTES_MAX, display_path
 from recipe.model import weights_sha256
 from recipe.records import EvaluationRecord, SerializationRecord
 from recipe.review.agreement import difference_of, inside, is_there
 from recipe.review.execution import read_predictions
 from recipe.review.reading import Reader
 from recipe.review.subject import Subject
-from recipe.run import Run, shown_path
+from recipe.run import Run
 from recipe.weights import read_weights
 
 HOLDS, BROKEN, ABSENT = "holds", "BROKEN", "not here"
@@ -65,7 +65,7 @@ def links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -> Iter
     yield from document_links(subject, facts)
 
 
-def raw_links(facts: Facts, raw_dir: Path | None) -> Iterator[Link]:
+def raw_links(facts: RunData, raw_dir: Path | None) -> Iterator[Link]:
     """The archives as they were found."""
     assert facts.preprocessing is not None
     for archive in facts.preprocessing.archives:
@@ -74,7 +74,7 @@ def raw_links(facts: Facts, raw_dir: Path | None) -> Iterator[Link]:
         yield Link("raw images", ABSENT, "they lay in folders: preprocessing again compares each one")
 
 
-def shard_links(facts: Facts, data_dir: Path | None) -> Iterator[Link]:
+def shard_links(facts: RunData, data_dir: Path | None) -> Iterator[Link]:
     """The manifest, and each shard by what the record says of it."""
     assert facts.preprocessing is not None
     for name, digest in facts.preprocessing.outputs.items():
@@ -109,10 +109,10 @@ def file_link(name: str, path: Path | None, digest: str) -> Link:
         return Link(name, ABSENT, f"SHA-256 should be {digest[:16]}")
     if is_file_with(path, digest):
         return Link(name, HOLDS, f"SHA-256 {digest[:16]}")
-    return Link(name, BROKEN, f"{shown_path(path)} is not the file with SHA-256 {digest[:16]} that the record names")
+    return Link(name, BROKEN, f"{display_path(path)} is not the file with SHA-256 {digest[:16]} that the record names")
 
 
-def record_links(facts: Facts) -> Iterator[Link]:
+def record_links(facts: RunData) -> Iterator[Link]:
     """What one stage read is what the stage before it wrote."""
     data = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
     weights = set(facts.training.outputs.values()) if facts.training else set()
@@ -129,7 +129,7 @@ def record_links(facts: Facts) -> Iterator[Link]:
             yield equal_link(f"{stage} read the weights", record.inputs.get("weights"), weights)
 
 
-def configuration_links(facts: Facts) -> Iterator[Link]:
+def configuration_links(facts: RunData) -> Iterator[Link]:
     """config.yaml is what training ran with."""
     if facts.training is not None:
         found = None if facts.config is None else config_sha256(facts.config)
@@ -143,7 +143,7 @@ def equal_link(name: str, found: str | None, wanted: set[str]) -> Link:
     return Link(name, BROKEN, f"{str(found)[:16]}, but what was left is {', '.join(sorted(w[:16] for w in wanted))}")
 
 
-def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
+def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
     """The weights inside the checkpoints, and those for release."""
     if facts.training is None:
         return
@@ -180,7 +180,7 @@ def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
             yield file_link(name, path, digest)
 
 
-def metric_links(run: Run, facts: Facts) -> Iterator[Link]:
+def metric_links(run: Run, facts: RunData) -> Iterator[Link]:
     """The counts, from the predictions and from the classes."""
     for record in (facts.evaluation, *facts.other_evaluations):
         if record is not None:
@@ -216,17 +216,17 @@ def counts_links(name: str, path: Path | None, claimed: tuple[int, int, int]) ->
     try:
         _, labels, best = read_predictions(path)
     except UserError as error:
-        yield Link(name, BROKEN, f"{shown_path(path)}: {error}")
+        yield Link(name, BROKEN, f"{display_path(path)}: {error}")
         return
     hits = best == labels[:, None]
     found = (len(labels), int(hits[:, 0].sum()), int(hits.sum()))
     if found == claimed:
         yield Link(name, HOLDS, f"{found[1]} and {found[2]} of {found[0]}, counted in {path.name}")
     else:
-        yield Link(name, BROKEN, f"{shown_path(path)} gives {found}, the record says {claimed}")
+        yield Link(name, BROKEN, f"{display_path(path)} gives {found}, the record says {claimed}")
 
 
-def document_links(subject: Subject, facts: Facts) -> Iterator[Link]:
+def document_links(subject: Subject, facts: RunData) -> Iterator[Link]:
     """The document's block says what the records say."""
     if subject.identity is None:
         yield Link("document", ABSENT, "no JSON block")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.review import agreement, consistency, presence, prose, sources
 from recipe.review.execution import executed_findings
@@ -131,7 +131,7 @@ def page_findings(page: Page, report: Report) -> list[Finding]:
     return presence.own_findings(page, seen) + edited
 
 
-def block_findings(page: Page, subject: Subject, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
+def block_findings(page: Page, subject: Subject, facts: RunData | None, unreadable: set[str]) -> list[Finding]:
     """The JSON block, what the document links, and what people wrote, against the records where they are there."""
     block, found = subject.identity, []
     config = block.get("config") if block else None
@@ -162,7 +162,7 @@ def no_block(page: Page) -> Finding:
 
 
 def claim_findings(
-    page: Page, block: dict[str, Any], subject: Subject, facts: Facts | None, unreadable: set[str]
+    page: Page, block: dict[str, Any], subject: Subject, facts: RunData | None, unreadable: set[str]
 ) -> list[Finding]:
     """The block against itself, config.yaml, the records and recipe.json."""
     try:
@@ -177,4 +177,4 @@ def claim_findings(
     if isinstance(config, dict):
         found += consistency.config_findings(page.name, config, facts)
     found += agreement.claim_findings(page.name, block, facts, unreadable)
-    return found + agreement.twin_findings(subject.run, block, facts)
+    return found + agreement.json_file_findings(subject.run, block, facts)

@@ -14,8 +14,8 @@ from typing import Any
 
 from recipe.config import config_sha256, differences, leaves, recipe_id
 from recipe.document.arithmetic import projected_again
-from recipe.document.dynamics import MetricRow
-from recipe.document.facts import STALE, Facts, sections
+from recipe.document.curves import MetricRow
+from recipe.document.run_data import STALE, RunData, sections
 from recipe.metrics import EPOCH_FIELDS, Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.findings import Finding, Level, listed
@@ -60,13 +60,13 @@ class Sum:
         )
 
 
-def record_findings(facts: Facts) -> list[Finding]:
+def record_findings(facts: RunData) -> list[Finding]:
     """Sums that do not add up, hashes that are none, sections that are stale."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
     return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
 
 
-def sums(facts: Facts) -> Iterator[Sum]:
+def sums(facts: RunData) -> Iterator[Sum]:
     """Every equation between the records."""
     if facts.preprocessing:
         yield from data_sums(facts.preprocessing)
@@ -154,7 +154,7 @@ def timing_sums(record: TimingRecord) -> Iterator[Sum]:
             yield Sum(f"timing/{record.machine}", field, low, "a higher percentile", high, is_bound=True)
 
 
-def hash_findings(facts: Facts) -> list[Finding]:
+def hash_findings(facts: RunData) -> list[Finding]:
     """Inputs and outputs whose hash is no SHA-256, and identities that are not those of the configuration."""
     found = []
     for name, record in facts.stages():
@@ -173,7 +173,7 @@ def hash_findings(facts: Facts) -> list[Finding]:
 MEND_CONFIG = "put config.yaml back as training pinned it: change nothing in it, train another run instead"
 
 
-def stale_findings(facts: Facts) -> list[Finding]:
+def stale_findings(facts: RunData) -> list[Finding]:
     """Sections made from something that is no longer there; one finding for a reason, with every section it hits."""
     reasons: dict[str, list[str]] = {}
     for name, section in sections(facts).items():
@@ -191,7 +191,7 @@ def stale_findings(facts: Facts) -> list[Finding]:
     ]
 
 
-def final_findings(facts: Facts) -> list[Finding]:
+def final_findings(facts: RunData) -> list[Finding]:
     """Every row is there, and the training record's last numbers are those of the last ones."""
     if facts.training is None:
         return []
@@ -228,7 +228,7 @@ def epoch_findings(training: TrainingRecord, metrics: Sequence[MetricRow]) -> It
             yield Finding(Level.resolvable, place, what, "take both files from version control")
 
 
-def promised(facts: Facts) -> Iterator[Place]:
+def promised(facts: RunData) -> Iterator[Place]:
     """The rows that are to be there; a published recipe may keep one train row an epoch."""
     assert facts.training is not None, "the caller looked"
     schedule, publication = facts.training.schedule, facts.publication
@@ -240,7 +240,7 @@ def promised(facts: Facts) -> Iterator[Place]:
     return islice(planned, MOST_ROWS)
 
 
-def later_findings(facts: Facts) -> list[Finding]:
+def later_findings(facts: RunData) -> list[Finding]:
     """A projection is what its factors give, to the last digit; an energy was spent on the weights that are here."""
     found = []
     if facts.projection is not None and facts.projection.rows != projected_again(facts.projection):
@@ -254,7 +254,7 @@ def later_findings(facts: Facts) -> list[Finding]:
     return found
 
 
-def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:
+def config_findings(name: str, config: dict[str, Any], facts: RunData) -> list[Finding]:
     """The document's configuration is that of config.yaml."""
     if facts.config is None or config_sha256(facts.config) == config_sha256(config):
         return []

@@ -195,7 +195,7 @@ def derived_differences(a: Side, b: Side) -> Iterator[Difference]:
     if not (before and after):
         return
     for key, name, note in (
-        ("images_per_batch_norm", "images per batch norm", "each process normalises by its own images only"),
+        ("batch_norm_batch_size", "images per batch norm", "each process normalises by its own images only"),
         ("images_seen", "images seen", ""),
     ):
         if before.get(key) != after.get(key):
@@ -302,7 +302,7 @@ MACHINE = ("processes", "accelerator")
 
 def circumstance_differences(a: Side, b: Side) -> Iterator[Difference]:
     """Hardware, versions, processes and threads; the code has a line of its own."""
-    before, after = (objects(side.block.get("circumstances")) for side in (a, b))
+    before, after = (objects(side.block.get("determinism_context")) for side in (a, b))
     if not (before and after):
         before, after = ({key: side.claims("training").get(key) for key in MACHINE} for side in (a, b))
     for key in dict.fromkeys([*before, *after]):

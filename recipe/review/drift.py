@@ -19,13 +19,13 @@ from recipe.config import MACHINE_FACTS, differences, pinned
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import source_sha256
 from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.review.restoring import restored_config
 from recipe.review.sources import SCRIPTS
 from recipe.review.subject import Subject, contradictions, open_subject
-from recipe.run import CHECKOUT
 from recipe.training.fingerprint import take_fingerprint
 
 LARGEST_COUNT = 10**8

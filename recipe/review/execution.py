@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.config import canonical_json
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, opened, read_file
 from recipe.records import ClassCounts
@@ -27,7 +27,7 @@ PREDICTED_KINDS = {("U", label, top) for label in "iu" for top in "iu"}
 AGAIN = "take the file from where the run was made, or run its stage again"
 
 
-def executed_findings(facts: Facts, run: Run) -> list[Finding]:
+def executed_findings(facts: RunData, run: Run) -> list[Finding]:
     """Everything that is cheap to measure again."""
     return [
         *output_findings(facts, run, Level.executed),
@@ -57,7 +57,7 @@ def checkpoint_fault(run: Run, path: Path) -> str | None:
     return difference_of(path, known, "written beside it")
 
 
-def weights_findings(facts: Facts, run: Run) -> list[Finding]:
+def weights_findings(facts: RunData, run: Run) -> list[Finding]:
     """The released weights are those that training ended with."""
     if facts.training is None:
         return []
@@ -94,7 +94,7 @@ def weights_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def prediction_findings(facts: Facts, run: Run) -> list[Finding]:
+def prediction_findings(facts: RunData, run: Run) -> list[Finding]:
     """Counted again from the predictions of every image, each record's counts are what it says."""
     found, absent = [], []
     for record, file, images, counts, per_class in counted(facts):
@@ -115,7 +115,7 @@ def prediction_findings(facts: Facts, run: Run) -> list[Finding]:
 Counted = tuple[str, str, int, tuple[int, int], list[ClassCounts]]
 
 
-def counted(facts: Facts) -> Iterator[Counted]:
+def counted(facts: RunData) -> Iterator[Counted]:
     """(record, predictions file, images, correct within 1 and 5, classes) of everything that was counted."""
     for record in (facts.evaluation, *facts.other_evaluations):
         for file in record.outputs if record is not None else ():
@@ -195,7 +195,7 @@ def is_file_of(run: Run, path: Path, content: bytes) -> bool:
         return False
 
 
-def figure_findings(facts: Facts, run: Run) -> list[Finding]:
+def figure_findings(facts: RunData, run: Run) -> list[Finding]:
     """Drawn again from the records, the figures are the same; another matplotlib draws all of them otherwise."""
     from recipe.document import figures, inference_figures
 

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
 from recipe.review.restoring import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
 
@@ -39,7 +39,7 @@ MOST_OTHER_IMAGES = 10_000  # equal evaluations differ by one image in so many, 
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class DeterminismContext:
     """What differs between the two trainings, in words, and whether equal ones give equal bits at all."""
 
     changed: list[str]
@@ -59,14 +59,14 @@ class Circumstances:
         return "; ".join(reasons)
 
 
-def judged(recipe: Recipe, facts: Facts, changed: list[str]) -> list[JudgedClaim]:
+def judged(recipe: Recipe, facts: RunData, changed: list[str]) -> list[JudgedClaim]:
     """Every claim of the recipe beside the records of the second run; `changed`: how their circumstances differ."""
     claims = recipe.claims
     found = list(data_claims(claims, facts))
     if claims.training is not None and facts.training is not None:
-        circumstances = Circumstances(changed, is_deterministic(claims.training, facts.training))
-        found += training_claims(claims.training, facts, facts.training, circumstances)
-        found += evaluation_claims(claims, facts, circumstances)
+        determinism_context = DeterminismContext(changed, is_deterministic(claims.training, facts.training))
+        found += training_claims(claims.training, facts, facts.training, determinism_context)
+        found += evaluation_claims(claims, facts, determinism_context)
         found += export_claims(claims, facts)
     return found + list(not_run(claims, facts))
 
@@ -89,15 +89,15 @@ def same_bits(claim: str, claimed: Setting, found: Setting, why_else: str) -> Ju
     )
 
 
-def rounded_bits(claim: str, claimed: str, found: str, circumstances: Circumstances) -> JudgedClaim:
+def rounded_bits(claim: str, claimed: str, found: str, determinism_context: DeterminismContext) -> JudgedClaim:
     """A claim whose last digits another processor or version may round otherwise."""
-    if claimed == found or not circumstances.changed:
+    if claimed == found or not determinism_context.changed:
         return same_bits(claim, claimed, found, "in equal circumstances: the code does something else")
-    why = f"other last digits are possible, since {circumstances.why_not}"
+    why = f"other last digits are possible, since {determinism_context.why_not}"
     return JudgedClaim(claim=claim, level=CANNOT_TELL, claimed=claimed, found=found, why=why)
 
 
-def data_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def data_claims(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
     """The images, their classes and the shards."""
     claimed, data = claims.data, facts.preprocessing
     if claimed is None or data is None:
@@ -112,7 +112,7 @@ def data_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
 
 
 def training_claims(
-    claimed: ClaimedTraining, facts: Facts, training: TrainingRecord, circumstances: Circumstances
+    claimed: ClaimedTraining, facts: RunData, training: TrainingRecord, determinism_context: DeterminismContext
 ) -> Iterator[JudgedClaim]:
     """What training began with, its course, and the weights that it left."""
     loader, schedule = training.loader, training.schedule
@@ -122,16 +122,16 @@ def training_claims(
         ("order of the images, first two epochs", claimed.order_sha256, loader.order_sha256),
         ("optimizer steps", claimed.steps, schedule.steps),
         ("images seen", claimed.images_seen, training.images_seen),
-        ("images per batch norm", claimed.images_per_batch_norm, loader.images_per_batch_norm),
+        ("images per batch norm", claimed.batch_norm_batch_size, loader.batch_norm_batch_size),
     ):
         yield same_bits(name, theirs, ours, "whole numbers and names do not depend on the machine")
     for name, theirs, ours in (
         ("initial weights", claimed.initial_weights_sha256, training.model.initial_weights_sha256),
         ("augmentation of a fixed image", claimed.augmentation_sha256, training.augmentation_sha256),
     ):
-        yield rounded_bits(name, theirs, ours, circumstances)
+        yield rounded_bits(name, theirs, ours, determinism_context)
     yield first_epoch(claimed, training)
-    yield weights(claimed, training, circumstances)
+    yield weights(claimed, training, determinism_context)
 
 
 def first_epoch(claimed: ClaimedTraining, training: TrainingRecord) -> JudgedClaim:
@@ -161,19 +161,19 @@ def near(theirs: dict[str, float | None], ours: dict[str, float]) -> tuple[str, 
     return (NUMERICALLY_EQUAL if is_near else DIFFERS), why
 
 
-def weights(claimed: ClaimedTraining, training: TrainingRecord, circumstances: Circumstances) -> JudgedClaim:
+def weights(claimed: ClaimedTraining, training: TrainingRecord, determinism_context: DeterminismContext) -> JudgedClaim:
     """The trained weights."""
     theirs, ours = claimed.weights_sha256, training.outputs.get("weights")
     if theirs == ours:
         level, why = BIT_EXACT, "the same hash"
-    elif circumstances.promise_equal_bits:
+    elif determinism_context.promise_equal_bits:
         level, why = DIFFERS, "every circumstance is equal and the algorithms are deterministic: bits must be equal"
     else:
-        level, why = CANNOT_TELL, f"other bits are expected, since {circumstances.why_not}"
+        level, why = CANNOT_TELL, f"other bits are expected, since {determinism_context.why_not}"
     return JudgedClaim(claim="trained weights", level=level, claimed=theirs, found=ours, why=why)
 
 
-def evaluation_claims(claims: Claims, facts: Facts, circumstances: Circumstances) -> Iterator[JudgedClaim]:
+def evaluation_claims(claims: Claims, facts: RunData, determinism_context: DeterminismContext) -> Iterator[JudgedClaim]:
     """Top-1 and top-5 as counts."""
     claimed, evaluation = claims.evaluation, facts.evaluation
     if claimed is None or evaluation is None:
@@ -181,7 +181,7 @@ def evaluation_claims(claims: Claims, facts: Facts, circumstances: Circumstances
     for name in ("correct_top1", "correct_top5"):
         theirs, ours = getattr(claimed, name), getattr(evaluation, name)
         level, why = counts(claims, evaluation, theirs, ours, is_top1=name == "correct_top1")
-        if level == CANNOT_TELL and circumstances.promise_equal_bits:
+        if level == CANNOT_TELL and determinism_context.promise_equal_bits:
             why = f"{why}; its weights differ where they must not"
         yield JudgedClaim(
             claim=f"{name.replace('correct_top', 'top-')} of {claimed.images:,} images",
@@ -240,7 +240,7 @@ def against_seeds(seeds: ClaimedSeeds, images: int, ours: int) -> tuple[str, str
     return (CONSISTENT if abs(ours / images - centre) <= reach else DIFFERS), why
 
 
-def export_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def export_claims(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
     """Each exported file: the same bytes, or the same answers."""
     if claims.serialization is None or facts.serialization is None:
         return
@@ -273,7 +273,7 @@ def export_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
         )
 
 
-def not_run(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def not_run(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
     """What the recipe claims of stages that were not run here."""
     for stage in ("data", "training", "evaluation", "serialization"):
         record = facts.preprocessing if stage == "data" else getattr(facts, stage)

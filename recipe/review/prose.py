@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.review.findings import Finding, Kind, Level
 from recipe.review.page import Page
 
@@ -74,7 +74,7 @@ def shown(metric: str, recorded: dict[str, list[float]]) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
 
 
-def recorded_numbers(facts: Facts | None, claims: dict[str, Any]) -> dict[str, list[float]]:
+def recorded_numbers(facts: RunData | None, claims: dict[str, Any]) -> dict[str, list[float]]:
     """Metric -> its values, the result first, as fractions; from the records, else from the document's own claims."""
     if facts is not None:
         return from_records(facts)
@@ -91,7 +91,7 @@ def recorded_numbers(facts: Facts | None, claims: dict[str, Any]) -> dict[str, l
     return found
 
 
-def from_records(facts: Facts) -> dict[str, list[float]]:
+def from_records(facts: RunData) -> dict[str, list[float]]:
     evaluations = [record for record in (facts.evaluation, *facts.other_evaluations) if record is not None]
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     for record in evaluations:

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from recipe.document.facts import Facts, gather
+from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
+from recipe.files import portable_path
 from recipe.records import EnergyRecord, EvaluationRecord, ProjectionRecord, SerializationRecord, TrainingRecord
 from recipe.review.findings import Finding, Level
-from recipe.run import Run, recorded_path
+from recipe.run import Run
 
 LARGEST_INTEGER = 2**63
 
@@ -26,9 +27,9 @@ class Reader:
         self.run = run
         self.findings: list[Finding] = []
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunData:
         """The files that can be read; one that cannot is None or left out, and a finding."""
-        return gather(self.run, recorded_path(self.run.directory), self._read)
+        return load(self.run, portable_path(self.run.directory), self._read)
 
     def _read(self, path: Path, read: Callable[[], Any]) -> Any:
         if not os.path.lexists(path):

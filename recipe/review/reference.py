@@ -15,16 +15,17 @@ from typing import Any
 import msgspec
 
 from recipe.config import differences, leaves, recipe_id
-from recipe.document.claims import DYNAMICS, identity
-from recipe.document.dynamics import MetricRow
-from recipe.document.facts import gather
+from recipe.document.curves import MetricRow
 from recipe.document.formatting import on_one_line
+from recipe.document.recipe_json import DYNAMICS, identity
+from recipe.document.run_data import load
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.metrics import EPOCH_FIELDS
 from recipe.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
 from recipe.review.convergence import METRICS, phases
 from recipe.review.subject import Subject, open_subject, read_text
-from recipe.run import Run, shown_path
+from recipe.run import Run
 
 MOST_EPOCHS = 100_000
 COSMETIC = ("seed", "name", "trainer.log_every_steps", "trainer.keep_checkpoints")
@@ -56,7 +57,7 @@ def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
     first, *others = [_one_reference(path) for path in paths]
     seeds = list(first.runs)
     for path, other in zip(paths[1:], others, strict=True):
-        refuse_differences(first, other.config, other.steps_per_epoch, shown_path(path))
+        refuse_differences(first, other.config, other.steps_per_epoch, display_path(path))
         seeds += other.runs
     for seed in seeds[1:]:
         _refuse_other_data(seeds[0], seed, f"reference seed {seed.seed}")
@@ -66,7 +67,7 @@ def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
 def _one_reference(path: str | Path) -> SeedsRecord:
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
-        return _checked(from_json(read_text(path).encode(), SeedsRecord, shown_path(path)), shown_path(path))
+        return _checked(from_json(read_text(path).encode(), SeedsRecord, display_path(path)), display_path(path))
     subject = open_subject(path)
     own = _from_claims(subject)
     published = subject.run.read(SeedsRecord) if subject.run is not None else None
@@ -95,7 +96,7 @@ def _claims(subject: Subject) -> dict[str, Any]:
     """The document's block, down to the claims of training; raises `UserError` where nothing was trained to its end."""
     claims = subject.identity
     if claims is None and subject.run is not None:
-        claims = identity(gather(subject.run, subject.name))
+        claims = identity(load(subject.run, subject.name))
     try:
         training = claims["claims"]["training"] if claims else None
         is_whole = isinstance(training, dict) and claims is not None and isinstance(claims["config"], dict)
@@ -112,7 +113,7 @@ def _seed_of(claims: dict[str, Any], seed: int) -> SeedRun:
         "seed": seed,
         "weights_sha256": training.get("weights_sha256"),
         "source_sha256": (claims.get("code") or {}).get("source_sha256"),
-        "images_per_batch_norm": training.get("images_per_batch_norm"),
+        "batch_norm_batch_size": training.get("batch_norm_batch_size"),
         "raw_sha256": _raw_sha256(claims["claims"].get("data")),
         "epochs": training.get("epochs"),
     }
@@ -247,7 +248,7 @@ def open_watched(path: str | Path) -> Watched:
 
 def watched_run(run: Run) -> Watched:
     """A run from its own files, while it trains too; an epoch counts when it was validated."""
-    name, config = shown_path(run.directory), run.read_config()
+    name, config = display_path(run.directory), run.read_config()
     if config is None:
         raise UserError(f"{name} has no config.yaml: nothing was trained there")
     rows, steps_per_epoch = _completed(run.metric_rows(), schedule_of(config, name).epochs, name)
@@ -256,7 +257,7 @@ def watched_run(run: Run) -> Watched:
         seed=int(config["seed"]),
         weights_sha256=training.outputs.get("weights") if training else None,
         source_sha256=training.provenance.source_sha256 if training else None,
-        images_per_batch_norm=training.loader.images_per_batch_norm if training else None,
+        batch_norm_batch_size=training.loader.batch_norm_batch_size if training else None,
         raw_sha256={split: facts.raw_sha256 for split, facts in data.splits.items()} if data else {},
         epochs={name: [row[EPOCH_FIELDS[name]] for row in rows] for name in DYNAMICS},
     )

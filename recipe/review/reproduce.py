@@ -22,9 +22,11 @@ from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
 from recipe.data.shards import manifest_sha256
 from recipe.distributed import launch
-from recipe.document.facts import gather
 from recipe.document.render import write_document
+from recipe.document.run_data import load
 from recipe.errors import UserError
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path, portable_path, write_atomically
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
@@ -35,7 +37,7 @@ from recipe.review.judgement import DIFFERS, judged, verdict
 from recipe.review.reproduction_report import report
 from recipe.review.restoring import ClaimedData, Recipe, beyond_caps, restored_config, restored_recipe, shown
 from recipe.review.subject import open_subject
-from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
+from recipe.run import Run
 from recipe.training.loop import train
 
 STAGES = ("preprocess", "train", "evaluate", "serialize")
@@ -68,7 +70,7 @@ def answer(arguments: Namespace) -> int:
     run = Run(plan.run_dir)
     for claim in record.claims:
         print(f"{claim.level:<24}  {claim.claim}: {shown(claim.why, 300)}")
-    print(f"wrote {shown_path(run.directory / REPORT)}")
+    print(f"wrote {display_path(run.directory / REPORT)}")
     print(shown(record.verdict, 500))
     return 1 if any(claim.level == DIFFERS for claim in record.claims) else 0
 
@@ -140,10 +142,10 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
     if not marker.is_file() or marker.read_text(errors="replace").strip() != digest:
         if run_dir.is_dir() and not any(run_dir.iterdir()):
             return run_dir
-        raise UserError(f"{shown_path(run_dir)} is no reproduction of this document; give a new folder as --run-dir")
+        raise UserError(f"{display_path(run_dir)} is no reproduction of this document; give a new folder as --run-dir")
     if Run(run_dir).read(ReproductionRecord) is not None:
         raise UserError(
-            f"{shown_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
+            f"{display_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
             "again, give a new folder as --run-dir"
         )
     return run_dir
@@ -172,11 +174,12 @@ def chosen_data(
     known = [Path(arguments.data_dir)] if arguments.data_dir else [run_dir / "data", Path("data", config.data.name)]
     for directory in known:
         if holds(directory, claimed.manifest_sha256):
-            return directory, None, f"{shown_path(directory)} has the recipe's manifest"
+            return directory, None, f"{display_path(directory)} has the recipe's manifest"
     if "preprocess" not in stages:
         raise UserError(
             f"no data set with the manifest {claimed.manifest_sha256[:16]} is at hand (looked in "
-            f"{', '.join(shown_path(directory) for directory in known)}): give --data-dir, or the stage preprocess too"
+            f"{', '.join(display_path(directory) for directory in known)}): give --data-dir, or the stage "
+            "preprocess too"
         )
     if arguments.raw_dir is None and config.data.source is not Source.demo:
         expected = ", ".join(
@@ -188,8 +191,8 @@ def chosen_data(
             "of the raw data as --raw-dir, or the preprocessed data set as --data-dir"
         )
     raw_dir = Path(arguments.raw_dir) if arguments.raw_dir else run_dir / "raw"
-    words = "drawn" if arguments.raw_dir is None else f"from {shown_path(raw_dir)}"
-    return known[0], raw_dir, f"{words}, into {shown_path(known[0])}"
+    words = "drawn" if arguments.raw_dir is None else f"from {display_path(raw_dir)}"
+    return known[0], raw_dir, f"{words}, into {display_path(known[0])}"
 
 
 def holds(directory: Path, manifest: str) -> bool:
@@ -214,11 +217,11 @@ def chosen_weights(asked: str | None, config: Config) -> str | None:
 def _show(plan: Plan) -> None:
     """Everything that a person should know before saying yes."""
     recipe = plan.recipe
-    print(f"document     {shown_path(plan.document)}, SHA-256 {plan.document_sha256}")
+    print(f"document     {display_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
     print(f"stages       {', '.join(plan.stages)}; {plan.config.optimization.epochs} epochs")
     print(f"data         {plan.data}")
-    print(f"run_dir      {shown_path(plan.run_dir)}")
+    print(f"run_dir      {display_path(plan.run_dir)}")
     print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.fitted.machine.items()))
     for heading, lines in (
         ("not as it was there", plan.fitted.notes),
@@ -255,11 +258,11 @@ def reproduced(plan: Plan) -> ReproductionRecord:
         print(f"--- {name}", flush=True)
         WORK[name](plan, run)
         if name != plan.stages[-1]:
-            write_document(run, recorded_path(run.directory))
+            write_document(run, portable_path(run.directory))
     record = _judged(plan, run, stage)
     write_atomically(run.directory / REPORT, report(record).encode())
     run.write(record)
-    write_document(run, recorded_path(run.directory))
+    write_document(run, portable_path(run.directory))
     return record
 
 
@@ -308,9 +311,9 @@ WORK: dict[str, Callable[[Plan, Run], None]] = {
 
 def _judged(plan: Plan, run: Run, stage: Stage) -> ReproductionRecord:
     """Hold what was left to what was claimed."""
-    facts = gather(run, recorded_path(run.directory))
+    facts = load(run, portable_path(run.directory))
     training = facts.training
-    changed = changed_words(plan.recipe.circumstances, training.circumstances) if training else []
+    changed = changed_words(plan.recipe.determinism_context, training.determinism_context) if training else []
     claims = judged(plan.recipe, facts, changed)
     return ReproductionRecord(
         document_sha256=plan.document_sha256,
@@ -320,7 +323,7 @@ def _judged(plan: Plan, run: Run, stage: Stage) -> ReproductionRecord:
         provenance=stage.finish(training.provenance.hardware if training else machine()),
         machine=plan.fitted.machine,
         checkout=plan.differences,
-        circumstances=changed,
+        determinism_context=changed,
         stages=plan.stages,
         claims=claims,
         verdict=verdict(claims),

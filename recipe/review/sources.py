@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import known_keys
-from recipe.document.facts import Facts, source_changed
+from recipe.document.run_data import RunData, source_changed
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
 from recipe.records import STAGES, Provenance
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +38,7 @@ SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that shou
 # Which code ran
 
 
-def code_findings(facts: Facts, run: Run) -> list[Finding]:
+def code_findings(facts: RunData, run: Run) -> list[Finding]:
     """For every stage: one code from start to end, known by a commit, a patch or at least its hash."""
     found: list[Finding] = []
     for name, record in facts.stages():
@@ -142,7 +143,7 @@ def as_expression(pattern: str) -> str:
 # What its commands say
 
 
-def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
+def command_findings(facts: RunData, config: dict[str, Any] | None) -> list[Finding]:
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
     keys = set(known_keys()) | (set(leaf_names(config)) if config else set())
     return [

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import config_sha256, recipe_id
-from recipe.document.claims import FORMAT
-from recipe.document.facts import Facts, gather
+from recipe.document.recipe_json import FORMAT
+from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
-from recipe.files import read_file
-from recipe.run import Run, recorded_path, shown_path
+from recipe.files import display_path, portable_path, read_file
+from recipe.run import Run
 
 DOCUMENT_NAMES = ("recipe.md", "README.md")  # of a run, of a published recipe
 LARGEST_DOCUMENT_BYTES = 16 * 2**20
@@ -39,13 +39,13 @@ class Subject:
     @property
     def name(self) -> str:
         """The path for a person."""
-        return shown_path(self.path)
+        return display_path(self.path)
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunData:
         """The records beside the document; raises `UserError` where there are none."""
         if self.run is None:
             raise UserError(f"{self.name} is a document without records beside it; give the folder of the run")
-        return gather(self.run, recorded_path(self.run.directory))
+        return load(self.run, portable_path(self.run.directory))
 
     def claims(self) -> dict[str, Any]:
         """The JSON block; raises `UserError` where the document holds none."""
@@ -68,7 +68,7 @@ def open_subject(path: str | Path) -> Subject:
         document = next((path / name for name in DOCUMENT_NAMES if os.path.lexists(path / name)), None)
         return _subject(path, document, path)
     if not os.path.lexists(path):
-        raise UserError(f"{shown_path(path)} does not exist; give a run directory, a published recipe or a document")
+        raise UserError(f"{display_path(path)} does not exist; give a run directory, a published recipe or a document")
     return _subject(path, path, path.parent)
 
 
@@ -77,16 +77,16 @@ def _subject(path: Path, document_path: Path | None, folder: Path) -> Subject:
     text = read_text(document_path, inside) if document_path is not None else None
     run = Run(folder) if (folder / "records").is_dir() else None
     if text is None and run is None:
-        raise UserError(f"{shown_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
+        raise UserError(f"{display_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
     return Subject(path, document_path, text, identity_of(text) if text is not None else None, run)
 
 
 def read_text(path: Path, folder: Path | None = None) -> str:
     """A document as it is, line endings included; refuses what is too large or not text, and links out of `folder`."""
     try:
-        return read_file(path, shown_path(path), LARGEST_DOCUMENT_BYTES, folder).decode()
+        return read_file(path, display_path(path), LARGEST_DOCUMENT_BYTES, folder).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown_path(path)} is not UTF-8 text: {error}") from error
+        raise UserError(f"{display_path(path)} is not UTF-8 text: {error}") from error
 
 
 def identity_of(document: str) -> dict[str, Any] | None:

@@ -30,9 +30,9 @@ class Watch:
         epochs = len(phases_of(self.reference))
         run = {name: by_epoch(watched.seed.epochs, name, epochs) for name in METRICS}
         judgement = judge(self.seeds(), run, self.alpha, self.priors)
-        twin = next((seed for seed in self.reference.runs if same_run(seed, watched.seed)), None)
-        if twin is not None:
-            reason = f"every value so far is that of reference seed {twin.seed}, digit by digit"
+        same = next((seed for seed in self.reference.runs if same_run(seed, watched.seed)), None)
+        if same is not None:
+            reason = f"every value so far is that of reference seed {same.seed}, digit by digit"
             return Judgement(ON_TRACK, reason, judgement.epoch, judgement.comparisons, judgement.bands)
         return judgement
 
@@ -115,7 +115,7 @@ def notes(watch: Watch, watched: Watched, judgement: Judgement) -> list[str]:
         for name in watch.priors
         if name in judgement.bands and not judgement.bands[name].is_prior
     ]
-    ours, theirs = watched.seed.images_per_batch_norm, {seed.images_per_batch_norm for seed in watch.reference.runs}
+    ours, theirs = watched.seed.batch_norm_batch_size, {seed.batch_norm_batch_size for seed in watch.reference.runs}
     if ours is not None and theirs - {None, ours}:
         others = ", ".join(
             str(count) for count in sorted(count for count in theirs - {None, ours} if count is not None)

@@ -117,7 +117,7 @@ def build_training(
             config=pinned(config),
             interface=interface_from(validation.transform, stepper.normalisation, manifest),
             manifest_sha256=manifest_hash,
-            circumstances=_circumstances(config, world, batches),
+            determinism_context=_determinism_context(config, world, batches),
         )
         state.restore(_newest_state(run, world), world)
         wait = DataWait()
@@ -228,7 +228,7 @@ def _stepped(model: nn.Module, config: Config, world: World, batches: TrainingBa
     return replicate(compiled(model, config.trainer), world, example, config.trainer.precision)
 
 
-def _circumstances(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
+def _determinism_context(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
     """What must be equal in two sessions for the second to continue the first bit by bit."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     arithmetic = {name: value for name, value in os.environ.items() if name.startswith(CPU_ARITHMETIC)}

@@ -23,7 +23,8 @@ from typing import IO, Any, TypeVar
 
 from recipe.distributed import World
 from recipe.errors import HangError, UserError, how_to_continue
-from recipe.run import Run, shown_path
+from recipe.files import display_path
+from recipe.run import Run
 
 ALARM_SHARE = 0.8  # of the time-out: early enough to be written before the waiting processes end
 BETWEEN_SHARE = 0.05  # setting an alarm starts a thread, 0.15 ms; nobody needs it more exact than this share
@@ -103,7 +104,7 @@ def hang_watch(world: World, run: Run, timeout_seconds: float) -> Iterator[HangW
 def _sentence(watch: HangWatch) -> str:
     return (
         f"a process did not answer for trainer.timeout_seconds={watch.timeout_seconds:g}; where each one stood is in "
-        f"{shown_path(watch.path.parent)}/rank-*.txt; {how_to_continue()}"
+        f"{display_path(watch.path.parent)}/rank-*.txt; {how_to_continue()}"
     )
 
 
@@ -114,7 +115,8 @@ def _opened(path: Path) -> IO[Any] | None:
         return path.open("ab")
     except OSError as error:
         print(
-            f"warning: stacks of a hang will go to the terminal: {shown_path(path)}: {error.strerror}", file=sys.stderr
+            f"warning: stacks of a hang will go to the terminal: {display_path(path)}: {error.strerror}",
+            file=sys.stderr,
         )
         return None
 

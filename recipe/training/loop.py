@@ -20,10 +20,12 @@ from recipe.checkpoint import prune_checkpoints, write_released_weights
 from recipe.config import Config, config_sha256, leaves, pinned
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path
 from recipe.model import with_known_weights
 from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
-from recipe.run import Run, append_to_journal, shown_path
+from recipe.run import Run
 from recipe.training.build import Training, build_training
 from recipe.training.energy import Meter
 from recipe.training.hanging import hang_watch
@@ -159,7 +161,7 @@ def _one_writer(config: Config, world: World) -> Iterator[Run]:
 def _claim(run: Run, config: Config, held: ExitStack) -> None:
     """Take the run directory for this process until `held` is closed."""
     if config.trainer.restart and run.config.exists():
-        print(f"the old run is now {shown_path(run.archive())}", flush=True)
+        print(f"the old run is now {display_path(run.archive())}", flush=True)
     held.enter_context(run.lock())
     pin(run, config)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from recipe.config import Config, config_sha256, differences, pinned
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.records import TrainingRecord
-from recipe.run import Run, shown_path
+from recipe.run import Run
 
 
 def pin(run: Run, config: Config) -> None:
@@ -21,7 +22,7 @@ def pin(run: Run, config: Config) -> None:
     changed = differences(theirs, mine)
     if changed:
         raise UserError(
-            f"{shown_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
+            f"{display_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
             "give another run_dir, or trainer.restart=true to move that run aside"
         )
 

@@ -52,7 +52,7 @@ def training_record(training: Training) -> TrainingRecord:
         final=_final(training),
         best_epoch=progress.best_epoch,
         selection="last: the weights after the final epoch",
-        circumstances=training.state.circumstances,
+        determinism_context=training.state.determinism_context,
     )
 
 

@@ -17,7 +17,8 @@ import sys
 import torch
 
 from recipe.errors import SAVED, DiskError, how_to_continue
-from recipe.run import append_to_journal, shown_path
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path
 from recipe.training.build import Training
 
 FAILURES_IN_A_ROW = 3
@@ -63,7 +64,7 @@ def save_and_exit(training: Training) -> None:
 def _try(training: Training, must_succeed: bool) -> None:
     state, failures = training.state, training.failures
     if not training.run.config.exists():  # a directory made anew would hold a checkpoint alone
-        raise DiskError(f"{shown_path(training.run.directory)} has vanished; nothing more can be saved there")
+        raise DiskError(f"{display_path(training.run.directory)} has vanished; nothing more can be saved there")
     try:
         if training.journal is not None:
             training.journal.settle(durably=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from recipe.checkpoint import checkpoint_files
 from recipe.config import OptimizerKind
 from recipe.errors import DiskError
-from recipe.run import shown_path
+from recipe.files import display_path
 from recipe.training.build import Training
 
 MOMENTS = {OptimizerKind.lamb: 2}  # tensors that an optimizer keeps per parameter; one, where it is not named
@@ -27,7 +27,7 @@ def check_space(training: Training) -> None:
     directory = training.run.directory
     free, one, wanted = shutil.disk_usage(directory).free, checkpoint_bytes(training), checkpoints_at_once(training)
     kept = sum(path.stat().st_size for path in checkpoint_files(training.run.checkpoints))
-    where = f"the disk of {shown_path(directory)} has {mib(free)} left, and"
+    where = f"the disk of {display_path(directory)} has {mib(free)} left, and"
     if free < one:
         raise DiskError(f"{where} a checkpoint takes {mib(one)}; free some space, or give a run_dir on another disk")
     if free + kept < one * wanted:

@@ -19,8 +19,9 @@ from recipe.checkpoint import State, newest_checkpoint, prune_checkpoints, save_
 from recipe.config import config_sha256
 from recipe.distributed import World
 from recipe.errors import NonFiniteError, UserError
-from recipe.records import Epoch, Interface, Session
-from recipe.run import Run, now, shown_path
+from recipe.files import display_path
+from recipe.records import Epoch, Interface, Session, now
+from recipe.run import Run
 from recipe.training.averaging import WeightAverage
 from recipe.training.optimization import Stepper
 
@@ -73,7 +74,7 @@ class TrainingState:
     config: dict[str, Any]  # the pinned one
     interface: Interface
     manifest_sha256: str
-    circumstances: dict[str, Any]
+    determinism_context: dict[str, Any]
 
     @property
     def config_sha256(self) -> str:
@@ -93,7 +94,7 @@ class TrainingState:
             "config_sha256": self.config_sha256,
             "interface": msgspec.to_builtins(self.interface),
             "manifest_sha256": self.manifest_sha256,
-            "circumstances": self.circumstances,
+            "determinism_context": self.determinism_context,
             "progress": msgspec.to_builtins(self.progress),
             "model": model,
             "average": self.average.state(),
@@ -117,7 +118,7 @@ class TrainingState:
         self._restore("progress", self._restore_progress, state)
         self.stepper.skipped_steps = state["skipped_steps"]
         self.stepper.tally += self.stepper.tally.new_tensor(self.progress.tally_of(world))  # on its own device
-        changed = changes(state["circumstances"], self.circumstances)
+        changed = changes(state["determinism_context"], self.determinism_context)
         if next(self.model.parameters()).is_cuda and not torch.are_deterministic_algorithms_enabled():
             changed.append("algorithms are not deterministic (trainer.deterministic=false)")
         note = f"continued at step {self.progress.step}" + (f", not bit-exact: {'; '.join(changed)}" if changed else "")
@@ -130,8 +131,8 @@ class TrainingState:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(
                 f"the entry {entry!r} of the checkpoint of step {state['progress']['step']} in "
-                f"{shown_path(self.run.directory)} does not fit this run ({type(error).__name__}); remove its file to "
-                "continue from the one before, or begin again with trainer.restart=true"
+                f"{display_path(self.run.directory)} does not fit this run ({type(error).__name__}); remove its file "
+                "to continue from the one before, or begin again with trainer.restart=true"
             ) from error
 
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
@@ -161,8 +162,8 @@ class TrainingState:
                 processes=processes,
                 is_exact=is_exact,
                 note=note,
-                source=self.circumstances["the source"],
-                images_per_batch_norm=self.circumstances["images per forward pass"],
+                source=self.determinism_context["the source"],
+                batch_norm_batch_size=self.determinism_context["images per forward pass"],
             )
         )
 

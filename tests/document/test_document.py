@@ -15,9 +15,10 @@ import pytest
 
 from recipe import config as configuration
 from recipe.document import figures, render
-from recipe.document.facts import Facts, sections
-from recipe.document.render import check_document, generated_blocks, twin, write_document
+from recipe.document.render import check_document, generated_blocks, json_file, write_document
+from recipe.document.run_data import RunData, sections
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.metrics import EPOCH_FIELDS
 from recipe.records import (
     Archive,
@@ -40,7 +41,7 @@ from recipe.records import (
     TrainingRecord,
     TreeState,
 )
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 
 COMMIT = "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
 CONFIG: dict[str, Any] = {
@@ -166,7 +167,7 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
 
 
 def session(**changes: Any) -> Session:
-    known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "images_per_batch_norm": 32}
+    known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "batch_norm_batch_size": 32}
     return Session(started="2026-11-23T21:00:00Z", first_step=0, processes=1, **(known | changes))
 
 
@@ -225,7 +226,7 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
             images_left_out_per_epoch=16,
             global_batch_size=32,
             images_per_forward=32,
-            images_per_batch_norm=32,
+            batch_norm_batch_size=32,
             accumulation_steps=1,
             decoder="nvimgcodec",
             threads_per_process=2,
@@ -375,7 +376,7 @@ def mean_of(rows: list[dict[str, Any]], name: str) -> float:
     return sum(row[name] * count for row, count in zip(rows, steps, strict=True)) / sum(steps)
 
 
-def facts(**changes: Any) -> Facts:
+def facts(**changes: Any) -> RunData:
     values: dict[str, Any] = {
         "name": "demo",
         "run_dir": "runs/demo",
@@ -385,7 +386,7 @@ def facts(**changes: Any) -> Facts:
         "evaluation": evaluation_record(),
         "metrics": metric_rows(),
     }
-    return Facts(**{**values, **changes})
+    return RunData(**{**values, **changes})
 
 
 def document(existing: str | None = None, **changes: Any) -> str:
@@ -399,7 +400,7 @@ def section(text: str, block_id: str) -> str:
     return found[0]
 
 
-def changed_blocks(before: Facts, after: Facts) -> set[str]:
+def changed_blocks(before: RunData, after: RunData) -> set[str]:
     old, new = generated_blocks(before), generated_blocks(after)
     return {block_id for block_id in new if old[block_id] != new[block_id]}
 
@@ -706,7 +707,7 @@ def test_a_stage_that_ran_again_changes_its_own_blocks_only(change: dict[str, An
 
 def test_equal_inputs_give_equal_bytes() -> None:
     assert document() == document()
-    assert twin(facts()) == twin(facts())
+    assert json_file(facts()) == json_file(facts())
     assert document(existing=document()) == document()
 
 
@@ -796,13 +797,13 @@ def test_written_files(tmp_path: Path) -> None:
     drawn = sorted(path.name for path in run.figures.iterdir())
     assert drawn == ["accuracy.png", "learning_rate.png", "loss.png", "throughput.png"]
     assert sorted(re.findall(r"\]\(figures/(.*?)\)", text)) == drawn
-    for content in (text, run.twin.read_text()):
+    for content in (text, run.json_file.read_text()):
         assert str(CHECKOUT) not in content
         assert str(tmp_path) not in content
 
 
 def test_the_twin_holds_the_same_facts() -> None:
-    values = json.loads(twin(facts()))
+    values = json.loads(json_file(facts()))
     assert values["format"] == "recipe/1"
     assert values["config"] == CONFIG
     assert msgspec.convert(values["records"]["training"], TrainingRecord) == training_record()

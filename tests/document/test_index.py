@@ -11,7 +11,7 @@ from recipe.document import figures, index, publishable
 from recipe.document.index import with_table
 from recipe.document.publish import publish
 from recipe.errors import UserError
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from tests.document.test_document import assert_tables_are_even, section, write_run
 
 README = CHECKOUT / "README.md"

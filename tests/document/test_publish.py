@@ -17,17 +17,18 @@ from recipe.document import figures, published_folder
 from recipe.document import publish as publishing
 from recipe.document import publishable as looking
 from recipe.document.blocks import Block, split
-from recipe.document.facts import gather
 from recipe.document.model_card import CARD_END
 from recipe.document.publish import publish
 from recipe.document.published_folder import thinned
 from recipe.document.render import render, write_document
+from recipe.document.run_data import load
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
 from recipe.review.reference import open_reference
 from recipe.review.subject import contradictions, open_subject
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from tests.document.test_document import (
     CONFIG,
     evaluation_record,
@@ -113,7 +114,7 @@ def test_every_link_of_the_page_works_from_its_folder(run: Run) -> None:
 
 def test_a_published_recipe_says_what_its_run_says(run: Run) -> None:
     folder = publish(run)
-    published, facts = gather(Run(folder), "elsewhere"), gather(run, "runs/demo")
+    published, facts = load(Run(folder), "elsewhere"), load(run, "runs/demo")
     assert dataclasses.replace(published, publication=None, run_dir=facts.run_dir) == facts
     subject = open_subject(folder)
     assert subject.document_path == folder / "README.md"
@@ -372,7 +373,7 @@ def test_a_failure_in_the_middle_changes_nothing(run: Run, monkeypatch: pytest.M
     folder = publish(run)
     before = tree(folder)
     run.write(evaluation_record(correct_top5=470))
-    for name in ("twin", "copy_figures"):
+    for name in ("json_file", "copy_figures"):
         with monkeypatch.context() as patch:
             patch.setattr(published_folder, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -391,7 +392,7 @@ def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.Mo
     assert Counter(row["split"] for row in kept) == {"train": 8, "validation": 8}
     folder = publish(run)
     assert f"Of the run's {len(rows)} rows it holds 16" in page(folder)
-    whole, thin = (gather(Run(at), "x") for at in (run.directory, folder))
+    whole, thin = (load(Run(at), "x") for at in (run.directory, folder))
     assert [row for row in whole.metrics if row["split"] == "validation"] == [
         row for row in thin.metrics if row["split"] == "validation"
     ]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from recipe.document.claims import identity
-from recipe.document.facts import Facts
+from recipe.document.recipe_json import identity
+from recipe.document.run_data import RunData
 from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedCounts, SeedRun, SeedsRecord, from_json, to_json
 from recipe.review.judgement import (
     BIT_EXACT,
@@ -40,15 +40,15 @@ OTHER = ["CPU threads: 2 there, 1 here"]
 
 
 def recipe(**changes: Any) -> Recipe:
-    found = identity(facts(training=training_record(circumstances=CIRCUMSTANCES), **changes))
+    found = identity(facts(training=training_record(determinism_context=CIRCUMSTANCES), **changes))
     return restored_recipe(json.loads(json.dumps(found)))
 
 
-def levels(theirs: Recipe, ours: Facts, changed: list[str]) -> dict[str, str]:
+def levels(theirs: Recipe, ours: RunData, changed: list[str]) -> dict[str, str]:
     return {claim.claim: claim.level for claim in judged(theirs, ours, changed)}
 
 
-def other_weights(**changes: Any) -> Facts:
+def other_weights(**changes: Any) -> RunData:
     """The same recipe, trained to other bits."""
     return facts(
         training=training_record(outputs={"weights": sha("other")}, **changes),
@@ -84,7 +84,9 @@ def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(determinist
     hardware = replace(provenance("x").hardware, accelerator="NVIDIA H200")
     ran = provenance("python train.py", hardware=hardware)
     theirs = restored_recipe(
-        json.loads(json.dumps(identity(facts(training=training_record(provenance=ran, circumstances=CIRCUMSTANCES)))))
+        json.loads(
+            json.dumps(identity(facts(training=training_record(provenance=ran, determinism_context=CIRCUMSTANCES))))
+        )
     )
     ours = other_weights(provenance=ran, precision={"deterministic_algorithms": deterministic})
     assert levels(theirs, ours, [])["trained weights"] == level
@@ -136,7 +138,7 @@ def seeds(*correct: int) -> SeedsRecord:
             seed=at,
             weights_sha256=sha(str(at)),
             source_sha256=sha("s"),
-            images_per_batch_norm=None,
+            batch_norm_batch_size=None,
             raw_sha256={},
             epochs={},
         )
@@ -210,7 +212,7 @@ def test_the_report_is_whole_and_harmless() -> None:
         provenance=provenance("python -m recipe reproduce x.md --yes"),
         machine={"cpu_threads": None, "gpus": 1},
         checkout=[HOSTILE],
-        circumstances=[],
+        determinism_context=[],
         stages=["train"],
         claims=claims,
         verdict=verdict(claims),

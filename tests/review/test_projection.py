@@ -15,12 +15,13 @@ from recipe.__main__ import main
 from recipe.composition import config_of
 from recipe.document.render import write_document
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import Stage
 from recipe.records import ProjectionRecord
 from recipe.review.check import check
 from recipe.review.findings import Finding, Kind
 from recipe.review.subject import open_subject
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from tests.review.factory import change_record, set_at
 
 MEASURED = CHECKOUT / "benchmarks" / "results" / "step-nvidia-h200-256x224.json"

@@ -54,7 +54,7 @@ def seed_run(seed: int, epochs: Values | None = None, **changes: Any) -> SeedRun
         "seed": seed,
         "weights_sha256": f"{seed:064x}",
         "source_sha256": "a" * 64,
-        "images_per_batch_norm": 96,
+        "batch_norm_batch_size": 96,
         "raw_sha256": {"train": "b" * 64},
         "epochs": epochs or course(seed),
     }
@@ -223,7 +223,7 @@ def test_other_step_counts_and_other_images_are_refused(capsys: pytest.CaptureFi
 
 
 def test_other_batches_of_batch_norm_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_document(77, "published", images_per_batch_norm=32)
+    folder = write_document(77, "published", batch_norm_batch_size=32)
     main(["watch", folder, "--against", write_reference()])
     assert "batch norm sees 32 images at a time in the run, 96 in the reference" in capsys.readouterr().out
 

@@ -9,9 +9,10 @@ import pytest
 
 from recipe.config import Config, untyped
 from recipe.document.render import write_document
+from recipe.files import CHECKOUT
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, TrainingRecord
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config
 

@@ -353,7 +353,7 @@ def test_given_weights_are_named_by_their_content(smoke: Words, tmp_path: Path) 
 
 def test_accumulation_is_recorded_and_reaches_the_same_sizes(smoke: Words) -> None:
     loader = train(smoke("trainer.max_images_per_process=8")).loader
-    assert (loader.global_batch_size, loader.accumulation_steps, loader.images_per_batch_norm) == (24, 3, 8)
+    assert (loader.global_batch_size, loader.accumulation_steps, loader.batch_norm_batch_size) == (24, 3, 8)
 
 
 def test_a_network_with_dropout_continues_exactly_too(smoke: Words, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from recipe.distributed import World
 from recipe.errors import SAVED
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from recipe.training.stopping import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
 from tests.worlds import torchrun_environment
 

@@ -1,7 +1,7 @@
-"""What a document is made of: the files of one run, and what follows from comparing them.
+"""The files of one run, read for its document, and the state of each section.
 
-Records form a chain by their hashes (raw images -> shards -> weights -> metrics). A section is *stale* where its
-record was made from something that is no longer there, and *not measured* where its stage has not run.
+Records form a chain by their hashes (raw images -> shards -> weights -> metrics). A section is *stale* if an input of
+its record has changed since, and *not measured* if its stage has not run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import config_sha256
-from recipe.document.dynamics import MetricRow
+from recipe.document.curves import MetricRow
+from recipe.files import printable
 from recipe.records import (
     RECORD_LISTS,
     RECORDS,
@@ -27,15 +28,15 @@ from recipe.records import (
     TimingRecord,
     TrainingRecord,
 )
-from recipe.run import Run, printable
+from recipe.run import Run
 
 LaterRecord = SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts(Records):
-    """Everything that the document may say: the records of a run, its configuration and its logged rows."""
+class RunData(Records):
+    """The records of a run, its configuration and its logged rows: everything that its document can say."""
 
     name: str
     run_dir: str  # as commands name it
@@ -45,7 +46,7 @@ class Facts(Records):
 
 @dataclass(frozen=True)
 class Section:
-    """Whether a section of the document can be relied on, and if not, why."""
+    """The state of a section of the document, and the reasons if it is stale."""
 
     state: str
     reasons: tuple[str, ...] = ()
@@ -54,11 +55,11 @@ class Section:
 Attempt = Callable[[Path, Callable[[], Any]], Any]  # reads one file, given its path and how to read it
 
 
-def gather(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: read()) -> Facts:
+def load(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: read()) -> RunData:
     """Read the files of a run, each through `attempt`, which may return None for one that cannot be read.
 
-    `shown_run_dir` is used until a document was written, which records its own: the page of a run that was moved or
-    copied, or is read from another folder, stays what its records give.
+    `shown_run_dir` is used until a document records its own, so that the page of a run that was moved or copied stays
+    the same.
     """
     config = attempt(run.config, run.read_config)
     records = {name: attempt(run.record_file(kind), partial(run.read, kind)) for name, kind in RECORDS.items()}
@@ -72,7 +73,7 @@ def gather(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: r
     recorded = publication.run_dir if publication else journal.run_dir if journal else None
     run_dir = shown_run_dir if recorded is None else recorded
     folder = Path(run_dir).name or printable(run.directory.absolute().name)
-    return Facts(
+    return RunData(
         name=str(config["name"]) if config else folder,
         run_dir=run_dir,
         config=config,
@@ -81,7 +82,7 @@ def gather(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: r
     )
 
 
-def sections(facts: Facts) -> dict[str, Section]:
+def sections(facts: RunData) -> dict[str, Section]:
     """The state of every section that a stage fills."""
     data = Section(PRESENT if facts.preprocessing else NOT_MEASURED)
     training = section(facts.training, training_reasons(facts))
@@ -104,17 +105,17 @@ def section(record: object | None, reasons: list[str]) -> Section:
     return Section(STALE if reasons else PRESENT, tuple(reasons))
 
 
-def training_reasons(facts: Facts) -> list[str]:
-    """Why the training record no longer belongs to what lies beside it."""
+def training_reasons(facts: RunData) -> list[str]:
+    """The inputs of training that have changed since."""
     if facts.training is None:
         return []
     return data_reasons(facts, facts.training) + config_reasons(facts, facts.training)
 
 
-def evaluation_reasons(facts: Facts) -> list[str]:
-    """Why the evaluation record no longer belongs to what lies beside it.
+def evaluation_reasons(facts: RunData) -> list[str]:
+    """The inputs of the evaluation that have changed since.
 
-    Training may put out several sets of weights (last, best, averaged): evaluating any of them is sound, and so is an
+    Training may release several sets of weights (last, best, averaged): evaluating any of them is sound, and so is an
     earlier checkpoint, which the document calls one.
     """
     if facts.evaluation is None:
@@ -130,15 +131,15 @@ def evaluation_reasons(facts: Facts) -> list[str]:
     return reasons + data_reasons(facts, facts.evaluation) + config_reasons(facts, facts.evaluation)
 
 
-def later_reasons(facts: Facts, record: SerializationRecord | InferenceRecord | None) -> list[str]:
-    """Why exported files, or the notebook's answers, no longer belong to the weights that were evaluated."""
+def later_reasons(facts: RunData, record: SerializationRecord | InferenceRecord | None) -> list[str]:
+    """The inputs of exported files or of the notebook that have changed since."""
     if record is None:
         return []
     return weights_reasons(facts, record) + data_reasons(facts, record) + config_reasons(facts, record)
 
 
-def timing_reasons(facts: Facts) -> list[str]:
-    """The machines whose latencies are of other weights."""
+def timing_reasons(facts: RunData) -> list[str]:
+    """The machines with latencies of other weights."""
     return [
         f"on {record.machine}, {reason}"
         for record in facts.timing
@@ -146,8 +147,8 @@ def timing_reasons(facts: Facts) -> list[str]:
     ]
 
 
-def weights_reasons(facts: Facts, record: LaterRecord) -> list[str]:
-    """Why a record of a stage after the evaluation is not of the weights that were evaluated."""
+def weights_reasons(facts: RunData, record: LaterRecord) -> list[str]:
+    """Whether a later stage used other weights than the evaluation."""
     if facts.evaluation is None:
         return []
     used, now = record.inputs.get("weights"), facts.evaluation.inputs.get("weights")
@@ -156,14 +157,14 @@ def weights_reasons(facts: Facts, record: LaterRecord) -> list[str]:
     return [f"it used the weights {short(used)}, the evaluation has since measured {short(now)}"]
 
 
-def data_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
+def data_reasons(facts: RunData, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
     if facts.preprocessing is None:
         return []
     used, now = record.inputs.get("manifest"), facts.preprocessing.outputs.get("manifest")
     return [] if used == now else [f"it used data with manifest {short(used)}, the data set now has {short(now)}"]
 
 
-def config_reasons(facts: Facts, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
+def config_reasons(facts: RunData, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
     if facts.config is None:
         return ["its configuration, config.yaml, is missing"]
     used, now = record.config_sha256, config_sha256(facts.config)
@@ -181,5 +182,5 @@ def source_changed(provenance: Provenance) -> bool:
 
 
 def short(digest: str | None) -> str:
-    """The first digits of a hash: enough to tell two apart."""
+    """The first digits of a hash."""
     return digest[:12] if digest else "(no hash recorded)"

@@ -1,7 +1,7 @@
-"""What a recipe claims, in the form in which a program can test it: the document's JSON block.
+"""The JSON block of the document: a recipe and its claims, for programs.
 
-Everything in it is copied from the records of the run; `recipe.review` compares it with what another machine, another
-checkout or another run gives.
+Everything in it is copied from the records of the run; `recipe.review` compares it with another machine, checkout or
+run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from recipe.config import config_sha256, recipe_id
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.records import (
     Epoch,
     EvaluationRecord,
@@ -33,7 +33,7 @@ DYNAMICS = (
 PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")  # a string holds no line break as it is, only \n
 
 
-def identity(facts: Facts) -> dict[str, Any]:
+def identity(facts: RunData) -> dict[str, Any]:
     """The pinned configuration with its hashes, and every claim; nulls where nothing was run yet."""
     training = facts.training
     return {
@@ -42,7 +42,7 @@ def identity(facts: Facts) -> dict[str, Any]:
         "config_sha256": config_sha256(facts.config) if facts.config else None,
         "recipe_id": recipe_id(facts.config) if facts.config else None,
         "code": code(training) if training else None,
-        "circumstances": training.circumstances if training else None,
+        "determinism_context": training.determinism_context if training else None,
         "claims": {
             "data": data_claims(facts.preprocessing) if facts.preprocessing else None,
             "training": training_claims(training) if training else None,
@@ -63,7 +63,7 @@ def as_json(values: dict[str, Any]) -> str:
 
 
 def code(training: TrainingRecord) -> dict[str, Any]:
-    """Which code trained."""
+    """The code that trained."""
     provenance = training.provenance
     return {
         "command": provenance.command,
@@ -75,7 +75,7 @@ def code(training: TrainingRecord) -> dict[str, Any]:
 
 
 def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
-    """What the data were; `raw_sha256` is the same for every layout of the same images."""
+    """The data set; `raw_sha256` is equal for every layout of the same images."""
     return {
         "data_set": preprocessing.data_set,
         "manifest_sha256": preprocessing.outputs.get("manifest"),
@@ -89,7 +89,7 @@ def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
 
 
 def training_claims(training: TrainingRecord) -> dict[str, Any]:
-    """What training began with, did and left."""
+    """The start, course and result of training."""
     return {
         "initial_weights_sha256": training.model.initial_weights_sha256,
         "architecture_sha256": training.model.architecture_sha256,
@@ -99,7 +99,7 @@ def training_claims(training: TrainingRecord) -> dict[str, Any]:
         "steps": training.schedule.steps,
         "steps_per_epoch": training.schedule.steps_per_epoch,
         "images_seen": training.images_seen,
-        "images_per_batch_norm": training.loader.images_per_batch_norm,
+        "batch_norm_batch_size": training.loader.batch_norm_batch_size,
         "processes": training.processes,
         "accelerator": training.provenance.hardware.accelerator,
         "is_exact": all(session.is_exact is not False for session in training.sessions),
