@@ -248,7 +248,6 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     peak_accelerator_memory_gib: float | None
     skipped_steps: int  # by the gradient scaler of fp16
     validation_protocol: str
-    final: dict[str, float]  # of the last train and validation rows
     best_epoch: int
     selection: str
     determinism_context: dict[str, Setting] = {}  # must be equal for another run to give the same bits

@@ -214,7 +214,7 @@ def test_one_accuracy_has_one_spelling_everywhere(proven: Proven) -> None:
     assert set(top_one) == {whole}
     last_row = re.findall(r"^\| 2 \|.*$", proven.block("dynamics"), re.MULTILINE)[-1]
     assert last_row.split("|")[6].strip() == percent
-    assert proven.training.final["validation_top1_accuracy"] == record.correct_top1 / record.images
+    assert proven.training.epochs[-1].validation_top1 == record.correct_top1 / record.images
 
 
 def test_images_evaluated_are_the_images_of_the_split(proven: Proven) -> None:

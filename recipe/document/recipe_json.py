@@ -105,7 +105,6 @@ def training_claims(training: TrainingRecord) -> dict[str, Any]:
         "is_exact": all(session.is_exact is not False for session in training.sessions),
         "weights_sha256": training.outputs.get("weights"),
         "epochs": columns(training.epochs),
-        "final": training.final,
     }
 
 

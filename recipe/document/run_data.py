@@ -30,7 +30,7 @@ from recipe.records import (
 )
 from recipe.run import Run
 
-LaterRecord = SerializationRecord | InferenceRecord | TimingRecord
+LaterRecord = TrainingRecord | EvaluationRecord | SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
 
 
@@ -82,89 +82,74 @@ def load(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: rea
     )
 
 
+Check = Callable[[RunData, LaterRecord], list[str]]
+
+
 def sections(facts: RunData) -> dict[str, Section]:
     """The state of every section that a stage fills."""
     data = Section(PRESENT if facts.preprocessing else NOT_MEASURED)
-    training = section(facts.training, training_reasons(facts))
+    training = section(facts, [facts.training], data_reasons, config_reasons)
+    evaluation = section(facts, [facts.evaluation], trained_reasons, data_reasons, config_reasons)
+    inference, serialization = (
+        section(facts, [record], weights_reasons, data_reasons, config_reasons)
+        for record in (facts.inference, facts.serialization)
+    )
     return {
         "raw_data": data,
         "processing_methods": data,
         "optimization_methods": training,
         "dynamics": training,
         "outputs": training,
-        "performance_metrics": section(facts.evaluation, evaluation_reasons(facts)),
-        "inference_code": section(facts.inference, later_reasons(facts, facts.inference)),
-        "timing_information": section(facts.timing or None, timing_reasons(facts)),
-        "serialization": section(facts.serialization, later_reasons(facts, facts.serialization)),
+        "performance_metrics": evaluation,
+        "inference_code": inference,
+        "timing_information": section(facts, facts.timing, weights_reasons, config_reasons),
+        "serialization": serialization,
     }
 
 
-def section(record: object | None, reasons: list[str]) -> Section:
-    if record is None:
-        return Section(NOT_MEASURED)
-    return Section(STALE if reasons else PRESENT, tuple(reasons))
-
-
-def training_reasons(facts: RunData) -> list[str]:
-    """The inputs of training that have changed since."""
-    if facts.training is None:
-        return []
-    return data_reasons(facts, facts.training) + config_reasons(facts, facts.training)
-
-
-def evaluation_reasons(facts: RunData) -> list[str]:
-    """The inputs of the evaluation that have changed since.
-
-    Training may release several sets of weights (last, best, averaged): evaluating any of them is sound, and so is an
-    earlier checkpoint, which the document calls one.
-    """
-    if facts.evaluation is None:
-        return []
-    reasons = []
-    protocol = facts.evaluation.protocol
-    if facts.training is not None and protocol.epochs_completed == protocol.epochs:
-        measured = facts.evaluation.inputs.get("weights")
-        trained = {digest for name, digest in facts.training.outputs.items() if "weights" in name}
-        if measured not in trained:
-            now = facts.training.outputs.get("weights")
-            reasons.append(f"it measured the weights {short(measured)}, training has since left {short(now)}")
-    return reasons + data_reasons(facts, facts.evaluation) + config_reasons(facts, facts.evaluation)
-
-
-def later_reasons(facts: RunData, record: SerializationRecord | InferenceRecord | None) -> list[str]:
-    """The inputs of exported files or of the notebook that have changed since."""
-    if record is None:
-        return []
-    return weights_reasons(facts, record) + data_reasons(facts, record) + config_reasons(facts, record)
-
-
-def timing_reasons(facts: RunData) -> list[str]:
-    """The machines with latencies of other weights."""
-    return [
-        f"on {record.machine}, {reason}"
-        for record in facts.timing
-        for reason in weights_reasons(facts, record) + config_reasons(facts, record)
+def section(facts: RunData, records: Sequence[LaterRecord | None], *checks: Check) -> Section:
+    """Present, stale for the reasons that `checks` give, or not measured."""
+    present = [record for record in records if record is not None]
+    reasons = [
+        f"on {record.machine}, {reason}" if isinstance(record, TimingRecord) else reason
+        for record in present
+        for check in checks
+        for reason in check(facts, record)
     ]
+    return Section((STALE if reasons else PRESENT) if present else NOT_MEASURED, tuple(reasons))
+
+
+def trained_reasons(facts: RunData, record: LaterRecord) -> list[str]:
+    """Whether the evaluated weights are among those that training released, such as last, best or averaged.
+
+    An evaluation of an earlier checkpoint is sound too; the document calls it one.
+    """
+    if facts.training is None or not isinstance(record, EvaluationRecord):
+        return []
+    measured = record.inputs.get("weights")
+    released = {digest for name, digest in facts.training.outputs.items() if "weights" in name}
+    if record.protocol.epochs_completed != record.protocol.epochs or measured in released:
+        return []
+    now = facts.training.outputs.get("weights")
+    return [f"it measured the weights {short(measured)}, training has since left {short(now)}"]
 
 
 def weights_reasons(facts: RunData, record: LaterRecord) -> list[str]:
-    """Whether a later stage used other weights than the evaluation."""
+    """Whether a stage after the evaluation used the evaluated weights."""
     if facts.evaluation is None:
         return []
     used, now = record.inputs.get("weights"), facts.evaluation.inputs.get("weights")
-    if used == now:
-        return []
-    return [f"it used the weights {short(used)}, the evaluation has since measured {short(now)}"]
+    return [] if used == now else [f"it used the weights {short(used)}, the evaluation has since measured {short(now)}"]
 
 
-def data_reasons(facts: RunData, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
+def data_reasons(facts: RunData, record: LaterRecord) -> list[str]:
     if facts.preprocessing is None:
         return []
     used, now = record.inputs.get("manifest"), facts.preprocessing.outputs.get("manifest")
     return [] if used == now else [f"it used data with manifest {short(used)}, the data set now has {short(now)}"]
 
 
-def config_reasons(facts: RunData, record: TrainingRecord | EvaluationRecord | LaterRecord) -> list[str]:
+def config_reasons(facts: RunData, record: LaterRecord) -> list[str]:
     if facts.config is None:
         return ["its configuration, config.yaml, is missing"]
     used, now = record.config_sha256, config_sha256(facts.config)

@@ -5,7 +5,6 @@ Integers have to add up, since each was counted from the same images; nothing he
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class Sum:
 def record_findings(facts: RunData) -> list[Finding]:
     """Sums that do not add up, hashes that are none, sections that are stale."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + log_findings(facts) + later_findings(facts)
 
 
 def sums(facts: RunData) -> Iterator[Sum]:
@@ -191,8 +190,8 @@ def stale_findings(facts: RunData) -> list[Finding]:
     ]
 
 
-def final_findings(facts: RunData) -> list[Finding]:
-    """Every row is there, and the training record's last numbers are those of the last ones."""
+def log_findings(facts: RunData) -> list[Finding]:
+    """Every row is there, and those that end an epoch hold the numbers of the training record."""
     if facts.training is None:
         return []
     found = []
@@ -201,15 +200,10 @@ def final_findings(facts: RunData) -> list[Finding]:
         found.append(
             Finding(Level.resolvable, "metrics.jsonl", missing, "take the file from version control or a copy")
         )
-    last = {row["split"]: row for row in facts.metrics}
-    for name in ("loss", "top1_accuracy", "top5_accuracy"):
-        recorded, logged = facts.training.final.get(f"validation_{name}"), last.get("validation", {}).get(name)
-        if recorded is not None and logged is not None and not math.isclose(recorded, logged, rel_tol=1e-9):
-            place = f"records/training.json, final.validation_{name}"
-            what = f"it is {recorded:.6g}, the last row of metrics.jsonl has {logged:.6g}"
-            found.append(Finding(Level.resolvable, place, what, "take both files from version control"))
     found += epoch_findings(facts.training, facts.metrics)
-    steps = last["train"]["step"] if "train" in last else facts.training.schedule.steps
+    steps = max(
+        (row["step"] for row in facts.metrics if row["split"] == "train"), default=facts.training.schedule.steps
+    )
     if steps != facts.training.schedule.steps:
         what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
         found.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))

@@ -87,7 +87,6 @@ class ClaimedTraining(msgspec.Struct, frozen=True, kw_only=True):
     is_exact: bool
     weights_sha256: Sha256
     epochs: dict[Word, list[float | None]]
-    final: dict[Word, float]
 
 
 class ClaimedEvaluation(msgspec.Struct, frozen=True, kw_only=True):

@@ -142,7 +142,15 @@ def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
     training.run.write(record)
     if energy is not None:
         training.run.write(msgspec.structs.replace(energy, inputs={"weights": record.outputs["weights"]}))
-    append_to_journal(training.run, "train", "ended", config_sha256=record.config_sha256, **record.final)
+    append_to_journal(
+        training.run,
+        "train",
+        "ended",
+        config_sha256=record.config_sha256,
+        validation_loss=record.epochs[-1].validation_loss,
+        validation_top1_accuracy=record.epochs[-1].validation_top1,
+        validation_top5_accuracy=record.epochs[-1].validation_top5,
+    )
     return record
 
 

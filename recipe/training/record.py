@@ -49,7 +49,6 @@ def training_record(training: Training) -> TrainingRecord:
         validation_protocol=protocol_name(
             view_name(training.validation.transform, config.evaluation.flip), training.average.is_on
         ),
-        final=_final(training),
         best_epoch=progress.best_epoch,
         selection="last: the weights after the final epoch",
         determinism_context=training.state.determinism_context,
@@ -75,12 +74,3 @@ def _arithmetic(training: Training) -> dict[str, Setting]:
         "compiled": any(hasattr(module, "_orig_mod") for module in training.stepper.model.modules()),
         "gradient_scaler": training.stepper.scaler.is_enabled(),
     } | arithmetic_switches()
-
-
-def _final(training: Training) -> dict[str, float]:
-    """The numbers of the last rows."""
-    final: dict[str, float] = {}
-    for row in training.run.metric_rows():
-        for name in ("loss", "top1_accuracy", "top5_accuracy"):
-            final[f"{row['split']}_{name}"] = row[name]
-    return final

@@ -342,7 +342,7 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
     "rows lost in the middle": (lost_rows(3, 5), Level.resolvable, r"metrics\.jsonl"),
     "one row lost": (lost_rows(1, 2), Level.resolvable, r"metrics\.jsonl"),
     "all rows lost": (lambda run: run.metrics.unlink(), Level.resolvable, r"metrics\.jsonl"),
-    "the last row changed": (last_row, Level.resolvable, r"final\.validation_top1_accuracy"),
+    "the last row changed": (last_row, Level.resolvable, r"records/training\.json, epochs, 8"),
     "an evaluation of other weights": (
         evaluation("inputs", "weights", value="0" * 64),
         Level.resolvable,

@@ -145,9 +145,8 @@ def test_a_validation_that_fails_costs_no_training(
     assert (progress["epoch"], progress["batch"], progress["step"]) == (epoch - 1, 4, 4 * epoch)  # type: ignore[index]
     record = train(cut)
     assert [session.first_step for session in record.sessions] == [0, 4 * epoch]
-    assert (record.outputs, record.final, record.best_epoch, record.images_seen) == (
+    assert (record.outputs, record.best_epoch, record.images_seen) == (
         uninterrupted.outputs,
-        uninterrupted.final,
         uninterrupted.best_epoch,
         uninterrupted.images_seen,
     )
@@ -288,7 +287,7 @@ def test_a_run_killed_before_its_record_gets_one(smoke: Words) -> None:
     run = Run(compose_config(*smoke()).run_dir)
     (run.records / "training.json").unlink()
     before, again = measured_rows(smoke()), train(smoke())
-    assert (again.outputs, again.final, again.best_epoch) == (record.outputs, record.final, record.best_epoch)
+    assert (again.outputs, again.epochs, again.best_epoch) == (record.outputs, record.epochs, record.best_epoch)
     assert measured_rows(smoke()) == before
 
 
