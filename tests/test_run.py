@@ -413,17 +413,17 @@ OUTSIDE = ["/home/alice/data/run", "/data/x", "/x", "/", "/home/alice/with space
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
-def test_a_recorded_path_is_never_absolute(path: str) -> None:
+def test_a_portable_path_is_never_absolute(path: str) -> None:
     assert not portable_path(path).startswith("/")
     assert "/home" not in portable_path(path)
 
 
-def test_a_recorded_path_names_no_user() -> None:
+def test_a_portable_path_names_no_user() -> None:
     for path in ("/home/alice/run", "/Users/alice/run", "/home/alice/runs/x"):
         assert "alice" not in portable_path(path)
 
 
-def test_a_recorded_path_is_relative_to_the_checkout_or_to_here(
+def test_a_portable_path_is_relative_to_the_checkout_or_to_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert portable_path(CHECKOUT / "runs" / "demo") == "runs/demo"
