@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
 from recipe.metrics import EPOCH_FIELDS  # noqa: E402
-from recipe.review.convergence import ALPHA, METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
+from recipe.review.watch.statistics import ALPHA, METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 REFERENCE_COUNTS = (3, 5, 10, 20)

@@ -514,7 +514,7 @@ class JudgedClaim(Record, frozen=True, kw_only=True):
     """One claim of a recipe, compared with a second run of it."""
 
     claim: str
-    level: str  # see recipe/review/judgement.py
+    level: str  # see recipe/review/reproduce/judge.py
     claimed: Setting
     found: Setting
     why: str

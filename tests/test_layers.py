@@ -81,7 +81,7 @@ ALLOWED = {
 }
 WITHOUT_TORCH = [
     *(*GROUND, "composition", "document.render", "data.processing", "data.demo"),
-    *("review.check", "review.diff"),
+    *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
 

@@ -8,9 +8,9 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.files import CHECKOUT
-from recipe.review.chain import BROKEN, links
-from recipe.review.drift import drifted
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_subject
+from recipe.review.verify.code import drifted
+from recipe.review.verify.files import BROKEN, links
 
 RECIPES = sorted(path.parent for path in (CHECKOUT / "recipes").glob("*/README.md"))
 published = pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)

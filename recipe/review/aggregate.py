@@ -12,7 +12,7 @@ from pathlib import Path
 from recipe.errors import UserError
 from recipe.files import display_path, write_atomically
 from recipe.records import to_json
-from recipe.review.reference import open_reference
+from recipe.review.watch.reference import open_reference
 
 
 def describe(parser: argparse.ArgumentParser) -> None:

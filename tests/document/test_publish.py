@@ -26,8 +26,8 @@ from recipe.errors import UserError
 from recipe.files import CHECKOUT
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
-from recipe.review.reference import open_reference
-from recipe.review.subject import contradictions, open_subject
+from recipe.review.opening import contradictions, open_subject
+from recipe.review.watch.reference import open_reference
 from recipe.run import Run
 from tests.document.test_document import (
     CONFIG,

@@ -20,11 +20,11 @@ import msgspec
 from recipe.config import leaves
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
-from recipe.review.explanation import TITLES, Group, group_of, is_inert, rank_of, theme_of
+from recipe.review.diff.impact import TITLES, Group, group_of, is_inert, rank_of, theme_of
+from recipe.review.diff.inputs import Curve, Side, curves_of, is_number, objects, side_of, value_at
 from recipe.review.findings import printable, shortened
+from recipe.review.opening import open_subject
 from recipe.review.results import dynamics_lines, result_lines
-from recipe.review.sides import Curve, Side, curves_of, is_number, objects, side_of, value_at
-from recipe.review.subject import open_subject
 
 FORMAT = "diff/1"
 ABSENT = "(absent)"

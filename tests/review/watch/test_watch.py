@@ -19,9 +19,9 @@ from recipe.__main__ import main
 from recipe.config import pinned, recipe_id
 from recipe.errors import UserError
 from recipe.records import SeedRun, SeedsRecord, to_json
-from recipe.review.convergence import METRICS, OFF_TRACK, ON_TRACK
-from recipe.review.reference import open_reference, watched_run
-from recipe.review.watch import TrainingWatch, training_watch
+from recipe.review.watch.command import TrainingWatch, training_watch
+from recipe.review.watch.reference import open_reference, watched_run
+from recipe.review.watch.statistics import METRICS, OFF_TRACK, ON_TRACK
 from recipe.run import Run
 from recipe.training import loop
 from tests.conftest import compose_config
@@ -364,7 +364,7 @@ def test_nothing_that_the_watch_meets_ends_training(
         compose_config("experiment=smoke", f"optimization.epochs={EPOCHS}", f"reference={write_reference()}")
     )
     assert isinstance(watch, TrainingWatch)
-    monkeypatch.setattr("recipe.review.watch.watched_run", lambda run: 1 / 0)
+    monkeypatch.setattr("recipe.review.watch.command.watched_run", lambda run: 1 / 0)
     watch(Run("run"))
     assert "warning: the reference cannot judge this run: division by zero" in capsys.readouterr().err
 

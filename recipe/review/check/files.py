@@ -18,7 +18,7 @@ from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, opened, read_file
 from recipe.records import ClassCounts
-from recipe.review.agreement import difference_of, inside, output_findings
+from recipe.review.check.document import difference_of, inside, output_findings
 from recipe.review.findings import Finding, Kind, Level, listed
 from recipe.run import Run
 

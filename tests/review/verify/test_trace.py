@@ -17,7 +17,7 @@ from recipe.composition import composed_outside
 from recipe.config import Config, leaves, pinned
 from recipe.files import CHECKOUT
 from recipe.records import Fingerprint, from_json
-from recipe.review.canary import CANNOT_TELL, CHANGED, TOLERANCE, compared
+from recipe.review.verify.trace import CANNOT_TELL, CHANGED, TOLERANCE, compared
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
 
@@ -114,7 +114,7 @@ def test_a_processor_that_rounds_pixels_otherwise_cannot_tell(clean: Fingerprint
 
 
 def every_experiment() -> list[str]:
-    from recipe.review.drift import EXPERIMENTS
+    from recipe.review.verify.code import EXPERIMENTS
 
     return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
 

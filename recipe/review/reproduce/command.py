@@ -32,11 +32,11 @@ from recipe.launcher import launched
 from recipe.performance import evaluate_run
 from recipe.provenance import Stage, machine
 from recipe.records import PreprocessingRecord, ReproductionRecord
-from recipe.review.fitting import Fitted, changed_words, checkout_differences, fitted
-from recipe.review.judgement import DIFFERS, judged, verdict
-from recipe.review.reproduction_report import report
-from recipe.review.restoring import ClaimedData, Recipe, beyond_caps, restored_config, restored_recipe, shown
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_subject
+from recipe.review.reproduce.adapt import Fitted, changed_words, checkout_differences, fitted
+from recipe.review.reproduce.judge import DIFFERS, judged, verdict
+from recipe.review.reproduce.parse import ClaimedData, Recipe, beyond_caps, restored_config, restored_recipe, shown
+from recipe.review.reproduce.report import report
 from recipe.run import Run
 from recipe.training.loop import train
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from recipe.document.recipe_json import identity
 from recipe.document.run_data import RunData
 from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedCounts, SeedRun, SeedsRecord, from_json, to_json
-from recipe.review.judgement import (
+from recipe.review.reproduce.judge import (
     BIT_EXACT,
     CANNOT_TELL,
     CONSISTENT,
@@ -22,8 +22,8 @@ from recipe.review.judgement import (
     judged,
     verdict,
 )
-from recipe.review.reproduction_report import report
-from recipe.review.restoring import Recipe, restored_recipe
+from recipe.review.reproduce.parse import Recipe, restored_recipe
+from recipe.review.reproduce.report import report
 from tests.document.test_document import (
     HOSTILE,
     assert_tables_are_even,

@@ -22,10 +22,10 @@ from recipe.errors import UserError
 from recipe.files import WEIGHTS_BYTES_MAX, display_path
 from recipe.model import weights_sha256
 from recipe.records import EvaluationRecord, SerializationRecord
-from recipe.review.agreement import difference_of, inside, is_there
-from recipe.review.execution import read_predictions
+from recipe.review.check.document import difference_of, inside, is_there
+from recipe.review.check.files import read_predictions
+from recipe.review.opening import Subject
 from recipe.review.reading import Reader
-from recipe.review.subject import Subject
 from recipe.run import Run
 from recipe.weights import read_weights
 

@@ -20,7 +20,7 @@ import msgspec
 from recipe.config import leaves
 from recipe.errors import UserError
 from recipe.records import Fingerprint, ProbeStep
-from recipe.review.subject import Subject
+from recipe.review.opening import Subject
 
 TOLERANCE = 1.25e-3  # relative
 TOLERANCE_OF_OTHER_PIXELS = 0.2

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from recipe.config import Config, pinned
 from recipe.errors import UserError
-from recipe.review.convergence import ALPHA, CANNOT_TELL, FEWEST_SEEDS, METRICS, OFF_TRACK, ON_TRACK
-from recipe.review.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
-from recipe.review.verdict import Watch, as_json, as_text, in_short
+from recipe.review.watch.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
+from recipe.review.watch.report import Watch, as_json, as_text, in_short
+from recipe.review.watch.statistics import ALPHA, CANNOT_TELL, FEWEST_SEEDS, METRICS, OFF_TRACK, ON_TRACK
 from recipe.run import Run
 
 EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}

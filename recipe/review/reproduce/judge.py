@@ -23,7 +23,7 @@ from scipy.stats import t
 
 from recipe.document.run_data import RunData
 from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
-from recipe.review.restoring import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
+from recipe.review.reproduce.parse import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
 
 BIT_EXACT, NUMERICALLY_EQUAL = "BIT-EXACT", "NUMERICALLY EQUAL"
 CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"

@@ -15,8 +15,8 @@ from recipe.document.recipe_json import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.review.findings import printable
+from recipe.review.opening import Subject
 from recipe.review.reading import Reader
-from recipe.review.subject import Subject
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from recipe.errors import UserError
 from recipe.files import display_path
 from recipe.metrics import EPOCH_FIELDS
 from recipe.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
-from recipe.review.convergence import METRICS, phases
-from recipe.review.subject import Subject, open_subject, read_text
+from recipe.review.opening import Subject, open_subject, read_text
+from recipe.review.watch.statistics import METRICS, phases
 from recipe.run import Run
 
 MOST_EPOCHS = 100_000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipe.review.convergence import (
+from recipe.review.watch.statistics import (
     CANNOT_TELL,
     OFF_TRACK,
     ON_TRACK,
@@ -42,7 +42,9 @@ def correlated(generator: np.random.Generator, runs: int, epochs: int, correlati
 def test_a_single_epoch_is_the_two_sample_t_test_of_one_run_against_the_seeds(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipe.review.convergence.tail_degrees", lambda *_: math.inf)  # Gaussian, as in a textbook
+    monkeypatch.setattr(
+        "recipe.review.watch.statistics.tail_degrees", lambda *_: math.inf
+    )  # Gaussian, as in a textbook
     values = np.random.default_rng(count).normal(2.0, 0.3, (count, 1))
     own = band(values, [0], level=0.01)
     at_limit = own.mean[0] + own.limit[0]
@@ -130,7 +132,7 @@ def test_the_stated_error_is_kept_where_the_naive_band_breaks_it(count: int, tai
 
 
 def test_without_their_tails_heavy_residuals_would_break_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipe.review.convergence.tail_degrees", lambda *_: math.inf)
+    monkeypatch.setattr("recipe.review.watch.statistics.tail_degrees", lambda *_: math.inf)
     heavy, _ = false_alarms(np.random.default_rng(20), 20, 5.0)
     gaussian, _ = false_alarms(np.random.default_rng(20), 20, math.inf)
     low, high = stats.binom.ppf([0.001, 0.999], 400, 0.05)

@@ -22,10 +22,10 @@ from recipe.errors import UserError
 from recipe.files import CHECKOUT
 from recipe.provenance import source_sha256
 from recipe.records import Fingerprint
-from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
-from recipe.review.restoring import restored_config
-from recipe.review.sources import SCRIPTS
-from recipe.review.subject import Subject, contradictions, open_subject
+from recipe.review.check.code import SCRIPTS
+from recipe.review.opening import Subject, contradictions, open_subject
+from recipe.review.reproduce.parse import restored_config
+from recipe.review.verify.trace import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.training.fingerprint import take_fingerprint
 
 LARGEST_COUNT = 10**8

@@ -11,8 +11,19 @@ import numpy as np
 
 from recipe.document.formatting import on_one_line
 from recipe.records import SeedsRecord
-from recipe.review.convergence import ALPHA, METRICS, ON_TRACK, POWER, Band, Deviation, Judgement, Numbers, Seeds, judge
-from recipe.review.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
+from recipe.review.watch.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
+from recipe.review.watch.statistics import (
+    ALPHA,
+    METRICS,
+    ON_TRACK,
+    POWER,
+    Band,
+    Deviation,
+    Judgement,
+    Numbers,
+    Seeds,
+    judge,
+)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,16 @@ from typing import Any
 
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.review import agreement, consistency, presence, prose, sources
-from recipe.review.execution import executed_findings
+from recipe.review import prose
+from recipe.review.check import code as sources
+from recipe.review.check import document as agreement
+from recipe.review.check import presence
+from recipe.review.check import records as consistency
+from recipe.review.check.files import executed_findings
+from recipe.review.check.page import Page
 from recipe.review.findings import Finding, Kind, Level, Report, printable
-from recipe.review.page import Page
+from recipe.review.opening import Subject, contradictions, open_subject
 from recipe.review.reading import Reader
-from recipe.review.subject import Subject, contradictions, open_subject
 
 
 def describe(parser: argparse.ArgumentParser) -> None:

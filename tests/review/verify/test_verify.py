@@ -15,10 +15,10 @@ from recipe.document.render import write_document
 from recipe.errors import UserError
 from recipe.performance import evaluate_run
 from recipe.records import TrainingRecord
-from recipe.review import drift
-from recipe.review.canary import Difference
-from recipe.review.chain import ABSENT, BROKEN, HOLDS, Link, links
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_subject
+from recipe.review.verify import code as drift
+from recipe.review.verify.files import ABSENT, BROKEN, HOLDS, Link, links
+from recipe.review.verify.trace import Difference
 from recipe.run import Run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train

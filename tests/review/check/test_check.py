@@ -17,10 +17,10 @@ from recipe.__main__ import main
 from recipe.document.render import write_document
 from recipe.files import CHECKOUT, portable_path
 from recipe.provenance import commit
-from recipe.review import sources
-from recipe.review.check import check
+from recipe.review.check import code as sources
+from recipe.review.check.command import check
 from recipe.review.findings import Finding, Kind, Level
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_subject
 from recipe.run import Run
 from tests.review.factory import (
     CORRECT,
@@ -423,7 +423,7 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
 def test_damage_is_found_at_its_level_and_place(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     damage, level, place = DAMAGE[name]
     if "figure" not in name:  # drawing takes longer than all else
-        monkeypatch.setattr("recipe.review.execution.figure_findings", lambda facts, run: [])
+        monkeypatch.setattr("recipe.review.check.files.figure_findings", lambda facts, run: [])
     damage(run)
     found = of_kind(findings(run, executes=level is Level.executed))
     hits = [one for one in found if one.level is level and re.search(place, one.place)]

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.review.check.checklist import EXTENSION, ITEMS, Item
+from recipe.review.check.page import Line, Page
 from recipe.review.findings import Finding, Kind, Level
-from recipe.review.items import EXTENSION, ITEMS, Item
-from recipe.review.page import Line, Page
 
 UNKNOWN, NOT_MEASURED = "*unknown*", re.compile(r"Not measured yet: run (?:`([^`\n]{1,400})`|<code>(.{1,400}?)</code>)")
 READ_CHARACTERS = 2**20  # of a foreign document, and of each of its lines:

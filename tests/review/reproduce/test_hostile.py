@@ -23,10 +23,11 @@ from recipe.document.recipe_json import as_json
 from recipe.errors import UserError
 from recipe.files import CHECKOUT
 from recipe.provenance import source_sha256
-from recipe.review import fitting, reproduce
-from recipe.review.reproduce import MARKER, planned
-from recipe.review.restoring import CAPS, beyond_caps, restored_config, restored_recipe
-from recipe.review.subject import identity_of
+from recipe.review.opening import identity_of
+from recipe.review.reproduce import adapt as fitting
+from recipe.review.reproduce import command as reproduce
+from recipe.review.reproduce.command import MARKER, planned
+from recipe.review.reproduce.parse import CAPS, beyond_caps, restored_config, restored_recipe
 from tests.conftest import compose_config
 from tests.document.test_document import evaluation_record, facts, preprocessing_record, training_record
 

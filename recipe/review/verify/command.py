@@ -17,10 +17,10 @@ from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.records import Fingerprint
-from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
-from recipe.review.chain import BROKEN, Link, links
-from recipe.review.drift import fingerprint_here
-from recipe.review.subject import Subject, open_subject
+from recipe.review.opening import Subject, open_subject
+from recipe.review.verify.code import fingerprint_here
+from recipe.review.verify.files import BROKEN, Link, links
+from recipe.review.verify.trace import CANNOT_TELL, Difference, compared, stored_fingerprint
 
 DECIDING = 3  # differences shown of a canary that fails; the others follow from them
 

@@ -19,9 +19,9 @@ from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.files import WEIGHTS_BYTES_MAX, is_inside, opened
 from recipe.records import RECORDS, Record
+from recipe.review.check.code import source_sha256_here
+from recipe.review.check.page import Page
 from recipe.review.findings import Finding, Kind, Level, listed, shortened
-from recipe.review.page import Page
-from recipe.review.sources import source_sha256_here
 from recipe.run import Run
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -15,11 +15,11 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.config import known_keys, pinned
-from recipe.review.diff import Report, compare
-from recipe.review.explanation import RANKS, Group, group_of, is_inert, rank_of
+from recipe.review.diff.command import Report, compare
+from recipe.review.diff.impact import RANKS, Group, group_of, is_inert, rank_of
+from recipe.review.diff.inputs import Side, side_of, value_at
+from recipe.review.opening import open_subject
 from recipe.review.results import result_lines
-from recipe.review.sides import Side, side_of, value_at
-from recipe.review.subject import open_subject
 from recipe.run import Run
 from tests.conftest import compose_config
 from tests.review.factory import change_record, set_at

@@ -17,7 +17,7 @@ from recipe.composition import composed_outside
 from recipe.config import MACHINE_FACTS, Accelerator, Config, TrainerConfig, differences, pinned
 from recipe.document.commands import EXPERIMENTS
 from recipe.provenance import processor_name, source_sha256, usable_cores, versions
-from recipe.review.restoring import Recipe, shown
+from recipe.review.reproduce.parse import Recipe, shown
 
 PROCESSES_MAX_ON_CPU = 8
 IMAGES_PER_FORWARD_MAX = 4096
