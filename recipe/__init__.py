@@ -37,11 +37,9 @@ chapters
                    recalibration; build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement,
                    journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
-    projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
     document       run_data, blocks, curves, recipe_json, latency, commands, history, formatting, figures,
-                   inference_figures, arithmetic (of a projection), render: from records to pages, without torch;
-                   model_card, publishable, seeds, published_folder, publish: a run as a folder to commit; index: the
-                   table of those
+                   inference_figures, render: from records to pages, without torch; model_card, published_folder,
+                   publish: a run as a folder to commit, and the table of those
     review         opening: a recipe that a reader points at; reading: its records, one by one; outputs: its files,
                    measured again; findings. A folder for each verb: check/ (checklist, presence, page, records,
                    document, code, files), verify/ (files: the chain; trace; code: the verb drift), diff/ (inputs,

@@ -603,91 +603,8 @@ class PublicationRecord(Record, frozen=True, kw_only=True):
     metric_rows_kept: int
 
 
-class MeasuredStep(Record, frozen=True, kw_only=True):
-    """A training step as a file of benchmarks/step.py has it: data on the device, one update after each pass."""
-
-    file: str
-    sha256: str
-    accelerator: str
-    measured: str  # ISO 8601, UTC
-    commit: str
-    tree: str
-    torch: str
-    step: str  # which one of the file
-    precision: str
-    pixels: int
-    batch_size: int
-    images_per_second: float  # median over rounds, on one accelerator
-    least: float
-    most: float
-
-
-class MeasuredEvaluation(Record, frozen=True, kw_only=True):
-    """The forward pass of an evaluation from the same kind of file, data on the device."""
-
-    file: str
-    pixels: int
-    batch_size: int
-    images_per_second: float  # median over rounds, on one accelerator
-
-
-class MeasuredLoading(Record, frozen=True, kw_only=True):
-    """This project's loader from a file of benchmarks/loading.py."""
-
-    file: str
-    sha256: str
-    measured: str  # date
-    processor: str
-    cores: int
-    loader: str
-    images: str  # as they were stored
-    pixels: int
-    images_per_second: float  # median over rounds, on all of these cores
-
-
-class Projected(Record, frozen=True, kw_only=True):
-    """What follows for a number of accelerators."""
-
-    accelerators: int
-    images_per_forward: int  # in one process
-    step: int  # index of the measured step that is used
-    training_seconds: float
-    validation_seconds: float | None  # None: no evaluation was measured
-    accelerator_hours: float
-    dollars: float | None  # None: nobody gave a price
-    loader_images_per_second: float
-    loader_cores: int | None  # None: no loader was measured on that machine
-
-
-class ProjectionRecord(Record, frozen=True, kw_only=True):
-    """What a recipe that was not run would take on accelerators of a measured kind: factors, and what follows."""
-
-    format: str = "projection/1"
-    config_sha256: str  # of the projected configuration
-    provenance: Provenance
-    inputs: dict[str, str]  # measurements: file -> sha256
-    name: str  # of the projected experiment
-    settings: list[str]  # as given on the command line
-    train_images: int
-    validation_images: int
-    images_from: str
-    epochs: int
-    batch_size: int
-    steps: list[MeasuredStep]
-    evaluation: MeasuredEvaluation | None
-    loading: MeasuredLoading | None
-    dollars_per_accelerator_hour: float | None  # as given, not checked
-    rows: list[Projected]
-
-
 StageRecord = (
-    PreprocessingRecord
-    | TrainingRecord
-    | EvaluationRecord
-    | SerializationRecord
-    | InferenceRecord
-    | TimingRecord
-    | ProjectionRecord
+    PreprocessingRecord | TrainingRecord | EvaluationRecord | SerializationRecord | InferenceRecord | TimingRecord
 )
 STAGES = {  # name of a stage's record -> the script or module that writes it, in the order of the pipeline
     "preprocessing": "preprocess.py",
@@ -695,7 +612,6 @@ STAGES = {  # name of a stage's record -> the script or module that writes it, i
     "evaluation": "evaluate.py",
     "serialization": "serialize.py",
     "inference": "recipe.notebook",
-    "projection": "recipe",
 }
 
 
@@ -716,7 +632,6 @@ class Records:
     seeds: SeedsRecord | None = None
     reproduction: ReproductionRecord | None = None
     publication: PublicationRecord | None = None
-    projection: ProjectionRecord | None = None
 
     def stages(self) -> Iterator[tuple[str, StageRecord]]:
         """(file below records/ without its suffix, record) of each stage that ran, in the order of the pipeline."""

@@ -24,7 +24,7 @@ from recipe.document.recipe_json import as_json, identity
 from recipe.document.run_data import RunData, Section, load, sections, source_changed
 from recipe.errors import UserError
 from recipe.files import display_path, write_atomically
-from recipe.records import RECORDS, EvaluationRecord, PreprocessingRecord, ProjectionRecord
+from recipe.records import RECORDS, EvaluationRecord, PreprocessingRecord
 from recipe.run import Run
 
 __all__ = ["RunData", "check_document", "render", "write_document"]
@@ -127,7 +127,6 @@ def context(facts: RunData) -> dict[str, Any]:
     epochs = training.epochs if training else []
     return {
         "facts": facts,
-        "projection": facts.projection,
         "title": title(facts),
         "sections": sections(facts),
         "source_changed": source_changed,
@@ -221,11 +220,6 @@ def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
         return {"All classes": list(evaluation.per_class)}
     ranked = sorted(evaluation.per_class, key=lambda row: (-row.correct_top1 / max(row.images, 1), row.index))
     return {"Best five classes": ranked[:EXTREME_CLASSES], "Worst five classes": ranked[-EXTREME_CLASSES:]}
-
-
-def projection_page(record: ProjectionRecord) -> str:
-    """The section of a projection, alone."""
-    return compact(environment().get_template("projection.md.j2").render(projection=record)).strip("\n")
 
 
 def recipe_json(facts: RunData) -> Markdown:

@@ -1,7 +1,7 @@
-"""Which runs a run may be compared with, and their epochs as columns: read from records, documents and strangers.
+"""The reference of `watch` and the run that is judged by it, read from records, documents and seeds.json files.
 
-A reference is a finished run, a published recipe or a `seeds.json` (several seeds of one recipe). Every difference that
-can change the training makes two of them incomparable, and is named.
+A reference is a finished run, a published recipe or a `seeds.json` (several seeds of one recipe). Runs that differ in a
+setting that can change the training are refused, with the setting.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from recipe.errors import UserError
 from recipe.files import display_path
 from recipe.metrics import EPOCH_FIELDS
 from recipe.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
-from recipe.review.opening import Subject, open_subject, read_text
-from recipe.review.watch.statistics import METRICS, phases
+from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
+from recipe.review.watch.statistics import WATCHED_METRICS, phases
 from recipe.run import Run
 
 MOST_EPOCHS = 100_000
@@ -34,7 +34,7 @@ COSMETIC_EVALUATION = ("batch_size", "checkpoint", "backend", "variant")
 
 
 class ScheduleSettings(msgspec.Struct, frozen=True):
-    """The part of a configuration that says where the phases of training begin."""
+    """The settings that decide where the phases of a training begin."""
 
     epochs: int
     schedule: str
@@ -44,7 +44,7 @@ class ScheduleSettings(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Watched:
-    """The run that is judged, finished or not."""
+    """A run to judge, finished or not."""
 
     name: str
     config: Mapping[str, Any]
@@ -53,115 +53,95 @@ class Watched:
 
 
 def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
-    """All seeds under the given paths, each once; raises `UserError` where they are not of one recipe."""
-    first, *others = [_one_reference(path) for path in paths]
-    seeds = list(first.runs)
+    """All seeds under the paths, each once; raises `UserError` where they are not of one recipe and one data set."""
+    first, *others = [_open_seeds(Path(path)) for path in paths]
+    runs = list(first.runs)
     for path, other in zip(paths[1:], others, strict=True):
         refuse_differences(first, other.config, other.steps_per_epoch, display_path(path))
-        seeds += other.runs
-    for seed in seeds[1:]:
-        _refuse_other_data(seeds[0], seed, f"reference seed {seed.seed}")
-    return msgspec.structs.replace(first, runs=_without_repeats(seeds), evaluation=None)
+        runs += other.runs
+    for run in runs[1:]:
+        _refuse_other_data(runs[0], run, f"reference seed {run.seed}")
+    return msgspec.structs.replace(first, runs=_without_repeats(runs), evaluation=None)
 
 
-def _one_reference(path: str | Path) -> SeedsRecord:
-    path = Path(path)
+def _open_seeds(path: Path) -> SeedsRecord:
+    """A seeds.json; or the seed of a recipe and those that were published with it."""
     if path.suffix == ".json" and path.is_file():
         return _checked(from_json(read_text(path).encode(), SeedsRecord, display_path(path)), display_path(path))
-    subject = open_subject(path)
-    own = _from_claims(subject)
-    published = subject.run.read(SeedsRecord) if subject.run is not None else None
+    recipe = open_recipe(path)
+    own = _seed_of(recipe)
+    published = recipe.run.read(SeedsRecord) if recipe.run is not None else None
     if published is None:
-        return _checked(own, subject.name)
-    where = f"records/seeds.json of {subject.name}"
+        return _checked(own, recipe.name)
+    where = f"records/seeds.json of {recipe.name}"
     refuse_differences(own, _checked(published, where).config, published.steps_per_epoch, where)
     runs = _without_repeats([*own.runs, *published.runs])
-    return _checked(msgspec.structs.replace(own, runs=runs), subject.name)
+    return _checked(msgspec.structs.replace(own, runs=runs), recipe.name)
 
 
-def _from_claims(subject: Subject) -> SeedsRecord:
-    """The one seed that a document tells of, or the records of a run where no document was written."""
-    claims = _claims(subject)
-    training, config = claims["claims"]["training"], claims["config"]
-    seed = config.get("seed")
-    return SeedsRecord(
-        recipe_id=recipe_id(config),
-        config={key: value for key, value in config.items() if key != "seed"},
-        steps_per_epoch=training.get("steps_per_epoch"),
-        runs=[_seed_of(claims, seed if isinstance(seed, int) else 0)],
-    )
-
-
-def _claims(subject: Subject) -> dict[str, Any]:
-    """The document's block, down to the claims of training; raises `UserError` where nothing was trained to its end."""
-    claims = subject.identity
-    if claims is None and subject.run is not None:
-        claims = identity(load(subject.run, subject.name))
-    try:
-        training = claims["claims"]["training"] if claims else None
-        is_whole = isinstance(training, dict) and claims is not None and isinstance(claims["config"], dict)
-    except (KeyError, TypeError):
-        is_whole = False
-    if not is_whole or claims is None:
-        raise UserError(f"{subject.name} tells of no finished training: nothing can be compared with it")
-    return claims
-
-
-def _seed_of(claims: dict[str, Any], seed: int) -> SeedRun:
-    training = claims["claims"]["training"]
+def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
+    """The one seed of a document, or of a run without one; raises `UserError` where no training was finished."""
+    block = recipe.block
+    if block is None:
+        assert recipe.run is not None, "a recipe has a document or records"
+        block = identity(load(recipe.run, recipe.name))
+    claims, config = dict_or_empty(block.get("claims")), block.get("config")
+    training, seed = claims.get("training"), dict_or_empty(config).get("seed")
+    if not isinstance(training, dict) or not isinstance(config, dict):
+        raise UserError(f"{recipe.name} holds no finished training: nothing can be compared with it")
+    splits = dict_or_empty(dict_or_empty(claims.get("data")).get("splits"))
     values = {
-        "seed": seed,
+        "seed": seed if isinstance(seed, int) else 0,
         "weights_sha256": training.get("weights_sha256"),
-        "source_sha256": (claims.get("code") or {}).get("source_sha256"),
+        "source_sha256": dict_or_empty(block.get("code")).get("source_sha256"),
         "batch_norm_batch_size": training.get("batch_norm_batch_size"),
-        "raw_sha256": _raw_sha256(claims["claims"].get("data")),
+        "raw_sha256": {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)},
         "epochs": training.get("epochs"),
     }
     try:
-        return msgspec.convert(values, SeedRun)
-    except (msgspec.ValidationError, AttributeError) as error:
+        run = msgspec.convert(values, SeedRun)
+    except msgspec.ValidationError as error:
         raise UserError(f"the document's claims about training cannot be read: {error}") from error
+    return SeedsRecord(
+        recipe_id=recipe_id(config),
+        config={key: value for key, value in config.items() if key != "seed"},
+        steps_per_epoch=training.get("steps_per_epoch"),  # type: ignore[arg-type]  # checked by the caller
+        runs=[run],
+    )
 
 
-def _raw_sha256(data: Any) -> dict[str, Any]:
-    splits = data.get("splits") if isinstance(data, dict) else None
-    if not isinstance(splits, dict):
-        return {}
-    return {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)}
-
-
-def _checked(found: SeedsRecord, where: str) -> SeedsRecord:
-    """The seeds, if they are of their configuration, each with finite numbers for every epoch; else `UserError`."""
-    computed = recipe_id(found.config)
-    if found.recipe_id != computed:
+def _checked(record: SeedsRecord, where: str) -> SeedsRecord:
+    """The record; raises `UserError` unless it is of its configuration and every seed has every epoch, in numbers."""
+    computed = recipe_id(record.config)
+    if record.recipe_id != computed:
         raise UserError(
-            f"{where} calls itself recipe {on_one_line(found.recipe_id)[:16]}, but its configuration is that of "
+            f"{where} calls itself recipe {on_one_line(record.recipe_id)[:16]}, but its configuration is that of "
             f"{computed[:16]}: it was edited"
         )
-    epochs = schedule_of(found.config, where).epochs
-    if not isinstance(found.steps_per_epoch, int) or found.steps_per_epoch < 1:
-        raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(found.steps_per_epoch))}")
-    if not found.runs:
+    epochs, steps = schedule_of(record.config, where).epochs, record.steps_per_epoch
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(steps))}")
+    if not record.runs:
         raise UserError(f"{where} holds no seed")
-    for seed in found.runs:
-        if seed.epochs.get("epoch") != list(range(1, epochs + 1)):
-            raise UserError(f"seed {seed.seed} of {where} does not hold each of its {epochs} epochs once, in order")
-        for name in METRICS:
-            values = seed.epochs.get(name, [])
-            if len(values) != epochs or not all(is_number(value) for value in values):
-                raise UserError(f"seed {seed.seed} of {where} has no number for {name} in one of its {epochs} epochs")
-    return found
+    for run in record.runs:
+        if run.epochs.get("epoch") != list(range(1, epochs + 1)):
+            raise UserError(f"seed {run.seed} of {where} does not hold each of its {epochs} epochs once, in order")
+        for name in WATCHED_METRICS:
+            values = run.epochs.get(name, [])
+            if len(values) != epochs or not all(is_exact_number(value) for value in values):
+                raise UserError(f"seed {run.seed} of {where} has no number for {name} in one of its {epochs} epochs")
+    return record
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value can be computed with: text, truth values, NaN and what no float can hold cannot."""
+def is_exact_number(value: Any) -> bool:
+    """Whether a value is a number without loss as a float: not a truth value, NaN or a huge integer."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**53
 
 
 def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
-    """The schedule of a pinned configuration, checked."""
+    """The schedule of a pinned configuration; raises `UserError`."""
     try:
         settings = msgspec.convert(config.get("optimization"), ScheduleSettings)
     except msgspec.ValidationError as error:
@@ -194,7 +174,7 @@ def refuse_differences(
 
 
 def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that can change how training goes, flat: without the seed, names, descriptions and later stages."""
+    """The settings that can change training, flat: without the seed, names, descriptions and later stages."""
     ignored = (*COSMETIC, *(f"evaluation.{name}" for name in COSMETIC_EVALUATION))
     groups = tuple(f"{name}." for name in COSMETIC_GROUPS)
     flat = leaves(config)
@@ -202,7 +182,7 @@ def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_data(reference: SeedsRecord, watched: Watched) -> None:
-    """Raise `UserError` where the original images are known to be others."""
+    """Raise `UserError` where the raw images have other hashes."""
     for seed in reference.runs:
         _refuse_other_data(seed, watched.seed, watched.name)
 
@@ -218,7 +198,7 @@ def _refuse_other_data(first: SeedRun, second: SeedRun, where: str) -> None:
 
 
 def _without_repeats(seeds: Sequence[SeedRun]) -> list[SeedRun]:
-    """Each run once, however often it was named: a copy would make the spread look smaller than it is."""
+    """Each run once: a copy would make the spread look smaller than it is."""
     kept: list[SeedRun] = []
     for seed in seeds:
         if not any(same_run(seed, other) for other in kept):
@@ -227,27 +207,25 @@ def _without_repeats(seeds: Sequence[SeedRun]) -> list[SeedRun]:
 
 
 def same_run(first: SeedRun, second: SeedRun) -> bool:
-    """Whether every value that both have is the same: two seeds never agree so, whatever their hashes say."""
+    """Whether all values that both have are equal, as those of two seeds never are; hashes can be edited."""
     shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
-    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in METRICS for at in shared]
+    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in WATCHED_METRICS for at in shared]
     return bool(pairs) and all(a == b for a, b in pairs)
 
 
 def open_watched(path: str | Path) -> Watched:
-    """The run under a path: a run directory in whatever state, a published recipe or a document."""
+    """The run under a path: a run directory in any state, a published recipe or a document."""
     path = Path(path)
     run = Run(path)
     if path.is_dir() and run.metrics.exists():
         return watched_run(run)
-    subject = open_subject(path)
-    claims = _claims(subject)
-    found = _from_claims(subject)
-    _checked(found, subject.name)
-    return Watched(subject.name, claims["config"], found.steps_per_epoch, found.runs[0])
+    recipe = open_recipe(path)
+    own = _checked(_seed_of(recipe), recipe.name)
+    return Watched(recipe.name, own.config, own.steps_per_epoch, own.runs[0])
 
 
 def watched_run(run: Run) -> Watched:
-    """A run from its own files, while it trains too; an epoch counts when it was validated."""
+    """A run from its own files, also while it trains; an epoch counts when it was validated."""
     name, config = display_path(run.directory), run.read_config()
     if config is None:
         raise UserError(f"{name} has no config.yaml: nothing was trained there")
@@ -273,5 +251,4 @@ def _completed(rows: Sequence[MetricRow], epochs: int, where: str) -> tuple[list
     lengths = {row["step"] / row["epoch"] for row in validated}
     if len(lengths) > 1:
         raise UserError(f"the epochs of {where} have different numbers of steps: {sorted(lengths)}")
-    length = round(lengths.pop()) if lengths else None
-    return validated, length
+    return validated, round(lengths.pop()) if lengths else None
