@@ -8,8 +8,8 @@ from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.files import display_path, portable_path
 from recipe.performance import evaluate_run
-from recipe.published import published_config
 from recipe.run import Run
+from recipe.weights import published_config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

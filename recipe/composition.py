@@ -28,11 +28,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config import MACHINE_FACTS, PATHS, Config, known_keys, leaves, typed
+from recipe.environment import remember_typed_words, typed_words
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.experiment_log import JOURNAL
 from recipe.files import CHECKOUT, disk_errors, display_path
 from recipe.launcher import launched, report_ignored
-from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import Run
 from recipe.streams import protect_streams
 

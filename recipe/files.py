@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from recipe import faults
 from recipe.errors import DiskError, UserError, how_to_continue
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -40,7 +39,6 @@ def write_atomically(path: Path, content: bytes) -> None:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
-            faults.strike_file()
             temporary.replace(path)
 
 

@@ -203,7 +203,7 @@ class Epoch(Record, frozen=True, kw_only=True):
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
-    held_up_fraction: float | None = None  # of the main thread, by Python's lock or for want of a core
+    held_up_fraction: float | None = None  # of the main thread, stalled by the GIL or for want of a core; beside a GPU
 
 
 class Session(Record, frozen=True, kw_only=True):
@@ -611,7 +611,7 @@ STAGES = {  # name of a stage's record -> the script or module that writes it, i
     "training": "train.py",
     "evaluation": "evaluate.py",
     "serialization": "serialize.py",
-    "inference": "recipe.notebook",
+    "inference": "recipe.demonstration",
 }
 
 

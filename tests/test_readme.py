@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import VERBS
+from recipe.demonstration import NOTEBOOK
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
 from recipe.files import CHECKOUT
 from recipe.inference.parity import ParityError
-from recipe.notebook import NOTEBOOK
 from recipe.records import RECORDS
 from recipe.run import Run
 from tests.conftest import compose_config

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.document import blocks, figures, inference_figures
+from recipe.document import blocks, figures
 from recipe.document.curves import MetricRow
 from recipe.document.formatting import Markdown, accuracy, code, hardware, percent, table, text
 from recipe.document.model_card import readme
@@ -137,7 +137,7 @@ def copy_figures(page: str, main: FinishedRun, copy: Run) -> None:
     """The figures that the page shows, drawn from the records where they can be."""
     facts = main.facts
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, copy.read_all(copy.timing, TimingRecord))
+    drawn |= figures.draw_inference(facts.inference, copy.read_all(copy.timing, TimingRecord))
     for link in sorted(set(FIGURE.findall(page))):
         name = Path(link).name
         source, target = main.run.figures / name, copy.figures / name

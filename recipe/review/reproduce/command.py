@@ -23,13 +23,14 @@ from recipe.data.shards import manifest_sha256
 from recipe.distributed import launch
 from recipe.document.render import write_document
 from recipe.document.run_data import load
+from recipe.environment import machine
 from recipe.errors import UserError
 from recipe.experiment_log import append_to_journal
 from recipe.files import display_path, portable_path, write_atomically
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
-from recipe.provenance import Stage, machine
+from recipe.provenance import Stage
 from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe
 from recipe.review.reproduce.adapt import Fitted, changed_words, checkout_differences, fitted

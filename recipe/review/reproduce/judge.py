@@ -91,7 +91,7 @@ def same_bits(claim: str, claimed: Setting, found: Setting, why_else: str) -> Ju
 def rounded_bits(claim: str, claimed: str, found: str, context: DeterminismContext) -> JudgedClaim:
     """A claim whose last digits depend on the processor and on versions."""
     if claimed == found or not context.changed:
-        return same_bits(claim, claimed, found, "in equal circumstances: the code does something else")
+        return same_bits(claim, claimed, found, "in equal determinism_context: the code does something else")
     why = f"other last digits are possible, since {context.why_not}"
     return JudgedClaim(claim=claim, level=CANNOT_TELL, claimed=claimed, found=found, why=why)
 
