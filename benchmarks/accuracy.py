@@ -27,8 +27,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from recipe.config import Config, typed
+from recipe.files import CHECKOUT
 from recipe.model import build_model
-from recipe.run import CHECKOUT
 
 WORDS = [
     "experiment=smoke",

@@ -6,10 +6,11 @@ ground floor, importable without torch
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
     config         typed schema of every knob, cross-field checks, identity of a recipe
-    files          files and names that may come from a stranger
+    files          atomic writing, locks, reading files of others, paths as text
     metrics        the rows of metrics.jsonl
-    records        what each stage leaves behind: frozen records <-> JSON
-    run            the known files of a run directory; atomic writes
+    records        the results of every stage: frozen structs <-> JSON, and the table of them
+    run            the known files of a run directory
+    experiment_log one line for each stage started and ended
     environment    the command line, versions, environment variables and machine of a stage
     provenance     its commit, tree state and patch; the hash of the source
     composition    from the command line to a Config
@@ -31,9 +32,9 @@ chapters
     training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
                    watchdog, metrics, metric_log, energy, record; fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
-    document       facts, blocks, dynamics, claims, latency, commands, experiment_log, formatting, figures, render: from
-                   records to pages, without torch; model_card, published_folder, publish: a run as a folder to
-                   commit, and the table of those
+    document       run_data, blocks, curves, recipe_json, latency, commands, experiment_log, formatting, figures,
+                   render: from records to pages, without torch; model_card, published_folder, publish: a run as a
+                   folder to commit, and the table of those
     review         opening: a recipe that a reader points at; reading: its records, one by one; outputs: its files,
                    measured again; findings. A folder for each verb: check/ (checklist, presence, page, records,
                    document, code, files), verify/ (files: the chain; trace; code: the verb drift), diff/ (inputs,

@@ -30,8 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 from recipe.config import MACHINE_FACTS, PATHS, Config, known_keys, leaves, typed
 from recipe.environment import remember_typed_words, typed_words
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
+from recipe.experiment_log import JOURNAL
+from recipe.files import CHECKOUT, disk_errors, display_path
 from recipe.launcher import launched, report_ignored
-from recipe.run import CHECKOUT, JOURNAL, Run, disk_errors, shown_path
+from recipe.run import Run
 from recipe.streams import protect_streams
 
 FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
@@ -218,17 +220,17 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
     pinned = run.read_config()
     if pinned is None:
         raise UserError(
-            f"{shown_path(run.directory)} holds no run: train it first, with `python train.py "
-            f"run_dir={shown_path(run.directory)}` and the experiment that you want"
+            f"{display_path(run.directory)} holds no run: train it first, with `python train.py "
+            f"run_dir={display_path(run.directory)}` and the experiment that you want"
         )
     composed = compose("config", [*_experiment(given, pinned["name"]), *_without_experiment(given, pinned["name"])])
     mine = {key for key in _keys(given, composed) if key in MACHINE_FACTS or key.startswith(f"{own_group}.")}
     _refuse_contradictions(_keys(given, composed) - mine, composed, pinned)
-    _must_be_whole(pinned, composed, shown_path(run.config))
+    _must_be_whole(pinned, composed, display_path(run.config))
     try:
         merged = OmegaConf.merge(composed, _without(pinned, mine))
     except OmegaConfBaseException as error:
-        raise UserError(f"{shown_path(run.config)}, key {error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{display_path(run.config)}, key {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return typed(merged)
 

@@ -33,9 +33,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from recipe.config import Accelerator, Config, Precision, TrainerConfig
 from recipe.environment import machine, usable_cores
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
+from recipe.files import display_path
 from recipe.launcher import launched
 from recipe.records import Hardware, Setting
-from recipe.run import Run, shown_path
+from recipe.run import Run
 from recipe.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
 from recipe.streams import protect_streams
 
@@ -140,7 +141,7 @@ def _leave_reason(message: str) -> None:
 def _stacks(run: Run, started: float) -> str:
     """Where to look after a hang: NCCL ends a process that waited in vain before it could say so itself."""
     new = [path for path in run.hangs.glob("*.txt") if path.stat().st_size and path.stat().st_mtime >= started]
-    return f"where the processes stood is in {shown_path(run.hangs)}; " if new else ""
+    return f"where the processes stood is in {display_path(run.hangs)}; " if new else ""
 
 
 def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError:

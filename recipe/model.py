@@ -25,8 +25,8 @@ from recipe.alterations import add_blur_pool, add_stochastic_depth, alteration_f
 from recipe.checkpoint import State, eval_weights, interface_of
 from recipe.config import Config, ModelConfig, canonical_json
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.records import ModelFacts, Setting
-from recipe.run import shown_path
 from recipe.weights import GivenWeights, load_state, read_weights
 
 ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
@@ -178,7 +178,7 @@ def resolve_weights(config: Config) -> tuple[Config, GivenWeights | None]:
     digest = weights_sha256(weights.tensors)
     if expected not in (None, digest):
         raise UserError(
-            f"model.weights={shown_path(config.model.weights)} holds the weights {digest}, but the recipe "
+            f"model.weights={display_path(config.model.weights)} holds the weights {digest}, but the recipe "
             f"starts from {expected}"
         )
     return replace(config, model=replace(config.model, weights_sha256=digest)), weights

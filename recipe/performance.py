@@ -45,11 +45,13 @@ from recipe.evaluation import (
     require_finite,
     view_name,
 )
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path, write_atomically
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.model import build_model, check_forward, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
-from recipe.run import Run, append_to_journal, shown_path, write_atomically
+from recipe.run import Run
 from recipe.weights import GivenWeights, load_state, published_accuracy, published_weights
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
@@ -158,10 +160,10 @@ def onnx_model(run: Run, config: Config, manifest_hash: str) -> EvaluatedModel:
     """An exported model of the run, with the transform of its metadata."""
     variant = config.evaluation.variant
     path = run.onnx_file(variant.value)
-    where = shown_path(path)
+    where = display_path(path)
     if not path.exists():
         raise UserError(
-            f"{where} does not exist: make it with `python serialize.py run_dir={shown_path(run.directory)}`"
+            f"{where} does not exist: make it with `python serialize.py run_dir={display_path(run.directory)}`"
         )
     content = read_onnx(path, where)
     model = OnnxModel(content, where)
@@ -220,8 +222,8 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
     files = checkpoint_files(run.checkpoints)
     if not files:
         raise UserError(
-            f"{shown_path(run.directory)} holds no checkpoint: run `python train.py "
-            f"run_dir={shown_path(run.directory)}` first"
+            f"{display_path(run.directory)} holds no checkpoint: run `python train.py "
+            f"run_dir={display_path(run.directory)}` first"
         )
     if name == "last":
         return files[-1]

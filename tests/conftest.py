@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from recipe.config import Config, typed
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from recipe.signals import handlers_put_back
 
 SMALL_DEMO = ["data.train_images_per_class=9", "data.validation_images_per_class=4", "data.images_per_shard=40"]

@@ -18,7 +18,7 @@ from recipe.config import (
     untyped,
 )
 from recipe.errors import UserError
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from tests.conftest import compose_config
 
 EXPERIMENTS = sorted(path.stem for path in (CHECKOUT / "conf" / "experiment").glob("*.yaml"))

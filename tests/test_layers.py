@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
     *("streams", "errors", "launcher", "signals", "config", "files", "metrics", "records", "run"),
-    *("environment", "provenance"),
+    *("experiment_log", "environment", "provenance"),
 ]
 ALLOWED = {
     "streams": [],
@@ -23,8 +23,9 @@ ALLOWED = {
     "metrics": ["errors"],
     "records": ["errors"],
     "run": ["errors", "files", "metrics", "records"],
-    "environment": ["launcher", "records", "run"],
-    "provenance": ["environment", "records", "run"],
+    "experiment_log": ["files", "records", "run"],
+    "environment": ["files", "launcher", "records"],
+    "provenance": ["environment", "files", "records"],
     "composition": GROUND,
     "distributed": GROUND,
     "alterations": GROUND,

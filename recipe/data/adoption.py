@@ -12,9 +12,10 @@ from recipe.config import DataConfig, differences
 from recipe.data.processing import RECORD, data_settings
 from recipe.data.shards import Manifest, manifest_sha256, read_manifest
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.provenance import PATCHES
 from recipe.records import PreprocessingRecord, from_json
-from recipe.run import Run, shown_path, write_atomically
+from recipe.run import Run
 
 
 def adopt_data_set(data: DataConfig, run: Run | None = None) -> tuple[Manifest, str]:
@@ -26,7 +27,7 @@ def adopt_data_set(data: DataConfig, run: Run | None = None) -> tuple[Manifest, 
     changed = differences(manifest.settings, data_settings(data))
     if changed:
         raise UserError(
-            f"{shown_path(data.directory)} was made with other settings ({'; '.join(changed)}); "
+            f"{display_path(data.directory)} was made with other settings ({'; '.join(changed)}); "
             "give the same ones, or preprocess into another data.directory"
         )
     digest = manifest_sha256(data.directory)
@@ -40,7 +41,7 @@ def require_same_data_set(what: str, trained_on: str, found: str, data: DataConf
     if trained_on != found:
         raise UserError(
             f"{what} was trained on another data set (manifest {trained_on[:16]}) than "
-            f"{shown_path(data.directory)} holds ({found[:16]}); give data.directory= of the right one"
+            f"{display_path(data.directory)} holds ({found[:16]}); give data.directory= of the right one"
         )
 
 
@@ -58,11 +59,11 @@ def _record(directory: Path, digest: str) -> PreprocessingRecord:
     path = directory / RECORD
     if not path.exists():
         raise UserError(
-            f"{shown_path(path)} is missing: run `python preprocess.py` again, which makes the data set anew"
+            f"{display_path(path)} is missing: run `python preprocess.py` again, which makes the data set anew"
         )
-    record = from_json(path.read_bytes(), PreprocessingRecord, shown_path(path))
+    record = from_json(path.read_bytes(), PreprocessingRecord, display_path(path))
     if record.outputs.get("manifest") != digest:
         raise UserError(
-            f"{shown_path(path)} belongs to another manifest than the one beside it: run `python preprocess.py` again"
+            f"{display_path(path)} belongs to another manifest than the one beside it: run `python preprocess.py` again"
         )
     return record

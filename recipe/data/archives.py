@@ -22,8 +22,8 @@ from recipe.data import imagenet
 from recipe.data.progress import Progress
 from recipe.data.system_files import belongs_to_system
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.records import Archive
-from recipe.run import shown_path, write_atomically
 
 MEMBER_BYTES_MAX = 20_000_000  # the largest image of ILSVRC2012 has about 16 MB
 CLASS_TAR_BYTES_MAX = 1_000_000_000  # the largest one has about 0.25 GB
@@ -99,7 +99,7 @@ def devkit_files(raw_dir: Path) -> tuple[bytes, bytes]:
     if missing:
         raise UserError(
             f"the devkit is needed for the labels of the validation images, but {missing[0]} was found neither in "
-            f"{imagenet.DEVKIT_ARCHIVE} nor in {imagenet.DEVKIT_FOLDER}/ in {shown_path(raw_dir)}; "
+            f"{imagenet.DEVKIT_ARCHIVE} nor in {imagenet.DEVKIT_FOLDER}/ in {display_path(raw_dir)}; "
             f"{imagenet.WHERE_TO_GET}"
         )
     return found[DEVKIT_FILES[0]], found[DEVKIT_FILES[1]]
@@ -107,7 +107,7 @@ def devkit_files(raw_dir: Path) -> tuple[bytes, bytes]:
 
 def devkit_members(path: Path) -> dict[str, bytes]:
     """The two files of the devkit that are needed, out of memory; all other members are left alone."""
-    where = shown_path(path)
+    where = display_path(path)
     try:
         with gzip.open(path) as packed:
             content = packed.read(DEVKIT_BYTES_MAX + 1)

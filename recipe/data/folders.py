@@ -28,7 +28,7 @@ from recipe.data.listing import (
     list_class_folders,
 )
 from recipe.errors import UserError
-from recipe.run import shown_path
+from recipe.files import display_path
 
 IMAGE_NAME = re.compile(rf"^(.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE | re.DOTALL)
 UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
@@ -49,11 +49,11 @@ def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
     raw.class_ids = list_class_folders(root, train, folder_keys)
     if root != raw_dir:
         raw.leave_out_all(raw_dir, [folder.name for folder in (root, given) if folder], NO_SPLIT)
-    rows = train.sorted_rows(shown_path(root))
+    rows = train.sorted_rows(display_path(root))
     if given:
         validation = Listing(raw)
         list_class_folders(given, validation, folder_keys, raw.class_ids)
-        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(given))}
+        raw.rows = {"train": rows, "val": validation.sorted_rows(display_path(given))}
         raw.validation_split = f"given with the raw data, in {given.name}/"
         return raw
     raw.rows, saved = split_by_hash(rows, validation_fraction)
@@ -72,7 +72,7 @@ def split_folders(raw_dir: Path) -> tuple[Path, Path | None]:
         return raw_dir, None
     given = [raw_dir / name for name in VALIDATION_FOLDERS if name in names]
     if len(given) > 1:
-        raise UserError(f"{shown_path(raw_dir)} holds {given[0].name}/ and {given[1].name}/; leave one of them")
+        raise UserError(f"{display_path(raw_dir)} holds {given[0].name}/ and {given[1].name}/; leave one of them")
     for folder in (raw_dir / "train", *given):
         refuse_flat_images(folder)
     return raw_dir / "train", given[0] if given else None
@@ -88,7 +88,7 @@ def refuse_flat_images(folder: Path) -> None:
     flat = [entry.name for entry in found_in(folder) if is_image(folder, entry.name) and not entry.is_dir()]
     if flat:
         raise UserError(
-            f"{shown_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
+            f"{display_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
             "folder of its class"
         )
 
@@ -127,7 +127,7 @@ def fetch_imagenette(raw_dir: Path) -> None:
         Imagenette(unpacking, split="train", size="full", download=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"Imagenette could not be downloaded into {shown_path(raw_dir)} ({error}); fetch imagenette2.tgz from "
+            f"Imagenette could not be downloaded into {display_path(raw_dir)} ({error}); fetch imagenette2.tgz from "
             "github.com/fastai/imagenette by other means and put it there"
         ) from error
     (unpacking / IMAGENETTE_FOLDER).rename(raw_dir / IMAGENETTE_FOLDER)

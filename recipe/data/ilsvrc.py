@@ -23,7 +23,7 @@ from recipe.data.listing import (
     require_folder,
 )
 from recipe.errors import UserError
-from recipe.run import shown_path
+from recipe.files import display_path
 
 KAGGLE_IMAGES = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -45,7 +45,7 @@ def list_ilsvrc(raw_dir: Path) -> Raw:
     elif (raw_dir / "train").is_dir():
         raw.class_ids = list_class_folders(raw_dir / "train", train, ilsvrc_train_keys)
     else:
-        raise UserError(f"no training images in {shown_path(raw_dir)}: looked for {LOOKED_FOR}")
+        raise UserError(f"no training images in {display_path(raw_dir)}: looked for {LOOKED_FOR}")
     raw.rows["train"] = train.sorted_rows("the training set")
     validation = Listing(raw)
     needs_devkit = list_validation(raw_dir, raw.class_ids, validation)
@@ -63,7 +63,7 @@ def list_ilsvrc(raw_dir: Path) -> Raw:
 
 def list_train_tar(path: Path, listing: Listing) -> list[str]:
     """The class tars inside the training tar; returns the sorted WNIDs."""
-    where = shown_path(path)
+    where = display_path(path)
     with path.open("rb") as handle:
         tars = archives.class_tars(handle, where)
         for label, (wnid, offset, size) in enumerate(tars):
@@ -83,11 +83,11 @@ def list_validation(raw_dir: Path, class_ids: list[str], listing: Listing) -> bo
     if tar.is_file():
         label_of = ground_truth(raw_dir, class_ids)
         with tar.open("rb") as handle:
-            found = archives.members(handle, archives.VALIDATION_IMAGE, archives.MEMBER_BYTES_MAX, shown_path(tar))
+            found = archives.members(handle, archives.VALIDATION_IMAGE, archives.MEMBER_BYTES_MAX, display_path(tar))
             listing.add_members(tar, found, label_of)
         return True
     if not folder.is_dir():
-        raise UserError(f"no validation images in {shown_path(raw_dir)}: looked for {LOOKED_FOR}")
+        raise UserError(f"no validation images in {display_path(raw_dir)}: looked for {LOOKED_FOR}")
     if class_folders(folder):
         list_class_folders(folder, listing, ilsvrc_validation_keys, class_ids)
         return False
@@ -123,7 +123,7 @@ def read_devkit(raw_dir: Path) -> tuple[dict[str, str], list[str]]:
         wnid_of = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         return names, [wnid_of[int(line)] for line in truth.split()]
     except Exception as error:  # a damaged MATLAB file fails in many ways
-        raise UserError(f"the devkit in {shown_path(raw_dir)} cannot be understood ({error!r})") from error
+        raise UserError(f"the devkit in {display_path(raw_dir)} cannot be understood ({error!r})") from error
 
 
 def ilsvrc_train_keys(class_id: str, names: list[str]) -> dict[str, str]:
@@ -166,12 +166,12 @@ def list_kaggle(raw_dir: Path) -> Raw:
 def kaggle_labels(path: Path) -> dict[str, str]:
     """Validation key -> WNID; the column PredictionString is a WNID and a box, repeated."""
     if not path.is_file():
-        raise UserError(f"{shown_path(path)} is missing: it holds the labels of Kaggle's validation images")
+        raise UserError(f"{display_path(path)} is missing: it holds the labels of Kaggle's validation images")
     with path.open(newline="", encoding="utf-8") as handle:
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(handle)}
         except (KeyError, IndexError, AttributeError, ValueError, csv.Error) as error:
-            raise UserError(f"{shown_path(path)} is not Kaggle's table of labels ({error!r})") from error
+            raise UserError(f"{display_path(path)} is not Kaggle's table of labels ({error!r})") from error
 
 
 def kaggle_names(path: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from recipe.data.images import FILE_BYTES_MAX, SIGNATURE_BYTES, format_of
 from recipe.data.look_alikes import look_alike, refuse_same_names
 from recipe.data.system_files import belongs_to_system
 from recipe.errors import CONTROLS, UserError
-from recipe.run import printable, shown_path
+from recipe.files import display_path, printable
 
 Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset (u8), changed_ns (i8)
 ROWS_AT_ONCE = 10_000
@@ -137,12 +137,12 @@ class Listing:
         files = {entry.name: entry.stat() if entry.is_file() else None for entry in found if not is_hidden(entry.name)}
         for name, facts in files.items():
             if facts is not None and facts.st_size > FILE_BYTES_MAX:
-                raise UserError(f"{shown_path(folder / name)} has {facts.st_size:,} bytes; no image is that large")
+                raise UserError(f"{display_path(folder / name)} has {facts.st_size:,} bytes; no image is that large")
         images = [name for name, facts in files.items() if facts is not None and is_image(folder, name)]
         keys = naming(class_id, images)
         unread = [name for name, facts in files.items() if facts is None and has_suffix(name, IMAGE_SUFFIXES)]
         for name in naming(class_id, unread):
-            raise UserError(f"{shown_path(folder / name)} is named like an image but is no file that can be read")
+            raise UserError(f"{display_path(folder / name)} is named like an image but is no file that can be read")
         for entry in found:
             if entry.is_dir() and not is_hidden(entry.name):
                 refuse_images_below(folder / entry.name)
@@ -217,8 +217,8 @@ def refuse_images_below(folder: Path) -> None:
         folders[:] = [name for name in folders if not (is_hidden(name) or belongs_to_system(name))]
         if any(is_image(Path(place), name) for name in names):
             raise UserError(
-                f"{shown_path(place)} holds images inside a class folder; flatten it: move them up into "
-                f"{shown_path(folder.parent)}, or name the folders of the splits train/ and val/"
+                f"{display_path(place)} holds images inside a class folder; flatten it: move them up into "
+                f"{display_path(folder.parent)}, or name the folders of the splits train/ and val/"
             )
 
 
@@ -231,7 +231,7 @@ def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: 
     """List root/<class>/<image>; labels are positions in `class_ids`, by default the sorted folders."""
     require_folder(root)
     found = class_folders(root)
-    refuse_same_names(found, shown_path(root))
+    refuse_same_names(found, display_path(root))
     listing.raw.leave_out_all(root, found, BESIDE)
     classes = class_ids if class_ids is not None else found
     positions = {class_id: position for position, class_id in enumerate(classes)}
@@ -257,14 +257,14 @@ def class_folders(root: Path) -> list[str]:
     names = [entry.name for entry in found_in(root) if entry.is_dir() and not is_hidden(entry.name)]
     for name in names:
         if name != printable(name) or "\n" in name or CONTROLS.search(name):
-            raise UserError(f"the class folder {name!r} in {shown_path(root)} has no printable name; rename it")
+            raise UserError(f"the class folder {name!r} in {display_path(root)} has no printable name; rename it")
     return names
 
 
 def require_folder(path: Path) -> None:
     """Stop where a part of a layout is missing."""
     if not path.is_dir():
-        raise UserError(f"{shown_path(path)} is missing: this layout needs it")
+        raise UserError(f"{display_path(path)} is missing: this layout needs it")
 
 
 def is_image(folder: Path, name: str) -> bool:

@@ -31,8 +31,8 @@ from recipe.data.images import (
 )
 from recipe.data.shards import Shard, shard_name, size_of, write_shard
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.records import Oddity, Record, from_json, to_json
-from recipe.run import shown_path, write_atomically
 
 WORK = ".recipe-work"  # the folder of notes, gone when all is finished
 
@@ -123,8 +123,8 @@ class RawReader:
         """A raw image for an error message."""
         container = self.containers[int(row["container"])]
         if name := bytes(row["name"]):
-            return shown_path(container / os.fsdecode(name))
-        return f"{bytes(row['key']).decode()} in {shown_path(container)} (at byte {int(row['offset'])})"
+            return display_path(container / os.fsdecode(name))
+        return f"{bytes(row['key']).decode()} in {display_path(container)} (at byte {int(row['offset'])})"
 
 
 @dataclass

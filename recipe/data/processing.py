@@ -60,10 +60,10 @@ from recipe.data.shards import (
 from recipe.data.sharing import LOST_SECONDS, Plan, Team, require_same_plan
 from recipe.environment import machine, usable_cores
 from recipe.errors import UserError
+from recipe.files import disk_errors, display_path, exclusive_lock, write_atomically
 from recipe.launcher import ALONE, Launch
 from recipe.provenance import Stage
 from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
-from recipe.run import disk_errors, locked, shown_path, write_atomically
 from recipe.signals import blocked, interruptible, start_resource_tracker
 
 RECORD = "preprocessing.json"
@@ -127,8 +127,8 @@ def finished_record(data: DataConfig, directory: Path) -> PreprocessingRecord | 
     changed = differences(manifest.settings, data_settings(data))
     if changed:
         raise UserError(
-            f"{shown_path(directory)} holds a finished data set of other settings ({'; '.join(changed)}); give another "
-            "data.directory or delete that one"
+            f"{display_path(directory)} holds a finished data set of other settings ({'; '.join(changed)}); give "
+            "another data.directory or delete that one"
         )
     require_same_listing(data, directory, manifest)
     for problem in all_problems(directory, manifest):
@@ -138,7 +138,7 @@ def finished_record(data: DataConfig, directory: Path) -> PreprocessingRecord | 
     if record is None:
         return None
     images = ", ".join(f"{split.images:,} {name}" for name, split in manifest.splits.items())
-    print(f"{shown_path(directory)} is finished ({images} images): nothing to do", file=sys.stderr)
+    print(f"{display_path(directory)} is finished ({images} images): nothing to do", file=sys.stderr)
     return record
 
 
@@ -160,7 +160,7 @@ def require_same_listing(data: DataConfig, directory: Path, manifest: Manifest) 
     now = sum(len(split) for split in rows.values())
     what = f"{before:,} images, now there are {now:,}"
     raise UserError(
-        f"{shown_path(directory)} was made when data.raw_dir={shown_path(raw_dir)} held "
+        f"{display_path(directory)} was made when data.raw_dir={display_path(raw_dir)} held "
         f"{what if now != before else f'other images (as many as now: {now:,})'}; "
         "give another data.name or data.directory, or delete that one"
     )
@@ -170,14 +170,14 @@ def stored_record(directory: Path) -> PreprocessingRecord | None:
     """The record beside the manifest, or None where it is missing, damaged or of another manifest."""
     path = directory / RECORD
     try:
-        record = from_json(path.read_bytes(), PreprocessingRecord, shown_path(path))
+        record = from_json(path.read_bytes(), PreprocessingRecord, display_path(path))
     except FileNotFoundError:
         return None
     except UserError as error:
         print(f"{error}; it will be made again", file=sys.stderr)
         return None
     if record.outputs.get("manifest") != manifest_sha256(directory):
-        print(f"{shown_path(path)} belongs to another manifest; it will be made again", file=sys.stderr)
+        print(f"{display_path(path)} belongs to another manifest; it will be made again", file=sys.stderr)
         return None
     return record
 
@@ -193,13 +193,13 @@ def refuse_foreign_directory(directory: Path, raw_dir: Path, data: DataConfig) -
     processed, raw = directory.absolute().resolve(), raw_dir.absolute().resolve()
     if raw.is_relative_to(processed) or (data.source is Source.folder and processed.is_relative_to(raw)):
         raise UserError(
-            f"data.directory={shown_path(directory)} and data.raw_dir={shown_path(raw_dir)} lie inside one another; "
-            "give data.directory= a place of its own"
+            f"data.directory={display_path(directory)} and data.raw_dir={display_path(raw_dir)} lie inside one "
+            "another; give data.directory= a place of its own"
         )
     found = {entry.name for entry in found_in(directory)} if directory.is_dir() else set()  # at once: others may begin
     if found - {LOCK} and not found & {MANIFEST, RECORD, WORK}:
         raise UserError(
-            f"data.directory={shown_path(directory)} holds files that preprocess.py did not write, and some of them "
+            f"data.directory={display_path(directory)} holds files that preprocess.py did not write, and some of them "
             "could be lost; give a new or an empty folder"
         )
 
@@ -208,7 +208,7 @@ def refuse_damaged_data_set(directory: Path) -> None:
     """Only a single process repairs what was finished once."""
     if (directory / MANIFEST).is_file():
         raise UserError(
-            f"{shown_path(directory)} holds a finished data set that is damaged: let one process repair it, with "
+            f"{display_path(directory)} holds a finished data set that is damaged: let one process repair it, with "
             "`python preprocess.py` instead of torchrun"
         )
 
@@ -218,7 +218,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """One writer per data directory; what a killed one left half written is removed."""
     with disk_errors(directory):
         (directory / WORK).mkdir(parents=True, exist_ok=True)
-    with locked(directory / LOCK, "being written", "data.directory"):
+    with exclusive_lock(directory / LOCK, "being written", "data.directory"):
         with disk_errors(directory):
             for leftover in (*directory.glob("*.tmp-*"), *(directory / WORK).glob("*.tmp-*")):
                 leftover.unlink(missing_ok=True)
@@ -315,7 +315,7 @@ def peers_note(directory: Path, task: Task) -> Note:
     while (note := finished(directory, task)) is None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"{task.name} was made by another process but is not in {shown_path(directory)}: is that the same "
+                f"{task.name} was made by another process but is not in {display_path(directory)}: is that the same "
                 "folder for all processes? Run the same command to continue"
             )
         time.sleep(1)
@@ -327,7 +327,9 @@ def awaited_record(directory: Path) -> PreprocessingRecord:
     deadline = time.monotonic() + LOST_SECONDS
     while not (directory / MANIFEST).is_file() or (record := stored_record(directory)) is None:
         if time.monotonic() > deadline:
-            raise UserError(f"rank 0 ended without finishing {shown_path(directory)}: run the same command to continue")
+            raise UserError(
+                f"rank 0 ended without finishing {display_path(directory)}: run the same command to continue"
+            )
         time.sleep(1)
     return record
 
@@ -353,7 +355,7 @@ def repaired(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord
     if wrong:
         raise UserError(
             f"{wrong[0]} was made again but is not what it was: the raw images or Pillow changed; delete "
-            f"{shown_path(directory / MANIFEST)} to make the whole data set again"
+            f"{display_path(directory / MANIFEST)} to make the whole data set again"
         )
     return finished_record(data, directory)
 

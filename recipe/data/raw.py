@@ -14,7 +14,7 @@ from recipe.data.folders import fetch_imagenette, list_folder_data_set, list_ima
 from recipe.data.ilsvrc import KAGGLE_IMAGES, LOOKED_FOR, list_ilsvrc, list_kaggle
 from recipe.data.listing import Raw
 from recipe.errors import UserError
-from recipe.run import disk_errors, shown_path
+from recipe.files import disk_errors, display_path
 
 DRAWN_SPLIT = "drawn like the training images, from other random numbers"
 DRAWN_OR_DOWNLOADED = (Source.demo, Source.imagenette)
@@ -38,7 +38,7 @@ def read_errors(raw_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = shown_path(error.filename or raw_dir)
+        where = display_path(error.filename or raw_dir)
         raise UserError(
             f"cannot read {where}: {error.strerror or error}; mend it, or give another data.raw_dir"
         ) from error
@@ -65,7 +65,7 @@ def given_raw_dir(data: DataConfig) -> Path:
     with read_errors(raw_dir):
         is_there = data.source in DRAWN_OR_DOWNLOADED or raw_dir.is_dir()
     if not is_there:
-        raise UserError(f"data.raw_dir={shown_path(raw_dir)} is no folder: it should hold {wanted}")
+        raise UserError(f"data.raw_dir={display_path(raw_dir)} is no folder: it should hold {wanted}")
     return raw_dir
 
 

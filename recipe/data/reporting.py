@@ -18,6 +18,7 @@ from recipe.data.images import FILTER, GREY, ROTATED
 from recipe.data.listing import Raw, Tally
 from recipe.data.merging import Merged
 from recipe.data.shards import MANIFEST
+from recipe.files import CHECKOUT, printable
 from recipe.records import (
     Archive,
     LabelExample,
@@ -27,7 +28,6 @@ from recipe.records import (
     Setting,
     SplitFacts,
 )
-from recipe.run import CHECKOUT, printable
 
 PERCENTILES = (0, 5, 50, 95, 100)
 EXAMPLES_MAX = 20

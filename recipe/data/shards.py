@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.errors import UserError
+from recipe.files import disk_errors, display_path, temporary_sibling
 from recipe.records import ClassName, Oddity, Record, Setting, from_json
-from recipe.run import disk_errors, shown_path, temporary_sibling
 
 SPLITS = ("train", "val")
 INDEX = np.dtype(
@@ -261,12 +261,12 @@ def read_manifest(directory: str | Path) -> Manifest:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"there is no preprocessed data set in {shown_path(directory)}; "
+            f"there is no preprocessed data set in {display_path(directory)}; "
             "make it with `python preprocess.py experiment=...` and the same experiment, "
             "or name its folder with data.directory="
         ) from None
     try:
-        return from_json(content, Manifest, shown_path(path))
+        return from_json(content, Manifest, display_path(path))
     except UserError as error:
         raise UserError(f"{error}; delete that file and run `python preprocess.py` again") from error
 
@@ -307,12 +307,12 @@ def problems(directory: Path, manifest: Manifest, name: str) -> Iterator[str]:
     split = manifest.splits[name]
     for file, sha256 in ((f"{name}.index.npy", split.index_sha256), (f"{name}.keys.npy", split.keys_sha256)):
         if not is_file_with(directory / file, sha256):
-            yield f"{shown_path(directory / file)} is missing or differs from the manifest"
+            yield f"{display_path(directory / file)} is missing or differs from the manifest"
     for shard in split.shards:
         found = size_of(directory / shard.name)
         if found != shard.bytes:
             what = "is missing" if found is None else f"has {found:,} bytes instead of {shard.bytes:,}"
-            yield f"{shown_path(directory / shard.name)} {what}"
+            yield f"{display_path(directory / shard.name)} {what}"
 
 
 def size_of(path: Path) -> int | None:

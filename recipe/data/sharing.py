@@ -20,9 +20,9 @@ from types import TracebackType
 from recipe.config import differences
 from recipe.data.packing import WORK, Task
 from recipe.errors import HangError, UserError, how_to_continue
+from recipe.files import display_path, write_atomically
 from recipe.launcher import Launch
 from recipe.records import Record, Setting, from_json, to_json
-from recipe.run import shown_path, write_atomically
 
 SIGNS = "ranks"  # the folder of the processes' files, inside the work folder
 BEAT_SECONDS = 2.0
@@ -59,7 +59,7 @@ class Team:
     def __init__(self, directory: Path, launch: Launch) -> None:
         self.folder = directory / WORK / SIGNS
         self.rank, self.size, self.on_this_node = launch.rank, launch.size, launch.local_size
-        self.where = shown_path(directory)
+        self.where = display_path(directory)
         self.token, self.beat, self.state, self.why = secrets.token_hex(8), 0, PREPARING, ""
         self.images = self.fresh_images = self.processes = self.continued_shards = 0
         self.plan: Plan | None = None

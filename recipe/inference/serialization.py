@@ -30,6 +30,8 @@ from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
+from recipe.experiment_log import append_to_journal
+from recipe.files import CHECKOUT, display_path, write_atomically
 from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.export import (
     OPSET,
@@ -44,7 +46,7 @@ from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, Tr
 from recipe.inference.parity import Comparison, compare, limit_of, require_any_batch, require_parity
 from recipe.provenance import Stage
 from recipe.records import SerializationRecord, Setting, VariantFacts
-from recipe.run import CHECKOUT, Run, append_to_journal, shown_path, write_atomically
+from recipe.run import Run
 
 CALIBRATION_STREAM = 4  # keeps this choice of images apart from the order's and the augmentation's draws
 EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -87,7 +89,8 @@ def load_export(run: Run, config: Config) -> Export:
     if measured.transform_sha256 != own.fingerprint():
         raise UserError(
             f"{checkpoint.where} was evaluated by the protocol {measured.name}, but its own is {own.name}, which the "
-            f"exported model carries: run `python evaluate.py run_dir={shown_path(run.directory)}` without other values"
+            f"exported model carries: run `python evaluate.py run_dir={display_path(run.directory)}` without other "
+            "values"
         )
     return Export(run, config, checkpoint)
 
@@ -97,8 +100,8 @@ def _refuse_flip(checkpoint: Evaluated, run: Run) -> None:
     if "views" in checkpoint.evaluation.protocol.transform:
         raise UserError(
             f"{checkpoint.where} was evaluated by the protocol {checkpoint.evaluation.protocol.name}, which averages "
-            "two views of an image, but an export_variants model sees one: run "
-            f"`python evaluate.py run_dir={shown_path(run.directory)} evaluation.flip=false` first"
+            "two views of an image, but an exported model sees one: run "
+            f"`python evaluate.py run_dir={display_path(run.directory)} evaluation.flip=false` first"
         )
 
 

@@ -20,8 +20,8 @@ from recipe.data.images import RejectedImageError, Rules, store
 from recipe.data.processing import preprocess
 from recipe.data.shards import open_split
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.inference.pictures import pixels_of
-from recipe.run import CHECKOUT
 from tests.data.layouts import config, encoded, jpeg, pixels, write_files
 from tests.data.test_processing import png_header_of
 

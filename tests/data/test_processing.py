@@ -35,8 +35,8 @@ from recipe.data.processing import preprocess
 from recipe.data.raw import find_raw
 from recipe.data.shards import open_split, read_manifest
 from recipe.errors import DiskError, UserError
+from recipe.files import CHECKOUT
 from recipe.records import PreprocessingRecord
-from recipe.run import CHECKOUT
 from tests.data.layouts import (
     VALIDATION_LABELS,
     WNIDS,

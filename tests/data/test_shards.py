@@ -28,8 +28,8 @@ from recipe.data.shards import (
     write_shard,
 )
 from recipe.errors import DiskError, UserError
+from recipe.files import CHECKOUT
 from recipe.records import to_json
-from recipe.run import CHECKOUT
 
 NAMES = ("a.jpg", "x" * 99, "x" * 100, "x" * 101, "cat/" + "y" * 150, "cat/a%2Epng.cls", "~!}.png")
 LIMITED = """

@@ -19,9 +19,9 @@ from recipe.data import processing, sharing
 from recipe.data.processing import preprocess
 from recipe.data.sharing import Team
 from recipe.errors import HangError, UserError
+from recipe.files import CHECKOUT
 from recipe.launcher import Launch
 from recipe.records import PreprocessingRecord, from_json
-from recipe.run import CHECKOUT
 from tests.data.layouts import config, jpeg, train_images, write_official
 from tests.data.test_processing import content_of
 from tests.worlds import torchrun_environment

@@ -70,7 +70,7 @@ def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
 
 def _whole(recipe: Recipe, name: str, most: int, notes: list[str]) -> int | None:
     """A circumstance that is a number from 1 to `most`; else None, and why."""
-    value = recipe.circumstances.get(name)
+    value = recipe.determinism_context.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
         return value
     notes.append(f"{name}: {shown(value)} there, which cannot be set here (1 to {most})")
@@ -127,7 +127,7 @@ def _machine(recipe: Recipe) -> list[str]:
         "the processor": processor_name(),
         "its instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    return changed_words(recipe.circumstances, here)
+    return changed_words(recipe.determinism_context, here)
 
 
 def changed_words(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -21,11 +21,11 @@ from recipe.config import MACHINE_FACTS, differences, pinned
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import source_sha256
 from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty, open_recipe
 from recipe.review.reproduce.parse import restored_config
 from recipe.review.verify.trace import UNDECIDED, TraceDifference, compare_traces, stored_trace, trace_here
-from recipe.run import CHECKOUT
 
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 OVERRIDE = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation

@@ -15,9 +15,9 @@ import torch
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
 from recipe.composition import composed_outside
 from recipe.config import Config, leaves, pinned
+from recipe.files import CHECKOUT
 from recipe.records import Fingerprint, from_json
 from recipe.review.verify.trace import CHANGED, TOLERANCE, UNDECIDED, compare_traces
-from recipe.run import CHECKOUT
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
 
