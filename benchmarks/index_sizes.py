@@ -34,7 +34,9 @@ def made_up(directory: Path, images: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from recipe.data.shards import INDEX, Manifest, ManifestSplit, npy_bytes, write_shard
+    from recipe.data.manifest import Manifest, ManifestSplit
+    from recipe.data.shard_writer import npy_bytes, write_shard
+    from recipe.data.shards import INDEX
     from recipe.records import to_json
 
     stream = io.BytesIO()
@@ -69,7 +71,7 @@ def made_up(directory: Path, images: int) -> None:
         label_convention="",
         classes=[],
         splits={"train": split},
-        oddities=[],
+        converted=[],
         rejected=[],
     )
     (directory / "manifest.json").write_bytes(to_json(manifest))

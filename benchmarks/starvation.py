@@ -33,8 +33,8 @@ from loading import composed  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from recipe.data.loading import BatchLayout, TrainingBatches  # noqa: E402
+from recipe.data.pipeline import preprocess  # noqa: E402
 from recipe.data.processes import open_decoding  # noqa: E402
-from recipe.data.processing import preprocess  # noqa: E402
 from recipe.data.shards import open_split  # noqa: E402
 from recipe.distributed import World  # noqa: E402
 from recipe.training.augmentation import build_augmentation  # noqa: E402

@@ -22,10 +22,9 @@ ground floor, torch
     checkpoint     atomic save, verified load
     weights        the files of weights that people have
 chapters
-    data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
-                   system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
-                   processing, reporting, progress; adoption;
-                   decoding, transforms, interface, loading; worker, processes: the same in other processes
+    data           raw images -> shards: pipeline, sources, ilsvrc, imagenet (facts), folders, archives, listing,
+                   images, integrity, shard_writer, sharing, summary, progress; painting, demo: the drawn set
+                   shards -> batches: manifest, shards, decoding, transforms, loading; worker, processes
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine

@@ -15,7 +15,7 @@ import numpy as np
 
 from recipe.composition import pinned_config_of
 from recipe.config import Config, Precision, Variant
-from recipe.data.adoption import adopt_data_set, require_same_data_set
+from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.document.inference_figures import guesses_png, latency_png, sheet_png, thumbnail_png
@@ -130,8 +130,8 @@ class Demonstration:
     def _validation_split(self) -> Split:
         """The data set on which the model was evaluated."""
         data = self.config.data
-        _, manifest_hash = adopt_data_set(data)
-        require_same_data_set(self.subject.where, self.subject.manifest_sha256, manifest_hash, data)
+        _, manifest_hash = open_dataset(data)
+        check_same_dataset(self.subject.where, self.subject.manifest_sha256, manifest_hash, data)
         return open_split(data.directory, "val")
 
     def measure_latency(self, picture: Path) -> TimingRecord:

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released_weights
 from recipe.config import Backend, Config, config_sha256, pinned
-from recipe.data.adoption import adopt_data_set, require_same_data_set
-from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches
+from recipe.data.manifest import Manifest, check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
-from recipe.data.shards import Manifest, open_split
+from recipe.data.shards import open_split
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
     build_evaluation_transform,
+    transform_of,
 )
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
@@ -65,7 +65,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         stage = Stage(run.directory) if world.is_first else None
         if stage is not None:
             append_to_journal(run, "evaluate", "started", name=config.name)
-        manifest, manifest_hash = adopt_data_set(config.data)
+        manifest, manifest_hash = open_dataset(config.data)
         subject = chosen_subject(run, config, world, manifest, manifest_hash)
         run.predictions_file(subject.protocol)  # refused before the work
         measured = _measure(config, world, subject)
@@ -119,7 +119,7 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
         return path.name, load_checkpoint(path)
 
     name, state = world.read_by_first(read)  # a training that goes on may save another one meanwhile
-    require_same_data_set(name, state["manifest_sha256"], manifest_hash, config.data)
+    check_same_dataset(name, state["manifest_sha256"], manifest_hash, config.data)
     is_average = state["average"] is not None
     predict, normalisation = _torch_predict(restored_model(state, name), config, world)
     transform = build_evaluation_transform(config.evaluation)
@@ -168,7 +168,7 @@ def onnx_subject(run: Run, config: Config, manifest_hash: str) -> Subject:
     content = read_onnx(path, where)
     model = OnnxModel(content, where)
     told = model.metadata
-    require_same_data_set(where, told.manifest_sha256, manifest_hash, config.data)
+    check_same_dataset(where, told.manifest_sha256, manifest_hash, config.data)
     return Subject(
         predict=model,
         transform=transform_of(told.interface, where),

@@ -25,7 +25,7 @@ from recipe.composition import config_of
 from recipe.config import Config, Expectation, config_sha256, leaves, pinned
 from recipe.data.imagenet import IMAGES
 from recipe.data.loading import derive_layout
-from recipe.data.shards import read_manifest
+from recipe.data.manifest import read_manifest
 from recipe.document.arithmetic import projected_again
 from recipe.document.render import check_document, projection_page, write_document
 from recipe.errors import UserError

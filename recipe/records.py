@@ -71,13 +71,13 @@ class Archive(Record, frozen=True, kw_only=True):
     is_published_md5: bool | None  # None: nobody published one
 
 
-class Oddity(Record, frozen=True, kw_only=True):
-    """An image that was not taken as it was."""
+class UnusualImage(Record, frozen=True, kw_only=True):
+    """An image that was not stored as it came: converted, or rejected."""
 
     split: str
     key: str
-    what: str  # found
-    done: str  # about it
+    what: str  # is unusual
+    done: str  # "stored as ..." or "left out"
 
 
 class LeftOut(Record, frozen=True, kw_only=True):
@@ -136,8 +136,8 @@ class PreprocessingRecord(Record, frozen=True, kw_only=True):
     shard_order: str
     stored_as: str
     odd_images: dict[str, int]  # kind -> count
-    odd_examples: list[Oddity]  # at most 20; the manifest lists all
-    rejected: list[Oddity]
+    odd_examples: list[UnusualImage]  # at most 20; the manifest lists all
+    rejected: list[UnusualImage]
     left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without those that belong to an operating system
     lost_images: dict[str, LeftOut] = {}  # class (or split) -> those of them that are named like images
     decoded_with: str

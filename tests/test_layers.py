@@ -79,7 +79,7 @@ ALLOWED = {
     "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
 }
 WITHOUT_TORCH = [
-    *(*GROUND, "composition", "document.render", "data.processing", "data.demo"),
+    *(*GROUND, "composition", "document.render", "data.pipeline", "data.demo"),
     *("review.check", "review.diff"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))

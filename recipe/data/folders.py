@@ -1,4 +1,4 @@
-"""Any folder of class folders is a data set; Imagenette is one of them.
+"""Any folder of class folders as a data set; Imagenette is one of them.
 
 Keys are `class/name` with all but letters, digits, '_' and '-' percent-encoded, since readers of WebDataset cut a name
 at its first dot.
@@ -10,25 +10,28 @@ import hashlib
 import os
 import re
 import shutil
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from recipe.data import imagenet
 from recipe.data.listing import (
+    BESIDE,
     IMAGE_SUFFIXES,
     NO_SPLIT,
     Listing,
+    Naming,
     Raw,
     Rows,
-    class_folders,
-    found_in,
+    entries_of,
+    is_hidden,
     is_image,
-    list_class_folders,
 )
-from recipe.errors import UserError
-from recipe.run import shown_path
+from recipe.errors import CONTROLS, UserError
+from recipe.run import printable, shown_path
 
 IMAGE_NAME = re.compile(rf"^(.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE | re.DOTALL)
 UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
@@ -36,6 +39,90 @@ LABEL_CONVENTION = "position among the sorted names of the class folders, counte
 IMAGENETTE_FOLDER = "imagenette2"
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 SPLIT_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
+LOOK_ALIKES_SHOWN = 10
+LATIN_SHAPES = str.maketrans(  # Cyrillic and Greek letters with the shape of a Latin one
+    "аеорсухіјѕһԁԛԝАВЕКМНОРСТУХЅІЈοανρυκιΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
+    "aeopcyxijshdqwABEKMHOPCTYXSIJoavpukiABEZHIKMNOPTYX",
+)
+
+
+# ---- class folders ----------------------------------------------------------------------------------
+
+
+def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: list[str] | None = None) -> list[str]:
+    """List root/<class>/<image>; labels are positions in `class_ids`, by default the sorted folders."""
+    check_folder(root)
+    folders = class_folders(root)
+    check_distinct_names(folders, shown_path(root))
+    listing.raw.leave_out_all(root, folders, BESIDE)
+    classes = class_ids if class_ids is not None else folders
+    positions = {class_id: position for position, class_id in enumerate(classes)}
+    for class_id in folders:
+        label = position_of(class_id, positions, f"{class_id}/...")
+        listing.add_folder(root / class_id, class_id, naming, lambda _, label=label: label)  # type: ignore[misc]
+    return classes
+
+
+def position_of(class_id: str, positions: Mapping[str, int], key: str) -> int:
+    """The label of a validation image; raises `UserError` where its class has no training images."""
+    if class_id not in positions:
+        twins = [other for other in positions if appearance(other) == appearance(class_id)]
+        hint = (
+            f"; give {class_id!a} and the training class {twins[0]!a}, which looks like it, one name" if twins else ""
+        )
+        raise UserError(
+            f"the validation image {key} is of class {class_id}, of which there are no training images{hint}"
+        )
+    return positions[class_id]
+
+
+def class_folders(root: Path) -> list[str]:
+    """The sorted names of the folders in `root`, without hidden ones: the order of torchvision's ImageFolder."""
+    names = [entry.name for entry in entries_of(root) if entry.is_dir() and not is_hidden(entry.name)]
+    for name in names:
+        if name != printable(name) or "\n" in name or CONTROLS.search(name):
+            raise UserError(f"the class folder {name!r} in {shown_path(root)} has no printable name; rename it")
+    return names
+
+
+def check_folder(path: Path) -> None:
+    """Raise `UserError` where a part of a layout is missing."""
+    if not path.is_dir():
+        raise UserError(f"{shown_path(path)} is missing: this layout needs it")
+
+
+def check_distinct_names(names: Iterable[str], where: str) -> None:
+    """Raise `UserError` where two names are the same text in two spellings of Unicode.
+
+    A folder that has been on a Mac may come back as a second one: its ä is an a with a mark there.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise UserError(
+                f"the class folders {other!a} and {name!a} in {where} have the same name in two spellings of Unicode: "
+                "merge them, or rename one"
+            )
+
+
+def look_alike_lines(names: Iterable[str]) -> Iterator[str]:
+    """A warning for each of the first ten groups of names that look alike (`Cat` and `cat` can be meant)."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(appearance(name), []).append(name)
+    for group in [group for group in groups.values() if len(group) > 1][:LOOK_ALIKES_SHOWN]:
+        yield f"warning: classes whose names look alike: {', '.join(map(ascii, group))}; merge those that are one class"
+
+
+def appearance(name: str) -> str:
+    """The same text for names that look alike: compatible forms, alphabets, case and spaces count as equal."""
+    latin = unicodedata.normalize("NFKC", name).translate(LATIN_SHAPES)
+    visible = "".join(letter for letter in latin if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", visible.casefold()).split())
+
+
+# ---- data sets of class folders ---------------------------------------------------------------------
 
 
 def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
@@ -43,18 +130,18 @@ def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
 
     The folder of validation images may also be called valid or validation.
     """
-    root, given = split_folders(raw_dir)
+    root, validation_root = split_folders(raw_dir)
     raw = Raw("class folders", LABEL_CONVENTION, "", keeps_png=True, raw_dir=raw_dir)
     train = Listing(raw)
     raw.class_ids = list_class_folders(root, train, folder_keys)
     if root != raw_dir:
-        raw.leave_out_all(raw_dir, [folder.name for folder in (root, given) if folder], NO_SPLIT)
+        raw.leave_out_all(raw_dir, [folder.name for folder in (root, validation_root) if folder], NO_SPLIT)
     rows = train.sorted_rows(shown_path(root))
-    if given:
+    if validation_root:
         validation = Listing(raw)
-        list_class_folders(given, validation, folder_keys, raw.class_ids)
-        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(given))}
-        raw.validation_split = f"given with the raw data, in {given.name}/"
+        list_class_folders(validation_root, validation, folder_keys, raw.class_ids)
+        raw.rows = {"train": rows, "val": validation.sorted_rows(shown_path(validation_root))}
+        raw.validation_split = f"given with the raw data, in {validation_root.name}/"
         return raw
     raw.rows, saved = split_by_hash(rows, validation_fraction)
     raw.validation_split = f"held out by the SHA-256 of the keys, a fraction of {validation_fraction:g}" + (
@@ -68,24 +155,24 @@ def split_folders(raw_dir: Path) -> tuple[Path, Path | None]:
     names = class_folders(raw_dir)
     if "train" not in names or train_is_a_class(raw_dir, names):
         if not names:
-            refuse_flat_images(raw_dir)
+            check_no_flat_images(raw_dir)
         return raw_dir, None
-    given = [raw_dir / name for name in VALIDATION_FOLDERS if name in names]
+    given = [name for name in VALIDATION_FOLDERS if name in names]
     if len(given) > 1:
-        raise UserError(f"{shown_path(raw_dir)} holds {given[0].name}/ and {given[1].name}/; leave one of them")
-    for folder in (raw_dir / "train", *given):
-        refuse_flat_images(folder)
-    return raw_dir / "train", given[0] if given else None
+        raise UserError(f"{shown_path(raw_dir)} holds {given[0]}/ and {given[1]}/; leave one of them")
+    for name in ("train", *given):
+        check_no_flat_images(raw_dir / name)
+    return raw_dir / "train", raw_dir / given[0] if given else None
 
 
 def train_is_a_class(raw_dir: Path, names: list[str]) -> bool:
-    """A folder train/ of images beside other classes holds pictures of trains."""
+    """Whether train/ holds pictures of trains: images, not class folders, beside other classes."""
     return bool(set(names) - set(SPLIT_FOLDERS)) and not class_folders(raw_dir / "train")
 
 
-def refuse_flat_images(folder: Path) -> None:
-    """Images beside or instead of class folders are of no class, and would be left out without a word."""
-    flat = [entry.name for entry in found_in(folder) if is_image(folder, entry.name) and not entry.is_dir()]
+def check_no_flat_images(folder: Path) -> None:
+    """Raise `UserError` for images beside or instead of class folders: they have no class."""
+    flat = [entry.name for entry in entries_of(folder) if is_image(folder, entry.name) and not entry.is_dir()]
     if flat:
         raise UserError(
             f"{shown_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
@@ -94,9 +181,9 @@ def refuse_flat_images(folder: Path) -> None:
 
 
 def list_imagenette(raw_dir: Path) -> Raw:
-    """imagenette2/{train,val}/<wnid>/*.JPEG, as `fetch_imagenette` left it.
+    """imagenette2/{train,val}/<wnid>/*.JPEG, as `fetch_imagenette` unpacks it.
 
-    Unproven against the real host, which could not be reached where this was written; tests use a generated archive.
+    Not tried with the real host, which could not be reached; tests use a generated archive.
     """
     from torchvision.datasets import Imagenette  # imports torch: seconds that only this source pays
 
@@ -120,7 +207,7 @@ def fetch_imagenette(raw_dir: Path) -> None:
 
     archive, unpacking = raw_dir / f"{IMAGENETTE_FOLDER}.tgz", raw_dir / "unpacking"
     unpacking.mkdir(exist_ok=True)
-    shutil.rmtree(unpacking / IMAGENETTE_FOLDER, ignore_errors=True)  # torchvision takes half of it for the whole
+    shutil.rmtree(unpacking / IMAGENETTE_FOLDER, ignore_errors=True)  # torchvision would take half of it as complete
     if archive.is_file() and not (unpacking / archive.name).exists():
         (unpacking / archive.name).symlink_to(archive.resolve())
     try:
@@ -149,10 +236,10 @@ def percent_encoded(name: str) -> str:
 
 
 def split_by_hash(rows: Rows, validation_fraction: float) -> tuple[dict[str, Rows], int]:
-    """Hold out each image by its own key, so that adding images moves none from one side to the other.
+    """Hold out each image by its own key, so that adding images moves no other from one split to the other.
 
-    But for one of a class whose images would all be held out: the one with the largest hash stays for training. Also
-    returns the number of such classes.
+    Of a class whose images would all be held out, the one with the largest hash stays for training. Also returns the
+    number of such classes.
     """
     digests = b"".join(hashlib.sha256(key).digest()[:8] for key in rows["key"].tolist())
     numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)

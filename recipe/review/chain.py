@@ -15,7 +15,8 @@ from typing import Any
 
 from recipe.checkpoint import load_checkpoint, released_weights
 from recipe.config import config_sha256
-from recipe.data.shards import MANIFEST, is_file_with, read_manifest
+from recipe.data.manifest import MANIFEST, read_manifest
+from recipe.data.shards import is_file_with
 from recipe.document.claims import identity
 from recipe.document.facts import Facts
 from recipe.errors import UserError

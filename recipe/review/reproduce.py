@@ -18,9 +18,8 @@ import torchvision
 from torchvision.models import list_models
 
 from recipe.config import Config, Source
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
-from recipe.data.shards import manifest_sha256
+from recipe.data.manifest import copy_record, manifest_sha256
+from recipe.data.pipeline import preprocess
 from recipe.distributed import launch
 from recipe.document.facts import gather
 from recipe.document.render import write_document
@@ -270,7 +269,7 @@ def _preprocess(plan: Plan, run: Run) -> None:
         return
     append_to_journal(run, "preprocess", "started", name=config.name)
     record = preprocess(config)
-    bring_record(run, Path(config.data.directory), record)
+    copy_record(run, Path(config.data.directory), record)
     append_to_journal(run, "preprocess", "ended", name=config.name, manifest=record.outputs["manifest"])
     _refuse_other_images(claimed, record)
 

@@ -14,12 +14,11 @@ from torch import nn
 from recipe.alterations import lower_head
 from recipe.checkpoint import State
 from recipe.config import Config, pinned
-from recipe.data.adoption import adopt_data_set
-from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.manifest import Manifest, open_dataset
 from recipe.data.processes import open_decoding
-from recipe.data.shards import Manifest, open_split
-from recipe.data.transforms import Normalisation, build_evaluation_transform
+from recipe.data.shards import open_split
+from recipe.data.transforms import Normalisation, build_evaluation_transform, interface_from
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.model import build_model, model_facts
 from recipe.provenance import Stage, processor_name, source_sha256, versions
@@ -94,7 +93,7 @@ def build_training(
     `config.model.weights_sha256` must already be known where the run starts from given weights.
     """
     with world.first_decides():
-        manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
+        manifest, manifest_hash = open_dataset(config.data, run if world.is_first else None)
     world.must_agree("the data set's manifest", manifest_hash)
     model = build_model(config.model, len(manifest.classes), config.seed)
     if config.optimization.binary_head_bias:

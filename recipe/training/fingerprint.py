@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig, sha256_of
 from recipe.data.loading import BatchLayout, TrainingBatches
-from recipe.data.processing import preprocess
+from recipe.data.pipeline import preprocess
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
 from recipe.evaluation import class_table, protocol_name, view_name

@@ -15,18 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe.data.shards import (
-    INDEX,
-    Manifest,
-    ManifestSplit,
-    Shard,
-    manifest_sha256,
-    npy_bytes,
-    open_split,
-    read_manifest,
-    tar_header,
-    write_shard,
-)
+from recipe.data.manifest import Manifest, ManifestSplit, Shard, manifest_sha256, read_manifest
+from recipe.data.shard_writer import npy_bytes, tar_header, write_shard
+from recipe.data.shards import INDEX, open_split
 from recipe.errors import DiskError, UserError
 from recipe.records import to_json
 from recipe.run import CHECKOUT
@@ -77,7 +68,7 @@ def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)
         label_convention="",
         classes=[],
         splits={"train": split},
-        oddities=[],
+        converted=[],
         rejected=[],
     )
     (directory / "manifest.json").write_bytes(to_json(manifest))

@@ -12,7 +12,7 @@ import pytest
 
 from recipe import provenance
 from recipe.config import Config, TimedBackend, Variant
-from recipe.data.processing import preprocess
+from recipe.data.pipeline import preprocess
 from recipe.demonstration import Demonstration
 from recipe.distributed import start_world
 from recipe.document import figures

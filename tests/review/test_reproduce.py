@@ -15,8 +15,8 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.config import Config
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
+from recipe.data.manifest import copy_record
+from recipe.data.pipeline import preprocess
 from recipe.document import figures
 from recipe.document.facts import gather
 from recipe.document.publish import publish
@@ -60,7 +60,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emit(config: Config) -> None:
     """What the three scripts do."""
     run = Run(config.run_dir)
-    bring_record(run, Path(config.data.directory), preprocess(config))
+    copy_record(run, Path(config.data.directory), preprocess(config))
     train(config)
     evaluate_run(config)
     write_document(run, config.run_dir)
