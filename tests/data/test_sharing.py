@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from recipe.data import pipeline
 from recipe.data.pipeline import preprocess
@@ -22,8 +23,8 @@ from recipe.errors import HangError
 from recipe.records import PreprocessingRecord, from_json
 from recipe.run import CHECKOUT
 from tests.data.layouts import config, jpeg, train_images, write_official
-from tests.data.test_pipeline import content_of
-from tests.worlds import free_port, torchrun_environment
+from tests.data.test_pipeline import content_of, is_running
+from tests.worlds import torchrun_environment
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("default_signals")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -100,14 +101,16 @@ class Ranks:
         return self.start(*TORCHRUN, f"--nproc-per-node={size}", self.script(**options))
 
     def nodes(self, size: int, **options: Any) -> list[subprocess.Popen[str]]:
-        """One rank a node, where no launcher ends the others: as torchrun would start them on several nodes."""
-        script, port = self.script(**options), str(free_port())
+        """One rank a node, as torchrun starts them on several: no launcher ends the others, one keeps the store."""
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        script = self.script(**options)
         return [
-            self.start(
-                sys.executable,
-                script,
-                **(torchrun_environment(rank, size, size) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}),
-            )
+            self.start(sys.executable, script, **(torchrun_environment(rank, size, size) | place))
             for rank in range(size)
         ]
 
@@ -133,8 +136,11 @@ def wait_for(condition: Any, seconds: float = 100) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    """Whether a process has ended with all of its threads, which hold its files open."""
+    try:
+        return not is_running(pid) and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
+    except FileNotFoundError:
+        return True
 
 
 @pytest.fixture(scope="module")
