@@ -35,14 +35,13 @@ chapters
                    recalibration; build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement,
                    journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
-    projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
-                   arithmetic (of a projection), render: from records to pages, without torch; model_card, publishable,
-                   seeds, published_folder, publish: a run as a folder to commit; index: the table of those
+                   render: from records to pages, without torch; model_card,
+                   published_folder, publish: a run as a folder to commit, and the table of those
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
-                   findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
+                   findings, page, reading, items, presence, sources, consistency, agreement, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
-                   reference, verdict, watch, aggregate: is a run on track?; restoring (a stranger's document as data),
+                   reference, verdict, watch: is a run on track?; restoring (a stranger's document as data),
                    fitting (to this machine), judgement, reproduction_report, reproduce
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records

@@ -56,9 +56,8 @@ ALLOWED = {
             "training",
         ),
     ],
-    "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
+    "doctor": [*GROUND, "composition", "distributed", "model", "data", "training", "document"],
     "document": [*GROUND, "document"],
-    "projection": [*GROUND, "composition", "data", "document"],
     "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
     "notebook": [*GROUND, "composition", "document"],
     "review": [

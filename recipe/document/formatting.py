@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from recipe.config import leaves
 from recipe.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
@@ -193,6 +194,12 @@ def latency(cell: Latency | None) -> Markdown:
     return Markdown(
         " / ".join(number(value, 2) for value in (cell.p50_milliseconds, cell.p90_milliseconds, cell.p99_milliseconds))
     )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
+    """A table of cells that are markdown already, left-aligned."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return Markdown("\n".join([lines[0], "|" + ":--|" * len(head), *lines[1:]]))
 
 
 def guesses(found: list[Guess]) -> Markdown:

@@ -24,7 +24,7 @@ from recipe.document.facts import Facts, Section, gather, sections, source_chang
 from recipe.document.formatting import Markdown
 from recipe.document.history import keep_history
 from recipe.errors import UserError
-from recipe.records import EvaluationRecord, PreprocessingRecord, ProjectionRecord
+from recipe.records import EvaluationRecord, PreprocessingRecord
 from recipe.run import Run, shown_path, write_atomically
 
 __all__ = ["Facts", "check_document", "render", "write_document"]
@@ -127,7 +127,6 @@ def context(facts: Facts) -> dict[str, Any]:
     rows = dynamics.epoch_rows(training, facts.metrics) if training else []
     return {
         "facts": facts,
-        "projection": facts.projection,
         "title": title(facts),
         "sections": sections(facts),
         "source_changed": source_changed,
@@ -222,11 +221,6 @@ def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
     return {"Best five classes": ranked[:EXTREME_CLASSES], "Worst five classes": ranked[-EXTREME_CLASSES:]}
 
 
-def projection_page(record: ProjectionRecord) -> str:
-    """The section of a projection, alone."""
-    return compact(environment().get_template("projection.md.j2").render(projection=record)).strip("\n")
-
-
 def recipe_json(facts: Facts) -> Markdown:
     """The block from which a program can run the recipe again, and test its claims."""
     return Markdown(as_json(identity(facts)))
@@ -245,7 +239,6 @@ def twin(facts: Facts) -> bytes:
         "seeds": facts.seeds,
         "reproduction": facts.reproduction,
         "publication": facts.publication,
-        "projection": facts.projection,
         "energy": facts.energy,
     }
     content = {

@@ -1,7 +1,7 @@
-"""Level *resolvable*: is the code that a recipe names the code that ran, and do its commands mean anything?
+"""Level *resolvable*: the code and the commands that the records name.
 
-A commit that this history does not have is no failure: it may lie beyond a shallow clone, or have been squashed or
-rebased. The hash of the source identifies the code then.
+A commit that this history does not have is not a finding: the clone may be shallow, the commit squashed or rebased. The
+hash of the source identifies the code then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
 from recipe.records import Provenance
-from recipe.review.findings import Finding, Kind, Level, listed, shortened
+from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.run import CHECKOUT, Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -29,14 +29,14 @@ GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluatio
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 MODULES = ("recipe.notebook",)
 RULE = "recipe/provenance.py"
-PROJECT, REPRODUCE = ["-m", "recipe", "project"], ["-m", "recipe", "reproduce"]
+REPRODUCE = ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
 
 
 def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
     """(file of the record, provenance) of every stage that ran."""
-    for name in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
+    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
         record = getattr(facts, name)
         if record is not None:
             yield f"records/{name}.json", record.provenance
@@ -48,31 +48,27 @@ def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
 
 
 def code_findings(facts: Facts, run: Run) -> list[Finding]:
-    """For every stage: one code from start to end, known by a commit, a patch or at least its hash."""
-    found: list[Finding] = []
-    for place, provenance in stages(facts):
-        found += stage_code(f"{place}, provenance", provenance, run)
-    return list(dict.fromkeys(found))
-
-
-def stage_code(place: str, provenance: Provenance, run: Run) -> list[Finding]:
-    found = []
-    if source_changed(provenance):
-        what = "the source changed during the stage, so that nobody knows which code gave its result"
-        found.append(Finding(Level.resolvable, place, what, "run the stage again and leave the code alone meanwhile"))
-    if not SHA256.fullmatch(provenance.source_sha256):
-        what = f"source_sha256 {shortened(provenance.source_sha256)} is no SHA-256, so that the code is not identified"
-        found.append(Finding(Level.well_formed, place, what, "run the stage again"))
-    patch = provenance.tree_at_start.patch_sha256
-    return found + (patch_findings(patch, run) if patch else commit_findings(place, provenance))
+    """For every stage: the same code from start to end, identified by a commit, a patch or at least its hash."""
+    findings: list[Finding] = []
+    for record, provenance in stages(facts):
+        place, source = f"{record}, provenance", provenance.source_sha256
+        if source_changed(provenance):
+            what = "the source changed during the stage, so that the code of its result is not known"
+            findings.append(Finding(Level.resolvable, place, what, "run the stage again; do not edit code meanwhile"))
+        if not SHA256.fullmatch(source):
+            what = f"source_sha256 {shorten(source)} is not a SHA-256, so that the code is not identified"
+            findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
+        patch = provenance.tree_at_start.patch_sha256
+        findings += patch_findings(patch, run) if patch else commit_findings(place, provenance)
+    return list(dict.fromkeys(findings))
 
 
 def patch_findings(patch: str, run: Run) -> list[Finding]:
-    """A modified tree is its commit and its patch: the patch has to be there, whole."""
+    """The patch of a modified tree is there with its hash."""
     name = f"records/patches/{patch[:16]}.patch"
     mend = "take the file from where the run was made; without it the code of this stage is lost"
     if not SHA256.fullmatch(patch):
-        return [Finding(Level.well_formed, name, f"{shortened(patch)} is no SHA-256", mend)]
+        return [Finding(Level.well_formed, name, f"{shorten(patch)} is not a SHA-256", mend)]
     path = run.directory / name
     if not path.exists():
         return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
@@ -92,7 +88,7 @@ def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
         what = f"no commit was recorded; the code is identified by its source SHA-256 {recorded[:16]} alone"
         return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
     if not SHA1.fullmatch(commit) and not SHA256.fullmatch(commit):
-        what = f"{shortened(commit)} is no commit's name"
+        what = f"{shorten(commit)} is not the name of a commit"
         return [Finding(Level.well_formed, place, what, "run the stage again in a git checkout")]
     if recorded == source_sha256_here():
         return []
@@ -171,18 +167,18 @@ def leaf_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def command_faults(command: str, keys: set[str]) -> list[str]:
-    """What keeps a command from being typed."""
+    """Why a command cannot be typed."""
     try:
         words = shlex.split(command)
     except ValueError as error:
-        return [f"{shortened(command)!r} is no shell command: {error}"]
+        return [f"{shorten(command)!r} is not a shell command: {error}"]
     if SHELL.search(unquoted(command)):
-        return [f"{shortened(command)!r} does more than start one program"]
+        return [f"{shorten(command)!r} does more than start one program"]
     given = arguments_of(words)
     if given is None:
-        return [f"{shortened(command)!r} starts none of {', '.join(SCRIPTS + MODULES)}"]
+        return [f"{shorten(command)!r} starts none of {', '.join(SCRIPTS + MODULES)}"]
     unknown = [word for word in given if not is_known(word, keys)]
-    return [f"{shortened(command)!r} names what no configuration knows: {listed(unknown)}"] if unknown else []
+    return [f"{shorten(command)!r} names what no configuration knows: {first_few(unknown)}"] if unknown else []
 
 
 def unquoted(command: str) -> str:
@@ -192,7 +188,7 @@ def unquoted(command: str) -> str:
 
 
 def arguments_of(words: list[str]) -> list[str] | None:
-    """The words behind the script or module; None where another program is started."""
+    """The words after the script or module; None where another program is started."""
     if not words or words[0] not in ("python", "torchrun"):
         return None
     at = 1
@@ -200,8 +196,6 @@ def arguments_of(words: list[str]) -> list[str] | None:
         at += 1
     if words[at : at + 1] == ["-m"] and words[at + 1 : at + 2] and words[at + 1] in MODULES:
         return words[at + 2 :]
-    if words[at : at + len(PROJECT)] == PROJECT:  # its files and numbers are flags; its settings are as for train.py
-        return [word for word in words[at + len(PROJECT) :] if OVERRIDE.match(word) and "=" in word]
     if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags; it sets nothing
         return []
     return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None

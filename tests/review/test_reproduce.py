@@ -24,7 +24,8 @@ from recipe.document.render import write_document
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
 from recipe.review import reproduce
-from recipe.review.judgement import BIT_EXACT, CANNOT_TELL, DIFFERS, EVALUATION_EQUAL
+from recipe.review.findings import CANNOT_TELL
+from recipe.review.judgement import BIT_EXACT, DIFFERS, EVALUATION_EQUAL
 from recipe.run import Run
 from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config
