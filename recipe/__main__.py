@@ -15,12 +15,18 @@ from recipe.errors import DiskError, one_clear_sentence
 from recipe.streams import output_failure, protect_streams
 
 VERBS: dict[str, tuple[str, str]] = {
-    "check": ("recipe.review.check", "is a recipe complete, readable and in agreement with itself?"),
-    "drift": ("recipe.review.drift", "does this checkout still do what the recipe says?"),
-    "verify": ("recipe.review.verify", "do the files belong together, and does this code do what the recipe's did?"),
-    "diff": ("recipe.review.diff", "the differences of two recipes, the likeliest causes of another accuracy first"),
-    "watch": ("recipe.review.watch", "is a run on track, beside seeds of the same recipe?"),
-    "reproduce": ("recipe.review.reproduce", "run a recipe again from its document, and judge its claims"),
+    "check": ("recipe.review.check.command", "is a recipe complete, readable and in agreement with itself?"),
+    "drift": ("recipe.review.verify.code", "does this checkout still do what the recipe says?"),
+    "verify": (
+        "recipe.review.verify.command",
+        "do the files belong together, and does this code do what the recipe's did?",
+    ),
+    "diff": (
+        "recipe.review.diff.command",
+        "the differences of two recipes, the likeliest causes of another accuracy first",
+    ),
+    "watch": ("recipe.review.watch.command", "is a run on track, beside seeds of the same recipe?"),
+    "reproduce": ("recipe.review.reproduce.command", "run a recipe again from its document, and judge its claims"),
     "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
     "publish": (
         "recipe.document.publish",

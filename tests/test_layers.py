@@ -79,7 +79,7 @@ ALLOWED = {
 }
 WITHOUT_TORCH = [
     *(*GROUND, "composition", "document.render", "data.pipeline", "data.demo"),
-    *("review.check", "review.diff"),
+    *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
 

@@ -1,0 +1,194 @@
+"""The chain of hashes: raw images -> shards -> checkpoint -> exported files -> predictions -> metrics.
+
+Each link compares a file, computed again, with what the record says of it; a file that is not here breaks nothing. The
+chain shows that files and records belong together, not that the records are true: a forger can compute hashes too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from recipe.checkpoint import load_checkpoint, released_weights
+from recipe.config import config_sha256
+from recipe.data.manifest import MANIFEST, read_manifest
+from recipe.data.shards import is_file_with
+from recipe.document.claims import identity
+from recipe.document.facts import Facts
+from recipe.errors import UserError
+from recipe.files import WEIGHTS_BYTES_MAX
+from recipe.model import weights_sha256
+from recipe.records import PreprocessingRecord
+from recipe.review.opening import OpenedRecipe
+from recipe.review.outputs import counted_predictions, file_fault, path_inside
+from recipe.review.reading import RecordReader
+from recipe.run import Run, shown_path
+from recipe.weights import read_weights
+
+HOLDS, BROKEN, NOT_HERE = "holds", "BROKEN", "not here"
+
+
+class Link(msgspec.Struct, frozen=True):
+    """One step of the chain."""
+
+    name: str
+    state: str
+    detail: str
+
+    def line(self) -> str:
+        """The link for a person."""
+        return f"{self.state:<9} {self.name}: {self.detail}"
+
+
+def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
+    """Every link that a file or two records can show; none for a document alone."""
+    if recipe.run is None:
+        return
+    reader = RecordReader(recipe.run)
+    facts = reader.facts()
+    yield from (Link(finding.place, BROKEN, finding.what) for finding in reader.findings)
+    if facts.preprocessing is not None:
+        yield from data_links(facts.preprocessing, raw_dir, data_dir)
+    yield from record_links(facts)
+    yield from checkpoint_links(recipe.run, facts)
+    for record in (facts.evaluation, *facts.other_evaluations, facts.serialization, facts.inference):
+        yield from output_links(recipe.run, record.outputs if record is not None else {})
+    yield from metric_links(recipe.run, facts)
+    if recipe.block is None:
+        yield Link("document", NOT_HERE, "no JSON block")
+        return
+    expected = json.loads(json.dumps(identity(facts)))
+    wrong = sorted(key for key in expected if expected[key] != recipe.block.get(key))
+    if wrong:
+        yield Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
+    else:
+        yield Link("document", HOLDS, "its block is that of the records")
+
+
+def data_links(record: PreprocessingRecord, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
+    """The raw archives, the manifest, the shards, and the index files by the manifest."""
+    for archive in record.archives:
+        yield file_link(f"raw {archive.name}", raw_dir, archive.name, archive.sha256)
+    if not record.archives:
+        yield Link("raw images", NOT_HERE, "they were in folders: preprocessing again compares each one")
+    for name, digest in record.outputs.items():
+        file = MANIFEST if name == "manifest" else name
+        yield file_link(f"data {file}", data_dir, file, digest)
+    if data_dir is None or not (data_dir / MANIFEST).is_file():
+        return
+    try:
+        manifest = read_manifest(data_dir)
+    except UserError as error:
+        yield Link(f"data {MANIFEST}", BROKEN, str(error))
+        return
+    for name, split in manifest.splits.items():
+        for part, digest in (("index", split.index_sha256), ("keys", split.keys_sha256)):
+            yield file_link(f"data {name}.{part}.npy", data_dir, f"{name}.{part}.npy", digest)
+
+
+def file_link(name: str, folder: Path | None, file: str, digest: str) -> Link:
+    """A file in a folder of the reader's own, whose links are theirs; the file's name may come from anybody."""
+    leads_out = os.path.isabs(file) or os.path.normpath(file).startswith("..") or "\0" in file
+    path = None if folder is None or leads_out else folder / file
+    if path is None or not path.is_file():
+        return Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
+    if is_file_with(path, digest):
+        return Link(name, HOLDS, f"SHA-256 {digest[:16]}")
+    return Link(name, BROKEN, f"{shown_path(path)} is not the file with SHA-256 {digest[:16]} that the record names")
+
+
+def record_links(facts: Facts) -> Iterator[Link]:
+    """Each stage read what the stage before it wrote; config.yaml is the configuration of the training."""
+    manifest = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
+    weights = set(facts.training.outputs.values()) if facts.training else set()
+    for record, stage in (
+        (facts.training, "training"),
+        (facts.evaluation, "evaluation"),
+        (facts.serialization, "export"),
+    ):
+        if record is not None and manifest is not None:
+            yield equal_link(f"{stage} read the data set", record.inputs.get("manifest"), {manifest})
+        if record is not None and stage != "training" and weights:
+            yield equal_link(f"{stage} read the weights", record.inputs.get("weights"), weights)
+    if facts.training is not None:
+        digest = None if facts.config is None else config_sha256(facts.config)
+        yield equal_link("config.yaml", digest, {facts.training.config_sha256})
+
+
+def equal_link(name: str, digest: str | None, written: set[str]) -> Link:
+    if digest in written:
+        return Link(name, HOLDS, digest[:16] if digest else "")
+    return Link(name, BROKEN, f"{str(digest)[:16]}, but written was {', '.join(sorted(one[:16] for one in written))}")
+
+
+def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
+    """The weights of the last checkpoint and of the file for release, by the hash of their tensors."""
+    if facts.training is None:
+        return
+    recorded = facts.training.outputs.get("weights")
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "pt": lambda path: released_weights(load_checkpoint(path)),
+        "safetensors": lambda path: read_weights(path, "file").tensors,
+    }
+    for suffix, read in readers.items():
+        path = run.checkpoints / f"step-{facts.training.schedule.steps:08d}.{suffix}"
+        name = f"weights {path.name}"
+        if not os.path.exists(path):
+            yield Link(name, NOT_HERE, f"its tensors should have SHA-256 {str(recorded)[:16]}")
+            continue
+        try:
+            run.require_readable(path, WEIGHTS_BYTES_MAX)
+            digest = weights_sha256(read(path))
+        except UserError as error:
+            yield Link(name, BROKEN, str(error))
+            continue
+        if digest == recorded:
+            yield Link(name, HOLDS, f"SHA-256 of its tensors {digest[:16]}")
+        else:
+            yield Link(name, BROKEN, f"its tensors have SHA-256 {digest[:16]}, training recorded {str(recorded)[:16]}")
+
+
+def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
+    """Files that a stage left in the run."""
+    for name, digest in outputs.items():
+        path = path_inside(run.directory, name)
+        if path is None:
+            yield Link(name, BROKEN, "it is outside the run")
+        elif not os.path.exists(path):
+            yield Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
+        elif fault := file_fault(path, {digest}, "that the record names"):
+            yield Link(name, BROKEN, f"{fault}, {digest[:16]}")
+        else:
+            yield Link(name, HOLDS, f"SHA-256 {digest[:16]}")
+
+
+def metric_links(run: Run, facts: Facts) -> Iterator[Link]:
+    """The counts of each record: over its classes, and counted again in the predictions that are here."""
+    wrong = set()
+    for record in filter(None, (facts.evaluation, *facts.other_evaluations)):
+        for name in ("images", "correct_top1", "correct_top5"):
+            total, claimed = sum(getattr(row, name) for row in record.per_class), getattr(record, name)
+            if total != claimed and record.protocol.name not in wrong:
+                wrong.add(record.protocol.name)
+                detail = f"{name} is {total} over the classes, {claimed} in the record"
+                yield Link(f"metrics of {record.protocol.name}", BROKEN, detail)
+    for counted in counted_predictions(facts):
+        name = f"metrics of {counted.metric}"
+        path = path_inside(run.directory, counted.file)
+        if counted.metric in wrong or path is None or not os.path.exists(path):
+            continue
+        try:
+            faults = counted.faults(path)
+        except UserError as error:
+            yield Link(name, BROKEN, f"{shown_path(path)}: {error}")
+            continue
+        if faults:
+            yield Link(name, BROKEN, f"{shown_path(path)}: {'; '.join(faults)}")
+        else:
+            counts = f"{counted.correct_top1} and {counted.correct_top5} of {counted.images}"
+            yield Link(name, HOLDS, f"{counts}, counted in {path.name}")

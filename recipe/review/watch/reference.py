@@ -1,0 +1,277 @@
+"""The reference of `watch` and the run that is judged by it, read from records, documents and files of dynamics.
+
+A reference is a finished run, a published recipe or a file of dynamics (several seeds of one recipe). Runs that differ
+in a setting that can change the dynamics are refused, with the setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from recipe.config import differences, leaves, recipe_id
+from recipe.document.claims import columns, identity
+from recipe.document.dynamics import MetricRow, joined_rows
+from recipe.document.facts import gather
+from recipe.document.formatting import on_one_line
+from recipe.errors import UserError
+from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
+from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
+from recipe.review.watch.statistics import WATCHED_METRICS, phases
+from recipe.run import Run, shown_path
+
+DYNAMICS_FILE = "dynamics.json"  # beside the document
+MOST_EPOCHS = 100_000
+COSMETIC = ("seed", "name", "trainer.log_every_steps", "trainer.keep_checkpoints")
+COSMETIC_GROUPS = ("description", "data.description", "model.description", "serialization", "timing")
+COSMETIC_EVALUATION = ("batch_size", "checkpoint", "backend", "variant")
+
+
+class ScheduleSettings(msgspec.Struct, frozen=True):
+    """The settings that decide where the phases of a training begin."""
+
+    epochs: int
+    schedule: str
+    warmup_epochs: float
+    step_epochs: list[int]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run to judge, finished or not."""
+
+    name: str
+    config: Mapping[str, Any]
+    steps_per_epoch: int | None  # unknown until its first epoch is over
+    seed: SeedDynamics
+
+
+def open_reference(paths: Sequence[str | Path]) -> Dynamics:
+    """All seeds under the paths, each once; raises `UserError` where they are not of one recipe and one data set."""
+    first, *others = [_open_seeds(Path(path)) for path in paths]
+    seeds = list(first.seeds)
+    for path, other in zip(paths[1:], others, strict=True):
+        refuse_differences(first, other.config, other.steps_per_epoch, shown_path(path))
+        seeds += other.seeds
+    for seed in seeds[1:]:
+        _refuse_other_data(seeds[0], seed, f"reference seed {seed.seed}")
+    return msgspec.structs.replace(first, seeds=_without_repeats(seeds))
+
+
+def _open_seeds(path: Path) -> Dynamics:
+    """A file of dynamics; or the seed of a recipe, those published with it, and those of a file of dynamics beside."""
+    if path.suffix == ".json" and path.is_file():
+        return _checked(_read_dynamics(path), shown_path(path))
+    recipe = open_recipe(path)
+    own = _seed_of(recipe)
+    seeds = own.seeds + _published_seeds(recipe, own)
+    file = (path if path.is_dir() else path.parent) / DYNAMICS_FILE
+    if file.is_file():
+        beside = _read_dynamics(file)
+        refuse_differences(own, beside.config, beside.steps_per_epoch, shown_path(file))
+        seeds += beside.seeds
+    return _checked(msgspec.structs.replace(own, seeds=_without_repeats(seeds)), recipe.name)
+
+
+def _published_seeds(recipe: OpenedRecipe, own: Dynamics) -> list[SeedDynamics]:
+    """The other seeds that were published with a recipe, on the same data, as `publish` saw to."""
+    published = recipe.run.read(SeedsRecord) if recipe.run is not None else None
+    if published is None:
+        return []
+    if published.recipe_id != own.recipe_id:
+        raise UserError(f"the seeds in the records of {recipe.name} are of another recipe")
+    return [
+        SeedDynamics(
+            seed=run.seed,
+            weights_sha256=run.weights_sha256,
+            source_sha256=run.source_sha256,
+            images_per_batch_norm=None,
+            raw_sha256=own.seeds[0].raw_sha256,
+            epochs={name: list(values) for name, values in run.epochs.items()},
+        )
+        for run in published.runs
+    ]
+
+
+def _read_dynamics(path: Path) -> Dynamics:
+    dynamics = from_json(read_text(path).encode(), Dynamics, shown_path(path))
+    computed = recipe_id(dynamics.config)
+    if dynamics.recipe_id != computed:
+        raise UserError(
+            f"{shown_path(path)} calls itself recipe {on_one_line(dynamics.recipe_id)[:16]}, but its configuration is "
+            f"that of {computed[:16]}: it was edited"
+        )
+    return dynamics
+
+
+def _seed_of(recipe: OpenedRecipe) -> Dynamics:
+    """The one seed of a document, or of a run without one; raises `UserError` where no training was finished."""
+    block = recipe.block
+    if block is None:
+        assert recipe.run is not None, "a recipe has a document or records"
+        block = identity(gather(recipe.run, recipe.name))
+    claims, config = dict_or_empty(block.get("claims")), block.get("config")
+    training, seed = claims.get("training"), dict_or_empty(config).get("seed")
+    if not isinstance(training, dict) or not isinstance(config, dict):
+        raise UserError(f"{recipe.name} holds no finished training: nothing can be compared with it")
+    splits = dict_or_empty(dict_or_empty(claims.get("data")).get("splits"))
+    values = {
+        "seed": seed if isinstance(seed, int) else 0,
+        "weights_sha256": training.get("weights_sha256"),
+        "source_sha256": dict_or_empty(block.get("code")).get("source_sha256"),
+        "images_per_batch_norm": training.get("images_per_batch_norm"),
+        "raw_sha256": {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)},
+        "epochs": training.get("epochs"),
+    }
+    try:
+        dynamics = msgspec.convert(values, SeedDynamics)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the document's claims about training cannot be read: {error}") from error
+    return Dynamics(
+        recipe_id=recipe_id(config),
+        config={key: value for key, value in config.items() if key != "seed"},
+        steps_per_epoch=training.get("steps_per_epoch"),  # type: ignore[arg-type]  # checked by the caller
+        seeds=[dynamics],
+    )
+
+
+def _checked(dynamics: Dynamics, where: str) -> Dynamics:
+    """The dynamics; raises `UserError` unless every seed has every epoch, in plain numbers."""
+    epochs, steps = schedule_of(dynamics.config, where).epochs, dynamics.steps_per_epoch
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(steps))}")
+    if not dynamics.seeds:
+        raise UserError(f"{where} holds no seed")
+    for seed in dynamics.seeds:
+        if seed.epochs.get("epoch") != list(range(1, epochs + 1)):
+            raise UserError(f"seed {seed.seed} of {where} does not hold each of its {epochs} epochs once, in order")
+        for name in WATCHED_METRICS:
+            values = seed.epochs.get(name, [])
+            if len(values) != epochs or not all(is_exact_number(value) for value in values):
+                raise UserError(f"seed {seed.seed} of {where} has no number for {name} in one of its {epochs} epochs")
+    return dynamics
+
+
+def is_exact_number(value: Any) -> bool:
+    """Whether a value is a number without loss as a float: not a truth value, NaN or a huge integer."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**53
+
+
+def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
+    """The schedule of a pinned configuration; raises `UserError`."""
+    try:
+        settings = msgspec.convert(config.get("optimization"), ScheduleSettings)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the configuration of {where} has no schedule that could be read: {error}") from error
+    if not 1 <= settings.epochs <= MOST_EPOCHS:
+        raise UserError(f"optimization.epochs={settings.epochs} of {where} cannot be: it must be 1 to {MOST_EPOCHS}")
+    return settings
+
+
+def phases_of(reference: Dynamics) -> list[int]:
+    """The phase of the schedule of every epoch."""
+    settings = schedule_of(reference.config, "the reference")
+    falls = settings.step_epochs if settings.schedule == "step" else []
+    return phases(settings.epochs, [settings.warmup_epochs, *falls])
+
+
+def refuse_differences(reference: Dynamics, config: Mapping[str, Any], steps_per_epoch: int | None, where: str) -> None:
+    """Raise `UserError` with every difference that can change the dynamics."""
+    changed = differences(what_matters(reference.config), what_matters(config))
+    if changed:
+        shown = "; ".join(on_one_line(line) for line in changed)
+        raise UserError(f"{where} cannot be judged by this reference, whose recipe is another one: {shown}")
+    if steps_per_epoch is not None and steps_per_epoch != reference.steps_per_epoch:
+        raise UserError(
+            f"{where} makes {steps_per_epoch} steps an epoch, the reference {reference.steps_per_epoch}: their data "
+            "sets have other sizes, and no epoch of one is at the place in the schedule of an epoch of the other"
+        )
+
+
+def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that can change training, flat: without the seed, names, descriptions and later stages."""
+    ignored = (*COSMETIC, *(f"evaluation.{name}" for name in COSMETIC_EVALUATION))
+    groups = tuple(f"{name}." for name in COSMETIC_GROUPS)
+    flat = leaves(config)
+    return {key: value for key, value in flat.items() if key not in ignored and not f"{key}.".startswith(groups)}
+
+
+def refuse_other_data(reference: Dynamics, watched: Watched) -> None:
+    """Raise `UserError` where the raw images have other hashes."""
+    for seed in reference.seeds:
+        _refuse_other_data(seed, watched.seed, watched.name)
+
+
+def _refuse_other_data(first: SeedDynamics, second: SeedDynamics, where: str) -> None:
+    for split in first.raw_sha256.keys() & second.raw_sha256.keys():
+        ours, theirs = first.raw_sha256[split], second.raw_sha256[split]
+        if ours != theirs:
+            raise UserError(
+                f"{where} saw other images: raw_sha256 of {on_one_line(split)} is {on_one_line(theirs)[:16]}, that of "
+                f"the reference {on_one_line(ours)[:16]}"
+            )
+
+
+def _without_repeats(seeds: Sequence[SeedDynamics]) -> list[SeedDynamics]:
+    """Each run once: a copy would make the spread look smaller than it is."""
+    kept: list[SeedDynamics] = []
+    for seed in seeds:
+        if not any(same_run(seed, other) for other in kept):
+            kept.append(seed)
+    return kept
+
+
+def same_run(first: SeedDynamics, second: SeedDynamics) -> bool:
+    """Whether all values that both have are equal, as those of two seeds never are; hashes can be edited."""
+    shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
+    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in WATCHED_METRICS for at in shared]
+    return bool(pairs) and all(a == b for a, b in pairs)
+
+
+def open_watched(path: str | Path) -> Watched:
+    """The run under a path: a run directory in any state, a published recipe or a document."""
+    path = Path(path)
+    run = Run(path)
+    if path.is_dir() and run.metrics.exists():
+        return watched_run(run)
+    recipe = open_recipe(path)
+    dynamics = _checked(_seed_of(recipe), recipe.name)
+    return Watched(recipe.name, dynamics.config, dynamics.steps_per_epoch, dynamics.seeds[0])
+
+
+def watched_run(run: Run) -> Watched:
+    """A run from its own files, also while it trains; an epoch counts when it was validated."""
+    name, config = shown_path(run.directory), run.read_config()
+    if config is None:
+        raise UserError(f"{name} has no config.yaml: nothing was trained there")
+    rows, steps_per_epoch = _completed(run.metric_rows(), schedule_of(config, name).epochs, name)
+    training, data = run.read(TrainingRecord), run.read(PreprocessingRecord)
+    seed = SeedDynamics(
+        seed=int(config["seed"]),
+        weights_sha256=training.outputs.get("weights") if training else None,
+        source_sha256=training.provenance.source_sha256 if training else None,
+        images_per_batch_norm=training.loader.images_per_batch_norm if training else None,
+        raw_sha256={split: facts.raw_sha256 for split, facts in data.splits.items()} if data else {},
+        epochs=columns(joined_rows(rows)),
+    )
+    return Watched(name, config, steps_per_epoch, seed)
+
+
+def _completed(rows: Sequence[MetricRow], epochs: int, where: str) -> tuple[list[MetricRow], int | None]:
+    """The rows of the epochs that are over, and how many steps one has."""
+    beyond = max((row["epoch"] for row in rows), default=0)
+    if beyond > epochs:
+        raise UserError(f"{where} has a row of metrics of epoch {beyond}; its training has {epochs}")
+    validated = {row["epoch"]: row["step"] for row in rows if row["split"] == "validation"}
+    lengths = {step / epoch for epoch, step in validated.items()}
+    if len(lengths) > 1:
+        raise UserError(f"the epochs of {where} have different numbers of steps: {sorted(lengths)}")
+    length = round(lengths.pop()) if lengths else None
+    return [row for row in rows if row["epoch"] in validated], length
