@@ -53,16 +53,16 @@ def test_an_examination(
     parser = argparse.ArgumentParser()
     doctor.describe(parser)
     assert doctor.answer(parser.parse_args(smoke("trainer.gpus=null"))) == 0
-    told = capsys.readouterr().out.strip().splitlines()
-    assert [line.split("  ")[0] for line in told[:4]] == [
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == [
         "reading",
         "decoding crops, one core",
         "augmentation, one core",
         "training step",
     ]
-    assert "bounds this experiment at" in told[4]
-    assert told[5].startswith("2 epochs would take about ")
-    assert ": 2 x 108 images / " in told[5]
+    assert "bounds this experiment at" in lines[4]
+    assert lines[5].startswith("2 epochs would take about ")
+    assert ": 2 x 108 images / " in lines[5]
 
 
 def test_a_damaged_image_is_named(
