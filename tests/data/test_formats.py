@@ -171,7 +171,7 @@ def test_a_folder_of_all_formats_is_trained_on(tmp_path: Path, capsys: pytest.Ca
         assert np.array_equal(shown(stored[key]), shown(content)), key
     assert record.odd_images == {"AVIF": 2, "BMP": 2, "GIF": 2, "JPEG 2000": 2, "TIFF": 2, "WebP": 2}
     said = capsys.readouterr().err
-    assert "converted: 12; left out: 0" in said
+    assert "converted: 12; skipped: 0" in said
 
 
 @pytest.mark.parametrize("name", ["nameless", "picture.webp", "picture.data"])
@@ -272,5 +272,5 @@ def test_libraries_below_pillow_print_nothing(tmp_path: Path) -> None:
         check=True,
         text=True,
     )
-    assert "left out: 1" in done.stderr
+    assert "skipped: 1" in done.stderr
     assert "JPEGLib" not in done.stderr
