@@ -28,9 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config import MACHINE_FACTS, PATHS, Config, known_keys, leaves, typed
+from recipe.environment import remember_typed_words, typed_words
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.launcher import launched, report_ignored
-from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, JOURNAL, Run, disk_errors, shown_path
 from recipe.streams import protect_streams
 

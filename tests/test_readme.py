@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import VERBS
+from recipe.demonstration import NOTEBOOK
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
-from recipe.notebook import NOTEBOOK
 from recipe.run import CHECKOUT, RECORD_FILES, Run
 from tests.conftest import compose_config
 

@@ -69,9 +69,10 @@ from recipe.data.shards import SPLITS, problems, size_of
 from recipe.data.sharing import Plan, Team, check_same_plan
 from recipe.data.sources import check_raw_dir, find_raw, read_errors
 from recipe.data.summary import is_ilsvrc2012, print_summary, record_of
+from recipe.environment import machine, usable_cores
 from recipe.errors import UserError
 from recipe.launcher import ALONE, Launch
-from recipe.provenance import Stage, machine, usable_cores
+from recipe.provenance import Stage
 from recipe.records import Archive, ClassName, PreprocessingRecord, to_json
 from recipe.run import disk_errors, locked, shown_path, write_atomically
 from recipe.signals import blocked, interruptible, start_resource_tracker

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.document import blocks, figures, inference_figures
+from recipe.document import blocks, figures
 from recipe.document.dynamics import MetricRow, train_weights, weighted_mean
 from recipe.document.facts import Facts, gather
 from recipe.document.formatting import Markdown, accuracy, code, hardware, percent, table, text
@@ -148,7 +148,7 @@ def copy_figures(page: str, main: FinishedRun, copy: Run) -> None:
     """The figures that the page shows, drawn from the records where they can be."""
     facts = main.facts
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, copy.read_all(copy.timing, TimingRecord))
+    drawn |= figures.draw_inference(facts.inference, copy.read_all(copy.timing, TimingRecord))
     for link in sorted(set(FIGURE.findall(page))):
         name = Path(link).name
         source, target = main.run.figures / name, copy.figures / name

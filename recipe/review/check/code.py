@@ -7,7 +7,7 @@ hash of the source identifies the code then.
 from __future__ import annotations
 
 import hashlib
-import os
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe.config import known_keys
+import recipe.provenance
+from recipe.config import known_keys, leaves
 from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
-from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
+from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, sha256_of_sources, source_sha256
 from recipe.records import Provenance
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
-MODULES = ("recipe.notebook",)
-RULE = "recipe/provenance.py"
+MODULES = ("recipe.demonstration",)
 REPRODUCE = ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
@@ -113,36 +113,27 @@ def source_sha256_here() -> str:
 
 @cache
 def source_sha256_at(commit: str) -> str | None:
-    """The source hash of a commit, from git alone; None where git cannot tell."""
+    """The source hash of a commit, from git's objects; None where git or another rule of what is source forbids it.
+
+    The objects are read directly: `git archive` and `git checkout` would obey the attributes of the commit, which can
+    leave files out, change their bytes and start filters.
+    """
     try:
         files = committed_files(commit)
-        rule = contents([files[RULE].object_id])[0] if RULE in files else b""
-        if listing_rule(rule) != listing_rule((CHECKOUT / RULE).read_bytes()):
-            return None
-        names = sorted((name for name in files if is_source(name)), key=lambda name: Path(name).parts)
-        sources = contents([files[name].object_id for name in names])
+        names = sorted(filter(is_source, files), key=lambda name: Path(name).parts)
+        sources = contents(files[name] for name in names)
     except NoCommitError:
         return None
-    digest = hashlib.sha256()
-    for name, content in zip(names, sources, strict=True):
-        digest.update(os.fsencode(f"{name} {hashlib.sha256(content).hexdigest()}\n"))
-    return digest.hexdigest()
-
-
-def listing_rule(source: bytes) -> bytes | None:
-    """The line of provenance.py that says what counts as source: another rule gives another hash of the same code."""
-    found = re.search(rb"^SOURCES = .*$", source, re.MULTILINE)
-    return found[0] if found else None
+    rule = re.search(r"^SOURCES = .*$", inspect.getsource(recipe.provenance), re.MULTILINE)
+    if rule is None or not any(rule[0].encode() in source for source in sources):
+        return None
+    return sha256_of_sources(zip(names, sources, strict=True))
 
 
 def is_source(name: str) -> bool:
-    return any(re.fullmatch(as_expression(pattern), name) for pattern in SOURCES)
-
-
-@cache
-def as_expression(pattern: str) -> str:
-    """A glob of `pathlib` as a regular expression."""
-    return re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+    """Whether one of the globs of `SOURCES` matches."""
+    patterns = (re.escape(glob).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*") for glob in SOURCES)
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 # What its commands say
@@ -150,20 +141,12 @@ def as_expression(pattern: str) -> str:
 
 def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
-    keys = set(known_keys()) | (set(leaf_names(config)) if config else set())
+    keys = {*known_keys(), *leaves(config or {})}
     return [
         Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
         for place, provenance in stages(facts)
         for what in command_faults(provenance.command, keys)
     ]
-
-
-def leaf_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaf_names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def command_faults(command: str, keys: set[str]) -> list[str]:

@@ -86,10 +86,10 @@ def prediction_findings(facts: Facts, run: Run) -> Iterator[Finding]:
 
 def figure_findings(facts: Facts, run: Run) -> list[Finding]:
     """Figures that are others when drawn again from the records."""
-    from recipe.document import figures, inference_figures
+    from recipe.document import figures
 
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
+    drawn |= figures.draw_inference(facts.inference, facts.timing)
     there = [name for name in drawn if os.path.lexists(run.figures / name)]
     changed = []
     for name in there:

@@ -16,7 +16,8 @@ import torch
 from recipe.composition import composed_outside
 from recipe.config import MACHINE_FACTS, Accelerator, Config, TrainerConfig, differences, pinned
 from recipe.document.commands import EXPERIMENTS
-from recipe.provenance import processor_name, source_sha256, usable_cores, versions
+from recipe.environment import processor_name, usable_cores, versions
+from recipe.provenance import source_sha256
 from recipe.review.reproduce.parse import Recipe, shown
 
 PROCESSES_MAX_ON_CPU = 8

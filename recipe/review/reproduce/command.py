@@ -22,11 +22,12 @@ from recipe.data.pipeline import preprocess
 from recipe.distributed import launch
 from recipe.document.facts import gather
 from recipe.document.render import write_document
+from recipe.environment import machine
 from recipe.errors import UserError
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
-from recipe.provenance import Stage, machine
+from recipe.provenance import Stage
 from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe
 from recipe.review.reproduce.adapt import Fitted, changed_words, checkout_differences, fitted

@@ -95,7 +95,7 @@ def test_it_needs_no_torch_and_less_than_two_seconds(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "command", "kind"),
     [
-        ("inference.json", "python -m recipe.notebook run_dir=", Kind.finding),
+        ("inference.json", "python -m recipe.demonstration run_dir=", Kind.finding),
         ("serialization.json", "python serialize.py run_dir=", Kind.note),  # asked for where the deployed form differs
     ],
 )
@@ -445,7 +445,7 @@ def test_a_commit_that_holds_other_source_is_found(run: Run) -> None:
 
 
 def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path, monkeypatch: Any) -> None:
-    """From git's objects alone, in a repository of its own."""
+    """From git's objects alone; attributes of the commit leave nothing out, change no byte and start no program."""
     for name in (
         "recipe/__init__.py",
         "recipe/a.py",
@@ -459,15 +459,25 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}\n")
     shutil.copy(CHECKOUT / "recipe" / "provenance.py", tmp_path / "recipe" / "provenance.py")
+    (tmp_path / "recipe" / "a.py").write_text("commit = '$Format:%H$'\nname = '$Id$'\n")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
+    attributes = "recipe/b/* export-ignore\n*.py export-subst ident text eol=crlf filter=evil\n"
+    (tmp_path / ".gitattributes").write_text(attributes)
+    ran = tmp_path.parent / f"{tmp_path.name}-ran"
+    for words in (
+        ["config", "filter.evil.smudge", f"touch '{ran}'; cat"],
+        ["add", ".gitattributes"],
+        ["commit", "-qm", "y"],
+    ):
+        subprocess.run([*git, *words], check=True)
     monkeypatch.setattr("recipe.provenance.CHECKOUT", tmp_path)
-    monkeypatch.setattr(sources, "CHECKOUT", tmp_path)
     sources.source_sha256_at.cache_clear()
     head = commit()
     assert head is not None
     assert sources.source_sha256_at(head) == sources.source_sha256()
+    assert not ran.exists()
     (tmp_path / "notes.txt").write_text("no source")
     assert sources.source_sha256_at(head) == sources.source_sha256()
     (tmp_path / "recipe" / "a.py").write_text("changed")
@@ -483,7 +493,7 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         "torchrun --nnodes=4 --nproc-per-node=8 train.py optimization.epochs=18 trainer.gpus=8",
         "python train.py -m seed=1,2,3 hydra/launcher=submitit_slurm",
         "python train.py ++model.name=resnet18 ~data.description.papers data=imagenet",
-        "python -m recipe.notebook run_dir=runs/demo timing.seconds_per_cell=0.1",
+        "python -m recipe.demonstration run_dir=runs/demo timing.seconds_per_cell=0.1",
         'python train.py experiment=demo run_dir="$RUN_DIR" reference="$REFERENCE"',
         'python -m recipe reproduce "$RECIPE" --run-dir "$RUN_DIR" --yes',
         "python -m recipe reproduce recipes/demo --stages train evaluate --yes",
