@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 
 from recipe.composition import composed_config, one_job, run_command
 from recipe.data.manifest import copy_record
-from recipe.data.pipeline import preprocess
 from recipe.document.render import check_document, write_document
 from recipe.launcher import launched
+from recipe.preprocessing.pipeline import preprocess
 from recipe.run import Run, append_to_journal, recorded_path, shown_path
 
 

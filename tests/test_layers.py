@@ -32,6 +32,7 @@ ALLOWED = {
     "model": [*GROUND, "alterations", "checkpoint", "weights"],
     "checkpoint": GROUND,
     "data": [*GROUND, "distributed", "data"],
+    "preprocessing": [*GROUND, "distributed", "data", "preprocessing"],
     "evaluation": [*GROUND, "distributed", "model", "data"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
     "performance": [
@@ -47,6 +48,7 @@ ALLOWED = {
             "checkpoint",
             "weights",
             "data",
+            "preprocessing",
             "evaluation",
             "training",
         ),
@@ -63,6 +65,7 @@ ALLOWED = {
             "checkpoint",
             "weights",
             "data",
+            "preprocessing",
             "evaluation",
             "inference",
             "training",
@@ -72,7 +75,7 @@ ALLOWED = {
     "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
 }
 WITHOUT_TORCH = [
-    *(*GROUND, "composition", "document.render", "data.pipeline", "data.demo"),
+    *(*GROUND, "composition", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
     *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))

@@ -28,7 +28,7 @@ from recipe.data.decoding import (
 )
 from recipe.data.images import ORIENTATION_TAG, store
 from tests.data import test_images as damages
-from tests.data.layouts import encoded
+from tests.preprocessing.layouts import encoded
 
 PILLOW = PillowDecoder()
 KINDS = {

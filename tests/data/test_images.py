@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from recipe.data.images import DamagedImageError, Rules, reason, store
-from tests.data.layouts import encoded, pixels
+from tests.preprocessing.layouts import encoded, pixels
 
 KEEP = Rules(keeps_png=False, resize_short_side=None, quality=90)
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from recipe.config import Corrupt, Source
-from recipe.data import imagenet
-from recipe.data.archives import digests
 from recipe.data.images import DamagedImageError, Rules, store
 from recipe.data.manifest import read_manifest
-from recipe.data.pipeline import preprocess
 from recipe.data.shards import open_split
 from recipe.errors import UserError
-from tests.data.layouts import config, encoded, jpeg, train_images, write_files, write_official
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.archives import digests
+from recipe.preprocessing.pipeline import preprocess
+from tests.preprocessing.layouts import config, encoded, jpeg, train_images, write_files, write_official
 
 KEEP = Rules(keeps_png=True, resize_short_side=None, quality=90)
 END, ADOBE_OF_NOBODY = b"\xff\xd9", b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\x07"

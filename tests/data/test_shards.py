@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from recipe.data.manifest import Manifest, ManifestSplit, Shard, manifest_sha256, read_manifest
-from recipe.data.shard_writer import npy_bytes, tar_header, write_shard
 from recipe.data.shards import INDEX, open_split
 from recipe.errors import DiskError, UserError
+from recipe.preprocessing.shard_writer import npy_bytes, tar_header, write_shard
 from recipe.records import to_json
 from recipe.run import CHECKOUT
 

@@ -60,7 +60,7 @@ CONFIG: dict[str, Any] = {
         "expect": "nothing",
         "description": {
             "summary": "Drawn textures and shapes of 12 classes, for seeing the whole pipeline work in minutes",
-            "origin": "Drawn by recipe/data/demo.py; no photograph and no person in it",
+            "origin": "Drawn by recipe/preprocessing/demo.py; no photograph and no person in it",
             "licence": "That of this project (MIT)",
             "access": "Nothing is downloaded; preprocess.py draws it",
             "labels": "One label an image, the class that was drawn",

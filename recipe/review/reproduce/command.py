@@ -18,7 +18,6 @@ from torchvision.models import list_models
 
 from recipe.config import Config, Source
 from recipe.data.manifest import copy_record, manifest_sha256
-from recipe.data.pipeline import preprocess
 from recipe.distributed import launch
 from recipe.document.facts import gather
 from recipe.document.render import write_document
@@ -27,6 +26,7 @@ from recipe.errors import UserError
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.provenance import Stage
 from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe

@@ -16,12 +16,12 @@ import pytest
 from recipe.__main__ import main
 from recipe.config import Config
 from recipe.data.manifest import copy_record
-from recipe.data.pipeline import preprocess
 from recipe.document import figures
 from recipe.document.facts import gather
 from recipe.document.publish import publish
 from recipe.document.render import write_document
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce import command as reproduce

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import features
 
 from recipe.config import DataConfig, Expectation, sha256_of, untyped
-from recipe.data import imagenet
 from recipe.data.images import FILTER, GREY, ROTATED
-from recipe.data.listing import Raw, Tally
 from recipe.data.manifest import data_settings, manifest_sha256
-from recipe.data.shard_writer import Merged
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.listing import Raw, Tally
+from recipe.preprocessing.shard_writer import Merged
 from recipe.records import Archive, LabelExample, LeftOut, PreprocessingRecord, Provenance, SplitFacts
 from recipe.run import CHECKOUT, printable
 

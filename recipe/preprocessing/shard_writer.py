@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.data.images import AS_PNG, RejectedImageError, Rules, StoredImage, silence_decoders, store
-from recipe.data.listing import Rows, in_parts
 from recipe.data.manifest import Shard
 from recipe.data.shards import INDEX, size_of
 from recipe.errors import UserError
+from recipe.preprocessing.listing import Rows, in_parts
 from recipe.records import Record, UnusualImage, from_json, to_json
 from recipe.run import disk_errors, shown_path, temporary_sibling, write_atomically
 

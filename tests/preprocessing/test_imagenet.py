@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from torchvision.datasets import imagenet as torchvision_imagenet
 
-from recipe.data import imagenet
+from recipe.preprocessing import imagenet
 
 FIRST_AND_LAST = ("n01440764", "n15075141")
 

@@ -33,12 +33,7 @@ import PIL
 from PIL import features
 
 from recipe.config import Config, Corrupt, DataConfig, Expectation, Source, differences, sha256_of
-from recipe.data import imagenet
-from recipe.data.archives import digests
-from recipe.data.folders import look_alike_lines
-from recipe.data.ilsvrc import check_ilsvrc2012, check_published_md5
 from recipe.data.images import Rules
-from recipe.data.listing import Raw, Rows, entries_of, in_parts, left_out_in_words, listing_sha256, loss_lines
 from recipe.data.manifest import (
     MANIFEST,
     RECORD,
@@ -49,7 +44,16 @@ from recipe.data.manifest import (
     read_record,
 )
 from recipe.data.progress import Progress
-from recipe.data.shard_writer import (
+from recipe.data.shards import SPLITS, problems, size_of
+from recipe.environment import machine, usable_cores
+from recipe.errors import UserError
+from recipe.launcher import ALONE, Launch
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.archives import digests
+from recipe.preprocessing.folders import look_alike_lines
+from recipe.preprocessing.ilsvrc import check_ilsvrc2012, check_published_md5
+from recipe.preprocessing.listing import Raw, Rows, entries_of, in_parts, left_out_in_words, listing_sha256, loss_lines
+from recipe.preprocessing.shard_writer import (
     WORK,
     Merged,
     Note,
@@ -65,13 +69,9 @@ from recipe.data.shard_writer import (
     run_task,
     start_worker,
 )
-from recipe.data.shards import SPLITS, problems, size_of
-from recipe.data.sharing import Plan, Team, check_same_plan
-from recipe.data.sources import check_raw_dir, find_raw, read_errors
-from recipe.data.summary import is_ilsvrc2012, print_summary, record_of
-from recipe.environment import machine, usable_cores
-from recipe.errors import UserError
-from recipe.launcher import ALONE, Launch
+from recipe.preprocessing.sharing import Plan, Team, check_same_plan
+from recipe.preprocessing.sources import check_raw_dir, find_raw, read_errors
+from recipe.preprocessing.summary import is_ilsvrc2012, print_summary, record_of
 from recipe.provenance import Stage
 from recipe.records import Archive, ClassName, PreprocessingRecord, to_json
 from recipe.run import disk_errors, locked, shown_path, write_atomically

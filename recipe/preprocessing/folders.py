@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.data import imagenet
-from recipe.data.listing import (
+from recipe.errors import CONTROLS, UserError
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.listing import (
     BESIDE,
     IMAGE_SUFFIXES,
     NO_SPLIT,
@@ -30,7 +31,6 @@ from recipe.data.listing import (
     is_hidden,
     is_image,
 )
-from recipe.errors import CONTROLS, UserError
 from recipe.run import printable, shown_path
 
 IMAGE_NAME = re.compile(rf"^(.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE | re.DOTALL)

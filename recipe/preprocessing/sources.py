@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from recipe.config import DataConfig, Source
-from recipe.data.demo import write_demo_archives
-from recipe.data.folders import fetch_imagenette, list_folder_data_set, list_imagenette
-from recipe.data.ilsvrc import KAGGLE_IMAGES, LOOKED_FOR, list_ilsvrc, list_kaggle
-from recipe.data.listing import Raw
 from recipe.errors import UserError
+from recipe.preprocessing.demo import write_demo_archives
+from recipe.preprocessing.folders import fetch_imagenette, list_folder_data_set, list_imagenette
+from recipe.preprocessing.ilsvrc import KAGGLE_IMAGES, LOOKED_FOR, list_ilsvrc, list_kaggle
+from recipe.preprocessing.listing import Raw
 from recipe.run import disk_errors, shown_path
 
 DRAWN_SPLIT = "drawn like the training images, from other random numbers"

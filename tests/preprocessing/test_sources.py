@@ -16,16 +16,16 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from recipe.config import Expectation, Source
-from recipe.data import imagenet
-from recipe.data.archives import digests
-from recipe.data.folders import folder_keys, look_alike_lines
-from recipe.data.ilsvrc import check_ilsvrc2012, check_published_md5, read_devkit
-from recipe.data.listing import Raw, Rows, listing_sha256, loss_lines
-from recipe.data.pipeline import listing_line
-from recipe.data.shard_writer import RawReader
-from recipe.data.sources import find_raw
 from recipe.errors import UserError
-from tests.data.layouts import (
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.archives import digests
+from recipe.preprocessing.folders import folder_keys, look_alike_lines
+from recipe.preprocessing.ilsvrc import check_ilsvrc2012, check_published_md5, read_devkit
+from recipe.preprocessing.listing import Raw, Rows, listing_sha256, loss_lines
+from recipe.preprocessing.pipeline import listing_line
+from recipe.preprocessing.shard_writer import RawReader
+from recipe.preprocessing.sources import find_raw
+from tests.preprocessing.layouts import (
     NAMES,
     VALIDATION_LABELS,
     WNIDS,
@@ -769,7 +769,7 @@ def test_md5_and_sha256_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (found[0].md5, found[0].sha256) == (md5, hashlib.sha256(path.read_bytes()).hexdigest())
     assert found[0].is_published_md5 is True
     check_published_md5(found)
-    monkeypatch.setattr("recipe.data.archives.md5_and_sha256", None)
+    monkeypatch.setattr("recipe.preprocessing.archives.md5_and_sha256", None)
     assert digests([path], {path.name: md5}, tmp_path / "cache.json") == found
     monkeypatch.undo()
     monkeypatch.setitem(imagenet.PUBLISHED_MD5, path.name, md5)
@@ -780,8 +780,8 @@ def test_md5_and_sha256_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_expectations_are_checked_before_archives_are_read(tmp_path: Path) -> None:
-    from recipe.data.pipeline import preprocess
-    from tests.data.layouts import config
+    from recipe.preprocessing.pipeline import preprocess
+    from tests.preprocessing.layouts import config
 
     write_devkit(write_official(tmp_path / "raw"))
     with pytest.raises(UserError, match=r"found 3 classes, ILSVRC2012 has 1000; with data.expect=nothing"):

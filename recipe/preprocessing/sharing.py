@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from recipe.config import differences
-from recipe.data.shard_writer import Task
 from recipe.errors import HangError, UserError, WorkerError, how_to_continue
 from recipe.launcher import Launch
+from recipe.preprocessing.shard_writer import Task
 from recipe.records import PreprocessingRecord, Record, Setting, from_json, to_json
 
 if TYPE_CHECKING:

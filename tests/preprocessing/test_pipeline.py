@@ -27,18 +27,18 @@ import webdataset
 from PIL import Image
 
 from recipe.config import Corrupt, Decoder, Expectation, Source
-from recipe.data import pipeline, shard_writer
 from recipe.data.decoding import build_decoder, decoded
-from recipe.data.demo import write_demo_archives
 from recipe.data.images import DamagedImageError, RejectedImageError, Rules, store
 from recipe.data.manifest import read_manifest
-from recipe.data.pipeline import preprocess
 from recipe.data.shards import open_split
-from recipe.data.sources import find_raw
 from recipe.errors import DiskError, UserError
+from recipe.preprocessing import pipeline, shard_writer
+from recipe.preprocessing.demo import write_demo_archives
+from recipe.preprocessing.pipeline import preprocess
+from recipe.preprocessing.sources import find_raw
 from recipe.records import PreprocessingRecord
 from recipe.run import CHECKOUT
-from tests.data.layouts import (
+from tests.preprocessing.layouts import (
     VALIDATION_LABELS,
     WNIDS,
     config,
@@ -148,7 +148,7 @@ def test_no_path_host_or_user_is_written(finished: tuple[Path, PreprocessingReco
 
 
 def test_paths_inside_the_checkout_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipe.data.summary.CHECKOUT", tmp_path)
+    monkeypatch.setattr("recipe.preprocessing.summary.CHECKOUT", tmp_path)
     record = preprocess(config(write_official(tmp_path / "data/raw"), tmp_path / "data/tiny"))
     assert (record.raw_path, record.processed_path) == ("data/raw", "data/tiny")
 
@@ -192,10 +192,10 @@ MODULES_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {checkout!r})
-from recipe.data import shard_writer
-from recipe.data.pipeline import preprocess
-from recipe.data.sources import find_raw
-from tests.data.layouts import config
+from recipe.preprocessing import shard_writer
+from recipe.preprocessing.pipeline import preprocess
+from recipe.preprocessing.sources import find_raw
+from tests.preprocessing.layouts import config
 
 original = shard_writer.store
 
@@ -218,7 +218,7 @@ def test_workers_import_no_torch(official: Path, tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
     modules = set(seen.read_text().split())
-    assert "recipe.data.shard_writer" in modules
+    assert "recipe.preprocessing.shard_writer" in modules
     assert not {"torch", "torchvision", "nvidia"} & modules
 
 
@@ -228,11 +228,11 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {checkout!r})
-from recipe.data import pipeline, shard_writer
-from recipe.data.pipeline import preprocess
-from recipe.data.sources import find_raw
+from recipe.preprocessing import pipeline, shard_writer
+from recipe.preprocessing.pipeline import preprocess
+from recipe.preprocessing.sources import find_raw
 from recipe.errors import one_clear_sentence
-from tests.data.layouts import config
+from tests.preprocessing.layouts import config
 
 out = Path({out!r})
 original = shard_writer.store

@@ -17,13 +17,13 @@ from PIL import Image, features
 
 from recipe.config import Corrupt, Source
 from recipe.data.images import RejectedImageError, Rules, store
-from recipe.data.pipeline import preprocess
 from recipe.data.shards import open_split
 from recipe.errors import UserError
 from recipe.inference.pictures import pixels_of
+from recipe.preprocessing.pipeline import preprocess
 from recipe.run import CHECKOUT
-from tests.data.layouts import config, encoded, jpeg, pixels, write_files
-from tests.data.test_pipeline import png_header_of
+from tests.preprocessing.layouts import config, encoded, jpeg, pixels, write_files
+from tests.preprocessing.test_pipeline import png_header_of
 
 KEEP = Rules(keeps_png=True, resize_short_side=None, quality=90)
 FORMATS = {"WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF", "GIF": "GIF", "AVIF": "AVIF", "JPEG2000": "JPEG 2000"}
@@ -249,8 +249,8 @@ WITHOUT_DAMAGED = """
 import sys
 from pathlib import Path
 from recipe.config import Corrupt, Source
-from recipe.data.pipeline import preprocess
-from tests.data.layouts import config
+from recipe.preprocessing.pipeline import preprocess
+from tests.preprocessing.layouts import config
 if __name__ == "__main__":
     preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, corrupt=Corrupt.skip))
 """

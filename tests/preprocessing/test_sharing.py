@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from recipe.data import pipeline
-from recipe.data.pipeline import preprocess
 from recipe.errors import HangError
+from recipe.preprocessing import pipeline
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import PreprocessingRecord, from_json
 from recipe.run import CHECKOUT
-from tests.data.layouts import config, jpeg, train_images, write_official
-from tests.data.test_pipeline import content_of, is_running
+from tests.preprocessing.layouts import config, jpeg, train_images, write_official
+from tests.preprocessing.test_pipeline import content_of, is_running
 from tests.worlds import torchrun_environment
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("default_signals")]
@@ -34,11 +34,11 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {checkout!r})
-from recipe.data import shard_writer
-from recipe.data.pipeline import preprocess
+from recipe.preprocessing import shard_writer
+from recipe.preprocessing.pipeline import preprocess
 from recipe.errors import one_clear_sentence
 from recipe.launcher import launched
-from tests.data.layouts import config
+from tests.preprocessing.layouts import config
 
 rank, original, stored = int(os.environ["RANK"]), shard_writer.store, []
 raw, changes = {by_rank!r}.get(rank, ({raw!r}, {changes!r}))

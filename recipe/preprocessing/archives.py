@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from recipe.data import imagenet
-from recipe.data.listing import belongs_to_system
 from recipe.data.progress import Progress
 from recipe.errors import UserError
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.listing import belongs_to_system
 from recipe.records import Archive
 from recipe.run import shown_path, write_atomically
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from recipe.data import archives, imagenet
-from recipe.data.folders import check_folder, class_folders, list_class_folders, position_of
-from recipe.data.listing import Labeller, Listing, Raw
 from recipe.errors import UserError
+from recipe.preprocessing import archives, imagenet
+from recipe.preprocessing.folders import check_folder, class_folders, list_class_folders, position_of
+from recipe.preprocessing.listing import Labeller, Listing, Raw
 from recipe.records import Archive
 from recipe.run import shown_path
 
