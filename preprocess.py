@@ -6,12 +6,12 @@ import hydra
 from omegaconf import DictConfig
 
 from recipe.composition import composed_config, one_job, run_command
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
+from recipe.data.manifest import copy_record
 from recipe.document.render import check_document, write_document
 from recipe.experiment_log import append_to_journal
 from recipe.files import display_path, portable_path
 from recipe.launcher import launched
+from recipe.preprocessing.pipeline import preprocess
 from recipe.run import Run
 
 
@@ -27,7 +27,7 @@ def main(composed: DictConfig) -> None:
         check_document(run)
         append_to_journal(run, "preprocess", "started", name=config.name)
         record = preprocess(config, launch)
-        bring_record(run, Path(config.data.directory), record)
+        copy_record(run, Path(config.data.directory), record)
         append_to_journal(run, "preprocess", "ended", manifest=record.outputs["manifest"])
         write_document(run, portable_path(config.run_dir))
         print(f"wrote {display_path(run.document)}")

@@ -21,10 +21,10 @@ ground floor, torch
     weights        pretrained weights: files of other training scripts, torchvision's
     model          ResNet-50 and its sources, finished here
 chapters
-    data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
-                   system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
-                   processing, reporting, progress; adoption;
-                   decoding, transforms, interface, loading; worker, processes: the same in other processes
+    data           shards -> batches: images and integrity (checks of one image, which preprocessing shares), manifest,
+                   shards, decoding, transforms, loading; worker, processes; progress
+    preprocessing  raw images -> shards: pipeline, sources, ilsvrc, imagenet (facts), folders, archives, listing,
+                   shard_writer, sharing, summary; painting, demo: the drawn set
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine

@@ -20,7 +20,7 @@ import numpy as np
 
 from recipe.composition import pinned_config_of
 from recipe.config import Config, Precision, Variant
-from recipe.data.adoption import adopt_data_set, require_same_data_set
+from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbnail_png
@@ -134,8 +134,8 @@ class Demonstration:
 
     def _validation_split(self) -> Split:
         data = self.config.data
-        _, manifest_hash = adopt_data_set(data)
-        require_same_data_set(self.checkpoint.where, self.checkpoint.manifest_sha256, manifest_hash, data)
+        _, manifest_hash = open_dataset(data)
+        check_same_dataset(self.checkpoint.where, self.checkpoint.manifest_sha256, manifest_hash, data)
         return open_split(data.directory, "val")
 
     def measure_latency(self, picture: Path) -> TimingRecord:

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.config import Backend, Config, config_sha256, pinned
-from recipe.data.adoption import adopt_data_set, require_same_data_set
-from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches
+from recipe.data.manifest import Manifest, check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
-from recipe.data.shards import Manifest, open_split
+from recipe.data.shards import open_split
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
     build_evaluation_transform,
+    transform_of,
 )
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
@@ -65,7 +65,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         stage = Stage(run.directory) if world.is_first else None
         if stage is not None:
             append_to_journal(run, "evaluate", "started", name=config.name)
-        manifest, manifest_hash = adopt_data_set(config.data)
+        manifest, manifest_hash = open_dataset(config.data)
         evaluated = load_model(run, config, world, manifest, manifest_hash)
         run.predictions_file(evaluated.protocol)  # refuses an unusable name before the work
         measurement = _measure(config, world, evaluated)
@@ -119,7 +119,7 @@ def checkpoint_model(run: Run, config: Config, world: World, manifest_hash: str)
         return path.name, load_checkpoint(path)
 
     name, state = world.read_by_first(read)  # a training that goes on may save another one meanwhile
-    require_same_data_set(name, state["manifest_sha256"], manifest_hash, config.data)
+    check_same_dataset(name, state["manifest_sha256"], manifest_hash, config.data)
     is_average = state["average"] is not None
     predict, normalisation = _torch_predict(restored_model(state, name), config, world)
     transform = build_evaluation_transform(config.evaluation)
@@ -168,7 +168,7 @@ def onnx_model(run: Run, config: Config, manifest_hash: str) -> EvaluatedModel:
     content = read_onnx(path, where)
     model = OnnxModel(content, where)
     metadata = model.metadata
-    require_same_data_set(where, metadata.manifest_sha256, manifest_hash, config.data)
+    check_same_dataset(where, metadata.manifest_sha256, manifest_hash, config.data)
     return EvaluatedModel(
         predict=model,
         transform=transform_of(metadata.interface, where),

@@ -69,13 +69,13 @@ class Archive(Record, frozen=True, kw_only=True):
     is_published_md5: bool | None  # None: no published MD5 is known
 
 
-class Oddity(Record, frozen=True, kw_only=True):
+class UnusualImage(Record, frozen=True, kw_only=True):
     """An image that was converted or rejected."""
 
     split: str
     key: str
     what: str  # is unusual
-    done: str  # with it
+    done: str  # "stored as ..." or "left out"
 
 
 class LeftOut(Record, frozen=True, kw_only=True):
@@ -130,8 +130,8 @@ class PreprocessingRecord(Record, frozen=True, kw_only=True):
     shard_order: str
     stored_as: str
     odd_images: dict[str, int]  # kind -> count
-    odd_examples: list[Oddity]  # at most 20; the manifest lists all
-    rejected: list[Oddity]
+    odd_examples: list[UnusualImage]  # at most 20; the manifest lists all
+    rejected: list[UnusualImage]
     left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without files of an operating system
     lost_images: dict[str, LeftOut] = {}  # class (or split) -> unused files named like images
     decoded_with: str

@@ -68,7 +68,7 @@ def default_signals() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo data set, preprocessed once for the whole session."""
-    from recipe.data.processing import preprocess
+    from recipe.preprocessing.pipeline import preprocess
 
     directory = tmp_path_factory.mktemp("small") / "demo"
     preprocess(

@@ -33,6 +33,7 @@ ALLOWED = {
     "model": [*GROUND, "alterations", "checkpoint", "weights"],
     "checkpoint": GROUND,
     "data": [*GROUND, "distributed", "data"],
+    "preprocessing": [*GROUND, "distributed", "data", "preprocessing"],
     "evaluation": [*GROUND, "distributed", "model", "data"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
     "performance": [
@@ -48,6 +49,7 @@ ALLOWED = {
             "checkpoint",
             "weights",
             "data",
+            "preprocessing",
             "evaluation",
             "training",
         ),
@@ -64,6 +66,7 @@ ALLOWED = {
             "checkpoint",
             "weights",
             "data",
+            "preprocessing",
             "evaluation",
             "inference",
             "training",
@@ -73,7 +76,7 @@ ALLOWED = {
     "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
 }
 WITHOUT_TORCH = [
-    *(*GROUND, "composition", "document.render", "data.processing", "data.demo"),
+    *(*GROUND, "composition", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
     *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))

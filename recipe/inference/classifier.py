@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recipe.config import MAX_PIXELS
-from recipe.data.interface import transform_of
+from recipe.data.transforms import transform_of
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict
 from recipe.files import display_path

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from recipe.config import Accelerator, Config, Precision, Variant, untyped
-from recipe.data.adoption import adopt_data_set, require_same_data_set
-from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches, evaluation_orders
+from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
 from recipe.data.shards import Split, open_split
-from recipe.data.transforms import Normalisation, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform, transform_of
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
@@ -82,8 +81,8 @@ def serialize_run(config: Config) -> SerializationRecord:
 def load_export(run: Run, config: Config) -> Export:
     """The checkpoint, evaluated by its own protocol. Raises `UserError` with the command to run first."""
     checkpoint = load_evaluated(run)
-    _, manifest_hash = adopt_data_set(config.data)
-    require_same_data_set(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
+    _, manifest_hash = open_dataset(config.data)
+    check_same_dataset(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
     _refuse_flip(checkpoint, run)
     measured, own = checkpoint.evaluation.protocol, transform_of(checkpoint.interface, checkpoint.where)
     if measured.transform_sha256 != own.fingerprint():

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from recipe.config import Config
-from recipe.data.adoption import adopt_data_set
-from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.manifest import open_dataset
 from recipe.data.processes import open_decoding
 from recipe.data.shards import open_split
-from recipe.data.transforms import Normalisation, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform, interface_from
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.environment import processor_name, versions
 from recipe.model import build_model, check_forward, model_facts
@@ -120,7 +119,7 @@ def build_training(
     `config` and the given initial `weights` are those of `resolve_weights`.
     """
     with world.first_decides():
-        manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
+        manifest, manifest_hash = open_dataset(config.data, run if world.is_first else None)
     world.must_agree("the data set's manifest", manifest_hash)
     model = build_model(config.model, len(manifest.classes), config.seed, config.optimization.binary_head_bias, weights)
     facts = model_facts(model, config.model, len(manifest.classes))

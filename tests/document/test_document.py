@@ -30,7 +30,6 @@ from recipe.records import (
     LeftOut,
     LoaderFacts,
     ModelFacts,
-    Oddity,
     ParameterGroup,
     PreprocessingRecord,
     Protocol,
@@ -40,6 +39,7 @@ from recipe.records import (
     SplitFacts,
     TrainingRecord,
     TreeState,
+    UnusualImage,
 )
 from recipe.run import Run
 
@@ -62,7 +62,7 @@ CONFIG: dict[str, Any] = {
         "expect": "nothing",
         "description": {
             "summary": "Drawn textures and shapes of 12 classes, for seeing the whole pipeline work in minutes",
-            "origin": "Drawn by recipe/data/demo.py; no photograph and no person in it",
+            "origin": "Drawn by recipe/preprocessing/demo.py; no photograph and no person in it",
             "licence": "That of this project (MIT)",
             "access": "Nothing is downloaded; preprocess.py draws it",
             "labels": "One label an image, the class that was drawn",
@@ -156,7 +156,9 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
         "shard_order": "shuffled with seed 0",
         "stored_as": "original JPEG bytes",
         "odd_images": {"CMYK": 1, "grey": 6},
-        "odd_examples": [Oddity(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")],
+        "odd_examples": [
+            UnusualImage(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")
+        ],
         "rejected": [],
         "decoded_with": "Pillow 13",
         "processes": 2,
@@ -579,7 +581,9 @@ def test_many_epochs_are_thinned_out_and_said_so() -> None:
 
 def test_long_lists_are_cut_and_said_so() -> None:
     shards = {"manifest": sha("manifest")} | {f"train-{number:06d}.tar": sha(str(number)) for number in range(1282)}
-    rejected = [Oddity(split="train", key=f"n{number}", what="truncated", done="left out") for number in range(30)]
+    rejected = [
+        UnusualImage(split="train", key=f"n{number}", what="truncated", done="left out") for number in range(30)
+    ]
     record = preprocessing_record(outputs=shards, rejected=rejected)
     text = section(document(preprocessing=record), "processing_methods")
     assert text.count("| SHA-256 of ") == 20
@@ -736,7 +740,7 @@ def test_hostile_words_stay_words() -> None:
             odd_images={HOSTILE: 1},
             raw_path=HOSTILE,
             outputs={"manifest": sha("manifest"), HOSTILE: HOSTILE},
-            rejected=[Oddity(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],
+            rejected=[UnusualImage(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],
             left_out={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
             lost_images={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
         ),

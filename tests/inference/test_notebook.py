@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from recipe.config import Config
-from recipe.data.shards import open_split, read_manifest
+from recipe.data.manifest import read_manifest
+from recipe.data.shards import open_split
 from recipe.demonstration import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
 from recipe.files import CHECKOUT
 from recipe.inference.classifier import Classifier

@@ -12,7 +12,6 @@ import pytest
 
 from recipe import provenance
 from recipe.config import Config, TimedBackend, Variant
-from recipe.data.processing import preprocess
 from recipe.demonstration import Demonstration
 from recipe.distributed import start_world
 from recipe.document import figures
@@ -22,6 +21,7 @@ from recipe.files import CHECKOUT
 from recipe.inference.serialization import serialize_run
 from recipe.inference.timing import measure_timing
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import InferenceRecord, Provenance
 from recipe.run import Run
 from recipe.training.loop import train

@@ -17,9 +17,7 @@ import torchvision
 from torchvision.models import list_models
 
 from recipe.config import Config, Source
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
-from recipe.data.shards import manifest_sha256
+from recipe.data.manifest import copy_record, manifest_sha256
 from recipe.distributed import launch
 from recipe.document.render import write_document
 from recipe.document.run_data import load
@@ -30,6 +28,7 @@ from recipe.files import display_path, portable_path, write_atomically
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.provenance import Stage
 from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe
@@ -278,7 +277,7 @@ def _preprocess(plan: ReproductionPlan, run: Run) -> None:
         return
     append_to_journal(run, "preprocess", "started", name=config.name)
     record = preprocess(config)
-    bring_record(run, Path(config.data.directory), record)
+    copy_record(run, Path(config.data.directory), record)
     append_to_journal(run, "preprocess", "ended", name=config.name, manifest=record.outputs["manifest"])
     for name, split in claimed_data(plan.recipe).splits.items():
         found = record.splits.get(name)

@@ -16,7 +16,8 @@ import msgspec
 
 from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.config import config_sha256
-from recipe.data.shards import MANIFEST, is_file_with, read_manifest
+from recipe.data.manifest import MANIFEST, read_manifest
+from recipe.data.shards import is_file_with
 from recipe.document.recipe_json import identity
 from recipe.document.run_data import RunData
 from recipe.errors import UserError

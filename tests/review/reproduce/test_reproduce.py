@@ -15,13 +15,13 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.config import Config
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
+from recipe.data.manifest import copy_record
 from recipe.document import figures
 from recipe.document.publish import publish
 from recipe.document.render import write_document
 from recipe.document.run_data import load
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce import command as reproduce
@@ -61,7 +61,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emit(config: Config) -> None:
     """What the three scripts do."""
     run = Run(config.run_dir)
-    bring_record(run, Path(config.data.directory), preprocess(config))
+    copy_record(run, Path(config.data.directory), preprocess(config))
     train(config)
     evaluate_run(config)
     write_document(run, config.run_dir)

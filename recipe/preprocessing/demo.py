@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import savemat
 
-from recipe.data.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
-from recipe.data.painting import CLASS_NAMES, VERSION, jpeg
 from recipe.errors import UserError
 from recipe.files import display_path, temporary_sibling
+from recipe.preprocessing.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from recipe.preprocessing.painting import CLASS_NAMES, VERSION, jpeg
 
 MARKER = "demo.json"
 DRAWING = b"being drawn"
