@@ -501,7 +501,7 @@ def test_what_is_left_out_is_in_the_record_and_said_before_any_shard(
 
 def test_raw_and_processed_data_do_not_lie_in_one_another(official: Path, tmp_path: Path) -> None:
     inside = write_official(tmp_path / "data" / "raw")
-    with pytest.raises(UserError, match="lie inside one another"):
+    with pytest.raises(UserError, match="are inside one another"):
         preprocess(config(inside, tmp_path / "data"))
     assert not (tmp_path / "data" / "lock").exists()
 
@@ -512,7 +512,7 @@ def test_a_folder_data_set_does_not_lie_among_its_own_classes(tmp_path: Path) ->
     for inside in ("raw", "raw/out", "raw/cat/out", "link"):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(tmp_path / "raw")
-        with pytest.raises(UserError, match="lie inside one another"):
+        with pytest.raises(UserError, match="are inside one another"):
             preprocess(config(tmp_path / "raw", tmp_path / inside, source=Source.folder))
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["cat"]
 
