@@ -62,7 +62,7 @@ def composed(*words: str) -> Any:
     """The configuration that these words give."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.config import typed
+    from recipe.composition import typed
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
         return typed(compose("config", list(words)))

@@ -6,7 +6,7 @@ ground floor, importable without torch
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
     faults         failures on demand, for tests
-    config         typed schema of every knob, cross-field checks, identity of a recipe
+    config         every setting with its bounds, checks between settings, identity of a recipe
     files          files and names that may come from a stranger
     metrics        the rows of metrics.jsonl
     records        what each stage leaves behind: frozen records <-> JSON
@@ -43,7 +43,7 @@ chapters
     review         subject: the recipe that a reader points at; its verbs are listed in __main__.
                    findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
                    canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
-                   reference, verdict, watch, aggregate: is a run on track?; restoring (a stranger's document as data),
+                   reference, verdict, watch, aggregate: is a run on track?; restoring (the JSON block as data),
                    fitting (to this machine), judgement, reproduction_report, reproduce
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records

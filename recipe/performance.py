@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released_weights
-from recipe.config import Backend, Config, config_sha256, pinned
+from recipe.config import Backend, Config, config_sha256
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches
@@ -81,7 +81,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
 
 def config_of_run(run: Run, config: Config) -> dict[str, Any]:
     """The configuration as training pinned it, whatever this evaluation changed; published weights have none."""
-    return run.read_config() or pinned(config)
+    return run.read_config() or config.pinned.values
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
         return run.checkpoints / f"step-{_best_step(run, files[-1]):08d}.pt"
     if not CHECKPOINT_NAME.match(name):
         raise UserError(
-            f"evaluation.checkpoint={name} cannot be: it must be last, best or one of "
+            f"evaluation.checkpoint={name} is invalid: must be last, best or one of "
             + ", ".join(path.name for path in files)
         )
     return run.checkpoints / f"{name.removesuffix('.pt')}.pt"

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from recipe.composition import config_of
-from recipe.config import Config, Expectation, config_sha256, leaves, pinned
+from recipe.config import Config, Expectation, leaves
 from recipe.data.imagenet import IMAGES
 from recipe.data.loading import derive_layout
 from recipe.data.shards import read_manifest
@@ -114,7 +114,7 @@ def projection(config: Config, arguments: argparse.Namespace, stage: Stage) -> P
     evaluations = [found for file in files for found in read(file, partial(measured_evaluations, config))]
     train_images, validation_images, source = image_counts(config)
     record = ProjectionRecord(
-        config_sha256=config_sha256(pinned(config)),
+        config_sha256=config.pinned.config_sha256,
         provenance=stage.finish(machine()),
         inputs={file.name: file.sha256 for file in [*files, *loading]},
         name=config.name,
@@ -173,7 +173,7 @@ def refuse_other_steps(config: Config) -> None:
             f"(augmentation.progressive.first_pixels={config.augmentation.progressive.first_pixels}), and a step was "
             "measured at one size only: it is not projected"
         )
-    here, plain = leaves(pinned(config)), leaves(pinned(config_of([])))
+    here, plain = leaves(config.pinned.values), leaves(config_of([]).pinned.values)
     for key in STEP_KEYS:
         if here[key] != plain[key]:
             raise UserError(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from recipe.config import Config, typed
+from recipe.composition import typed
+from recipe.config import Config
 from recipe.run import CHECKOUT
 from recipe.signals import handlers_put_back
 

@@ -6,7 +6,6 @@ Integers have to add up, since each was counted from the same images; nothing he
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -18,8 +17,8 @@ from recipe.document.facts import STALE, Facts, sections
 from recipe.metrics import Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.findings import Finding, Level, listed
+from recipe.review.sources import SHA256
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
 MOST_ROWS = 1_000_000  # looked for: a record from a stranger may promise any number
 SECTIONS = {

@@ -12,10 +12,11 @@ import re
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from recipe.composition import composed_outside
-from recipe.config import MACHINE_FACTS, differences, pinned
+from recipe.composition import config_of
+from recipe.config import MACHINE_FACTS, differences
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
@@ -23,13 +24,13 @@ from recipe.provenance import source_sha256
 from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
 from recipe.review.restoring import restored_config
+from recipe.review.sources import SCRIPTS
 from recipe.review.subject import Subject, contradictions, open_subject
 from recipe.run import CHECKOUT
 from recipe.training.fingerprint import take_fingerprint
 
-SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 LARGEST_COUNT = 10**8
-OVERRIDE = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
+PLAIN_SETTING = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
 
 
 def describe(parser: ArgumentParser) -> None:
@@ -61,7 +62,7 @@ def drifted(subject: Subject) -> Iterator[Difference]:
     for line in contradictions(subject.claims()):
         yield Difference("the document", line, "another one")
     yield from unimportable()
-    yield from recomposed(subject, pinned(config))
+    yield from recomposed(subject, config.pinned.values)
     stored = stored_fingerprint(subject)
     yield from compared(stored, fingerprint_here(subject))
 
@@ -93,13 +94,14 @@ def recomposed(subject: Subject, recipe: dict[str, Any]) -> Iterator[Difference]
             [f"experiment={recipe['name']}", *words] if (EXPERIMENTS / f"{recipe['name']}.yaml").is_file() else words
         )
     try:
-        here = pinned(composed_outside(words))
+        here = config_of(words)
     except UserError as error:
         yield Difference("the recorded command", shlex.join(words), f"refused: {error}")
         return
-    here["model"]["weights_sha256"] = recipe["model"]["weights_sha256"]  # of a file, which no configuration names
+    model = replace(here.model, weights_sha256=recipe["model"]["weights_sha256"])  # of a file that conf/ does not name
+    here = replace(here, model=model)
     swept = swept_keys(subject)
-    for line in differences(recipe, here):
+    for line in differences(recipe, here.pinned.values):
         key, _, change = line.partition(": ")
         if key in swept:
             continue
@@ -114,7 +116,7 @@ def typed_settings(subject: Subject) -> list[str]:
         words = shlex.split(command) if isinstance(command, str) else []
     except ValueError:
         return []
-    settings = [word for word in words if OVERRIDE.match(word) and not word.startswith("hydra")]
+    settings = [word for word in words if PLAIN_SETTING.match(word) and not word.startswith("hydra")]
     return [word for word in settings if word.partition("=")[0] not in MACHINE_FACTS]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import differences, leaves, recipe_id
+from recipe.config import NOT_TRAINING, differences, leaves, recipe_id
 from recipe.document.claims import columns, identity
 from recipe.document.dynamics import MetricRow, joined_rows
 from recipe.document.facts import gather
@@ -27,9 +27,6 @@ from recipe.run import Run, shown_path
 
 DYNAMICS_FILE = "dynamics.json"  # beside the document
 MOST_EPOCHS = 100_000
-COSMETIC = ("seed", "name", "trainer.log_every_steps", "trainer.keep_checkpoints")
-COSMETIC_GROUPS = ("description", "data.description", "model.description", "serialization", "timing")
-COSMETIC_EVALUATION = ("batch_size", "checkpoint", "backend", "variant")
 
 
 class ScheduleSettings(msgspec.Struct, frozen=True):
@@ -192,7 +189,9 @@ def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
     except msgspec.ValidationError as error:
         raise UserError(f"the configuration of {where} has no schedule that could be read: {error}") from error
     if not 1 <= settings.epochs <= MOST_EPOCHS:
-        raise UserError(f"optimization.epochs={settings.epochs} of {where} cannot be: it must be 1 to {MOST_EPOCHS}")
+        raise UserError(
+            f"optimization.epochs={settings.epochs} of {where} is invalid: must be between 1 and {MOST_EPOCHS}"
+        )
     return settings
 
 
@@ -217,11 +216,8 @@ def refuse_differences(reference: Dynamics, config: Mapping[str, Any], steps_per
 
 
 def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that can change how training goes, flat: without the seed, names, descriptions and later stages."""
-    ignored = (*COSMETIC, *(f"evaluation.{name}" for name in COSMETIC_EVALUATION))
-    groups = tuple(f"{name}." for name in COSMETIC_GROUPS)
-    flat = leaves(config)
-    return {key: value for key, value in flat.items() if key not in ignored and not f"{key}.".startswith(groups)}
+    """The settings that can change how training goes, flat, without the seed."""
+    return {key: value for key, value in leaves(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
 
 
 def refuse_other_data(reference: Dynamics, watched: Watched) -> None:

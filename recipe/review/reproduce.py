@@ -33,7 +33,7 @@ from recipe.records import PreprocessingRecord, ReproductionRecord
 from recipe.review.fitting import Fitted, changed_words, checkout_differences, fitted
 from recipe.review.judgement import DIFFERS, judged, verdict
 from recipe.review.reproduction_report import report
-from recipe.review.restoring import ClaimedData, Recipe, beyond_caps, restored_config, restored_recipe, shown
+from recipe.review.restoring import ClaimedData, Recipe, restored_config, restored_recipe, shown
 from recipe.review.subject import open_subject
 from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
 from recipe.training.loop import train
@@ -49,7 +49,6 @@ def describe(parser: ArgumentParser) -> None:
     """The arguments of the verb."""
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--beyond-caps", action="store_true", help="also run what asks for far more than usual")
     parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
     parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
     parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
@@ -83,7 +82,6 @@ class Plan:
     fitted: Fitted
     stages: list[str]
     differences: list[str]
-    beyond_caps: list[str]
     data: str  # where it comes from, in words
 
     @property
@@ -120,7 +118,6 @@ def planned(arguments: Namespace) -> Plan:
         fitted=fitted(config, recipe, run_dir, data_dir, raw_dir),
         stages=stages,
         differences=checkout_differences(config, recipe),
-        beyond_caps=list(beyond_caps(config)),
         data=words,
     )
 
@@ -216,14 +213,15 @@ def _show(plan: Plan) -> None:
     recipe = plan.recipe
     print(f"document     {shown_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
-    print(f"stages       {', '.join(plan.stages)}; {plan.config.optimization.epochs} epochs")
+    epochs, batch_size = plan.config.optimization.epochs, plan.config.optimization.batch_size
+    work = f"{epochs} epochs, batches of {batch_size} images of {plan.config.augmentation.crop_pixels} pixels"
+    print(f"stages       {', '.join(plan.stages)}; {work}")
     print(f"data         {plan.data}")
     print(f"run_dir      {shown_path(plan.run_dir)}")
     print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.fitted.machine.items()))
     for heading, lines in (
         ("not as it was there", plan.fitted.notes),
         ("differs from this checkout", plan.differences),
-        ("asks for far more than usual", plan.beyond_caps),
     ):
         if lines:
             print(f"{heading}:")
@@ -233,8 +231,6 @@ def _show(plan: Plan) -> None:
 
 def _ask(plan: Plan, arguments: Namespace) -> None:
     """Yes, or stop."""
-    if plan.beyond_caps and not arguments.beyond_caps:
-        raise UserError(f"the recipe asks for {'; '.join(plan.beyond_caps)}: if that is meant, add --beyond-caps")
     if arguments.yes:
         return
     if not sys.stdin.isatty():

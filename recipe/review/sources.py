@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe.config import known_keys
+from recipe.config import known_keys, leaves
 from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
@@ -154,20 +154,12 @@ def as_expression(pattern: str) -> str:
 
 def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
-    keys = set(known_keys()) | (set(leaf_names(config)) if config else set())
+    keys = {*known_keys(), *leaves(config or {})}
     return [
         Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
         for place, provenance in stages(facts)
         for what in command_faults(provenance.command, keys)
     ]
-
-
-def leaf_names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaf_names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def command_faults(command: str, keys: set[str]) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from recipe.config import Config, pinned
+from recipe.config import Config
 from recipe.errors import UserError
 from recipe.review.convergence import ALPHA, CANNOT_TELL, FEWEST_SEEDS, METRICS, OFF_TRACK, ON_TRACK
 from recipe.review.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
@@ -103,5 +103,5 @@ def training_watch(config: Config) -> TrainingWatch | None:
     from recipe.model import with_known_weights  # torch, which the verb does without
 
     reference = open_reference([config.reference])
-    refuse_differences(reference, pinned(with_known_weights(config)), None, f"the run {config.name}")
+    refuse_differences(reference, with_known_weights(config).pinned.values, None, f"the run {config.name}")
     return TrainingWatch(Watch(reference))

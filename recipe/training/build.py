@@ -13,7 +13,7 @@ from torch import nn
 
 from recipe.alterations import lower_head
 from recipe.checkpoint import State
-from recipe.config import Config, pinned
+from recipe.config import Config
 from recipe.data.adoption import adopt_data_set
 from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
@@ -113,7 +113,7 @@ def build_training(
             average=average,
             stepper=stepper,
             progress=Progress(),
-            config=pinned(config),
+            pinned=config.pinned,
             interface=interface_from(validation.transform, stepper.normalisation, manifest),
             manifest_sha256=manifest_hash,
             circumstances=_circumstances(config, world, batches),

@@ -17,7 +17,7 @@ import torch
 
 from recipe import faults
 from recipe.checkpoint import prune_checkpoints, write_released_weights
-from recipe.config import Config, config_sha256, leaves, pinned
+from recipe.config import Config, leaves
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
 from recipe.model import with_known_weights
@@ -64,11 +64,11 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
 
 
 def _started(run: Run, config: Config) -> Stage:
-    values = pinned(config)
     if config.model.weights is not None:
         print(read_weights(Path(config.model.weights)), file=sys.stderr, flush=True)
-    settings = {key: value for key, value in leaves(values).items() if "description." not in key}
-    append_to_journal(run, "train", "started", name=config.name, config_sha256=config_sha256(values), config=settings)
+    settings = {key: value for key, value in leaves(config.pinned.values).items() if "description." not in key}
+    digest = config.pinned.config_sha256
+    append_to_journal(run, "train", "started", name=config.name, config_sha256=digest, config=settings)
     return Stage(run.directory)
 
 
@@ -165,5 +165,5 @@ def _claim(run: Run, config: Config, held: ExitStack) -> None:
 
 def _agree(config: Config, world: World) -> None:
     """Stop where processes were started with different configurations or checkouts."""
-    world.must_agree("the configuration", config_sha256(pinned(config)))
+    world.must_agree("the configuration", config.pinned.config_sha256)
     world.must_agree("the source code", source_sha256())

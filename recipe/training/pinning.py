@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipe.config import Config, config_sha256, differences, pinned
+from recipe.config import Config, config_sha256, differences
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.run import Run, shown_path
@@ -16,7 +16,7 @@ def pin(run: Run, config: Config) -> None:
     It binds once something was trained: a first try that stopped before (a batch that does not divide, missing data)
     can be corrected in place.
     """
-    mine, theirs = pinned(config), run.read_config()
+    mine, theirs = config.pinned.values, run.read_config()
     if theirs is None or not _has_begun(run):
         run.write_config(mine)
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from recipe.checkpoint import load_checkpoint, released_weights
-from recipe.config import config_sha256, pinned, recipe_id
 from recipe.distributed import arithmetic_switches, device_versions, hardware
 from recipe.evaluation import protocol_name, view_name
 from recipe.model import weights_sha256
@@ -19,10 +18,9 @@ def training_record(training: Training) -> TrainingRecord:
     """Everything that the document says about training; called on the first process when the last epoch is done."""
     config, world, progress = training.config, training.world, training.progress
     assert training.stage is not None, "the first process watches the stage"
-    values = pinned(config)
     return TrainingRecord(
-        config_sha256=config_sha256(values),
-        recipe_id=recipe_id(values),
+        config_sha256=config.pinned.config_sha256,
+        recipe_id=config.pinned.recipe_id,
         provenance=training.stage.finish(hardware(world), device_versions(world)),
         inputs={"manifest": training.manifest_sha256, "initial weights": training.facts.initial_weights_sha256},
         outputs=_outputs(training),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from recipe.checkpoint import State, newest_checkpoint, prune_checkpoints, save_checkpoint
-from recipe.config import config_sha256
+from recipe.config import Pinned
 from recipe.distributed import World
 from recipe.errors import NonFiniteError, UserError
 from recipe.records import Epoch, Interface, Session
@@ -77,15 +77,10 @@ class TrainingState:
     average: WeightAverage
     stepper: Stepper
     progress: Progress
-    config: dict[str, Any]  # the pinned one
+    pinned: Pinned
     interface: Interface
     manifest_sha256: str
     circumstances: dict[str, Any]
-
-    @property
-    def config_sha256(self) -> str:
-        """Identifies the pinned configuration."""
-        return config_sha256(self.config)
 
     def save(self, keep: int) -> None:
         """Write a checkpoint, then delete those that are no longer needed; refuses weights that are not finite."""
@@ -96,8 +91,8 @@ class TrainingState:
                 "the last one is kept"
             )
         state: State = {
-            "config": self.config,
-            "config_sha256": self.config_sha256,
+            "config": self.pinned.values,
+            "config_sha256": self.pinned.config_sha256,
             "interface": msgspec.to_builtins(self.interface),
             "manifest_sha256": self.manifest_sha256,
             "circumstances": self.circumstances,
@@ -155,7 +150,7 @@ class TrainingState:
             setattr(self.progress, name, getattr(found, name))
 
     def _must_match(self, state: State) -> None:
-        for what, mine in (("config_sha256", self.config_sha256), ("manifest_sha256", self.manifest_sha256)):
+        for what, mine in (("config_sha256", self.pinned.config_sha256), ("manifest_sha256", self.manifest_sha256)):
             if state[what] != mine:
                 raise UserError(
                     f"the checkpoint's {what} is {state[what][:16]}, this run's is {mine[:16]}: it belongs "

@@ -208,7 +208,7 @@ def test_samples_are_of_classes_that_are_spread_over_the_list() -> None:
     ("words", "expected"),
     [
         (["run_dir=nowhere"], "holds no run: train it first"),
-        (["--help"], "'--help' is no setting"),
+        (["--help"], "'--help' is not a setting"),
         (["run_dir=nowhere", "timing.sizes=[1]"], "timing.sizes"),
         (["timing.seconds_per_cell=-1"], "holds no run"),
     ],

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import known_keys, pinned
+from recipe.config import known_keys
 from recipe.review.diff import Report, compare
 from recipe.review.explanation import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.results import result_lines
@@ -30,7 +30,7 @@ def side(whole: Path) -> Side:
     """The whole recipe, with a complete configuration."""
     found = side_of(open_subject(whole))
     block = deepcopy(found.block)
-    block["config"] = pinned(compose_config("experiment=demo"))
+    block["config"] = compose_config("experiment=demo").pinned.values
     return replace(found, block=block)
 
 
