@@ -258,7 +258,7 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
             f"{shown_path(run.directory)} holds no run: train it first, with `python train.py "
             f"run_dir={shown_path(run.directory)}` and the experiment that you want"
         )
-    words = [*_experiment(given, stored["name"]), *_without_experiment(given, stored["name"])]
+    words = _with_experiment(given, stored["name"])
     composed, pinned = leaves(_plain_values(compose("config", words))), leaves(stored)
     given_keys = _keys(given, composed)
     mine = {key for key in given_keys if key in MACHINE_FACTS or key.startswith(f"{own_group}.")}
@@ -283,12 +283,19 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
     return _known_config(nested(composed | kept))
 
 
-def _experiment(given: list[str], name: str) -> list[str]:
-    """The experiment, for the facts of the machine that it sets; nothing where the run's name is not an experiment."""
-    words = zip(given, _parsed(given), strict=True)
-    named = [word for word, override in words if override.key_or_group == "experiment"]
+def _with_experiment(given: list[str], name: str) -> list[str]:
+    """The overrides with the run's experiment, for the facts of the machine that it sets, where the name is one's.
+
+    Raises `UserError` where they name another experiment.
+    """
+    experiments = [override for override in _parsed(given) if override.key_or_group == "experiment"]
+    if experiments and compose("config", given).name != name:
+        raise UserError(
+            f"this run is of experiment={name}, not experiment={experiments[0].value()}; leave it out "
+            "or give another run_dir"
+        )
     known = GlobalHydra.instance().config_loader().get_group_options("experiment")
-    return named or ([f"experiment={name}"] if name in known else [])
+    return given if experiments or name not in known else [f"experiment={name}", *given]
 
 
 def _without_unusable_values(words: list[str]) -> list[str]:
@@ -366,17 +373,6 @@ def _is_text(word: str, path: str, is_multirun: bool) -> bool:
 
 def _parsed(overrides: list[str]) -> list[Override]:
     return list(OverridesParser.create().parse_overrides(overrides))
-
-
-def _without_experiment(given: list[str], pinned_name: str) -> list[str]:
-    """The other overrides; raises `UserError` for another experiment than the run's."""
-    for override in _parsed(given):
-        if override.key_or_group == "experiment" and compose("config", given).name != pinned_name:
-            raise UserError(
-                f"this run is of experiment={pinned_name}, not experiment={override.value()}; leave it out "
-                "or give another run_dir"
-            )
-    return [word for word, override in zip(given, _parsed(given), strict=True) if override.key_or_group != "experiment"]
 
 
 def _keys(given: list[str], composed: Iterable[str]) -> set[str]:

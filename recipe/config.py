@@ -74,8 +74,6 @@ RGB = Meta(min_length=3, max_length=3, description="three numbers (R, G, B)")
 
 
 class Source(str, Enum):
-    """Where raw images come from."""
-
     imagenet = "imagenet"
     imagenette = "imagenette"
     folder = "folder"
@@ -97,8 +95,6 @@ class Corrupt(str, Enum):
 
 
 class ImageOrder(str, Enum):
-    """Order of the training images in an epoch."""
-
     random = "random"
     blocks = "blocks"
 
@@ -111,8 +107,6 @@ class Decoder(str, Enum):
 
 
 class Interpolation(str, Enum):
-    """Resampling, always antialiased."""
-
     bilinear = "bilinear"
     bicubic = "bicubic"
 
@@ -126,8 +120,6 @@ class PolicyKind(str, Enum):
 
 
 class ScheduleKind(str, Enum):
-    """Learning rate after the warm-up."""
-
     cosine = "cosine"
     linear = "linear"
     step = "step"
@@ -166,23 +158,17 @@ class Accelerator(str, Enum):
 
 
 class Backend(str, Enum):
-    """Engine of an evaluation."""
-
     torch = "torch"
     onnx = "onnx"
 
 
 class Variant(str, Enum):
-    """Arithmetic of an exported model."""
-
     fp32 = "fp32"
     fp16 = "fp16"
     int8 = "int8"
 
 
 class TimedBackend(str, Enum):
-    """Engine of a latency measurement."""
-
     eager = "eager"
     compiled = "compiled"
     onnxruntime = "onnxruntime"
