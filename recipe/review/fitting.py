@@ -26,7 +26,7 @@ DIFFERENCES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Fitted:
+class AdaptedConfig:
     """The configuration with the facts of this machine."""
 
     config: Config
@@ -34,7 +34,9 @@ class Fitted:
     notes: list[str]  # what could not be set as it was
 
 
-def fitted(config: Config, recipe: Recipe, run_dir: Path, data_dir: Path, raw_dir: Path | None) -> Fitted:
+def adapt_to_machine(
+    config: Config, recipe: Recipe, run_dir: Path, data_dir: Path, raw_dir: Path | None
+) -> AdaptedConfig:
     """The recipe's configuration for this machine, with directories from here."""
     notes: list[str] = []
     ours = config_of([]).trainer
@@ -50,7 +52,7 @@ def fitted(config: Config, recipe: Recipe, run_dir: Path, data_dir: Path, raw_di
     trainer = replace(config.trainer, **{name: getattr(ours, name) for name in names} | machine)
     data = replace(config.data, directory=str(data_dir), raw_dir=None if raw_dir is None else str(raw_dir))
     adapted = replace(config, run_dir=str(run_dir), trainer=trainer, data=data)
-    return Fitted(adapted, machine | {"accelerator": accelerator.value}, notes)
+    return AdaptedConfig(adapted, machine | {"accelerator": accelerator.value}, notes)
 
 
 def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:

@@ -30,7 +30,7 @@ from recipe.launcher import launched
 from recipe.performance import evaluate_run
 from recipe.provenance import Stage, machine
 from recipe.records import PreprocessingRecord, ReproductionRecord
-from recipe.review.fitting import Fitted, changed_words, checkout_differences, fitted
+from recipe.review.fitting import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
 from recipe.review.judgement import DIFFERS, judged, verdict
 from recipe.review.reproduction_report import report
 from recipe.review.restoring import ClaimedData, Recipe, restored_config, restored_recipe, shown
@@ -79,7 +79,7 @@ class Plan:
     document: Path
     document_sha256: str
     recipe: Recipe
-    fitted: Fitted
+    adapted: AdaptedConfig
     stages: list[str]
     differences: list[str]
     data: str  # where it comes from, in words
@@ -87,7 +87,7 @@ class Plan:
     @property
     def config(self) -> Config:
         """The configuration on this machine."""
-        return self.fitted.config
+        return self.adapted.config
 
     @property
     def run_dir(self) -> Path:
@@ -115,7 +115,7 @@ def planned(arguments: Namespace) -> Plan:
         document=subject.document_path,
         document_sha256=digest,
         recipe=recipe,
-        fitted=fitted(config, recipe, run_dir, data_dir, raw_dir),
+        adapted=adapt_to_machine(config, recipe, run_dir, data_dir, raw_dir),
         stages=stages,
         differences=checkout_differences(config, recipe),
         data=words,
@@ -218,9 +218,9 @@ def _show(plan: Plan) -> None:
     print(f"stages       {', '.join(plan.stages)}; {work}")
     print(f"data         {plan.data}")
     print(f"run_dir      {shown_path(plan.run_dir)}")
-    print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.fitted.machine.items()))
+    print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.adapted.machine.items()))
     for heading, lines in (
-        ("not as it was there", plan.fitted.notes),
+        ("not as it was there", plan.adapted.notes),
         ("differs from this checkout", plan.differences),
     ):
         if lines:
@@ -314,7 +314,7 @@ def _judged(plan: Plan, run: Run, stage: Stage) -> ReproductionRecord:
         recipe_id=plan.recipe.recipe_id,
         config_sha256=plan.recipe.config_sha256,
         provenance=stage.finish(training.provenance.hardware if training else machine()),
-        machine=plan.fitted.machine,
+        machine=plan.adapted.machine,
         checkout=plan.differences,
         circumstances=changed,
         stages=plan.stages,
