@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import measured_config, one_job, run_command
+from recipe.config.compose import measured_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.performance import evaluate_run

@@ -5,7 +5,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import composed_config, one_job, run_command
+from recipe.config.compose import composed_config, one_job, run_command
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
 from recipe.document.render import check_document, write_document

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import one_job, pinned_config, run_command
+from recipe.config.compose import one_job, pinned_config, run_command
 from recipe.document.render import check_document, write_document
 from recipe.inference.serialization import serialize_run
 from recipe.run import Run, recorded_path, shown_path

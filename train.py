@@ -5,7 +5,7 @@ from functools import partial
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import composed_config, one_job, run_command
+from recipe.config.compose import composed_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.review.watch import training_watch

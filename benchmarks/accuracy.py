@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from recipe.composition import typed
-from recipe.config import Config
+from recipe.config.compose import typed
+from recipe.config.schema import Config
 from recipe.model import build_model
 from recipe.run import CHECKOUT
 

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from recipe.composition import config_of  # noqa: E402
+from recipe.config.compose import config_of  # noqa: E402
 from recipe.data.decoding import PartialPicture  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402

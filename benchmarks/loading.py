@@ -62,7 +62,7 @@ def composed(*words: str) -> Any:
     """The configuration that these words give."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.composition import typed
+    from recipe.config.compose import typed
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
         return typed(compose("config", list(words)))
@@ -204,7 +204,7 @@ def same_decoder_loader(kind: str, work: Path, cores: int) -> Epochs:
     import torch
     from torchvision.transforms import v2
 
-    from recipe.config import Decoder
+    from recipe.config.schema import Decoder
     from recipe.data.decoding import build_decoder, decoded
     from recipe.data.shards import open_split
 

@@ -232,7 +232,7 @@ class Clean:
 
 def fingerprint(name: str) -> bytes:
     """Of one recipe, by the code as it is imported now."""
-    from recipe.composition import config_of
+    from recipe.config.compose import config_of
     from recipe.records import to_json
     from recipe.training.fingerprint import take_fingerprint
 

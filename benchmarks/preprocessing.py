@@ -90,7 +90,7 @@ def ours(way: str, tree: Path, target: Path, workers: int) -> Any:
     """`preprocess`, ready to start; its settings are composed before the clock runs."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.composition import typed
+    from recipe.config.compose import typed
     from recipe.data.processing import preprocess
 
     words = ["data=folder", f"data.raw_dir={tree}", f"data.directory={target}", f"data.name={way}"]

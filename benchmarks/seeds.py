@@ -197,7 +197,7 @@ def configuration(words: tuple[str, ...], root: Path, data: str) -> Any:
     """The typed configuration of seed 0 on one of the processed data sets."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.composition import typed
+    from recipe.config.compose import typed
 
     places = [f"data.directory={root / data}", f"data.raw_dir={root / f'{data}-raw'}", "run_dir=unused"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):

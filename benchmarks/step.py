@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
-from recipe.composition import typed
-from recipe.config import Config
+from recipe.config.compose import typed
+from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world

@@ -6,14 +6,13 @@ ground floor, importable without torch
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
     faults         failures on demand, for tests
-    config         every setting with its bounds, checks between settings, identity of a recipe
+    config         schema (settings with their bounds), compose (Hydra -> Config), identity (hashes)
     files          files and names that may come from a stranger
     metrics        the rows of metrics.jsonl
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
     energy         what GPUs have used, by their driver's counter
     provenance     commit and tree state, command, hardware, versions
-    composition    from the command line to a Config
 ground floor, torch
     distributed    launch(), World, reductions
     alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head

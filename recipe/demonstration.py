@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.composition import pinned_config_of
-from recipe.config import Config, Precision, Variant
+from recipe.config.compose import pinned_config_of
+from recipe.config.schema import Config, Precision, Variant
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world

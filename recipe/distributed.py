@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from recipe import faults
-from recipe.config import Accelerator, Config, Precision, TrainerConfig
+from recipe.config.schema import Accelerator, Config, Precision, TrainerConfig
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
 from recipe.launcher import launched
 from recipe.provenance import machine, usable_cores

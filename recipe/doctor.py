@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipe.composition import config_of
-from recipe.config import Config
+from recipe.config.compose import config_of
+from recipe.config.schema import Config
 from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
 from recipe.data.loading import Batch, derive_layout, naming

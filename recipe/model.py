@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from recipe.alterations import alteration_facts, blur_strides, drop_branches
 from recipe.checkpoint import State, interface_of, released_weights
-from recipe.config import Config, ModelConfig, canonical_json
+from recipe.config.identity import canonical_json
+from recipe.config.schema import Config, ModelConfig
 from recipe.errors import UserError
 from recipe.records import ModelFacts, Setting
 from recipe.run import shown_path

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
 
-from recipe.composition import pinned_config_of
+from recipe.config.compose import pinned_config_of
 from recipe.document.render import check_document
 from recipe.errors import DiskError, UserError, one_clear_sentence
 from recipe.run import CHECKOUT, Run, shown_path, without_paths, write_atomically

@@ -19,7 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released_weights
-from recipe.config import Backend, Config, config_sha256
+from recipe.config.identity import config_sha256
+from recipe.config.schema import Backend, Config
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches

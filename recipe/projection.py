@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from recipe.composition import config_of
-from recipe.config import Config, Expectation, leaves
+from recipe.config.compose import config_of
+from recipe.config.identity import leaves
+from recipe.config.schema import Config, Expectation
 from recipe.data.imagenet import IMAGES
 from recipe.data.loading import derive_layout
 from recipe.data.shards import read_manifest

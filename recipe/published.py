@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torchvision.models import WeightsEnum
 
-from recipe.config import Config, Interpolation, Precision
+from recipe.config.schema import Config, Interpolation, Precision
 from recipe.errors import UserError
 from recipe.run import shown_path
 from recipe.weights import GivenWeights, read_weights

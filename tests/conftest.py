@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from recipe.composition import typed
-from recipe.config import Config
+from recipe.config.compose import typed
+from recipe.config.schema import Config
 from recipe.run import CHECKOUT
 from recipe.signals import handlers_put_back
 

@@ -169,7 +169,7 @@ def test_sweeps_of_the_other_stages_go_on_too(run_command: Command, trained: Pat
 SCRIPT = """
 import signal
 import hydra
-from recipe.composition import one_job, run_command
+from recipe.config.compose import one_job, run_command
 
 @hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
 def main(composed):

@@ -10,23 +10,20 @@ from typing import Any
 import pytest
 from hydra.errors import HydraException
 
-from recipe import config as configuration
-from recipe.composition import config_of
-from recipe.config import (
+from recipe.config import schema as configuration
+from recipe.config.compose import config_of
+from recipe.config.identity import (
     MACHINE_FACTS,
-    PATHS,
     RENAMED,
-    Config,
     canonical_json,
-    config_from_pinned,
     config_sha256,
     differences,
-    known_keys,
     leaves,
     nested,
     recipe_id,
     untyped,
 )
+from recipe.config.schema import PATHS, Config, config_from_pinned, known_keys
 from recipe.errors import UserError
 from recipe.run import CHECKOUT
 from tests.conftest import compose_config

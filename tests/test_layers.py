@@ -20,13 +20,12 @@ ALLOWED = {
     "signals": ["errors"],
     "faults": [],
     "energy": [],
-    "config": ["errors"],
+    "config": ["errors", "launcher", "streams", "files", "metrics", "records", "run", "provenance", "config"],
     "files": ["errors"],
     "metrics": ["errors"],
     "records": ["errors"],
     "run": ["errors", "faults", "files", "metrics", "records"],
     "provenance": ["launcher", "records", "run"],
-    "composition": GROUND,
     "distributed": GROUND,
     "alterations": GROUND,
     "plain": ["errors"],
@@ -56,15 +55,14 @@ ALLOWED = {
             "training",
         ),
     ],
-    "doctor": [*GROUND, "composition", "distributed", "model", "data", "training"],
+    "doctor": [*GROUND, "distributed", "model", "data", "training"],
     "document": [*GROUND, "document"],
-    "projection": [*GROUND, "composition", "data", "document"],
-    "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
-    "notebook": [*GROUND, "composition", "document"],
+    "projection": [*GROUND, "data", "document"],
+    "demonstration": [*GROUND, "distributed", "data", "inference", "document"],
+    "notebook": [*GROUND, "document"],
     "review": [
         *GROUND,
         *(
-            "composition",
             "distributed",
             "model",
             "checkpoint",
@@ -79,7 +77,7 @@ ALLOWED = {
     "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
 }
 WITHOUT_TORCH = [
-    *(*GROUND, "composition", "document.render", "data.processing", "data.demo"),
+    *(*GROUND, "config.schema", "config.compose", "document.render", "data.processing", "data.demo"),
     *("review.check", "review.diff"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))

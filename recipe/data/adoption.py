@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipe.config import DataConfig, differences
+from recipe.config.identity import differences
+from recipe.config.schema import DataConfig
 from recipe.data.processing import RECORD, data_settings
 from recipe.data.shards import Manifest, manifest_sha256, read_manifest
 from recipe.errors import UserError

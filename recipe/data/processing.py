@@ -33,7 +33,8 @@ import numpy as np
 import PIL
 from PIL import features
 
-from recipe.config import Config, Corrupt, DataConfig, Expectation, Source, differences, sha256_of
+from recipe.config.identity import differences, sha256_of
+from recipe.config.schema import Config, Corrupt, DataConfig, Expectation, Source
 from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.config import DataConfig, Source
+from recipe.config.schema import DataConfig, Source
 from recipe.data.demo import write_demo_archives
 from recipe.data.folders import fetch_imagenette, list_folder_data_set, list_imagenette
 from recipe.data.ilsvrc import KAGGLE_IMAGES, LOOKED_FOR, list_ilsvrc, list_kaggle

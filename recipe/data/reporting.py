@@ -12,7 +12,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from recipe.config import DataConfig, Expectation, sha256_of, untyped
+from recipe.config.identity import sha256_of, untyped
+from recipe.config.schema import DataConfig, Expectation
 from recipe.data import imagenet
 from recipe.data.images import FILTER, GREY, ROTATED
 from recipe.data.listing import Raw, Tally

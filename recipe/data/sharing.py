@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from recipe.config import differences
+from recipe.config.identity import differences
 from recipe.data.packing import WORK, Task
 from recipe.errors import HangError, UserError, how_to_continue
 from recipe.launcher import Launch

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import config_sha256, recipe_id
+from recipe.config.identity import config_sha256, recipe_id
 from recipe.document.dynamics import EpochRow, epoch_rows
 from recipe.document.facts import Facts
 from recipe.records import EvaluationRecord, PreprocessingRecord, SeedsRecord, SerializationRecord, TrainingRecord

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.config import config_sha256
+from recipe.config.identity import config_sha256
 from recipe.document.dynamics import MetricRow
 from recipe.records import (
     EnergyRecord,

@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 
-from recipe.config import leaves
+from recipe.config.identity import leaves
 from recipe.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
 
 NOTHING = "–"

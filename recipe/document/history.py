@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from recipe.config import differences
+from recipe.config.identity import differences
 from recipe.errors import UserError
 from recipe.files import opened
 from recipe.records import JournalEntry, JournalRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipe.config import NAME
+from recipe.config.schema import NAME
 from recipe.document.facts import STALE, Facts, gather, sections
 from recipe.document.formatting import without_commit
 from recipe.document.render import check_document

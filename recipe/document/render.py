@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from recipe.config import leaves
+from recipe.config.identity import leaves
 from recipe.document import blocks, commands, dynamics, formatting, latency
 from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts, Section, gather, sections, source_changed

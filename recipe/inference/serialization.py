@@ -20,7 +20,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from recipe.config import Accelerator, Config, Precision, Variant, untyped
+from recipe.config.identity import untyped
+from recipe.config.schema import Accelerator, Config, Precision, Variant
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches, evaluation_orders

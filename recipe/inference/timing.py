@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from recipe.config import Config, Precision, TimedBackend, Variant, untyped
+from recipe.config.identity import untyped
+from recipe.config.schema import Config, Precision, TimedBackend, Variant
 from recipe.data.progress import Progress
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import leaves
+from recipe.config.identity import leaves
 from recipe.document.blocks import difference
 from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import leaves
+from recipe.config.identity import leaves
 from recipe.errors import UserError
 from recipe.records import Fingerprint, ProbeStep
 from recipe.review.subject import Subject

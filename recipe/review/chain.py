@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.checkpoint import load_checkpoint, released_weights
-from recipe.config import config_sha256
+from recipe.config.identity import config_sha256
 from recipe.data.shards import MANIFEST, is_file_with, read_manifest
 from recipe.document.claims import identity
 from recipe.document.facts import Facts

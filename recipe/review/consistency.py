@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
-from recipe.config import config_sha256, differences, leaves, recipe_id
+from recipe.config.identity import config_sha256, differences, leaves, recipe_id
 from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
 from recipe.metrics import Place, missing_rows, planned_places

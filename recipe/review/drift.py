@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from recipe.composition import config_of
-from recipe.config import MACHINE_FACTS, differences
+from recipe.config.compose import config_of
+from recipe.config.identity import MACHINE_FACTS, differences
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError

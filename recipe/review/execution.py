@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.config import canonical_json
+from recipe.config.identity import canonical_json
 from recipe.document.facts import Facts
 from recipe.errors import UserError
 from recipe.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, opened, read_file

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
-from recipe.config import NOT_TRAINING
+from recipe.config.identity import NOT_TRAINING
 
 Values = Mapping[str, Any]  # flat: "optimization.epochs" -> 90
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from recipe.composition import config_of
-from recipe.config import MACHINE_FACTS, Accelerator, Config, TrainerConfig, differences
+from recipe.config.compose import config_of
+from recipe.config.identity import MACHINE_FACTS, differences
+from recipe.config.schema import Accelerator, Config, TrainerConfig
 from recipe.document.commands import EXPERIMENTS
 from recipe.provenance import processor_name, source_sha256, usable_cores, versions
 from recipe.review.restoring import Recipe, shown

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import NOT_TRAINING, differences, leaves, recipe_id
+from recipe.config.identity import NOT_TRAINING, differences, leaves, recipe_id
 from recipe.document.claims import columns, identity
 from recipe.document.dynamics import MetricRow, joined_rows
 from recipe.document.facts import gather

@@ -17,7 +17,7 @@ from pathlib import Path
 import torchvision
 from torchvision.models import list_models
 
-from recipe.config import Config, Source
+from recipe.config.schema import Config, Source
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
 from recipe.data.shards import manifest_sha256

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from recipe.config import Config, config_from_pinned, invalid, leaves
+from recipe.config.identity import leaves
+from recipe.config.schema import Config, config_from_pinned, invalid
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 

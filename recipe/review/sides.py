@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from recipe.config import leaves
+from recipe.config.identity import leaves
 from recipe.document.claims import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord

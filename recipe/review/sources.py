@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe.config import known_keys, leaves
+from recipe.config.identity import leaves
+from recipe.config.schema import known_keys
 from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.config import config_sha256, recipe_id
+from recipe.config.identity import config_sha256, recipe_id
 from recipe.document.claims import FORMAT
 from recipe.document.facts import Facts, gather
 from recipe.errors import UserError

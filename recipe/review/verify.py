@@ -11,8 +11,8 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from recipe.composition import config_of
-from recipe.config import NAME
+from recipe.config.compose import config_of
+from recipe.config.schema import NAME
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError

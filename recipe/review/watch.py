@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.errors import UserError
 from recipe.review.convergence import ALPHA, CANNOT_TELL, FEWEST_SEEDS, METRICS, OFF_TRACK, ON_TRACK
 from recipe.review.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run

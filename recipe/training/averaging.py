@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipe.config import AveragingConfig, AveragingForm, OptimizationConfig
+from recipe.config.schema import AveragingConfig, AveragingForm, OptimizationConfig
 from recipe.records import Setting
 
 

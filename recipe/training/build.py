@@ -13,7 +13,7 @@ from torch import nn
 
 from recipe.alterations import lower_head
 from recipe.checkpoint import State
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.adoption import adopt_data_set
 from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout

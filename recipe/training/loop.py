@@ -17,7 +17,8 @@ import torch
 
 from recipe import faults
 from recipe.checkpoint import prune_checkpoints, write_released_weights
-from recipe.config import Config, leaves
+from recipe.config.identity import leaves
+from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
 from recipe.model import with_known_weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recipe.config import LossKind, OptimizationConfig
+from recipe.config.schema import LossKind, OptimizationConfig
 from recipe.records import Setting
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipe.config import OptimizationConfig, OptimizerKind
+from recipe.config.schema import OptimizationConfig, OptimizerKind
 from recipe.errors import UserError
 from recipe.model import NORMS
 from recipe.records import ParameterGroup, Setting

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipe.config import Config, config_sha256, differences
+from recipe.config.identity import config_sha256, differences
+from recipe.config.schema import Config
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.run import Run, shown_path

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from recipe.config import OptimizationConfig, ScheduleKind
+from recipe.config.schema import OptimizationConfig, ScheduleKind
 from recipe.records import Schedule
 
 RECORDED_POINTS = 100

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from recipe.checkpoint import checkpoint_files
-from recipe.config import OptimizerKind
+from recipe.config.schema import OptimizerKind
 from recipe.errors import DiskError
 from recipe.run import shown_path
 from recipe.training.build import Training

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from recipe.checkpoint import State, newest_checkpoint, prune_checkpoints, save_checkpoint
-from recipe.config import Pinned
+from recipe.config.identity import Pinned
 from recipe.distributed import World
 from recipe.errors import NonFiniteError, UserError
 from recipe.records import Epoch, Interface, Session

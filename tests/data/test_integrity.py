@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipe.config import Corrupt, Source
+from recipe.config.schema import Corrupt, Source
 from recipe.data import processing
 from recipe.data.images import DamagedImageError, Rules, store
 from recipe.data.processing import preprocess

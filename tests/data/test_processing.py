@@ -26,7 +26,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from recipe.config import Corrupt, Decoder, Expectation, Source
+from recipe.config.schema import Corrupt, Decoder, Expectation, Source
 from recipe.data import packing, processing
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.demo import write_demo_archives

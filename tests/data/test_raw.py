@@ -15,7 +15,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from torchvision.datasets import imagenet as torchvision_imagenet
 
-from recipe.config import Expectation, Source
+from recipe.config.schema import Expectation, Source
 from recipe.data import imagenet
 from recipe.data.archives import digests
 from recipe.data.expectation import require_ilsvrc2012, require_published_md5

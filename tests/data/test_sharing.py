@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data import processing, sharing
 from recipe.data.processing import preprocess
 from recipe.data.sharing import Team

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from recipe import config as configuration
+from recipe.config import identity as configuration
 from recipe.document import figures, render
 from recipe.document.facts import Facts, sections
 from recipe.document.render import check_document, generated_blocks, twin, write_document

@@ -16,7 +16,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.shards import open_split, read_manifest
 from recipe.demonstration import SAMPLES, Demonstration, sample_indices
 from recipe.inference.classifier import Classifier

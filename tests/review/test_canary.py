@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
-from recipe.composition import config_of
-from recipe.config import leaves
+from recipe.config.compose import config_of
+from recipe.config.identity import leaves
 from recipe.records import Fingerprint, from_json
 from recipe.review.canary import CANNOT_TELL, CHANGED, TOLERANCE, compared
 from recipe.run import CHECKOUT

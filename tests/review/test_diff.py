@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import known_keys
+from recipe.config.schema import known_keys
 from recipe.review.diff import Report, compare
 from recipe.review.explanation import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.results import result_lines

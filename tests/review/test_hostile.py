@@ -18,7 +18,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import MACHINE_FACTS, Config, config_sha256, leaves, recipe_id
+from recipe.config.identity import MACHINE_FACTS, config_sha256, leaves, recipe_id
+from recipe.config.schema import Config
 from recipe.document.claims import as_json
 from recipe.errors import UserError
 from recipe.provenance import source_sha256

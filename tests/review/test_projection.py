@@ -12,7 +12,7 @@ import pytest
 
 from recipe import projection
 from recipe.__main__ import main
-from recipe.composition import config_of
+from recipe.config.compose import config_of
 from recipe.document.render import write_document
 from recipe.errors import UserError
 from recipe.provenance import Stage

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.adoption import bring_record
 from recipe.data.processing import preprocess
 from recipe.document import figures

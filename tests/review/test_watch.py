@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import recipe_id
+from recipe.config.identity import recipe_id
 from recipe.errors import UserError
 from recipe.records import Dynamics, SeedDynamics, SeedRun, SeedsRecord, to_json
 from recipe.review.convergence import METRICS, OFF_TRACK, ON_TRACK

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from recipe.config import AveragingConfig
+from recipe.config.schema import AveragingConfig
 from recipe.training.averaging import WeightAverage, build_average
 from tests.conftest import compose_config
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import Config, untyped
+from recipe.config.identity import untyped
+from recipe.config.schema import Config
 from recipe.document.render import write_document
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, TrainingRecord

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recipe.alterations import lower_head
-from recipe.config import LossKind
+from recipe.config.schema import LossKind
 from recipe.errors import UserError
 from recipe.training.loss import BinaryCrossEntropy, Loss, build_loss, loss_facts
 from tests.conftest import compose_config

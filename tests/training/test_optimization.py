@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipe.config import Config, OptimizationConfig, Precision
+from recipe.config.schema import Config, OptimizationConfig, Precision
 from recipe.data.loading import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world

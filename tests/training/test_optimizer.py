@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.config import OptimizationConfig
+from recipe.config.schema import OptimizationConfig
 from recipe.errors import UserError
 from recipe.training.optimizer import build_optimizer, optimizer_facts
 from tests.conftest import compose_config

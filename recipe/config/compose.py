@@ -29,16 +29,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.config import (
-    MACHINE_FACTS,
-    PATHS,
-    Config,
-    config_from_pinned,
-    known_keys,
-    leaves,
-    nested,
-    new_name,
-)
+from recipe.config.identity import MACHINE_FACTS, leaves, nested, new_name
+from recipe.config.schema import PATHS, Config, config_from_pinned, known_keys
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.launcher import launched, report_ignored
 from recipe.provenance import remember_typed_words, typed_words
