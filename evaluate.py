@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.config.compose import measured_config, one_job, run_command
+from recipe.config.compose import evaluation_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.performance import evaluate_run
@@ -15,7 +15,7 @@ from recipe.run import Run, recorded_path, shown_path
 def main(composed: DictConfig) -> None:
     """Evaluate the run's checkpoint, an exported model or published weights, and add the metrics to the document."""
     with one_job():
-        config = measured_config(composed)
+        config = evaluation_config(composed)
         if config.evaluation.weights is not None:
             config = published_config(config)
         run = Run(config.run_dir)

@@ -197,11 +197,11 @@ def configuration(words: tuple[str, ...], root: Path, data: str) -> Any:
     """The typed configuration of seed 0 on one of the processed data sets."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.config.compose import typed
+    from recipe.config.compose import to_config
 
     places = [f"data.directory={root / data}", f"data.raw_dir={root / f'{data}-raw'}", "run_dir=unused"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        return typed(compose("config", [*WORDS, *words, *places]))
+        return to_config(compose("config", [*WORDS, *words, *places]))
 
 
 @contextmanager

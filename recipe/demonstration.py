@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.config.compose import pinned_config_of
+from recipe.config.compose import stage_config_from_overrides
 from recipe.config.schema import Config, Precision, Variant
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.shards import Split, open_split
@@ -42,7 +42,7 @@ class Demonstration:
     """
 
     def __init__(self, words: list[str]) -> None:
-        self.config = pinned_config_of(words, own_group="timing")
+        self.config = stage_config_from_overrides(words, own_group="timing")
         self.command = " ".join(["python -m recipe.notebook", *(shown_argument(word) for word in words)])
         self.run = Run(self.config.run_dir)
         check_document(self.run)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipe.config.compose import config_of
+from recipe.config.compose import config_from_overrides
 from recipe.config.schema import Config
 from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
@@ -80,7 +80,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 def answer(arguments: argparse.Namespace) -> int:
     """Measure and say; the data set must be there."""
-    config = config_of(arguments.words)
+    config = config_from_overrides(arguments.words)
     with start_world(config.trainer) as world:
         print(report(examined(config, world)))
     return 0

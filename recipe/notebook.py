@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
 
-from recipe.config.compose import pinned_config_of
+from recipe.config.compose import stage_config_from_overrides
 from recipe.document.render import check_document
 from recipe.errors import DiskError, UserError, one_clear_sentence
 from recipe.run import CHECKOUT, Run, shown_path, without_paths, write_atomically
@@ -29,7 +29,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours of a traceback
 def main(words: list[str]) -> None:
     """Execute the notebook on the run that `words` name; it adds to the run's records and document itself."""
     with one_clear_sentence():
-        run = Run(pinned_config_of(words, own_group="timing").run_dir)
+        run = Run(stage_config_from_overrides(words, own_group="timing").run_dir)
         check_document(run)
         notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
         executed = execute(with_words(notebook, words))

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from recipe.config.compose import config_of
-from recipe.config.identity import leaves
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import flatten
 from recipe.config.schema import Config, Expectation
 from recipe.data.imagenet import IMAGES
 from recipe.data.loading import derive_layout
@@ -74,7 +74,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 def answer(arguments: argparse.Namespace) -> int:
     """Print the section, or add it to a run's document."""
-    config = config_of(arguments.words)
+    config = config_from_overrides(arguments.words)
     if arguments.run is None:
         with TemporaryDirectory() as nowhere:  # where the patch of a modified tree would go
             print(projection_page(projection(config, arguments, Stage(Path(nowhere)))))
@@ -174,7 +174,7 @@ def refuse_other_steps(config: Config) -> None:
             f"(augmentation.progressive.first_pixels={config.augmentation.progressive.first_pixels}), and a step was "
             "measured at one size only: it is not projected"
         )
-    here, plain = leaves(config.pinned.values), leaves(config_of([]).pinned.values)
+    here, plain = flatten(config.pinned.values), flatten(config_from_overrides([]).pinned.values)
     for key in STEP_KEYS:
         if here[key] != plain[key]:
             raise UserError(

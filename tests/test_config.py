@@ -11,19 +11,19 @@ import pytest
 from hydra.errors import HydraException
 
 from recipe.config import schema as configuration
-from recipe.config.compose import config_of
+from recipe.config.compose import config_from_overrides
 from recipe.config.identity import (
-    MACHINE_FACTS,
     RENAMED,
+    RUNTIME_KEYS,
     canonical_json,
     config_sha256,
     differences,
-    leaves,
-    nested,
+    flatten,
     recipe_id,
-    untyped,
+    to_dict,
+    unflatten,
 )
-from recipe.config.schema import PATHS, Config, config_from_pinned, known_keys
+from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.errors import UserError
 from recipe.run import CHECKOUT
 from tests.conftest import compose_config
@@ -183,7 +183,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_that_exists_is_what_was_typed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    config = config_of([f"data.raw_dir={name}", f"evaluation.weights={tmp_path}/{name}"])
+    config = config_from_overrides([f"data.raw_dir={name}", f"evaluation.weights={tmp_path}/{name}"])
     assert config.data.raw_dir in (name, f"./{name}")
     assert config.evaluation.weights == f"{tmp_path}/{name}"
 
@@ -192,7 +192,7 @@ def test_a_path_that_exists_is_what_was_typed(tmp_path: Path, name: str) -> None
     "name", [name for name in NAMES if "\\" not in name and "${" not in name and name[0] not in "'\""]
 )
 def test_a_folder_that_is_to_be_made_has_the_name_that_was_typed(name: str) -> None:
-    assert config_of([f"run_dir={name}"]).run_dir.removeprefix("./") == name
+    assert config_from_overrides([f"run_dir={name}"]).run_dir.removeprefix("./") == name
 
 
 @pytest.mark.parametrize(
@@ -207,20 +207,20 @@ def test_a_folder_that_is_to_be_made_has_the_name_that_was_typed(name: str) -> N
     ],
 )
 def test_what_is_quoted_for_hydra_and_references_keep_their_meaning(typed: str, meant: str) -> None:
-    assert config_of([f"run_dir={typed}"]).run_dir == meant
+    assert config_from_overrides([f"run_dir={typed}"]).run_dir == meant
 
 
 def test_a_line_break_in_a_path_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.raw_dir='a\\nb' holds a line break: rename"):
-        config_of(["data.raw_dir=a\nb"])
+        config_from_overrides(["data.raw_dir=a\nb"])
 
 
 def test_every_path_is_a_machine_fact() -> None:
-    assert set(PATHS) <= set(MACHINE_FACTS)
+    assert set(PATHS) <= set(RUNTIME_KEYS)
 
 
 def test_every_machine_fact_exists() -> None:
-    assert set(MACHINE_FACTS) <= leaves(untyped(compose_config())).keys()
+    assert set(RUNTIME_KEYS) <= flatten(to_dict(compose_config())).keys()
 
 
 def test_seeds_share_a_recipe() -> None:
@@ -233,7 +233,7 @@ def test_seeds_share_a_recipe() -> None:
 def test_no_absolute_path_is_pinned() -> None:
     assert not [
         value
-        for value in leaves(compose_config("data.raw_dir=/data/x").pinned.values).values()
+        for value in flatten(compose_config("data.raw_dir=/data/x").pinned.values).values()
         if isinstance(value, str) and Path(value).is_absolute()
     ]
 
@@ -269,33 +269,33 @@ def test_a_replaced_configuration_is_checked_too() -> None:
     ],
 )
 def test_plain_values_of_another_type_or_out_of_bounds_are_named(key: str, value: Any, allowed: str) -> None:
-    values = leaves(untyped(compose_config()))
+    values = flatten(to_dict(compose_config()))
     with pytest.raises(UserError, match=rf"^{key}(\[1\])?=.* is invalid: must be {allowed}$"):
-        Config(**nested(values | {key: value}))
+        Config(**unflatten(values | {key: value}))
 
 
 def test_a_message_states_the_value_and_not_what_it_looks_like() -> None:
     """An enum's message quotes the value, which may look like the end of msgspec's sentence."""
-    values = leaves(untyped(compose_config())) | {"data.source": "x - at `$.model.name`"}
+    values = flatten(to_dict(compose_config())) | {"data.source": "x - at `$.model.name`"}
     with pytest.raises(UserError, match=r"^data\.source=x - at `\$\.model\.name` is invalid: must be one of imagenet"):
-        Config(**nested(values))
+        Config(**unflatten(values))
 
 
 def test_unknown_and_missing_keys_are_named() -> None:
-    values = leaves(untyped(compose_config()))
+    values = flatten(to_dict(compose_config()))
     del values["seed"]
-    values = {key: value for key, value in values.items() if key not in MACHINE_FACTS}
+    values = {key: value for key, value in values.items() if key not in RUNTIME_KEYS}
     faults = r"optimization\.foo is unknown; trainer\.gpus is a fact of the machine; seed is missing"
     with pytest.raises(UserError, match=f"^{faults}$"):
-        config_from_pinned(nested(values | {"optimization.foo": 1, "trainer.gpus": 8}))
+        config_from_pinned(unflatten(values | {"optimization.foo": 1, "trainer.gpus": 8}))
 
 
 @pytest.mark.parametrize("wrong", [-1e9, 1e9, 10**9, -(10**9), "", "?", [], [-1], [0.5] * 4, None])
 def test_every_bound_has_words(wrong: Any) -> None:
-    values = leaves(untyped(compose_config()))
+    values = flatten(to_dict(compose_config()))
     for key in values:
         with suppress(UserError):  # no other error
-            Config(**nested(values | {key: wrong}))
+            Config(**unflatten(values | {key: wrong}))
 
 
 def test_enums_are_named_as_their_values() -> None:
@@ -319,11 +319,11 @@ def test_an_old_key_is_answered_with_its_new_name(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(RENAMED, "optimization.old_rate", "optimization.learning_rate")
     monkeypatch.setitem(RENAMED, "optimization.old_group", "optimization.averaging")
     with pytest.raises(UserError, match=rf"{re.escape(hint)}$"):
-        config_of(words)
+        config_from_overrides(words)
 
 
 def test_new_names_are_keys_or_groups_of_the_schema_and_old_ones_are_not() -> None:
-    keys = known_keys()
+    keys = schema_keys()
     for old, new in RENAMED.items():
         assert any(f"{key}.".startswith(f"{new}.") for key in keys)
         assert not any(f"{key}.".startswith(f"{old}.") for key in keys)

@@ -29,8 +29,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.config.identity import MACHINE_FACTS, leaves, nested, new_name
-from recipe.config.schema import PATHS, Config, config_from_pinned, known_keys
+from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
+from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.launcher import launched, report_ignored
 from recipe.provenance import remember_typed_words, typed_words
@@ -142,17 +142,17 @@ def hint(key: str) -> str:
     """The end of a sentence about an unknown key: its new name, or a similar key."""
     if name := new_name(key):
         return f"; it is now {name}"
-    similar = difflib.get_close_matches(key, known_keys(), 1)
+    similar = difflib.get_close_matches(key, schema_keys(), 1)
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def typed(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig) -> Config:
     """Hydra's result as a `Config`; raises `UserError` that names the key."""
     return _known_config(_plain_values(composed, throw_on_missing=True))
 
 
 def _known_config(values: dict[str, Any]) -> Config:
-    unknown = [key for key in leaves(values) if key not in known_keys()]
+    unknown = [key for key in flatten(values) if key not in schema_keys()]
     if unknown:
         way_out = hint(unknown[0]) or "; `python train.py --cfg job` prints all of them"
         raise UserError(f"{unknown[0]} is not a setting{way_out}")
@@ -168,9 +168,9 @@ def _plain_values(composed: DictConfig, throw_on_missing: bool = False) -> dict[
     return {str(key): value for key, value in values.items()}
 
 
-def composed_config(composed: DictConfig) -> Config:
+def job_config(composed: DictConfig) -> Config:
     """The configuration of preprocess.py and train.py; each job of a multirun has a run directory of its own."""
-    config, suffix = typed(composed), swept_suffix()
+    config, suffix = to_config(composed), swept_suffix()
     return replace(config, run_dir=f"{config.run_dir}-{suffix}") if suffix else config
 
 
@@ -195,14 +195,14 @@ def _swept() -> list[Override]:
     return [override for override in _parsed(_task_words()) if override.key_or_group in swept]
 
 
-def measured_config(composed: DictConfig) -> Config:
+def evaluation_config(composed: DictConfig) -> Config:
     """The configuration of evaluate.py: the run's own; published weights can be measured without any run."""
     if composed.evaluation.weights is not None and Run(composed.run_dir).read_config() is None:
-        return composed_config(composed)
-    return pinned_config(own_group="evaluation")
+        return job_config(composed)
+    return stage_config(own_group="evaluation")
 
 
-def pinned_config(own_group: str) -> Config:
+def stage_config(own_group: str) -> Config:
     """The configuration of a stage after training: the run's own, with `own_group` and machine facts from here.
 
     Raises `UserError` where the run directory has none, and where the command line contradicts it.
@@ -217,10 +217,10 @@ def _task_words() -> list[str]:
     return [str(word) for word in words]
 
 
-def config_of(words: list[str]) -> Config:
+def config_from_overrides(words: list[str]) -> Config:
     """The configuration that overrides (`key=value`) compose, outside of Hydra's scripts."""
     with _hydra():
-        return typed(compose("config", _settings(words)))
+        return to_config(compose("config", _settings(words)))
 
 
 @contextmanager
@@ -236,8 +236,8 @@ def _settings(words: list[str]) -> list[str]:
     return _paths_quoted(words)
 
 
-def pinned_config_of(words: list[str], own_group: str) -> Config:
-    """`pinned_config` outside of Hydra's scripts, in a notebook: `words` are overrides (`key=value`)."""
+def stage_config_from_overrides(words: list[str], own_group: str) -> Config:
+    """`stage_config` outside of Hydra's scripts, in a notebook: `words` are overrides (`key=value`)."""
     with _hydra():
         return _pinned_config(_settings(words), own_group)
 
@@ -251,9 +251,9 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
             f"run_dir={shown_path(run.directory)}` and the experiment that you want"
         )
     words = _with_experiment(given, stored["name"])
-    composed, pinned = leaves(_plain_values(compose("config", words))), leaves(stored)
+    composed, pinned = flatten(_plain_values(compose("config", words))), flatten(stored)
     given_keys = _keys(given, composed)
-    mine = {key for key in given_keys if key in MACHINE_FACTS or key.startswith(f"{own_group}.")}
+    mine = {key for key in given_keys if key in RUNTIME_KEYS or key.startswith(f"{own_group}.")}
     changed = [
         f"{key}: {pinned.get(key)} -> {composed[key]}"
         for key in sorted(given_keys - mine)
@@ -272,7 +272,7 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
             "use the commit that the run was trained with"
         ) from error
     kept = {key: value for key, value in pinned.items() if key not in mine}
-    return _known_config(nested(composed | kept))
+    return _known_config(unflatten(composed | kept))
 
 
 def _with_experiment(given: list[str], name: str) -> list[str]:

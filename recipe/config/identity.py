@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 # Each key with its value where nobody has chosen one yet: a recipe does not hold these.
-MACHINE_FACTS: dict[str, Any] = {
+RUNTIME_KEYS: dict[str, Any] = {
     "run_dir": ".",
     "reference": None,
     "data.raw_dir": None,
@@ -65,7 +65,7 @@ def new_name(key: str) -> str | None:
     return None
 
 
-def untyped(config: Any) -> Any:
+def to_dict(config: Any) -> Any:
     """Dataclasses and enums as plain dictionaries, lists, strings and numbers, which JSON and YAML can hold."""
     return msgspec.to_builtins(config)
 
@@ -90,19 +90,19 @@ def recipe_id(pinned_values: Mapping[str, Any]) -> str:
     return sha256_of({key: value for key, value in pinned_values.items() if key != "seed"})
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries flattened: {"data": {"name": "demo"}} -> {"data.name": "demo"}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(leaves(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `leaves`."""
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
     values: dict[str, Any] = {}
     for key, value in flat.items():
         *groups, last = key.split(".")
@@ -115,7 +115,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Each key whose value differs, as `key: before -> after`, in the order of the keys."""
-    old, new = leaves(before), leaves(after)
+    old, new = flatten(before), flatten(after)
     absent = "(absent)"
     return [
         f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"

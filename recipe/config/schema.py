@@ -5,7 +5,7 @@ block, `dataclasses.replace`) goes through `Config.__post_init__`, which checks 
 no `_target_` anywhere: a configuration from somebody else is data and cannot run code.
 
 Settings that define the recipe are *pinned* into the run by training and hashed (`config_sha256`, and `recipe_id`
-without the seed). `MACHINE_FACTS` may differ from one command to the next.
+without the seed). `RUNTIME_KEYS` may differ from one command to the next.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import msgspec
 from msgspec import Meta
 
 from recipe.config.identity import (
-    MACHINE_FACTS,
+    RUNTIME_KEYS,
     Pinned,
-    leaves,
-    nested,
-    untyped,
+    flatten,
+    to_dict,
+    unflatten,
 )
 from recipe.errors import UserError
 
@@ -409,10 +409,10 @@ class Config:
     timing: TimingConfig
 
     def __post_init__(self) -> None:
-        converted = _converted(untyped(self))
+        converted = _converted(to_dict(self))
         for name in converted.__struct_fields__:
             setattr(self, name, getattr(converted, name))
-        values = leaves(untyped(self))
+        values = flatten(to_dict(self))
         for key, value in values.items():
             numbers = value if isinstance(value, list) else [value]
             if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
@@ -424,8 +424,8 @@ class Config:
     @cached_property
     def pinned(self) -> Pinned:
         """The settings without facts of the machine."""
-        values = leaves(untyped(self))
-        return Pinned(nested({key: value for key, value in values.items() if key not in MACHINE_FACTS}))
+        values = flatten(to_dict(self))
+        return Pinned(unflatten({key: value for key, value in values.items() if key not in RUNTIME_KEYS}))
 
 
 def _cross_checks(config: Config) -> Iterator[tuple[str, bool, str]]:
@@ -521,12 +521,12 @@ def invalid(key: str, value: object, allowed: str) -> UserError:
     return UserError(f"{key}={value} is invalid: must be {allowed}")
 
 
-def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
+def schema_keys(schema: type = Config, prefix: str = "") -> list[str]:
     """Every key of the schema, dotted."""
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
         keys += (
-            known_keys(kind, f"{prefix}{name}.")
+            schema_keys(kind, f"{prefix}{name}.")
             if isinstance(kind, type) and is_dataclass(kind)
             else [f"{prefix}{name}"]
         )
@@ -534,16 +534,16 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
 
 
 def config_from_pinned(values: Mapping[str, Any]) -> Config:
-    """A pinned configuration as a `Config`, with the neutral values of `MACHINE_FACTS`.
+    """A pinned configuration as a `Config`, with the neutral values of `RUNTIME_KEYS`.
 
     Raises `UserError` for unknown and missing keys, and for values out of bounds.
     """
-    settings, keys = leaves(values), [key for key in known_keys() if key not in MACHINE_FACTS]
+    settings, keys = flatten(values), [key for key in schema_keys() if key not in RUNTIME_KEYS]
     others = [key for key in settings if key not in keys]
     faults = [
-        *(f"{key} is a fact of the machine" if key in MACHINE_FACTS else f"{key} is unknown" for key in others),
+        *(f"{key} is a fact of the machine" if key in RUNTIME_KEYS else f"{key} is unknown" for key in others),
         *(f"{key} is missing" for key in keys if key not in settings),
     ]
     if faults:
         raise UserError("; ".join(faults))
-    return Config(**nested(settings | MACHINE_FACTS))
+    return Config(**unflatten(settings | RUNTIME_KEYS))

@@ -12,7 +12,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from recipe.config.identity import sha256_of, untyped
+from recipe.config.identity import sha256_of, to_dict
 from recipe.config.schema import DataConfig, Expectation
 from recipe.data import imagenet
 from recipe.data.images import FILTER, GREY, ROTATED
@@ -55,7 +55,7 @@ def record_of(
         inputs={f"raw/{name}": split.raw_sha256 for name, split in merged.items()}
         | {archive.name: archive.sha256 for archive in archives},
         outputs=outputs(Path(data.directory), merged),
-        description=untyped(data.description),
+        description=to_dict(data.description),
         data_set=data.name,
         layout=raw.layout,
         raw_path=shown(Path(data.raw_dir or "."), "$RAW_DIR"),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.document import blocks, commands, dynamics, formatting, latency
 from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
@@ -159,7 +159,7 @@ def context(facts: Facts) -> dict[str, Any]:
 
 def title(facts: Facts) -> str:
     """What was trained on what; data that were not verified to be ILSVRC2012 say so."""
-    values = leaves(facts.config or {})
+    values = flatten(facts.config or {})
     model = facts.training.model.name if facts.training else str(values.get("model.name", ""))
     model = re.sub(r"^resnet(\d+)$", r"ResNet-\1", model)
     if facts.preprocessing is None:
@@ -190,8 +190,8 @@ def declared(facts: Facts, key: str) -> Declared:
 def descriptions(facts: Facts) -> dict[str, Any]:
     """What people declared: as training pinned it, and before that what preprocessing knew of its data set."""
     if facts.config is not None:
-        return leaves(facts.config)
-    return leaves({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
+        return flatten(facts.config)
+    return flatten({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
 
 
 def declared_items(facts: Facts, key: str) -> list[str]:

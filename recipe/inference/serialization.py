@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from recipe.config.identity import untyped
+from recipe.config.identity import to_dict
 from recipe.config.schema import Accelerator, Config, Precision, Variant
 from recipe.data.adoption import adopt_data_set, require_same_data_set
 from recipe.data.interface import transform_of
@@ -240,7 +240,7 @@ def record_of(
     written = [leave(subject, file, comparisons[file.variant].exported, split) for file in files]
     return SerializationRecord(
         config_sha256=subject.checkpoint.training.config_sha256,
-        settings=untyped(subject.config.serialization),
+        settings=to_dict(subject.config.serialization),
         provenance=stage.finish(hardware(world), exporting_versions() | device_versions(world)),
         inputs={"weights": subject.checkpoint.weights_sha256, "manifest": subject.checkpoint.manifest_sha256},
         outputs={name: sha256 for entry in written for name, sha256 in entry.items()},

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from recipe.config.identity import untyped
+from recipe.config.identity import to_dict
 from recipe.config.schema import Config, Precision, TimedBackend, Variant
 from recipe.data.progress import Progress
 from recipe.data.transforms import Normalisation
@@ -298,7 +298,7 @@ def _record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> Tim
         size = list(image.size)
     return TimingRecord(
         config_sha256=bench.subject.training.config_sha256,
-        settings=untyped(bench.config.timing),
+        settings=to_dict(bench.config.timing),
         provenance=stage.finish(machine, {"onnxruntime": onnxruntime.__version__} | device_versions(bench.world)),
         inputs={"weights": bench.subject.weights_sha256, **_file_hashes(bench)},
         machine=machine_name(machine),

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.document.blocks import difference
 from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts
@@ -43,7 +43,7 @@ def claim_findings(name: str, block: dict[str, Any], facts: Facts, unreadable: s
     """Every claim of the JSON block that the records do not give."""
     expected = json.loads(as_json(identity(facts)))
     found = missing_records(name, claims_of(block), facts, unreadable)
-    ours, theirs = leaves(without_orphans(block, facts)), leaves(without_orphans(expected, facts))
+    ours, theirs = flatten(without_orphans(block, facts)), flatten(without_orphans(expected, facts))
     is_same_code = written_by(facts) == source_sha256_here()
     for key in [*ours, *(key for key in theirs if key not in ours and is_same_code)]:
         said, given = (values.get(key, "nothing") for values in (ours, theirs))

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.errors import UserError
 from recipe.records import Fingerprint, ProbeStep
 from recipe.review.subject import Subject
@@ -121,7 +121,7 @@ def _facts(recipe: Fingerprint, here: Fingerprint) -> Iterator[Difference]:
 
 
 def _leaves(what: str, recipe: dict[str, Any], here: dict[str, Any]) -> Iterator[Difference]:
-    theirs, ours = leaves(recipe), leaves(here)
+    theirs, ours = flatten(recipe), flatten(here)
     for key in sorted(theirs.keys() | ours.keys()):
         yield from _equal(f"{what} {key}".strip(), theirs.get(key, "(absent)"), ours.get(key, "(absent)"))
 

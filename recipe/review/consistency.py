@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
-from recipe.config.identity import config_sha256, differences, leaves, recipe_id
+from recipe.config.identity import config_sha256, differences, flatten, recipe_id
 from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
 from recipe.metrics import Place, missing_rows, planned_places
@@ -103,7 +103,7 @@ def training_sums(record: TrainingRecord, config: dict[str, Any] | None) -> Iter
     images = schedule.steps * loader.global_batch_size
     batches = f"{schedule.steps:,} steps of {loader.global_batch_size:,} images"
     yield Sum(here, "images_seen", record.images_seen, batches, images)
-    values = leaves(config or {})
+    values = flatten(config or {})
     for key, field, found in (
         ("optimization.epochs", "epochs", epochs),
         ("optimization.batch_size", "loader.global_batch_size", loader.global_batch_size),
@@ -219,7 +219,7 @@ def promised(facts: Facts) -> Iterator[Place]:
     """The rows that are to be there; a published recipe may keep one train row an epoch, with the mean of its steps."""
     assert facts.training is not None, "the caller looked"
     schedule, publication = facts.training.schedule, facts.publication
-    every = leaves(facts.config or {}).get("trainer.log_every_steps")
+    every = flatten(facts.config or {}).get("trainer.log_every_steps")
     is_thinned = publication is not None and publication.metric_rows_kept < publication.metric_rows
     if is_thinned or not (isinstance(every, int) and every >= 1):
         every = schedule.steps_per_epoch

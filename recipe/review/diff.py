@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.review.explanation import TITLES, Group, group_of, is_inert, rank_of, theme_of
@@ -294,7 +294,7 @@ def live(record: TrainingRecord) -> dict[str, Any]:
         "trainer.precision": {"forward_and_backward": record.precision.get("forward_and_backward")},
         "trainer.arithmetic": {key: value for key, value in record.precision.items() if key != "forward_and_backward"},
     }
-    return leaves(chapters)
+    return flatten(chapters)
 
 
 MACHINE = ("processes", "accelerator")

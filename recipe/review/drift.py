@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from recipe.config.compose import config_of
-from recipe.config.identity import MACHINE_FACTS, differences
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import RUNTIME_KEYS, differences
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.provenance import source_sha256
 from recipe.records import Fingerprint
 from recipe.review.canary import CANNOT_TELL, Difference, compared, stored_fingerprint
-from recipe.review.restoring import restored_config
+from recipe.review.restoring import parse_config
 from recipe.review.sources import SCRIPTS
 from recipe.review.subject import Subject, contradictions, open_subject
 from recipe.run import CHECKOUT
@@ -58,7 +58,7 @@ def answer(arguments: Namespace) -> int:
 
 def drifted(subject: Subject) -> Iterator[Difference]:
     """Every difference between the recipe and this checkout."""
-    config = restored_config(subject.claims())
+    config = parse_config(subject.claims())
     for line in contradictions(subject.claims()):
         yield Difference("the document", line, "another one")
     yield from unimportable()
@@ -73,7 +73,7 @@ def fingerprint_here(subject: Subject) -> Fingerprint:
     training, data = (claims.get("training"), claims.get("data")) if isinstance(claims, dict) else (None, None)
     steps_per_epoch = counted(subject, training, "steps_per_epoch")
     classes = counted(subject, data, "classes")
-    return take_fingerprint(restored_config(subject.claims()), steps_per_epoch, classes)
+    return take_fingerprint(parse_config(subject.claims()), steps_per_epoch, classes)
 
 
 def counted(subject: Subject, claims: Any, name: str) -> int:
@@ -94,7 +94,7 @@ def recomposed(subject: Subject, recipe: dict[str, Any]) -> Iterator[Difference]
             [f"experiment={recipe['name']}", *words] if (EXPERIMENTS / f"{recipe['name']}.yaml").is_file() else words
         )
     try:
-        here = config_of(words)
+        here = config_from_overrides(words)
     except UserError as error:
         yield Difference("the recorded command", shlex.join(words), f"refused: {error}")
         return
@@ -117,7 +117,7 @@ def typed_settings(subject: Subject) -> list[str]:
     except ValueError:
         return []
     settings = [word for word in words if PLAIN_SETTING.match(word) and not word.startswith("hydra")]
-    return [word for word in settings if word.partition("=")[0] not in MACHINE_FACTS]
+    return [word for word in settings if word.partition("=")[0] not in RUNTIME_KEYS]
 
 
 def recorded_overrides(subject: Subject) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from recipe.config.compose import config_of
-from recipe.config.identity import MACHINE_FACTS, differences
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import RUNTIME_KEYS, differences
 from recipe.config.schema import Accelerator, Config, TrainerConfig
 from recipe.document.commands import EXPERIMENTS
 from recipe.provenance import processor_name, source_sha256, usable_cores, versions
@@ -40,8 +40,8 @@ def adapt_to_machine(
 ) -> AdaptedConfig:
     """The recipe's configuration for this machine, with directories from here."""
     notes: list[str] = []
-    ours = config_of([]).trainer
-    names = [key.removeprefix("trainer.") for key in MACHINE_FACTS if key.startswith("trainer.")]
+    ours = config_from_overrides([]).trainer
+    names = [key.removeprefix("trainer.") for key in RUNTIME_KEYS if key.startswith("trainer.")]
     accelerator = _accelerator(recipe, notes)
     processes = _processes(recipe, accelerator, notes)
     machine = {
@@ -113,7 +113,7 @@ def _experiment(config: Config) -> list[str]:
     """Against the file of the same name in conf/experiment; the schema allows no path as a name."""
     if not (EXPERIMENTS / f"{config.name}.yaml").is_file():
         return [f"configuration: conf/experiment has no {config.name}.yaml"]
-    changed = differences(config_of([f"experiment={config.name}"]).pinned.values, config.pinned.values)
+    changed = differences(config_from_overrides([f"experiment={config.name}"]).pinned.values, config.pinned.values)
     rest = len(changed) - DIFFERENCES_SHOWN
     lines = [f"configuration, here -> there: {shown(line, 300)}" for line in changed[:DIFFERENCES_SHOWN]]
     return lines + ([f"configuration: {rest} more settings differ"] if rest > 0 else [])

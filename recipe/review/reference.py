@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config.identity import NOT_TRAINING, differences, leaves, recipe_id
+from recipe.config.identity import NOT_TRAINING, differences, flatten, recipe_id
 from recipe.document.claims import columns, identity
 from recipe.document.dynamics import MetricRow, joined_rows
 from recipe.document.facts import gather
@@ -217,7 +217,7 @@ def refuse_differences(reference: Dynamics, config: Mapping[str, Any], steps_per
 
 def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that can change how training goes, flat, without the seed."""
-    return {key: value for key, value in leaves(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
+    return {key: value for key, value in flatten(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
 
 
 def refuse_other_data(reference: Dynamics, watched: Watched) -> None:

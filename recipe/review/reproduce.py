@@ -33,7 +33,7 @@ from recipe.records import PreprocessingRecord, ReproductionRecord
 from recipe.review.fitting import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
 from recipe.review.judgement import DIFFERS, judged, verdict
 from recipe.review.reproduction_report import report
-from recipe.review.restoring import ClaimedData, Recipe, restored_config, restored_recipe, shown
+from recipe.review.restoring import ClaimedData, Recipe, parse_config, parse_recipe, shown
 from recipe.review.subject import open_subject
 from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
 from recipe.training.loop import train
@@ -104,7 +104,7 @@ def planned(arguments: Namespace) -> Plan:
     if subject.document_path is None or subject.document is None:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
     identity = subject.claims()
-    recipe, config = restored_recipe(identity), restored_config(identity)
+    recipe, config = parse_recipe(identity), parse_config(identity)
     require_known_network(config)
     digest = hashlib.sha256(subject.document.encode()).hexdigest()
     run_dir = chosen_run_dir(arguments.run_dir, digest)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.config.schema import Config, config_from_pinned, invalid
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
@@ -122,7 +122,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     circumstances: dict[Word, Word | int | float | bool | None]
 
 
-def restored_recipe(identity: Mapping[str, Any]) -> Recipe:
+def parse_recipe(identity: Mapping[str, Any]) -> Recipe:
     """The claims by type; raises `UserError` that names what is missing or of a wrong type."""
     values = {name: identity.get(name) for name in Recipe.__struct_fields__}
     for stage in ("code", "circumstances"):
@@ -134,8 +134,8 @@ def restored_recipe(identity: Mapping[str, Any]) -> Recipe:
         raise UserError(f"the recipe's JSON block does not fit: {shown(str(error))}") from error
 
 
-def restored_config(identity: Mapping[str, Any]) -> Config:
-    """The configuration, with the neutral values of `MACHINE_FACTS` for the caller to replace.
+def parse_config(identity: Mapping[str, Any]) -> Config:
+    """The configuration, with the neutral values of `RUNTIME_KEYS` for the caller to replace.
 
     Raises `UserError` that names the key, and where the block has the hashes of another configuration.
     """
@@ -143,7 +143,7 @@ def restored_config(identity: Mapping[str, Any]) -> Config:
     try:
         if not isinstance(values, Mapping):
             raise invalid("config", values, "a group of settings")
-        for key, value in leaves(values).items():
+        for key, value in flatten(values).items():
             if isinstance(value, list) and len(value) > LONGEST_LIST:
                 raise invalid(key, shown(value), f"a list of at most {LONGEST_LIST}")
             for entry in value if isinstance(value, list) else [value]:

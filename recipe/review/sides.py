@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.document.claims import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
@@ -33,7 +33,7 @@ class Side:
 
     @property
     def config(self) -> dict[str, Any]:
-        return leaves(objects(self.block.get("config")))
+        return flatten(objects(self.block.get("config")))
 
     @property
     def epochs(self) -> dict[str, list[Any]]:

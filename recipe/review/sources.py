@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe.config.identity import leaves
-from recipe.config.schema import known_keys
+from recipe.config.identity import flatten
+from recipe.config.schema import schema_keys
 from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
@@ -155,7 +155,7 @@ def as_expression(pattern: str) -> str:
 
 def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
-    keys = {*known_keys(), *leaves(config or {})}
+    keys = {*schema_keys(), *flatten(config or {})}
     return [
         Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
         for place, provenance in stages(facts)

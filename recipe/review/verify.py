@@ -11,7 +11,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from recipe.config.compose import config_of
+from recipe.config.compose import config_from_overrides
 from recipe.config.schema import NAME
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
@@ -73,7 +73,7 @@ def usual_places(subject: Subject) -> tuple[Path | None, Path | None]:
     if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None
     try:
-        data = config_of([f"experiment={name}"]).data
+        data = config_from_overrides([f"experiment={name}"]).data
     except UserError:
         return None, None
     return (Path(data.raw_dir) if data.raw_dir else None), Path(data.directory)

@@ -17,7 +17,7 @@ import torch
 
 from recipe import faults
 from recipe.checkpoint import prune_checkpoints, write_released_weights
-from recipe.config.identity import leaves
+from recipe.config.identity import flatten
 from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
@@ -67,7 +67,7 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
 def _started(run: Run, config: Config) -> Stage:
     if config.model.weights is not None:
         print(read_weights(Path(config.model.weights)), file=sys.stderr, flush=True)
-    settings = {key: value for key, value in leaves(config.pinned.values).items() if "description." not in key}
+    settings = {key: value for key, value in flatten(config.pinned.values).items() if "description." not in key}
     digest = config.pinned.config_sha256
     append_to_journal(run, "train", "started", name=config.name, config_sha256=digest, config=settings)
     return Stage(run.directory)

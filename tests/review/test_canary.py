@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
-from recipe.config.compose import config_of
-from recipe.config.identity import leaves
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import flatten
 from recipe.records import Fingerprint, from_json
 from recipe.review.canary import CANNOT_TELL, CHANGED, TOLERANCE, compared
 from recipe.run import CHECKOUT
@@ -120,12 +120,12 @@ def every_experiment() -> list[str]:
 
 @pytest.mark.parametrize("name", every_experiment())
 def test_the_canary_is_the_recipe_but_for_what_a_laptop_cannot_do(name: str, tmp_path: Any) -> None:
-    config = config_of([f"experiment={name}"])
+    config = config_from_overrides([f"experiment={name}"])
     small = canary_config(config, tmp_path)
     assert max(small.augmentation.crop_pixels, small.evaluation.crop_pixels) <= LARGEST_PIXELS
     assert small.optimization.batch_size % (small.augmentation.repeats * 1) == 0
     assert small.optimization.batch_size % small.augmentation.mixing.group_images == 0
-    before, after = leaves(config.pinned.values), leaves(small.pinned.values)
+    before, after = flatten(config.pinned.values), flatten(small.pinned.values)
     changed = {key for key in before if before[key] != after[key]}
     assert changed <= MADE_SMALLER, changed - MADE_SMALLER
 

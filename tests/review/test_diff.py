@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from recipe.__main__ import main
-from recipe.config.schema import known_keys
+from recipe.config.schema import schema_keys
 from recipe.review.diff import Report, compare
 from recipe.review.explanation import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.results import result_lines
@@ -99,7 +99,7 @@ def test_the_same_recipe_says_so(side: Side) -> None:
 
 def test_every_key_of_the_schema_has_a_place() -> None:
     """A new knob belongs to a theme, or the table is incomplete."""
-    keys = [key for key in known_keys() if key not in ("run_dir", "reference")]  # of the machine
+    keys = [key for key in schema_keys() if key not in ("run_dir", "reference")]  # of the machine
     lost = [key for key in keys if group_of(key) is Group.accuracy and rank_of(key) == len(RANKS)]
     assert not lost
 

@@ -18,14 +18,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from recipe.__main__ import main
-from recipe.config.identity import MACHINE_FACTS, config_sha256, leaves, recipe_id
+from recipe.config.identity import RUNTIME_KEYS, config_sha256, flatten, recipe_id
 from recipe.config.schema import Config
 from recipe.document.claims import as_json
 from recipe.errors import UserError
 from recipe.provenance import source_sha256
 from recipe.review import fitting, reproduce
 from recipe.review.reproduce import MARKER, planned
-from recipe.review.restoring import restored_config, restored_recipe
+from recipe.review.restoring import parse_config, parse_recipe
 from recipe.review.subject import identity_of
 from recipe.run import CHECKOUT
 from tests.conftest import compose_config
@@ -39,7 +39,7 @@ ESCAPES = "\x1b]0;title\x07\x1b[31mred\x1b[0m\u202eoverride\x9b"
 @pytest.fixture(autouse=True)
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra takes most of the time; what it composes is looked at only."""
-    monkeypatch.setattr(fitting, "config_of", lambda words: COMPOSED(*words))
+    monkeypatch.setattr(fitting, "config_from_overrides", lambda words: COMPOSED(*words))
     monkeypatch.setattr(fitting, "source_sha256", SOURCE)
 
 
@@ -162,7 +162,7 @@ def test_unknown_keys_are_refused_by_name(block: dict[str, Any], group: str, key
     assert key in refused(block)
 
 
-@pytest.mark.parametrize("key", MACHINE_FACTS)
+@pytest.mark.parametrize("key", RUNTIME_KEYS)
 def test_facts_of_the_machine_are_no_business_of_a_recipe(block: dict[str, Any], key: str) -> None:
     put(key, "/etc")(block)
     assert f"{key} is a fact of the machine" in refused(block)
@@ -293,7 +293,7 @@ def test_every_experiment_comes_back_from_its_json(name: str) -> None:
     pinned = compose_config(f"experiment={name}").pinned
     values = json.loads(as_json(pinned.values))
     hashes = {"config_sha256": pinned.config_sha256, "recipe_id": pinned.recipe_id}
-    assert restored_config({"config": values} | hashes).pinned == pinned
+    assert parse_config({"config": values} | hashes).pinned == pinned
 
 
 def test_without_a_terminal_nothing_runs_unasked(block: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,19 +348,19 @@ def kinds(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, kind in get_type_hints(schema).items():
         if hasattr(kind, "__dataclass_fields__"):
             yield from kinds(kind, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in MACHINE_FACTS:
+        elif f"{prefix}{name}" not in RUNTIME_KEYS:
             yield f"{prefix}{name}", kind
 
 
 def test_every_value_of_every_key_is_checked(block: dict[str, Any]) -> None:
     keys = dict(kinds())
-    assert keys.keys() == leaves(block["config"]).keys()
+    assert keys.keys() == flatten(block["config"]).keys()
     for key, kind in keys.items():
         for value in wrong_values(kind):
             changed = {"config": copy.deepcopy(block["config"])}
             put(key, value)(changed)
             with pytest.raises(UserError, match=re.escape(key)):
-                restored_config(changed)
+                parse_config(changed)
         changed = {"config": copy.deepcopy(block["config"])}
         *groups, leaf = key.split(".")
         section = changed["config"]
@@ -368,7 +368,7 @@ def test_every_value_of_every_key_is_checked(block: dict[str, Any]) -> None:
             section = section[group]
         del section[leaf]
         with pytest.raises(UserError, match=f"{re.escape(key)} is missing"):
-            restored_config(changed)
+            parse_config(changed)
 
 
 @pytest.mark.parametrize("name", ["config_sha256", "recipe_id"])
@@ -403,7 +403,7 @@ def test_claims_are_checked_by_type_and_place(block: dict[str, Any], place: str,
         section = section[group]
     section[leaf] = value
     with pytest.raises(UserError, match=r"does not fit|nothing was trained"):
-        restored_recipe(block)
+        parse_recipe(block)
 
 
 def raw(block: dict[str, Any], old: str, new: str) -> str:
@@ -438,7 +438,7 @@ def test_odd_blocks(block: dict[str, Any], old: str, new: str, message: str) -> 
 def test_lone_surrogates_are_refused(block: dict[str, Any]) -> None:
     put("description.summary", "\ud800")(block)
     with pytest.raises(UserError, match=r"description\.summary"):
-        restored_config(block)
+        parse_config(block)
 
 
 def test_documents_that_are_no_text_or_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from recipe.review.judgement import (
     verdict,
 )
 from recipe.review.reproduction_report import report
-from recipe.review.restoring import Recipe, restored_recipe
+from recipe.review.restoring import Recipe, parse_recipe
 from tests.document.test_document import (
     HOSTILE,
     assert_tables_are_even,
@@ -41,7 +41,7 @@ OTHER = ["CPU threads: 2 there, 1 here"]
 
 def recipe(**changes: Any) -> Recipe:
     found = identity(facts(training=training_record(circumstances=CIRCUMSTANCES), **changes))
-    return restored_recipe(json.loads(json.dumps(found)))
+    return parse_recipe(json.loads(json.dumps(found)))
 
 
 def levels(theirs: Recipe, ours: Facts, changed: list[str]) -> dict[str, str]:
@@ -83,7 +83,7 @@ def test_other_bits_in_other_circumstances_tell_nothing_of_one_run() -> None:
 def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(deterministic: bool, level: str) -> None:
     hardware = replace(provenance("x").hardware, accelerator="NVIDIA H200")
     ran = provenance("python train.py", hardware=hardware)
-    theirs = restored_recipe(
+    theirs = parse_recipe(
         json.loads(json.dumps(identity(facts(training=training_record(provenance=ran, circumstances=CIRCUMSTANCES)))))
     )
     ours = other_weights(provenance=ran, precision={"deterministic_algorithms": deterministic})

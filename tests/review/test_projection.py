@@ -12,7 +12,7 @@ import pytest
 
 from recipe import projection
 from recipe.__main__ import main
-from recipe.config.compose import config_of
+from recipe.config.compose import config_from_overrides
 from recipe.document.render import write_document
 from recipe.errors import UserError
 from recipe.provenance import Stage
@@ -65,7 +65,7 @@ def projected(*words: str) -> ProjectionRecord:
     parser = argparse.ArgumentParser()
     projection.describe(parser)
     arguments = parser.parse_args(list(words))
-    return projection.projection(config_of(arguments.words), arguments, Stage(Path("nowhere")))
+    return projection.projection(config_from_overrides(arguments.words), arguments, Stage(Path("nowhere")))
 
 
 def test_the_reference_recipe_by_hand(tmp_path: Path) -> None:
