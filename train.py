@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from recipe.config.compose import job_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
-from recipe.review.watch import training_watch
+from recipe.review.watch.command import training_watch
 from recipe.run import Run, recorded_path, shown_path
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train

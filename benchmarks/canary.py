@@ -3,8 +3,8 @@
     python benchmarks/canary.py                                    # here: threads, processor instructions, faults
     python benchmarks/canary.py --python /other/venv/bin/python    # and another torch's numbers
 
-The tolerance of `recipe.review.canary` has to lie between the two: above every harmless difference, below every fault.
-Writes benchmarks/results/canary.md. The faults are a test too: tests/review/test_canary.py.
+The tolerance of `recipe.review.verify.trace` has to lie between the two: above every harmless difference, below every fault.
+Writes benchmarks/results/canary.md. The faults are a test too: tests/review/verify/test_trace.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
 from recipe.evaluation import Predictions  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
-from recipe.review.canary import TOLERANCE, compared  # noqa: E402
+from recipe.review.verify.trace import TOLERANCE, compared  # noqa: E402
 from recipe.training import build, fingerprint, measurement  # noqa: E402
 from recipe.training.augmentation import Augmentation  # noqa: E402
 from recipe.training.averaging import WeightAverage  # noqa: E402

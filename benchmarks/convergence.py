@@ -24,7 +24,7 @@ sys.path.insert(0, str(CHECKOUT))
 
 from recipe.document.claims import columns  # noqa: E402
 from recipe.document.dynamics import joined_rows  # noqa: E402
-from recipe.review.convergence import ALPHA, METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
+from recipe.review.watch.statistics import ALPHA, METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 REFERENCE_COUNTS = (3, 5, 10, 20)

@@ -264,7 +264,7 @@ def verdict(mutant: Mutant | None, clean: Clean) -> str:
         for name in RECIPES if mutant is None else clean.recipes_for(mutant):
             content = fingerprint(name)
             from recipe.records import Fingerprint, from_json
-            from recipe.review.canary import compared
+            from recipe.review.verify.trace import compared
 
             stored = from_json(clean.fingerprints[name].encode(), Fingerprint, name)
             if found := compared(stored, from_json(content, Fingerprint, name)):

@@ -39,11 +39,11 @@ chapters
     document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
                    arithmetic (of a projection), render: from records to pages, without torch; model_card, publishable,
                    seeds, published_folder, publish: a run as a folder to commit; index: the table of those
-    review         subject: the recipe that a reader points at; its verbs are listed in __main__.
-                   findings, page, reading, items, presence, sources, consistency, agreement, prose, execution, check;
-                   canary, drift, chain, verify; explanation, sides, results, diff; convergence (statistics),
-                   reference, verdict, watch, aggregate: is a run on track?; restoring (the JSON block as data),
-                   fitting (to this machine), judgement, reproduction_report, reproduce
+    review         opening: a recipe that a reader points at; reading: its records, one by one; outputs: its files,
+                   measured again; findings. A folder for each verb: check/ (checklist, presence, page, records,
+                   document, code, files), verify/ (files: the chain; trace; code: the verb drift), diff/ (inputs,
+                   differences, impact), watch/ (reference, statistics, report), reproduce/ (parse: a document as
+                   data; adapt: to this machine; judge, report)
 the example
     demonstration  what inference.ipynb shows of a run, and leaves in its records
     notebook       python -m recipe.notebook: runs it without a browser

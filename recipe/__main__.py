@@ -15,13 +15,22 @@ from recipe.errors import DiskError, one_clear_sentence
 from recipe.streams import output_failure, protect_streams
 
 VERBS: dict[str, tuple[str, str]] = {
-    "check": ("recipe.review.check", "is a recipe whole, readable and in agreement with itself?"),
-    "drift": ("recipe.review.drift", "does this checkout still do what the recipe says?"),
-    "verify": ("recipe.review.verify", "do the files belong together, and does the code behave as the recipe's did?"),
-    "diff": ("recipe.review.diff", "what differs between two recipes, and can it explain a difference in accuracy?"),
-    "watch": ("recipe.review.watch", "is a run on track, beside seeds of the same recipe?"),
+    "check": ("recipe.review.check.command", "is a recipe whole, readable and in agreement with itself?"),
+    "drift": ("recipe.review.verify.code", "does this checkout still do what the recipe says?"),
+    "verify": (
+        "recipe.review.verify.command",
+        "do the files belong together, and does the code behave as the recipe's did?",
+    ),
+    "diff": (
+        "recipe.review.diff.command",
+        "what differs between two recipes, and can it explain a difference in accuracy?",
+    ),
+    "watch": ("recipe.review.watch.command", "is a run on track, beside seeds of the same recipe?"),
     "aggregate": ("recipe.review.aggregate", "one file of dynamics from several seeds of a recipe"),
-    "reproduce": ("recipe.review.reproduce", "run a recipe again from its document alone, and judge its claims"),
+    "reproduce": (
+        "recipe.review.reproduce.command",
+        "run a recipe again from its document alone, and judge its claims",
+    ),
     "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
     "project": ("recipe.projection", "what would a recipe take on GPUs of a measured kind?"),
     "publish": ("recipe.document.publish", "write a run's recipe as a folder to commit: page, model card, records"),

@@ -550,7 +550,7 @@ class JudgedClaim(Record, frozen=True, kw_only=True):
     """One claim of a recipe beside what a second run of it gave."""
 
     claim: str
-    level: str  # see recipe/review/judgement.py
+    level: str  # see recipe/review/reproduce/judge.py
     claimed: Setting
     found: Setting
     why: str

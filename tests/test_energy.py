@@ -13,7 +13,7 @@ from recipe import energy
 from recipe.distributed import World
 from recipe.energy import accelerator_joules
 from recipe.records import EnergyRecord
-from recipe.review.consistency import later_findings
+from recipe.review.check.records import later_findings
 from recipe.training.energy import Meter, accelerator_uuids
 from tests.document import test_document as document
 

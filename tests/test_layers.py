@@ -78,7 +78,7 @@ ALLOWED = {
 }
 WITHOUT_TORCH = [
     *(*GROUND, "config.schema", "config.compose", "document.render", "data.processing", "data.demo"),
-    *("review.check", "review.diff"),
+    *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
 

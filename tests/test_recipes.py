@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import main
-from recipe.review.chain import BROKEN, links
-from recipe.review.drift import drifted
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_subject
+from recipe.review.verify.code import drifted
+from recipe.review.verify.files import BROKEN, links
 from recipe.run import CHECKOUT
 
 RECIPES = sorted(path.parent for path in (CHECKOUT / "recipes").glob("*/README.md"))

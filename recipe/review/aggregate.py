@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipe.errors import UserError
 from recipe.records import to_json
-from recipe.review.reference import open_reference
+from recipe.review.watch.reference import open_reference
 from recipe.run import shown_path, write_atomically
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.document.facts import Facts
+from recipe.review.check.page import Page
 from recipe.review.findings import Finding, Kind, Level
-from recipe.review.page import Page
 
 TOKEN = re.compile(
     r"(?P<top1>\btop[- ]?1\b)|(?P<top5>\btop[- ]?5\b)|(?P<loss>\b(?:validation|evaluation|val\.?|eval) loss\b)"

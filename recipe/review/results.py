@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from recipe.review.sides import Side, is_number
+from recipe.review.diff.inputs import Side, is_number
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of training, at which dynamics are compared
 NORMAL_95 = 1.96

@@ -25,7 +25,7 @@ from recipe.document.render import render, write_document
 from recipe.errors import UserError
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
-from recipe.review.subject import contradictions, open_subject
+from recipe.review.opening import contradictions, open_subject
 from recipe.run import CHECKOUT, Run
 from tests.document.test_document import (
     CONFIG,

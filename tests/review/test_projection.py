@@ -17,9 +17,9 @@ from recipe.document.render import write_document
 from recipe.errors import UserError
 from recipe.provenance import Stage
 from recipe.records import ProjectionRecord
-from recipe.review.check import check
+from recipe.review.check.command import check
 from recipe.review.findings import Finding, Kind
-from recipe.review.subject import open_subject
+from recipe.review.opening import open_subject
 from recipe.run import CHECKOUT, Run
 from tests.review.factory import change_record, set_at
 

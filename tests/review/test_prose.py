@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from recipe.review.check.page import Page
 from recipe.review.findings import Kind
-from recipe.review.page import Page
 from recipe.review.prose import prose_findings, recorded_numbers
 
 CLAIMS = {

@@ -17,9 +17,9 @@ import pytest
 from recipe.__main__ import main
 from recipe.errors import UserError
 from recipe.files import file_name, is_inside, read_file
-from recipe.review.chain import BROKEN, links
-from recipe.review.execution import read_predictions
-from recipe.review.subject import open_subject
+from recipe.review.check.files import read_predictions
+from recipe.review.opening import open_subject
+from recipe.review.verify.files import BROKEN, links
 from recipe.run import Run
 from tests.document.test_latency import timing
 from tests.review.factory import change_record

@@ -1,0 +1,249 @@
+"""Level *resolvable*: do the records agree with themselves and with each other?
+
+Integers have to add up, since each was counted from the same images; nothing here needs a tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any
+
+from recipe.config.identity import config_sha256, differences, flatten, recipe_id
+from recipe.document.arithmetic import projected_again
+from recipe.document.facts import STALE, Facts, sections
+from recipe.metrics import Place, missing_rows, planned_places
+from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
+from recipe.review.check.code import SHA256
+from recipe.review.findings import Finding, Level, listed
+
+RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
+MOST_ROWS = 1_000_000  # looked for: a record from a stranger may promise any number
+SECTIONS = {
+    "raw_data": "Data / Raw data",
+    "processing_methods": "Data / Processing methods",
+    "optimization_methods": "Training / Optimization methods",
+    "dynamics": "Training / Dynamics",
+    "outputs": "Training / Outputs",
+    "performance_metrics": "Training / Performance metrics",
+    "inference_code": "Inference / Code",
+    "timing_information": "Inference / Timing information",
+    "serialization": "Inference / Serialization",
+}
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Two numbers that have to be equal, or in order, each with its name."""
+
+    record: str
+    name: str
+    found: float
+    other: str
+    expected: float
+    is_bound: bool = False  # `found` may be at most `expected`
+
+    @property
+    def holds(self) -> bool:
+        return self.found <= self.expected if self.is_bound else self.found == self.expected
+
+    def finding(self) -> Finding:
+        relation = "more than" if self.is_bound else "but"
+        return Finding(
+            Level.resolvable,
+            f"records/{self.record}.json, {self.name}",
+            f"it is {self.found:,}, {relation} {self.other}: {self.expected:,}",
+            "take the record from version control, or run its stage again",
+        )
+
+
+def record_findings(facts: Facts) -> list[Finding]:
+    """Sums that do not add up, hashes that are none, sections that are stale."""
+    wrong = [check.finding() for check in sums(facts) if not check.holds]
+    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
+
+
+def sums(facts: Facts) -> Iterator[Sum]:
+    """Every equation between the records."""
+    if facts.preprocessing:
+        yield from data_sums(facts.preprocessing)
+    if facts.training:
+        yield from training_sums(facts.training, facts.config)
+    for at, evaluation in enumerate(evaluations := [facts.evaluation, *facts.other_evaluations]):
+        if evaluation:
+            name = "evaluation" if at == 0 else f"evaluations/{evaluations[at].protocol.name}"  # type: ignore[union-attr]
+            yield from evaluation_sums(name, evaluation, facts.preprocessing)
+    if facts.serialization:
+        yield from serialization_sums(facts.serialization, facts.evaluation)
+    for timing in facts.timing:
+        yield from timing_sums(timing)
+
+
+def data_sums(record: PreprocessingRecord) -> Iterator[Sum]:
+    for name, split in record.splits.items():
+        field = f"splits.{name}.images"
+        classes = f"{split.classes} classes of at most {split.images_per_class_max} images"
+        yield Sum("preprocessing", field, split.images, classes, split.classes * split.images_per_class_max, True)
+        least = split.classes * split.images_per_class_min
+        yield Sum("preprocessing", f"splits.{name}.images_per_class_min", least, field, split.images, True)
+        yield Sum(
+            "preprocessing", f"splits.{name}.classes", split.classes, "class_count", record.class_count, is_bound=True
+        )
+
+
+def training_sums(record: TrainingRecord, config: dict[str, Any] | None) -> Iterator[Sum]:
+    schedule, loader, here = record.schedule, record.loader, "training"
+    groups = sum(group.parameters for group in record.parameter_groups)
+    yield Sum(here, "parameter_groups", groups, "model.parameters", record.model.parameters)
+    epochs = len(record.epochs)
+    steps = epochs * schedule.steps_per_epoch
+    yield Sum(here, "schedule.steps", schedule.steps, f"{epochs} epochs of {schedule.steps_per_epoch} steps", steps)
+    images = schedule.steps * loader.global_batch_size
+    batches = f"{schedule.steps:,} steps of {loader.global_batch_size:,} images"
+    yield Sum(here, "images_seen", record.images_seen, batches, images)
+    values = flatten(config or {})
+    for key, field, found in (
+        ("optimization.epochs", "epochs", epochs),
+        ("optimization.batch_size", "loader.global_batch_size", loader.global_batch_size),
+        ("seed", "seed", record.seed),
+    ):
+        if isinstance(values.get(key), int):
+            yield Sum(here, field, found, f"{key} of config.yaml", values[key])
+
+
+def evaluation_sums(here: str, record: EvaluationRecord, data: PreprocessingRecord | None) -> Iterator[Sum]:
+    for name in ("images", "correct_top1", "correct_top5"):
+        total = sum(getattr(row, name) for row in record.per_class)
+        yield Sum(here, name, getattr(record, name), f"the sum of {name} over per_class", total)
+    yield Sum(here, "correct_top1", record.correct_top1, "correct_top5", record.correct_top5, is_bound=True)
+    yield Sum(here, "correct_top5", record.correct_top5, "images", record.images, is_bound=True)
+    for row in record.per_class:
+        yield Sum(here, f"per_class.{row.index}.correct_top1", row.correct_top1, "correct_top5", row.correct_top5, True)
+        yield Sum(here, f"per_class.{row.index}.correct_top5", row.correct_top5, "images", row.images, True)
+    if data is not None:
+        yield Sum(here, "per_class", len(record.per_class), "class_count of the data", data.class_count)
+        split = data.splits.get("val") or data.splits.get("validation")
+        if split:
+            yield Sum(here, "images", record.images, "the validation images of the data", split.images)
+
+
+def serialization_sums(record: SerializationRecord, evaluation: EvaluationRecord | None) -> Iterator[Sum]:
+    here = "serialization"
+    if evaluation is not None:
+        yield Sum(here, "images", record.images, "images of the evaluation", evaluation.images)
+        counted = record.evaluated_correct_top1
+        yield Sum(here, "evaluated_correct_top1", counted, "correct_top1 of the evaluation", evaluation.correct_top1)
+    for entry in record.variants:
+        field = f"variants.{entry.variant}"
+        yield Sum(here, f"{field}.correct_top1", entry.correct_top1, "correct_top5", entry.correct_top5, True)
+        yield Sum(here, f"{field}.correct_top5", entry.correct_top5, "images", record.images, True)
+        moved = abs(entry.correct_top1 - record.eager_correct_top1)
+        difference = f"{field}.correct_top1 less eager_correct_top1"
+        yield Sum(here, difference, moved, "images that change their class", entry.flips, True)
+
+
+def timing_sums(record: TimingRecord) -> Iterator[Sum]:
+    for cell in record.cells:
+        field = f"{cell.backend}, {cell.precision}, {cell.what}, batch {cell.batch_size}"
+        values = [cell.p50_milliseconds, cell.p90_milliseconds, cell.p99_milliseconds]
+        present = [value for value in values if value is not None]
+        for low, high in pairwise(present):
+            yield Sum(f"timing/{record.machine}", field, low, "a higher percentile", high, is_bound=True)
+
+
+def hash_findings(facts: Facts) -> list[Finding]:
+    """Inputs and outputs whose hash is no SHA-256, and identities that are not those of the configuration."""
+    found = []
+    for name in RECORDS:
+        record = getattr(facts, name)
+        hashes = {**record.inputs, **record.outputs} if record is not None else {}
+        wrong = [key for key, value in hashes.items() if not SHA256.fullmatch(value)]
+        if wrong:
+            place = f"records/{name}.json, inputs and outputs"
+            what = f"no SHA-256 in {listed(wrong)}"
+            found.append(Finding(Level.well_formed, place, what, "run the stage again"))
+    if facts.training and facts.config and facts.training.recipe_id != recipe_id(facts.config):
+        what = f"it is {facts.training.recipe_id[:16]}, that of config.yaml is {recipe_id(facts.config)[:16]}"
+        found.append(Finding(Level.resolvable, "records/training.json, recipe_id", what, MEND_CONFIG))
+    return found
+
+
+MEND_CONFIG = "put config.yaml back as training pinned it: change nothing in it, train another run instead"
+
+
+def stale_findings(facts: Facts) -> list[Finding]:
+    """Sections made from something that is no longer there; one finding for a reason, with every section it hits."""
+    reasons: dict[str, list[str]] = {}
+    for name, section in sections(facts).items():
+        if section.state == STALE:
+            for reason in section.reasons:
+                reasons.setdefault(reason, []).append(SECTIONS.get(name, name))
+    return [
+        Finding(
+            Level.resolvable,
+            "section " + "; ".join(names),
+            f"stale: {reason}",
+            MEND_CONFIG if "config.yaml" in reason else "run the stages of these sections again",
+        )
+        for reason, names in reasons.items()
+    ]
+
+
+def final_findings(facts: Facts) -> list[Finding]:
+    """Every row is there, and the training record's last numbers are those of the last ones."""
+    if facts.training is None:
+        return []
+    found = []
+    missing = missing_rows({Place(row["split"], row["epoch"], row["step"]) for row in facts.metrics}, promised(facts))
+    if missing:
+        found.append(
+            Finding(Level.resolvable, "metrics.jsonl", missing, "take the file from version control or a copy")
+        )
+    last = {row["split"]: row for row in facts.metrics}
+    for name in ("loss", "top1_accuracy", "top5_accuracy"):
+        recorded, logged = facts.training.final.get(f"validation_{name}"), last.get("validation", {}).get(name)
+        if recorded is not None and logged is not None and not math.isclose(recorded, logged, rel_tol=1e-9):
+            place = f"records/training.json, final.validation_{name}"
+            what = f"it is {recorded:.6g}, the last row of metrics.jsonl has {logged:.6g}"
+            found.append(Finding(Level.resolvable, place, what, "take both files from version control"))
+    steps = last["train"]["step"] if "train" in last else facts.training.schedule.steps
+    if steps != facts.training.schedule.steps:
+        what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
+        found.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
+    return found
+
+
+def promised(facts: Facts) -> Iterator[Place]:
+    """The rows that are to be there; a published recipe may keep one train row an epoch, with the mean of its steps."""
+    assert facts.training is not None, "the caller looked"
+    schedule, publication = facts.training.schedule, facts.publication
+    every = flatten(facts.config or {}).get("trainer.log_every_steps")
+    is_thinned = publication is not None and publication.metric_rows_kept < publication.metric_rows
+    if is_thinned or not (isinstance(every, int) and every >= 1):
+        every = schedule.steps_per_epoch
+    planned = planned_places(schedule.steps, schedule.steps_per_epoch, every, len(facts.training.epochs))
+    return islice(planned, MOST_ROWS)
+
+
+def later_findings(facts: Facts) -> list[Finding]:
+    """A projection is what its factors give, to the last digit; an energy was spent on the weights that are here."""
+    found = []
+    if facts.projection is not None and facts.projection.rows != projected_again(facts.projection):
+        what, mend = "its factors do not give its rows", "run `python -m recipe project` again"
+        found.append(Finding(Level.resolvable, "records/projection.json, rows", what, mend))
+    if facts.energy is not None and facts.training is not None:
+        spent, trained = (record.get("weights") for record in (facts.energy.inputs, facts.training.outputs))
+        if spent != trained:
+            what = "it was spent on other weights than training left"
+            found.append(Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again"))
+    return found
+
+
+def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:
+    """The document's configuration is that of config.yaml."""
+    if facts.config is None or config_sha256(facts.config) == config_sha256(config):
+        return []
+    changed = listed(differences(config, facts.config))
+    return [Finding(Level.resolvable, "config.yaml", f"it is not the configuration of {name}: {changed}", MEND_CONFIG)]

@@ -1,0 +1,323 @@
+"""python -m recipe reproduce PATH: run a recipe again from its document alone, and judge each of its claims.
+
+The document may be a stranger's. Of it only the one JSON block is read; the configuration is rebuilt from that value by
+value (`restoring`), places come from here, and the stages are this project's own functions. No command, address
+or path of the document is used; what differs from this checkout is shown and asked about first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torchvision
+from torchvision.models import list_models
+
+from recipe.config.schema import Config, Source
+from recipe.data.adoption import bring_record
+from recipe.data.processing import preprocess
+from recipe.data.shards import manifest_sha256
+from recipe.distributed import launch
+from recipe.document.facts import gather
+from recipe.document.render import write_document
+from recipe.errors import UserError
+from recipe.inference.serialization import serialize_run
+from recipe.launcher import launched
+from recipe.performance import evaluate_run
+from recipe.provenance import Stage, machine
+from recipe.records import PreprocessingRecord, ReproductionRecord
+from recipe.review.opening import open_subject
+from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
+from recipe.review.reproduce.judge import DIFFERS, judged, verdict
+from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
+from recipe.review.reproduce.report import report
+from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
+from recipe.training.loop import train
+
+STAGES = ("preprocess", "train", "evaluate", "serialize")
+CLAIMED_BY = {"preprocess": "data", "train": "training", "evaluate": "evaluation", "serialize": "serialization"}
+MARKER = "reproduces"  # a file of the run directory: the SHA-256 of the document
+REPORT = "reproduction.md"
+HASH_DIGITS = 12
+
+
+def describe(parser: ArgumentParser) -> None:
+    """The arguments of the verb."""
+    parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
+    parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
+    parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
+    parser.add_argument("--weights", help="the file of initial weights, where the recipe starts from given ones")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="only these; by default all that it claims")
+
+
+def answer(arguments: Namespace) -> int:
+    """Reproduce; 1 where a claim was found wrong."""
+    if launched().is_elastic:
+        raise UserError("reproduce starts its own processes: run it without torchrun")
+    plan = planned(arguments)
+    _show(plan)
+    _ask(plan, arguments)
+    record = reproduced(plan)
+    run = Run(plan.run_dir)
+    for claim in record.claims:
+        print(f"{claim.level:<24}  {claim.claim}: {shown(claim.why, 300)}")
+    print(f"wrote {shown_path(run.directory / REPORT)}")
+    print(shown(record.verdict, 500))
+    return 1 if any(claim.level == DIFFERS for claim in record.claims) else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to be done, decided before anything is written."""
+
+    document: Path
+    document_sha256: str
+    recipe: Recipe
+    adapted: AdaptedConfig
+    stages: list[str]
+    differences: list[str]
+    data: str  # where it comes from, in words
+
+    @property
+    def config(self) -> Config:
+        """The configuration on this machine."""
+        return self.adapted.config
+
+    @property
+    def run_dir(self) -> Path:
+        """The new run directory."""
+        return Path(self.config.run_dir)
+
+
+# ---- before the work ----------------------------------------------------------------------------------
+
+
+def planned(arguments: Namespace) -> Plan:
+    """Read, validate and decide; raises `UserError` for everything that would stop the work later."""
+    subject = open_subject(arguments.path)
+    if subject.document_path is None or subject.document is None:
+        raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
+    identity = subject.claims()
+    recipe, config = parse_recipe(identity), parse_config(identity)
+    require_known_network(config)
+    digest = hashlib.sha256(subject.document.encode()).hexdigest()
+    run_dir = chosen_run_dir(arguments.run_dir, digest)
+    stages = chosen_stages(arguments.stages, recipe)
+    data_dir, raw_dir, words = chosen_data(arguments, config, claimed_data(recipe), run_dir, stages)
+    config = replace(config, model=replace(config.model, weights=chosen_weights(arguments.weights, config)))
+    return Plan(
+        document=subject.document_path,
+        document_sha256=digest,
+        recipe=recipe,
+        adapted=adapt_to_machine(config, recipe, run_dir, data_dir, raw_dir),
+        stages=stages,
+        differences=checkout_differences(config, recipe),
+        data=words,
+    )
+
+
+def require_known_network(config: Config) -> None:
+    """A name of this project's own list, before the data are made."""
+    if config.model.name != "small" and config.model.name not in list_models(module=torchvision.models):
+        raise UserError(f"model.name={shown(config.model.name)} is no network that this version of torchvision has")
+
+
+def chosen_run_dir(asked: str | None, digest: str) -> Path:
+    """A new folder, or one that this document's reproduction has begun and not finished."""
+    run_dir = Path(asked or Path("runs", f"reproduction-{digest[:HASH_DIGITS]}"))
+    if not run_dir.exists():
+        return run_dir
+    marker = run_dir / MARKER
+    if not marker.is_file() or marker.read_text(errors="replace").strip() != digest:
+        if run_dir.is_dir() and not any(run_dir.iterdir()):
+            return run_dir
+        raise UserError(f"{shown_path(run_dir)} is no reproduction of this document; give a new folder as --run-dir")
+    if Run(run_dir).read(ReproductionRecord) is not None:
+        raise UserError(
+            f"{shown_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
+            "again, give a new folder as --run-dir"
+        )
+    return run_dir
+
+
+def chosen_stages(asked: list[str] | None, recipe: Recipe) -> list[str]:
+    """In their order: those that were asked for, else those that the recipe claims."""
+    claimed = [stage for stage in STAGES if getattr(recipe.claims, CLAIMED_BY[stage]) is not None]
+    absent = [stage for stage in asked or [] if stage not in claimed]
+    if absent:
+        raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to hold it to")
+    return [stage for stage in claimed if asked is None or stage in asked]
+
+
+def claimed_data(recipe: Recipe) -> ClaimedData:
+    """The recipe's data set."""
+    if recipe.claims.data is None:
+        raise UserError("the recipe does not say on which data set it was trained (claims.data)")
+    return recipe.claims.data
+
+
+def chosen_data(
+    arguments: Namespace, config: Config, claimed: ClaimedData, run_dir: Path, stages: list[str]
+) -> tuple[Path, Path | None, str]:
+    """(processed folder, raw folder, words): the recipe's data set where it is at hand, else a place to make it."""
+    known = [Path(arguments.data_dir)] if arguments.data_dir else [run_dir / "data", Path("data", config.data.name)]
+    for directory in known:
+        if holds(directory, claimed.manifest_sha256):
+            return directory, None, f"{shown_path(directory)} has the recipe's manifest"
+    if "preprocess" not in stages:
+        raise UserError(
+            f"no data set with the manifest {claimed.manifest_sha256[:16]} is at hand (looked in "
+            f"{', '.join(shown_path(directory) for directory in known)}): give --data-dir, or the stage preprocess too"
+        )
+    if arguments.raw_dir is None and config.data.source is not Source.demo:
+        expected = ", ".join(
+            f"{split.images:,} images of {shown(name)} with the hash {split.raw_sha256[:16]}"
+            for name, split in claimed.splits.items()
+        )
+        raise UserError(
+            f"the recipe was trained on {shown(claimed.data_set)} ({expected}), which is not at hand: give the folder "
+            "of the raw data as --raw-dir, or the preprocessed data set as --data-dir"
+        )
+    raw_dir = Path(arguments.raw_dir) if arguments.raw_dir else run_dir / "raw"
+    words = "drawn" if arguments.raw_dir is None else f"from {shown_path(raw_dir)}"
+    return known[0], raw_dir, f"{words}, into {shown_path(known[0])}"
+
+
+def holds(directory: Path, manifest: str) -> bool:
+    """Whether a folder holds the data set of this manifest."""
+    try:
+        return manifest_sha256(directory) == manifest
+    except (UserError, OSError):
+        return False
+
+
+def chosen_weights(asked: str | None, config: Config) -> str | None:
+    """The file of initial weights; training compares its hash with the recipe's."""
+    if config.model.weights_sha256 is not None and asked is None:
+        raise UserError(
+            f"the recipe starts from the weights {shown(config.model.weights_sha256)}: give their file as --weights"
+        )
+    if config.model.weights_sha256 is None and asked is not None:
+        raise UserError("--weights was given, but the recipe starts from random weights")
+    return asked
+
+
+def _show(plan: Plan) -> None:
+    """Everything that a person should know before saying yes."""
+    recipe = plan.recipe
+    print(f"document     {shown_path(plan.document)}, SHA-256 {plan.document_sha256}")
+    print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
+    epochs, batch_size = plan.config.optimization.epochs, plan.config.optimization.batch_size
+    work = f"{epochs} epochs, batches of {batch_size} images of {plan.config.augmentation.crop_pixels} pixels"
+    print(f"stages       {', '.join(plan.stages)}; {work}")
+    print(f"data         {plan.data}")
+    print(f"run_dir      {shown_path(plan.run_dir)}")
+    print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.adapted.machine.items()))
+    for heading, lines in (
+        ("not as it was there", plan.adapted.notes),
+        ("differs from this checkout", plan.differences),
+    ):
+        if lines:
+            print(f"{heading}:")
+            print("\n".join(f"  - {shown(line, 400)}" for line in lines))
+    sys.stdout.flush()
+
+
+def _ask(plan: Plan, arguments: Namespace) -> None:
+    """Yes, or stop."""
+    if arguments.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("there is no terminal to ask in: read what is shown above, then add --yes")
+    if input("Run it? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("not run")
+
+
+# ---- the work -----------------------------------------------------------------------------------------
+
+
+def reproduced(plan: Plan) -> ReproductionRecord:
+    """Run the stages and leave the report."""
+    run = Run(plan.run_dir)
+    write_atomically(run.directory / MARKER, f"{plan.document_sha256}\n".encode())
+    stage = Stage(run.directory)
+    for name in plan.stages:
+        print(f"--- {name}", flush=True)
+        WORK[name](plan, run)
+        if name != plan.stages[-1]:
+            write_document(run, recorded_path(run.directory))
+    record = _judged(plan, run, stage)
+    write_atomically(run.directory / REPORT, report(record).encode())
+    run.write(record)
+    write_document(run, recorded_path(run.directory))
+    return record
+
+
+def _preprocess(plan: Plan, run: Run) -> None:
+    """Make the data set, unless it is at hand; one of other images stops before hours are spent on it."""
+    config, claimed = plan.config, claimed_data(plan.recipe)
+    if config.data.raw_dir is None:
+        return
+    append_to_journal(run, "preprocess", "started", name=config.name)
+    record = preprocess(config)
+    bring_record(run, Path(config.data.directory), record)
+    append_to_journal(run, "preprocess", "ended", name=config.name, manifest=record.outputs["manifest"])
+    _refuse_other_images(claimed, record)
+
+
+def _refuse_other_images(claimed: ClaimedData, record: PreprocessingRecord) -> None:
+    for name, split in claimed.splits.items():
+        found = record.splits.get(name)
+        if found is None or found.raw_sha256 != split.raw_sha256:
+            was = f"{found.images:,} images with the hash {found.raw_sha256[:16]}" if found else "nothing"
+            raise UserError(
+                f"the raw data are not the recipe's: {shown(name)} should be {split.images:,} images with the hash "
+                f"{split.raw_sha256[:16]}, found {was}; give the right folder as --raw-dir, and a new --run-dir"
+            )
+
+
+def _train(plan: Plan, run: Run) -> None:
+    launch(train, plan.config)
+
+
+def _evaluate(plan: Plan, run: Run) -> None:
+    launch(evaluate_run, plan.config)
+
+
+def _serialize(plan: Plan, run: Run) -> None:
+    serialize_run(plan.config)
+
+
+WORK: dict[str, Callable[[Plan, Run], None]] = {
+    "preprocess": _preprocess,
+    "train": _train,
+    "evaluate": _evaluate,
+    "serialize": _serialize,
+}
+
+
+def _judged(plan: Plan, run: Run, stage: Stage) -> ReproductionRecord:
+    """Hold what was left to what was claimed."""
+    facts = gather(run, recorded_path(run.directory))
+    training = facts.training
+    changed = changed_words(plan.recipe.circumstances, training.circumstances) if training else []
+    claims = judged(plan.recipe, facts, changed)
+    return ReproductionRecord(
+        document_sha256=plan.document_sha256,
+        name=plan.config.name,
+        recipe_id=plan.recipe.recipe_id,
+        config_sha256=plan.recipe.config_sha256,
+        provenance=stage.finish(training.provenance.hardware if training else machine()),
+        machine=plan.adapted.machine,
+        checkout=plan.differences,
+        circumstances=changed,
+        stages=plan.stages,
+        claims=claims,
+        verdict=verdict(claims),
+    )
