@@ -3,7 +3,7 @@
     python benchmarks/canary.py                                    # here: threads, processor instructions, faults
     python benchmarks/canary.py --python /other/venv/bin/python    # and another torch's numbers
 
-The tolerance of `recipe.review.verify.trace` has to lie between the two: above every harmless difference, below every fault.
+The tolerance of `recipe.review.verify.trace` has to be between the two: above harmless differences, below faults.
 Writes benchmarks/results/canary.md. The faults are a test too: tests/review/verify/test_trace.py.
 """
 
@@ -35,7 +35,7 @@ from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
 from recipe.evaluation import Predictions  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
-from recipe.review.verify.trace import TOLERANCE, compared  # noqa: E402
+from recipe.review.verify.trace import TOLERANCE, compare_traces  # noqa: E402
 from recipe.training import build, fingerprint, measurement  # noqa: E402
 from recipe.training.augmentation import Augmentation  # noqa: E402
 from recipe.training.averaging import WeightAverage  # noqa: E402
@@ -337,7 +337,7 @@ class Caught:
 def caught(fault: Fault, clean: Fingerprint) -> Caught:
     """Commit it and look."""
     with committed(fault):
-        found = compared(clean, taken(fault.words))
+        found = compare_traces(clean, taken(fault.words))
     computed = [difference for difference in found if is_computed(difference.what)]
     first, behaviour = (entries[0].what if entries else "" for entries in (found, computed))
     return Caught(fault.name, first, behaviour, len(found))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(CHECKOUT))
 
 from recipe.document.claims import columns  # noqa: E402
 from recipe.document.dynamics import joined_rows  # noqa: E402
-from recipe.review.watch.statistics import ALPHA, METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
+from recipe.review.watch.statistics import ALPHA, WATCHED_METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 REFERENCE_COUNTS = (3, 5, 10, 20)
@@ -97,21 +97,21 @@ def compact(line: dict[str, Any]) -> dict[str, Any]:
     """One run with its epochs as columns instead of its rows."""
     values = columns(joined_rows(line["rows"]))
     kept = {name: line[name] for name in ("fault", "seed", "recipe_id", "weights_sha256", "processor_seconds")}
-    return kept | {name: [float(f"{value:.{DIGITS}g}") for value in values[name]] for name in METRICS}
+    return kept | {name: [float(f"{value:.{DIGITS}g}") for value in values[name]] for name in WATCHED_METRICS}
 
 
 def as_array(runs: Sequence[dict[str, Any]]) -> Numbers:
     """[runs, metrics, epochs]; NaN where a run ended early."""
-    found = np.full((len(runs), len(METRICS), EPOCHS), np.nan)
+    found = np.full((len(runs), len(WATCHED_METRICS), EPOCHS), np.nan)
     for at, run in enumerate(runs):
-        for metric, name in enumerate(METRICS):
+        for metric, name in enumerate(WATCHED_METRICS):
             found[at, metric, : len(run[name])] = run[name]
     return found
 
 
 def ours(seeds: Numbers) -> tuple[Numbers, Numbers]:
     """The band of `watch`."""
-    values = {name: seeds[:, metric] for metric, name in enumerate(METRICS)}
+    values = {name: seeds[:, metric] for metric, name in enumerate(WATCHED_METRICS)}
     found = list(bands(Seeds(values, PHASES)).values())
     return np.array([band.mean for band in found]), np.array([band.limit for band in found])
 
@@ -229,7 +229,7 @@ def fault_table(clean: Numbers, faults: dict[str, Numbers]) -> list[str]:
         f"| Fault | {ours_columns} | mean ± 3 sd, n = 5 | mean ± 3 sd, n = 20 | Effect |",
         "|:--|" + "--:|" * (len(REFERENCE_COUNTS) + 3),
     ]
-    top1 = METRICS.index("validation_top1")
+    top1 = WATCHED_METRICS.index("validation_top1")
     for name, runs in faults.items():
         cells = [shown(alarms(runs, clean[:count], ours)) for count in REFERENCE_COUNTS]
         cells += [shown(alarms(runs, clean[:count], naive)) for count in (5, 20)]
@@ -245,8 +245,8 @@ def shown(epochs: NDArray[np.int64]) -> str:
 
 def course(clean: Numbers) -> list[str]:
     """How sound runs went: mean and sd of each epoch."""
-    lines = ["", "## The sound runs: mean (sd) by epoch", "", "| Epoch | " + " | ".join(METRICS) + " |"]
-    lines.append("|--:|" + "--:|" * len(METRICS))
+    lines = ["", "## The sound runs: mean (sd) by epoch", "", "| Epoch | " + " | ".join(WATCHED_METRICS) + " |"]
+    lines.append("|--:|" + "--:|" * len(WATCHED_METRICS))
     for epoch in range(EPOCHS):
         cells = [f"{values.mean():.4f} ({values.std(ddof=1):.4f})" for values in clean[:, :, epoch].T]
         lines.append(f"| {epoch + 1} | " + " | ".join(cells) + " |")

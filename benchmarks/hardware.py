@@ -2,8 +2,8 @@
 
 DIR holds CIFAR-10 as conf/data/cifar10.yaml describes it. The parts, the most valuable first where time is short: the
 step beside its peers with floors and profile; the step of the reference recipe; with `--images` the loaders; then
-`resnet50_cifar10` from raw images to a published recipe (several seeds, evaluation, export, latency, dynamics,
-projection), and `check`, `drift` and `verify` of it; last the best batch. Begin on a clean commit: `publish` refuses
+`resnet50_cifar10` from raw images to a published recipe (several seeds, evaluation, export, latency, dynamics),
+and `check`, `drift` and `verify` of it; last the best batch. Begin on a clean commit: `publish` refuses
 any other.
 
 Each part is a command that is printed and can be typed alone. A part that ended well is not run again by the same code,
@@ -128,7 +128,7 @@ def parts_of(arguments: argparse.Namespace, work: Path) -> Iterator[Part]:
     runs = {seed: f"runs/resnet50_cifar10-seed-{seed}" for seed in arguments.seeds}
     if arguments.images:
         yield loading(arguments.images, work)
-    yield from recipe_parts(words, arguments.words, runs, work, "256x176", "recipes/resnet50_cifar10")
+    yield from recipe_parts(words, arguments.words, runs, work, "recipes/resnet50_cifar10")
     yield Part("best-batch", [*step, "--batch", "512", "--batches", "128", "256", "1024", "--rounds", "3"])
 
 
@@ -145,11 +145,11 @@ def small_parts(arguments: argparse.Namespace, work: Path) -> Iterator[Part]:
     yield Part("step", [*step, "--only", "eager", "--profile", "--evaluation-pixels", "32"])
     words = ["experiment=smoke", f"data.directory={work}/data", f"data.raw_dir={work}/raw"]
     runs = {seed: f"{work}/seed-{seed}" for seed in arguments.seeds[:2]}
-    yield from recipe_parts(words, arguments.words, runs, work, "4x32", f"{work}/recipes/smoke")
+    yield from recipe_parts(words, arguments.words, runs, work, f"{work}/recipes/smoke")
 
 
 def recipe_parts(
-    words: list[str], of_training: list[str], runs: dict[int, str], work: Path, table_name: str, output: str
+    words: list[str], of_training: list[str], runs: dict[int, str], work: Path, output: str
 ) -> Iterator[Part]:
     """From raw images to a published recipe that was looked through; the first seed's is the one that is shown."""
     yield Part("preprocess", ["preprocess.py", *words, f"run_dir={next(iter(runs.values()))}"])
@@ -165,11 +165,10 @@ def recipe_parts(
     gate = ["serialization.int8_accuracy_drop_max=0.2"] if is_small else []
     yield Part("serialize", ["serialize.py", f"run_dir={shown}", data_word(words), *gate], (f"evaluate-{first}",))
     timing = ["timing.seconds_per_cell=0.2", "timing.batch_sizes=[1]"] if is_small else []
-    notebook = ["-m", "recipe.notebook", f"run_dir={shown}", data_word(words), *timing]
+    notebook = ["-m", "recipe.demonstration", f"run_dir={shown}", data_word(words), *timing]
     yield Part("latency", notebook, (f"evaluate-{first}",))
-    dynamics = ["-m", "recipe", "aggregate", *runs.values(), "--output", f"{work}/dynamics.json"]
-    yield Part("aggregate", dynamics, evaluated)
-    yield projected(shown, work, table_name, f"evaluate-{first}")
+    dynamics = ["-m", "recipe", "watch", "--against", *runs.values(), "--save", f"{work}/dynamics.json"]
+    yield Part("dynamics", dynamics, evaluated)
     publish = ["-m", "recipe", "publish", shown, "--output", output]
     yield Part("publish", [*publish, *(["--seeds", *(runs[seed] for seed in others)] if others else [])], evaluated)
     for verb in ("check", "drift", "verify"):
@@ -181,18 +180,6 @@ def recipe_parts(
 def data_word(words: list[str]) -> str:
     """Where the processed data are, where that is not the usual place; else a word that changes nothing."""
     return next((word for word in words if word.startswith("data.directory=")), "experiment=resnet50_cifar10")
-
-
-def projected(run: str, work: Path, table_name: str, needs: str) -> Part:
-    """The reference recipe from the step that was measured here; the rehearsal's step is one of a CPU, and says so."""
-    is_small = table_name == "4x32"
-    sizes = ["augmentation.crop_pixels=32", "evaluation.crop_pixels=32", "evaluation.resize_pixels=32"]
-    small = [*sizes, "trainer.precision=fp32", "optimization.batch_size=4", "trainer.max_images_per_process=4"]
-    command = ["-m", "recipe", "project", "experiment=resnet50_imagenet", *(small if is_small else [])]
-    gpus = ["--gpus", "1", "2"] if is_small else ["--gpus", "1", "8"]
-    found = f"{work}/results/step-*{table_name}.json"  # named by the machine
-    words = [*command, *gpus, "--run", run, "--step", found]
-    return Part("project", words, (needs, "step" if is_small else "step-reference"))
 
 
 # ---- running ----------------------------------------------------------------------------------------
@@ -224,11 +211,11 @@ def run(part: Part, log: Path, until: float | None) -> Outcome:
     """The command, with its words shown and kept."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    words = [found for word in part.words for found in spread(word)]
-    words += loaders(part, log.parent.parent)
     joules, started = accelerator_joules(), time.monotonic()
     with log.open("w") as kept:
-        process = subprocess.Popen([sys.executable, *words], env=environment, stdout=kept, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *part.words], env=environment, stdout=kept, stderr=subprocess.STDOUT
+        )
         code = ended(process, until)
     print(log.read_text(errors="replace")[-4000:], flush=True)
     after = accelerator_joules()
@@ -236,17 +223,6 @@ def run(part: Part, log: Path, until: float | None) -> Outcome:
     seconds = time.monotonic() - started
     said = "done" if code == 0 else "stopped, to be continued" if code == SAVED else f"FAILED with exit code {code}"
     return Outcome(part.name, part.command, f"{said}, {seconds:.0f} s", code, round(seconds, 1), spent)
-
-
-def spread(word: str) -> list[str]:
-    """A pattern as the files that it names, as a shell would have it."""
-    return sorted(map(str, Path().glob(word))) or [word] if "*" in word else [word]
-
-
-def loaders(part: Part, work: Path) -> list[str]:
-    """The measured loaders for the projection, where there are any."""
-    found = sorted(map(str, work.glob("results/loading-*.json"))) if part.name == "project" else []
-    return ["--loading", found[-1]] if found else []
 
 
 def ended(process: subprocess.Popen[bytes], until: float | None) -> int:

@@ -264,10 +264,10 @@ def verdict(mutant: Mutant | None, clean: Clean) -> str:
         for name in RECIPES if mutant is None else clean.recipes_for(mutant):
             content = fingerprint(name)
             from recipe.records import Fingerprint, from_json
-            from recipe.review.verify.trace import compared
+            from recipe.review.verify.trace import compare_traces
 
             stored = from_json(clean.fingerprints[name].encode(), Fingerprint, name)
-            if found := compared(stored, from_json(content, Fingerprint, name)):
+            if found := compare_traces(stored, from_json(content, Fingerprint, name)):
                 return f"{name}: {found[0].what}"
     except Exception as error:  # code that no longer runs is found
         return f"{type(error).__name__}: {error}"[:200]

@@ -43,10 +43,11 @@ from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
+from recipe.environment import shown_argument, versions
 from recipe.evaluation import predictor
 from recipe.inference.timing import clock_facts, machine_name
 from recipe.model import build_model
-from recipe.provenance import commit, shown_argument, tree_state, versions
+from recipe.provenance import commit, tree_state
 from recipe.run import CHECKOUT, now, write_atomically
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, compiled

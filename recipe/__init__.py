@@ -12,7 +12,8 @@ ground floor, importable without torch
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
     energy         what GPUs have used, by their driver's counter
-    provenance     commit and tree state, command, hardware, versions
+    environment    the command line, versions, environment variables and machine of a stage
+    provenance     its commit, tree state and patch; the hash of the source
 ground floor, torch
     distributed    launch(), World, reductions
     alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head
@@ -35,18 +36,16 @@ chapters
                    recalibration; build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement,
                    journal, record, fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
-    projection     python -m recipe project: from measurements of a step to the time of a recipe that was not run
-    document       facts, blocks, dynamics, claims, latency, commands, history, formatting, figures, inference_figures,
-                   arithmetic (of a projection), render: from records to pages, without torch; model_card, publishable,
-                   seeds, published_folder, publish: a run as a folder to commit; index: the table of those
+    document       facts, blocks, dynamics, claims, latency, commands, experiment_log, formatting, figures, render: from
+                   records to pages, without torch; model_card, published_folder, publish: a run as a folder to
+                   commit, and the table of those
     review         opening: a recipe that a reader points at; reading: its records, one by one; outputs: its files,
                    measured again; findings. A folder for each verb: check/ (checklist, presence, page, records,
                    document, code, files), verify/ (files: the chain; trace; code: the verb drift), diff/ (inputs,
                    differences, impact), watch/ (reference, statistics, report), reproduce/ (parse: a document as
                    data; adapt: to this machine; judge, report)
 the example
-    demonstration  what inference.ipynb shows of a run, and leaves in its records
-    notebook       python -m recipe.notebook: runs it without a browser
+    demonstration  inference.ipynb: a run's model on pictures, from every file; python -m recipe.demonstration runs it
 """
 
 import os

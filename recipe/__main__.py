@@ -15,26 +15,23 @@ from recipe.errors import DiskError, one_clear_sentence
 from recipe.streams import output_failure, protect_streams
 
 VERBS: dict[str, tuple[str, str]] = {
-    "check": ("recipe.review.check.command", "is a recipe whole, readable and in agreement with itself?"),
+    "check": ("recipe.review.check.command", "is a recipe complete, readable and in agreement with itself?"),
     "drift": ("recipe.review.verify.code", "does this checkout still do what the recipe says?"),
     "verify": (
         "recipe.review.verify.command",
-        "do the files belong together, and does the code behave as the recipe's did?",
+        "do the files belong together, and does this code do what the recipe's did?",
     ),
     "diff": (
         "recipe.review.diff.command",
-        "what differs between two recipes, and can it explain a difference in accuracy?",
+        "the differences of two recipes, the likeliest causes of another accuracy first",
     ),
     "watch": ("recipe.review.watch.command", "is a run on track, beside seeds of the same recipe?"),
-    "aggregate": ("recipe.review.aggregate", "one file of dynamics from several seeds of a recipe"),
-    "reproduce": (
-        "recipe.review.reproduce.command",
-        "run a recipe again from its document alone, and judge its claims",
-    ),
+    "reproduce": ("recipe.review.reproduce.command", "run a recipe again from its document, and judge its claims"),
     "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
-    "project": ("recipe.projection", "what would a recipe take on GPUs of a measured kind?"),
-    "publish": ("recipe.document.publish", "write a run's recipe as a folder to commit: page, model card, records"),
-    "index": ("recipe.document.index", "keep the table of published recipes in README.md true"),
+    "publish": (
+        "recipe.document.publish",
+        "write a run's recipe as a folder to commit: page, model card, records; its row in README.md",
+    ),
 }
 PROGRAM = "python -m recipe"
 

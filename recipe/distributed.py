@@ -32,9 +32,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from recipe import faults
 from recipe.config.schema import Accelerator, Config, Precision, TrainerConfig
+from recipe.environment import machine, usable_cores
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
 from recipe.launcher import launched
-from recipe.provenance import machine, usable_cores
 from recipe.records import Hardware, Setting
 from recipe.run import Run, shown_path
 from recipe.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker

@@ -2,7 +2,7 @@
 
 Every stage that an image passes is measured alone: reading its bytes, decoding, the augmentation, the copy to the
 device, and a training step on data that is there already. The slowest of them, with the cores there are, is the bound.
-Nothing is written; the numbers are of this moment, so a machine that is busy with other work looks slower than it is.
+Nothing is written. On a machine that is busy with other work the numbers are lower.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from recipe.data.loading import Batch, derive_layout, naming
 from recipe.data.shards import Split, open_split, read_manifest
 from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
+from recipe.document.formatting import duration
+from recipe.environment import usable_cores
 from recipe.model import build_model
-from recipe.provenance import usable_cores
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.loss import build_loss
 from recipe.training.optimization import Stepper, compiled
@@ -79,10 +80,13 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    """Measure and say; the data set must be there."""
+    """Measure and print; the data set must have been prepared."""
     config = config_from_overrides(arguments.words)
+    images = read_manifest(config.data.directory).splits["train"].images
     with start_world(config.trainer) as world:
-        print(report(examined(config, world)))
+        findings = examined(config, world)
+    print(report(findings))
+    print(training_time(findings, config.optimization.epochs, images))
     return 0
 
 
@@ -98,7 +102,7 @@ def examined(config: Config, world: World) -> Findings:
     for index, content in zip(chosen, contents, strict=True):
         with naming(split, index):
             images.append(decoded(content, decoder))
-    found = {
+    rates = {
         "read": rate(len(chosen), lambda: [split.read(index) for index in chosen]),
         "decode": rate(
             len(chosen), lambda: [crop(decoder, content, augmentation, i) for i, content in enumerate(contents)]
@@ -109,8 +113,8 @@ def examined(config: Config, world: World) -> Findings:
     }
     torch.set_num_threads(usable_cores())
     model = processes * model_rate(config, world, processes)
-    copy = None if found["copy"] is None else processes * found["copy"]
-    return Findings(**(found | {"copy": copy}), model=model, cores=usable_cores())  # type: ignore[arg-type]
+    copy = None if rates["copy"] is None else processes * rates["copy"]
+    return Findings(**(rates | {"copy": copy}), model=model, cores=usable_cores())  # type: ignore[arg-type]
 
 
 def sample(split: Split, seed: int) -> list[int]:
@@ -202,28 +206,38 @@ def model_rate(config: Config, world: World, processes: int) -> float:
     return rate(STEPS * count, work)
 
 
-def report(found: Findings) -> str:
-    """The table and the sentences."""
+def report(findings: Findings) -> str:
+    """A table of the rates, and the verdict."""
     lines = [
-        f"reading                     {found.read:10,.0f} images/s (this sample was read before: from the cache)",
-        f"decoding crops, one core    {found.decode:10,.0f} images/s",
-        f"augmentation, one core      {found.transform:10,.0f} images/s",
-        *([f"copy to the device          {found.copy:10,.0f} images/s"] if found.copy is not None else []),
-        f"training step               {found.model:10,.0f} images/s, data on the device",
+        f"reading                     {findings.read:10,.0f} images/s (this sample was read before: from the cache)",
+        f"decoding crops, one core    {findings.decode:10,.0f} images/s",
+        f"augmentation, one core      {findings.transform:10,.0f} images/s",
+        *([f"copy to the device          {findings.copy:10,.0f} images/s"] if findings.copy is not None else []),
+        f"training step               {findings.model:10,.0f} images/s, data on the device",
     ]
-    return "\n".join([*lines, verdict(found)])
+    return "\n".join([*lines, verdict(findings)])
 
 
-def verdict(found: Findings) -> str:
-    """Which bound applies, how many workers that takes, and what would help."""
-    bounds = found.bounds()
+def verdict(findings: Findings) -> str:
+    """The bound, the workers that keep up with the step, and what would help."""
+    bounds = findings.bounds()
     bound = min(bounds, key=lambda name: bounds[name])
-    needed, cores = found.cores_needed, found.cores
-    said = f"{bound} bounds this experiment at {bounds[bound]:,.0f} images/s; "
-    said += f"to keep up with the training step, loading needs {needed} of the {cores} cores (trainer.data_threads)"
-    if found.small is not None:
-        gain = found.small / found.load_on_a_core
-        said += f"; re-encoding (data.resize_short_side={SMALL_SIDE}) would make loading {gain:.1f} times as fast"
+    needed, cores = findings.cores_needed, findings.cores
+    sentence = f"{bound} bounds this experiment at {bounds[bound]:,.0f} images/s; "
+    sentence += f"to keep up with the training step, loading needs {needed} of the {cores} cores (trainer.data_threads)"
+    if findings.small is not None:
+        gain = findings.small / findings.load_on_a_core
+        sentence += f"; re-encoding (data.resize_short_side={SMALL_SIDE}) would make loading {gain:.1f} times as fast"
     if needed > cores:
-        said += f"; with {needed} cores instead of {cores} the device would not wait"
-    return said
+        sentence += f"; with {needed} cores instead of {cores} the device would not wait"
+    return sentence
+
+
+def training_time(findings: Findings, epochs: int, images: int) -> str:
+    """How long training would take at the measured bound, with the arithmetic."""
+    bound = min(findings.bounds().values())
+    time_taken = duration(epochs * images / bound)
+    return (
+        f"{epochs} epochs would take about {time_taken} on this machine: {epochs} x {images:,} images / {bound:,.1f} "
+        "images/s; an estimate of training alone, without start-up, validation and checkpoints"
+    )

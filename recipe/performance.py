@@ -1,8 +1,8 @@
-"""The Performance metrics section: a network on the whole validation set, and the record of it.
+"""The evaluation stage: a model on all validation images, and its record.
 
-`evaluate_run` is what `evaluate.py` calls in every process. What is measured is a checkpoint of the run, one of its
-exported models, or published weights; all go through one evaluator. The configuration is the run's own; only the
-`evaluation` group and facts of the machine can be given anew, and the protocol's name says so.
+`evaluate_run` is called by `evaluate.py` in every process. It measures a checkpoint of the run, one of its exported
+models, or published weights, by one evaluator. The configuration is the run's own; only the `evaluation` group and
+machine settings can be changed, and the protocol's name says so.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from recipe.run import Run, append_to_journal, shown_path, write_atomically
 from recipe.weights import GivenWeights, load_state
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
-NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # people name their weights as they like
+NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # a file of weights may have any name
 
 
 def evaluate_run(config: Config) -> EvaluationRecord | None:
@@ -67,13 +67,13 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         if stage is not None:
             append_to_journal(run, "evaluate", "started", name=config.name)
         manifest, manifest_hash = adopt_data_set(config.data)
-        subject = chosen_subject(run, config, world, manifest, manifest_hash)
-        run.predictions_file(subject.protocol)  # refused before the work
-        measured = _measure(config, world, subject)
-        if stage is None or measured.predictions is None:
+        evaluated = load_model(run, config, world, manifest, manifest_hash)
+        run.predictions_file(evaluated.protocol)  # refuses an unusable name before the work
+        measurement = _measure(config, world, evaluated)
+        if stage is None or measurement.predictions is None:
             return None
-        record = _record(run, world, stage, manifest, subject, measured)
-        (run.write if subject.is_the_runs_own else run.write_other_evaluation)(record)
+        record = evaluation_record(run, world, stage, manifest, evaluated, measurement)
+        (run.write if evaluated.is_the_runs_own else run.write_other_evaluation)(record)
         append_to_journal(
             run, "evaluate", "ended", protocol=record.protocol.name, top1_accuracy=record.correct_top1 / record.images
         )
@@ -81,13 +81,13 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
 
 
 def config_of_run(run: Run, config: Config) -> dict[str, Any]:
-    """The configuration as training pinned it, whatever this evaluation changed; published weights have none."""
+    """The configuration as training pinned it; this one where the run has none (published weights)."""
     return run.read_config() or config.pinned.values
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated, and how its pixels are made."""
+class EvaluatedModel:
+    """A model with its transform and its description for the record."""
 
     predict: Predict
     transform: EvaluationTransform
@@ -103,17 +103,17 @@ class Subject:
     is_the_runs_own: bool = False  # in torch: the record that the recipe's result is taken from
 
 
-def chosen_subject(run: Run, config: Config, world: World, manifest: Manifest, manifest_hash: str) -> Subject:
-    """What the configuration asks for."""
+def load_model(run: Run, config: Config, world: World, manifest: Manifest, manifest_hash: str) -> EvaluatedModel:
+    """The checkpoint, exported model or published weights that the configuration names."""
     if config.evaluation.weights is not None:
-        return published_subject(config, world, manifest, manifest_hash)
+        return published_model(config, world, manifest, manifest_hash)
     if config.evaluation.backend is Backend.onnx:
-        return onnx_subject(run, config, manifest_hash)
-    return checkpoint_subject(run, config, world, manifest_hash)
+        return onnx_model(run, config, manifest_hash)
+    return checkpoint_model(run, config, world, manifest_hash)
 
 
-def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: str) -> Subject:
-    """The network with the weights of the asked checkpoint: the moving average where the run keeps one."""
+def checkpoint_model(run: Run, config: Config, world: World, manifest_hash: str) -> EvaluatedModel:
+    """The network with the weights of a checkpoint: the moving average where the run keeps one."""
 
     def read() -> tuple[str, State]:
         path = chosen_checkpoint(run, config.evaluation.checkpoint)
@@ -124,7 +124,7 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
     is_average = state["average"] is not None
     predict, normalisation = _torch_predict(restored_model(state, name), config, world)
     transform = build_evaluation_transform(config.evaluation)
-    return Subject(
+    return EvaluatedModel(
         predict=predict,
         transform=transform,
         normalisation=normalisation.values(),
@@ -145,7 +145,7 @@ def checkpoint_subject(run: Run, config: Config, world: World, manifest_hash: st
 
 
 def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Predict, Normalisation]:
-    """The network on this process's device, in the arithmetic of the run."""
+    """Predict on the device of this process, in the precision of the run."""
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     pixels = config.evaluation.crop_pixels
     rehearse(model.eval(), config.model.name, 1, pixels, f"enlarge evaluation.crop_pixels={pixels}")
@@ -157,8 +157,8 @@ def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Pred
     return predict, normalisation
 
 
-def onnx_subject(run: Run, config: Config, manifest_hash: str) -> Subject:
-    """An exported model of the run, with the pixels that the file itself asks for."""
+def onnx_model(run: Run, config: Config, manifest_hash: str) -> EvaluatedModel:
+    """An exported model of the run, with the transform of its metadata."""
     variant = config.evaluation.variant
     path = run.onnx_file(variant.value)
     where = shown_path(path)
@@ -168,29 +168,29 @@ def onnx_subject(run: Run, config: Config, manifest_hash: str) -> Subject:
         )
     content = read_onnx(path, where)
     model = OnnxModel(content, where)
-    told = model.metadata
-    require_same_data_set(where, told.manifest_sha256, manifest_hash, config.data)
-    return Subject(
+    metadata = model.metadata
+    require_same_data_set(where, metadata.manifest_sha256, manifest_hash, config.data)
+    return EvaluatedModel(
         predict=model,
-        transform=transform_of(told.interface, where),
-        normalisation={"mean": told.interface.mean, "std": told.interface.std},
+        transform=transform_of(metadata.interface, where),
+        normalisation={"mean": metadata.interface.mean, "std": metadata.interface.std},
         backend=f"onnxruntime {model.provider}",
         precision=variant.value,
-        protocol=onnx_protocol(told.accuracy.protocol, variant.value),
+        protocol=onnx_protocol(metadata.accuracy.protocol, variant.value),
         inputs={
             path.name: hashlib.sha256(content).hexdigest(),
-            "weights": told.weights_sha256,
+            "weights": metadata.weights_sha256,
             "manifest": manifest_hash,
         },
         checkpoint=path.name,
-        epochs_completed=told.accuracy.epochs_completed,
-        epochs=told.accuracy.epochs,
+        epochs_completed=metadata.accuracy.epochs_completed,
+        epochs=metadata.accuracy.epochs,
         weights=f"exported, {variant.value}",
     )
 
 
-def published_subject(config: Config, world: World, manifest: Manifest, manifest_hash: str) -> Subject:
-    """Weights that others published, by their name in torchvision or from a file."""
+def published_model(config: Config, world: World, manifest: Manifest, manifest_hash: str) -> EvaluatedModel:
+    """Published weights, by their name in torchvision or from a file."""
     asked = config.evaluation.weights
     assert asked is not None, "the caller looked"
     given: GivenWeights = world.read_by_first(lambda: published_weights(config.model.name, asked))
@@ -203,7 +203,7 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
     load_state(model, state, given.where)
     predict, normalisation = _torch_predict(model, config, world)
     name, transform = NOT_IN_A_NAME.sub("-", Path(asked).stem)[:100], build_evaluation_transform(config.evaluation)
-    return Subject(
+    return EvaluatedModel(
         predict=predict,
         transform=transform,
         normalisation=normalisation.values(),
@@ -219,7 +219,7 @@ def published_subject(config: Config, world: World, manifest: Manifest, manifest
 
 
 def chosen_checkpoint(run: Run, name: str) -> Path:
-    """The file behind `last`, `best` or a file name; `last` is the newest, whether training is finished or not."""
+    """The file of `last`, `best` or a file name; `last` is the newest, also of an unfinished training."""
     files = checkpoint_files(run.checkpoints)
     if not files:
         raise UserError(
@@ -239,22 +239,22 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
 
 
 def _best_step(run: Run, newest: Path) -> int:
-    """As training left it; while it goes on, as its newest checkpoint knows it."""
+    """The best step from the training record; while training goes on, from its newest checkpoint."""
     training = run.read(TrainingRecord)
     if training is not None:
         return training.best_epoch * training.schedule.steps_per_epoch
     best_step: int = load_checkpoint(newest)["progress"]["best_step"]
     if best_step == 0:
         raise UserError(
-            "evaluation.checkpoint=best cannot be yet: the newest checkpoint comes before the end of the first "
-            "validation; use last, or train on"
+            "evaluation.checkpoint=best does not exist yet: the newest checkpoint precedes the end of the first "
+            "validation; use last, or continue training"
         )
     return best_step
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The live objects of an evaluation, which the record is read back from, and what they gave."""
+class Measurement:
+    """The live objects of an evaluation, from which the record is read back, and the predictions."""
 
     config: Config
     batches: EvaluationBatches
@@ -262,65 +262,65 @@ class Measured:
     seconds: float  # wall time
 
 
-def _measure(config: Config, world: World, subject: Subject) -> Measured:
+def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measurement:
     """Predict every image of the validation set."""
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
     with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
-        batches = EvaluationBatches(threads, subject.transform, config.evaluation.batch_size, world)
-        shown = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
-        predictions = collect(evaluate(subject.predict, shown), world, len(split))
-    return Measured(config, batches, predictions, time.perf_counter() - started)
+        batches = EvaluationBatches(threads, evaluated.transform, config.evaluation.batch_size, world)
+        progress = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
+        predictions = collect(evaluate(evaluated.predict, progress), world, len(split))
+    return Measurement(config, batches, predictions, time.perf_counter() - started)
 
 
-def _record(
-    run: Run, world: World, stage: Stage, manifest: Manifest, subject: Subject, measured: Measured
+def evaluation_record(
+    run: Run, world: World, stage: Stage, manifest: Manifest, evaluated: EvaluatedModel, measurement: Measurement
 ) -> EvaluationRecord:
-    """Write the predictions and describe them."""
-    predictions, protocol = measured.predictions, _protocol(subject, measured)
+    """Write the predictions and return their record."""
+    predictions, protocol = measurement.predictions, _protocol(evaluated, measurement)
     assert predictions is not None, "only the first process describes"
-    require_finite(predictions, subject.checkpoint)
-    split = measured.batches.threads.split
+    require_finite(predictions, evaluated.checkpoint)
+    split = measurement.batches.threads.split
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
     path = run.predictions_file(protocol.name)
     write_atomically(path, content)
     return EvaluationRecord(
-        config_sha256=config_sha256(config_of_run(run, measured.config)),
+        config_sha256=config_sha256(config_of_run(run, measurement.config)),
         provenance=stage.finish(hardware(world), device_versions(world)),
-        inputs=subject.inputs,
+        inputs=evaluated.inputs,
         outputs={path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()},
         protocol=protocol,
         images=predictions.images,
         correct_top1=int(predictions.correct(1).sum()),
         correct_top5=int(predictions.correct(5).sum()),
         loss=predictions.loss,
-        published=published_accuracy(measured.config.model.name, measured.config.evaluation.weights),
+        published=published_accuracy(measurement.config.model.name, measurement.config.evaluation.weights),
         per_class=class_table(predictions, [(entry.id, entry.name) for entry in manifest.classes]),
         processes=world.size,
-        evaluation_seconds=round(measured.seconds, 3),
-        images_per_second=round(predictions.images / measured.seconds, 2),
+        evaluation_seconds=round(measurement.seconds, 3),
+        images_per_second=round(predictions.images / measurement.seconds, 2),
     )
 
 
 def _views(predict: Predict) -> dict[str, Setting]:
-    """How many views of an image its logits come from, where it is not one."""
+    """The views of an image whose logits are averaged, where there are several."""
     return {"views": "the image and its mirror image, logits averaged"} if isinstance(predict, FlipAverage) else {}
 
 
-def _protocol(subject: Subject, measured: Measured) -> Protocol:
-    """How the metric was measured, read back from what measured it."""
-    transform = measured.batches.transform
+def _protocol(evaluated: EvaluatedModel, measurement: Measurement) -> Protocol:
+    """The protocol of the metric, read back from the live objects."""
+    transform = measurement.batches.transform
     return Protocol(
-        name=subject.protocol,
-        backend=subject.backend,
-        transform=transform.facts() | dict(subject.normalisation) | _views(subject.predict),
+        name=evaluated.protocol,
+        backend=evaluated.backend,
+        transform=transform.facts() | dict(evaluated.normalisation) | _views(evaluated.predict),
         transform_sha256=transform.fingerprint(),
-        decoder=measured.batches.threads.decoder_name,
-        precision=subject.precision,
+        decoder=measurement.batches.threads.decoder_name,
+        precision=evaluated.precision,
         arithmetic=arithmetic_switches(),
-        batch_size=measured.batches.batch_size,
-        checkpoint=subject.checkpoint,
-        epochs_completed=subject.epochs_completed,
-        epochs=subject.epochs,
-        weights=subject.weights,
+        batch_size=measurement.batches.batch_size,
+        checkpoint=evaluated.checkpoint,
+        epochs_completed=evaluated.epochs_completed,
+        epochs=evaluated.epochs,
+        weights=evaluated.weights,
     )

@@ -1,7 +1,7 @@
-"""Weights that others published: with them anybody who has ImageNet can check this evaluator before trusting it.
+"""Published weights, with which this evaluator can be checked on ImageNet.
 
-`evaluation.weights=IMAGENET1K_V2` names weights of torchvision; a file (see `recipe.weights`) can be given instead, for
-machines that reach no host. The protocol of named weights is their own (resize, crop, interpolation belong to weights).
+`evaluation.weights=IMAGENET1K_V2` names weights of torchvision, which bring their own protocol (resize, crop,
+interpolation); a file (see `recipe.weights`) can be given instead, for machines without a network.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from recipe.errors import UserError
 from recipe.run import shown_path
 from recipe.weights import GivenWeights, read_weights
 
-METRICS = "ImageNet-1K"  # torchvision's key of the accuracies
-HASH_DIGITS = 8  # of the SHA-256, at the end of the published file's name
+METRICS_KEY = "ImageNet-1K"  # torchvision's key of the accuracies
+FILE_HASH_DIGITS = 8  # of the SHA-256, at the end of the published file's name
 
 
 def published_config(config: Config) -> Config:
-    """The configuration with the protocol of the asked weights, in fp32 as they were measured."""
+    """The configuration with the protocol of the weights, in fp32 as they were measured."""
     weights = named_weights(config.model.name, config.evaluation.weights)
     config = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
     if weights is None:
@@ -41,7 +41,7 @@ def published_config(config: Config) -> Config:
 
 
 def published_weights(model_name: str, asked: str) -> GivenWeights:
-    """The weights of that name or file; a download is held to the hash in its name and read as plain data."""
+    """Read the weights of that name or file; a download must have the hash in its name, and is read as plain data."""
     weights = named_weights(model_name, asked)
     if weights is None:
         return read_weights(Path(asked), "evaluation.weights")
@@ -49,7 +49,7 @@ def published_weights(model_name: str, asked: str) -> GivenWeights:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(weights.url, str(path), path.stem[-HASH_DIGITS:])
+            torch.hub.download_url_to_file(weights.url, str(path), path.stem[-FILE_HASH_DIGITS:])
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"evaluation.weights={asked} could not be downloaded from {weights.url} ({error}); fetch that file by "
@@ -59,18 +59,20 @@ def published_weights(model_name: str, asked: str) -> GivenWeights:
 
 
 def published_accuracy(model_name: str, asked: str | None) -> dict[str, float]:
-    """Top-1 and top-5 as fractions, as torchvision's own metadata has them; empty where nobody published any."""
+    """Top-1 and top-5 as fractions, from torchvision's metadata; empty where none are published."""
     weights = named_weights(model_name, asked)
-    metrics: dict[str, float] = {} if weights is None else weights.meta["_metrics"].get(METRICS, {})
+    metrics: dict[str, float] = {} if weights is None else weights.meta["_metrics"].get(METRICS_KEY, {})
     return {f"top{within}_accuracy": metrics[f"acc@{within}"] / 100 for within in (1, 5) if f"acc@{within}" in metrics}
 
 
 def named_weights(model_name: str, asked: str | None) -> Any | None:
-    """torchvision's entry of that name for this network; None for a file. Raises `UserError` for neither."""
-    if asked is None or os.path.exists(asked):  # whatever it is: reading it says so
+    """torchvision's weights of that name for this network; None for a file. Raises `UserError` for neither."""
+    if asked is None or os.path.exists(asked):  # `read_weights` refuses what is not a file of weights
         return None
     if model_name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"evaluation.weights={shown_path(asked)} does not exist, and nobody published {model_name}")
+        raise UserError(
+            f"evaluation.weights={shown_path(asked)} does not exist, and torchvision has no weights of {model_name}"
+        )
     known: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
     names = list(known.__members__)
     if asked not in names:

@@ -31,7 +31,6 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
-    ProjectionRecord,
     PublicationRecord,
     Record,
     ReproductionRecord,
@@ -58,7 +57,6 @@ RECORD_FILES: dict[type[Record], str] = {
     SeedsRecord: "seeds.json",
     ReproductionRecord: "reproduction.json",
     PublicationRecord: "publication.json",
-    ProjectionRecord: "projection.json",
 }
 
 

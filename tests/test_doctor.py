@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipe import doctor
-from recipe.doctor import Findings, verdict
+from recipe.doctor import Findings, training_time, verdict
 from recipe.errors import UserError
 from tests.faults.test_images import with_damaged_image
 
@@ -38,6 +38,13 @@ def test_workers_re_encoding_and_cores() -> None:
     assert "instead of" not in enough
 
 
+def test_the_time_of_training_comes_with_its_arithmetic() -> None:
+    sentence = training_time(SLOW_LOADING, epochs=90, images=1_281_167)
+    assert sentence.startswith("90 epochs would take about 16 h 01 min on this machine: ")
+    assert ": 90 x 1,281,167 images / 2,000.0 images/s; " in sentence
+    assert "an estimate of training alone" in sentence
+
+
 def test_an_examination(
     smoke: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,14 +53,16 @@ def test_an_examination(
     parser = argparse.ArgumentParser()
     doctor.describe(parser)
     assert doctor.answer(parser.parse_args(smoke("trainer.gpus=null"))) == 0
-    told = capsys.readouterr().out.strip().splitlines()
-    assert [line.split("  ")[0] for line in told[:4]] == [
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == [
         "reading",
         "decoding crops, one core",
         "augmentation, one core",
         "training step",
     ]
-    assert "bounds this experiment at" in told[4]
+    assert "bounds this experiment at" in lines[4]
+    assert lines[5].startswith("2 epochs would take about ")
+    assert ": 2 x 108 images / " in lines[5]
 
 
 def test_a_damaged_image_is_named(

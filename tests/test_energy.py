@@ -13,7 +13,7 @@ from recipe import energy
 from recipe.distributed import World
 from recipe.energy import accelerator_joules
 from recipe.records import EnergyRecord
-from recipe.review.check.records import later_findings
+from recipe.review.check.records import energy_findings
 from recipe.training.energy import Meter, accelerator_uuids
 from tests.document import test_document as document
 
@@ -116,5 +116,5 @@ def test_the_dynamics_name_the_energy_of_the_weights_that_are_here() -> None:
     assert row in document.section(document.document(energy=spent), "dynamics")
     other = msgspec.structs.replace(spent, inputs={"weights": document.sha("other")})
     assert "Energy of" not in document.document(energy=other)
-    assert len(later_findings(document.facts(energy=other))) == 1
-    assert later_findings(document.facts(energy=spent)) == []
+    assert len(energy_findings(document.facts(energy=other))) == 1
+    assert energy_findings(document.facts(energy=spent)) == []

@@ -31,9 +31,7 @@ def test_every_part_needs_earlier_ones_only_and_names_files_that_exist(
     for at, part in enumerate(parts):
         assert set(part.needs) <= set(names[:at]), part.name
         assert part.words[0] == "-m" or (CHECKOUT / part.words[0]).is_file()
-    assert {"step", "preprocess", "doctor", "serialize", "latency", "project", "publish", "check", "drift"} <= set(
-        names
-    )
+    assert {"step", "preprocess", "doctor", "serialize", "latency", "publish", "check", "drift"} <= set(names)
 
 
 def test_a_rehearsal_writes_into_its_own_folder_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,11 +89,3 @@ def test_what_runs_when_time_is_up_is_told_to_stop_and_can_be_continued(tmp_path
     late = hardware.one(hardware.Part("late", ["-c", "pass"]), {}, tmp_path, began)
     assert (late.code, late.said) == (None, "not started: time is up")
     assert not stopped.is_done
-
-
-def test_a_pattern_is_the_files_that_it_names() -> None:
-    for name in ("step-b-4x32.json", "step-a-4x32.json", "step-a-4x64.json"):
-        Path(name).touch()
-    assert hardware.spread("step-*4x32.json") == ["step-a-4x32.json", "step-b-4x32.json"]
-    assert hardware.spread("nothing-*") == ["nothing-*"]
-    assert hardware.spread("a=[1]") == ["a=[1]"]

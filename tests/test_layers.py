@@ -11,7 +11,7 @@ from recipe.run import CHECKOUT
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
     *("streams", "errors", "launcher", "signals", "faults", "energy", "config", "files", "metrics", "records", "run"),
-    "provenance",
+    *("environment", "provenance"),
 ]
 ALLOWED = {
     "streams": [],
@@ -25,7 +25,8 @@ ALLOWED = {
     "metrics": ["errors"],
     "records": ["errors"],
     "run": ["errors", "faults", "files", "metrics", "records"],
-    "provenance": ["launcher", "records", "run"],
+    "environment": ["launcher", "records", "run"],
+    "provenance": ["environment", "records", "run"],
     "distributed": GROUND,
     "alterations": GROUND,
     "plain": ["errors"],
@@ -55,11 +56,9 @@ ALLOWED = {
             "training",
         ),
     ],
-    "doctor": [*GROUND, "distributed", "model", "data", "training"],
+    "doctor": [*GROUND, "distributed", "model", "data", "training", "document"],
     "document": [*GROUND, "document"],
-    "projection": [*GROUND, "data", "document"],
     "demonstration": [*GROUND, "distributed", "data", "inference", "document"],
-    "notebook": [*GROUND, "document"],
     "review": [
         *GROUND,
         *(

@@ -15,18 +15,8 @@ import PIL
 import pytest
 
 from recipe import provenance
-from recipe.provenance import (
-    NoCommitError,
-    Stage,
-    command,
-    commit,
-    environment,
-    machine,
-    modified_files,
-    source_sha256,
-    tree_state,
-    versions,
-)
+from recipe.environment import command, machine, variables, versions
+from recipe.provenance import NoCommitError, Stage, commit, modified_files, source_sha256, tree_state
 from recipe.records import TreeState, to_json
 from tests.worlds import torchrun_environment
 
@@ -545,12 +535,12 @@ def test_only_the_white_list_of_the_environment_is_recorded(monkeypatch: pytest.
         ("PATH", os.environ["PATH"]),
     ):
         monkeypatch.setenv(name, value)
-    assert environment() == {}
+    assert variables() == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCL_TOPO_FILE", "/home/alice/topology.xml")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert environment() == {
+    assert variables() == {
         "CUDA_VISIBLE_DEVICES": "0,1",
         "NCCL_DEBUG": "INFO",
         "NCCL_TOPO_FILE": ".../topology.xml",

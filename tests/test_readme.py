@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import VERBS
+from recipe.demonstration import NOTEBOOK
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
 from recipe.inference.parity import ParityError
-from recipe.notebook import NOTEBOOK
 from recipe.run import CHECKOUT, RECORD_FILES, Run
 from tests.conftest import compose_config
 
@@ -84,7 +84,7 @@ def test_every_command_names_what_exists(command: str) -> None:
 
 def test_every_verb_that_is_named_exists() -> None:
     named = {verb for page in PAGES for verb in re.findall(r"python -m recipe (\w+)", text_of(page))}
-    assert {"reproduce", "publish", "index"} <= named <= VERBS.keys()
+    assert {"reproduce", "publish", "watch"} <= named <= VERBS.keys()
 
 
 def test_the_readme_shows_every_script_and_the_first_command() -> None:

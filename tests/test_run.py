@@ -25,7 +25,6 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
-    ProjectionRecord,
     Protocol,
     Provenance,
     PublicationRecord,
@@ -362,7 +361,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
 def test_every_stage_has_a_file_of_its_own() -> None:
     stages = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord)
     kinds = (*stages, Fingerprint, JournalRecord, SeedsRecord, ReproductionRecord, PublicationRecord)
-    kinds = (*kinds, ProjectionRecord, EnergyRecord)
+    kinds = (*kinds, EnergyRecord)
     assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
     assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
 

@@ -637,7 +637,8 @@ def test_every_knob_is_read_somewhere() -> None:
 
 
 def test_every_description_is_printed() -> None:
-    template = (CHECKOUT / "recipe" / "document" / "template.md.j2").read_text()
+    templates = (CHECKOUT / "recipe" / "document" / "templates").glob("*.j2")
+    template = "".join(path.read_text() for path in templates)
     render = (CHECKOUT / "recipe" / "document" / "render.py").read_text()
     for prefix, schema in (
         ("description", configuration.ExperimentDescription),

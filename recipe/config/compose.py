@@ -31,9 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
+from recipe.environment import remember_typed_words, typed_words
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.launcher import launched, report_ignored
-from recipe.provenance import remember_typed_words, typed_words
 from recipe.run import CHECKOUT, JOURNAL, Run, disk_errors, shown_path
 from recipe.streams import protect_streams
 

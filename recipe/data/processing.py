@@ -59,9 +59,10 @@ from recipe.data.shards import (
     size_of,
 )
 from recipe.data.sharing import LOST_SECONDS, Plan, Team, require_same_plan
+from recipe.environment import machine, usable_cores
 from recipe.errors import UserError
 from recipe.launcher import ALONE, Launch
-from recipe.provenance import Stage, machine, usable_cores
+from recipe.provenance import Stage
 from recipe.records import Archive, ClassName, PreprocessingRecord, from_json, to_json
 from recipe.run import disk_errors, locked, shown_path, write_atomically
 from recipe.signals import blocked, interruptible, start_resource_tracker

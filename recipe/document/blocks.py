@@ -1,12 +1,11 @@
-"""Generated blocks live between markers that carry a hash; everything else in the document belongs to people.
+"""Generated blocks between markers that carry a hash; all other text of a document belongs to its authors.
 
     <!-- recipe:begin raw_data sha256=... -->
     generated, replaced when a stage runs again
     <!-- recipe:end raw_data -->
 
-The document is cut into lines and never parsed as markdown, so what is outside survives byte for byte. The one
-piece of markdown that has to be understood is the code fence: a marker inside somebody's fence is a quotation. Where
-the structure is damaged the document is refused rather than guessed at.
+A marker is a line of its own that starts in the first column. Nothing else of a document is parsed, so that all other
+text survives byte for byte. A document whose markers do not match is refused.
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from recipe.errors import UserError
 
-BEGIN = re.compile(r"<!-- recipe:begin (?P<id>[a-z0-9_-]+) sha256=(?P<sha256>[0-9a-f]{64}) -->[ \t]*\r?\n?")
-END = re.compile(r"<!-- recipe:end (?P<id>[a-z0-9_-]+) -->[ \t]*\r?\n?")
-LINE = re.compile(r"[^\n]*\n|[^\n]+")  # str.splitlines would also cut at form feeds and U+2028
-FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<list>(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?P<ticks>`{3,}(?=[^`]*$)|~{3,})")
 BYTE_ORDER_MARK = "\ufeff"
-LONGEST_DIFF_LINES = 40
+MARKER = re.compile(
+    rf"(?<![^\n{BYTE_ORDER_MARK}])<!-- recipe:"
+    r"(?:begin (?P<begin>[a-z0-9_-]+) sha256=(?P<sha256>[0-9a-f]{64})|end (?P<end>[a-z0-9_-]+)) -->[ \t]*(?:\r?\n|\Z)"
+)
+DIFF_LINES_MAX = 40
 
 
 @dataclass(frozen=True)
 class Prose:
-    """What people wrote, exactly."""
+    """Text that people wrote."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Block:
-    """One generated block as found: the marker lines keep their own line endings."""
+    """A generated block; its marker lines keep their own line endings."""
 
     id: str
     sha256: str  # stored in the marker
@@ -48,137 +47,86 @@ class Block:
     def text(self) -> str:
         return self.begin + self.content + self.end
 
+    @property
+    def is_edited(self) -> bool:
+        return content_sha256(self.content) != self.sha256
+
 
 def merge(document: str, generated: Mapping[str, str]) -> str:
-    """Put the generated blocks into the document; a block that is not there yet goes behind its predecessor.
+    """Put the generated blocks into the document; a missing block is inserted after its predecessor.
 
     `generated` maps block ids to contents, in the order of the template. Raises `UserError` where a block was edited.
     """
     pieces = split(document)
     refuse_edits(pieces, generated)
-    pieces = [replaced(piece, generated) for piece in pieces]
-    ids = list(generated)
-    for position, block_id in enumerate(ids):
-        if block_id not in {piece.id for piece in pieces if isinstance(piece, Block)}:
-            insert(pieces, new_block(block_id, generated[block_id]), ids[:position], ids[position + 1 :])
+    for position, piece in enumerate(pieces):
+        if isinstance(piece, Block) and piece.id in generated:
+            pieces[position] = _updated(piece, generated[piece.id])
+    for block_id, content in generated.items():
+        if not any(isinstance(piece, Block) and piece.id == block_id for piece in pieces):
+            _insert(pieces, _new_block(block_id, content), list(generated))
     return "".join(piece.text for piece in pieces)
 
 
 def split(document: str) -> list[Prose | Block]:
-    """Cut a document into prose and blocks; joined again, the pieces are the document."""
-    pieces: list[Prose | Block] = []
-    if document.startswith(BYTE_ORDER_MARK):
-        pieces.append(Prose(BYTE_ORDER_MARK))
-        document = document.removeprefix(BYTE_ORDER_MARK)
-    lines = iter(LINE.findall(document))
-    fence = Fence()
-    for line in lines:
-        begin = None if fence.holds(line) else BEGIN.fullmatch(line)
-        if begin:
-            pieces.append(block_from(begin, lines))
-        else:
-            if not fence.is_open and (end := END.fullmatch(line)):
-                raise UserError(
-                    f"the document ends the generated block {end['id']!r} without a valid beginning: its "
-                    "first marker was changed, or a code fence above it is never closed"
-                )
-            pieces.append(Prose(line))
-    if fence.is_open:
-        raise UserError(
-            "the document has a code fence that is never closed, so that text and generated blocks cannot "
-            f"be told apart: close the one that begins {fence.opened_by.strip()!r}"
-        )
-    refuse_twins(pieces)
-    return pieces
+    """Split a document into prose and blocks; the joined pieces are the document.
 
-
-def block_from(begin: re.Match[str], lines: Iterator[str]) -> Block:
-    """Read on to the end marker of the block that has just begun."""
-    content: list[str] = []
-    for line in lines:
-        end = END.fullmatch(line)
-        if end and end["id"] == begin["id"]:
-            return Block(begin["id"], begin["sha256"], begin[0], "".join(content), line)
-        content.append(line)
-    raise UserError(
-        f"the document's generated block {begin['id']!r} never ends: "
-        f"put `<!-- recipe:end {begin['id']} -->` back on a line of its own"
-    )
-
-
-class Fence:
-    """Whether a line lies inside a fenced code block, by the rules of CommonMark.
-
-    A fence in a list item, or one that is indented by four columns or more, ends with its container too: at the first
-    line that is indented less.
+    Raises `UserError` where a marker has no partner or a block occurs twice.
     """
-
-    def __init__(self) -> None:
-        self.opened_by = ""
-        self.ticks = ""
-        self.container_columns = 0
-
-    @property
-    def is_open(self) -> bool:
-        return bool(self.ticks)
-
-    def holds(self, line: str) -> bool:
-        """Take the next line; true for every line of a fence, the first and the last included."""
-        if self.is_open and self.is_left_by(line):
-            self.ticks = ""
-        if self.is_open:
-            if self.is_closed_by(line):
-                self.ticks = ""
-            return True
-        if opening := FENCE.match(line.rstrip("\r\n")):
-            columns = len(opening["indent"].expandtabs(4)) + len(opening["list"])
-            self.container_columns = columns if opening["list"] or columns >= 4 else 0
-            self.ticks, self.opened_by = opening["ticks"], line
-        return self.is_open
-
-    def is_left_by(self, line: str) -> bool:
-        text = line.expandtabs(4)
-        return bool(text.strip()) and len(text) - len(text.lstrip(" ")) < self.container_columns
-
-    def is_closed_by(self, line: str) -> bool:
-        text = line.strip(" \t\r\n")
-        return len(text) >= len(self.ticks) and set(text) == {self.ticks[0]}
-
-
-def refuse_twins(pieces: list[Prose | Block]) -> None:
-    """Two blocks of one id: which one would be replaced?"""
-    seen = set()
-    for piece in pieces:
-        if isinstance(piece, Block):
-            if piece.id in seen:
-                raise UserError(f"the document holds the generated block {piece.id!r} twice: remove one of them")
-            seen.add(piece.id)
+    pieces: list[Prose | Block] = []
+    seen: set[str] = set()
+    begin: re.Match[str] | None = None
+    place = 0
+    for marker in MARKER.finditer(document):
+        if begin is None:
+            if marker["end"]:
+                raise UserError(
+                    f"the document ends the generated block {marker['end']!r} without a valid beginning: its first "
+                    "marker was changed; restore it, or indent the marker if it is a quotation"
+                )
+            begin = marker
+        elif marker["end"] == begin["begin"]:
+            block = Block(begin["begin"], begin["sha256"], begin[0], document[begin.end() : marker.start()], marker[0])
+            if block.id in seen:
+                raise UserError(
+                    f"the document holds the generated block {block.id!r} twice: remove one of them, or indent its "
+                    "markers if it is a quotation"
+                )
+            seen.add(block.id)
+            pieces += [Prose(document[place : begin.start()]), block]
+            begin, place = None, marker.end()
+    if begin is not None:
+        raise UserError(
+            f"the document's generated block {begin['begin']!r} never ends: "
+            f"put `<!-- recipe:end {begin['begin']} -->` back on a line of its own"
+        )
+    pieces.append(Prose(document[place:]))
+    return [piece for piece in pieces if piece.text]
 
 
 def refuse_edits(pieces: list[Prose | Block], generated: Mapping[str, str]) -> None:
-    """Stop with the block's id, both hashes and a diff; a block of an unknown id is nobody's business here."""
+    """Raise `UserError` with the id, both hashes and a diff of an edited block; blocks of unknown ids are ignored."""
     for block in edited_blocks(pieces):
         if block.id in generated:
             raise UserError(
                 f"the generated block {block.id!r} of the document was edited by hand (stored sha256 "
                 f"{block.sha256[:16]}, found {content_sha256(block.content)[:16]}), and the edit would be lost: move "
                 "your text outside the markers and restore the block, or delete it with its markers to have it "
-                "written anew.\n"
+                "written again.\n"
                 f"{difference(block.content, generated[block.id])}"
             )
 
 
 def edited_blocks(pieces: list[Prose | Block]) -> list[Block]:
-    """The blocks whose content is not what their marker says."""
-    blocks = [piece for piece in pieces if isinstance(piece, Block)]
-    return [block for block in blocks if content_sha256(block.content) != block.sha256]
+    """The blocks whose content does not have the hash of their marker."""
+    return [piece for piece in pieces if isinstance(piece, Block) and piece.is_edited]
 
 
-def difference(found: str, generated: str) -> str:
-    """From the block as found to what would be written now; a difference of hash only says so."""
+def difference(existing: str, generated: str) -> str:
+    """A unified diff from a block in the document to its generated content, of at most 40 lines."""
     lines = list(
         difflib.unified_diff(
-            found.replace("\r\n", "\n").splitlines(),
+            existing.replace("\r\n", "\n").splitlines(),
             generated.splitlines(),
             "found",
             "would be written now",
@@ -186,51 +134,44 @@ def difference(found: str, generated: str) -> str:
             lineterm="",
         )
     )
-    left_out = len(lines) - LONGEST_DIFF_LINES
-    shown = lines[:LONGEST_DIFF_LINES] + ([f"... {left_out} more lines"] if left_out > 0 else [])
-    return "\n".join(shown) or "(its text is what would be written now; only the hash in the marker differs)"
-
-
-def replaced(piece: Prose | Block, generated: Mapping[str, str]) -> Prose | Block:
-    """The piece with what is generated now; untouched, line endings included, where nothing changed."""
-    if isinstance(piece, Prose) or piece.id not in generated:
-        return piece
-    content = generated[piece.id]
-    if content == piece.content.replace("\r\n", "\n"):
-        return piece
-    newline = "\r\n" if piece.begin.endswith("\r\n") else "\n"
-    block = new_block(piece.id, content)
-    return Block(block.id, block.sha256, block.begin.replace("\n", newline), content.replace("\n", newline), piece.end)
-
-
-def new_block(block_id: str, content: str) -> Block:
-    """A block with fresh markers."""
-    assert content.endswith("\n"), block_id
-    assert not any(BEGIN.match(line) or END.match(line) for line in LINE.findall(content)), block_id
-    sha256 = content_sha256(content)
-    return Block(
-        block_id,
-        sha256,
-        f"<!-- recipe:begin {block_id} sha256={sha256} -->\n",
-        content,
-        f"<!-- recipe:end {block_id} -->\n",
-    )
-
-
-def insert(pieces: list[Prose | Block], block: Block, before: list[str], after: list[str]) -> None:
-    """Put a new block behind the nearest predecessor, else before the first successor, else at the end."""
-    positions = {piece.id: position for position, piece in enumerate(pieces) if isinstance(piece, Block)}
-    predecessors = [positions[block_id] for block_id in reversed(before) if block_id in positions]
-    successors = [positions[block_id] for block_id in after if block_id in positions]
-    if successors and not predecessors:
-        pieces[successors[0] : successors[0]] = [block, Prose("\n")]
-        return
-    place = predecessors[0] + 1 if predecessors else len(pieces)
-    text_before = "".join(piece.text for piece in pieces[:place])
-    gap = "" if not text_before.strip(BYTE_ORDER_MARK) else "\n" if text_before.endswith("\n") else "\n\n"
-    pieces[place:place] = [Prose(gap), block]
+    if len(lines) > DIFF_LINES_MAX:
+        lines[DIFF_LINES_MAX:] = [f"... {len(lines) - DIFF_LINES_MAX} more lines"]
+    return "\n".join(lines) or "(its text is what would be written now; only the hash in the marker differs)"
 
 
 def content_sha256(content: str) -> str:
-    """Independent of line endings, which git and editors change on their own."""
+    """Independent of line endings, which git and editors change."""
     return hashlib.sha256(content.replace("\r\n", "\n").encode()).hexdigest()
+
+
+def _updated(block: Block, content: str) -> Block:
+    """The block with new content in its own line endings; unchanged where the content is the same."""
+    if content == block.content.replace("\r\n", "\n"):
+        return block
+    newline = "\r\n" if block.begin.endswith("\r\n") else "\n"
+    new = _new_block(block.id, content)
+    begin, content = (text.replace("\n", newline) for text in (new.begin, new.content))
+    return replace(new, begin=begin, content=content, end=block.end)
+
+
+def _new_block(block_id: str, content: str) -> Block:
+    assert content.endswith("\n"), block_id
+    assert not MARKER.search(content), block_id
+    sha256 = content_sha256(content)
+    begin, end = f"<!-- recipe:begin {block_id} sha256={sha256} -->\n", f"<!-- recipe:end {block_id} -->\n"
+    return Block(block_id, sha256, begin, content, end)
+
+
+def _insert(pieces: list[Prose | Block], block: Block, order: list[str]) -> None:
+    """Insert after the nearest predecessor, else before the first successor, else at the end."""
+    positions = {piece.id: position for position, piece in enumerate(pieces) if isinstance(piece, Block)}
+    at = order.index(block.id)
+    predecessor = next((positions[block_id] for block_id in reversed(order[:at]) if block_id in positions), None)
+    successor = next((positions[block_id] for block_id in order[at:] if block_id in positions), None)
+    if predecessor is None and successor is not None:
+        pieces[successor:successor] = [block, Prose("\n")]
+        return
+    place = len(pieces) if predecessor is None else predecessor + 1
+    before = "".join(piece.text for piece in pieces[:place])
+    gap = "" if not before.strip(BYTE_ORDER_MARK) else "\n" if before.endswith("\n") else "\n\n"
+    pieces[place:place] = [Prose(gap), block]

@@ -1,4 +1,4 @@
-"""The commands of the document: how to run a recipe again, and what fills a section that is not there yet."""
+"""The commands of the document: to run a recipe again, and to fill a section that was not measured yet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import shlex
 
 from recipe.document.facts import Facts
-from recipe.provenance import PLACES
+from recipe.environment import PLACES
 from recipe.records import Provenance
 from recipe.run import CHECKOUT, is_elsewhere
 
@@ -18,16 +18,16 @@ DATA_DIRECTORY = re.compile(
 
 
 def again(facts: Facts) -> list[str]:
-    """A shell script from a bare machine to the result: the code as it was, the set-up, the stages as recorded.
+    """A shell script that clones the code, sets it up and runs the stages as recorded.
 
-    The code is fetched anew wherever a stage ran on other code than the stage before it.
+    It checks out other code wherever a stage ran on other code than the stage before it.
     """
     lines = ['git clone "$REPOSITORY" recipe && cd recipe']
     code_before: list[str] | None = None
     stages = (facts.preprocessing, facts.training, facts.evaluation, facts.serialization, facts.inference)
     for record in stages:
         if record is not None:
-            code = code_of(record.provenance)
+            code = checkout_commands(record.provenance)
             lines += code if code != code_before else []
             if record.provenance.command != lines[-1]:  # `reproduce` runs every stage by one command
                 lines.append(record.provenance.command)
@@ -35,8 +35,8 @@ def again(facts: Facts) -> list[str]:
     return lines
 
 
-def code_of(provenance: Provenance) -> list[str]:
-    """Bring the working tree to the state in which a stage began."""
+def checkout_commands(provenance: Provenance) -> list[str]:
+    """The commands that bring the working tree to the state in which a stage began."""
     setup = "make setup && . .venv/bin/activate"
     if provenance.commit is None:
         return [f"# no commit was recorded: take the code with source SHA-256 {provenance.source_sha256}", setup]
@@ -47,12 +47,12 @@ def code_of(provenance: Provenance) -> list[str]:
 
 
 def to_preprocess(facts: Facts) -> str:
-    """What fills the Data chapter."""
+    """The command that fills the Data chapter."""
     return f"python preprocess.py {experiment(facts)}"
 
 
 def to_train(facts: Facts) -> str:
-    """What fills the Training chapter; before it, the words of preprocess.py name an experiment that has no file."""
+    """The command that fills the Training chapter, with the words of preprocess.py if the experiment has no file."""
     if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
         _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
         words = [word for word in SHELL_WORD.findall(given) if not word.lstrip("'").startswith("run_dir=")]
@@ -61,28 +61,28 @@ def to_train(facts: Facts) -> str:
 
 
 def to_evaluate(facts: Facts) -> str:
-    """What fills the performance metrics: the run's pinned configuration says the rest."""
+    """The command that fills the performance metrics; the run's pinned configuration has all other settings."""
     return f"python evaluate.py {places(facts)}"
 
 
 def to_serialize(facts: Facts) -> str:
-    """What fills the Serialization section; it needs the evaluation."""
+    """The command that fills the Serialization section."""
     return f"python serialize.py {places(facts)}"
 
 
-def to_show(facts: Facts) -> str:
-    """What fills Inference / Code and adds this machine to the timing information."""
-    return f"python -m recipe.notebook {places(facts)}"
+def to_infer(facts: Facts) -> str:
+    """The command that fills Inference / Code and adds this machine to the timing information."""
+    return f"python -m recipe.demonstration {places(facts)}"
 
 
 def experiment(facts: Facts) -> str:
-    """The arguments that name this run; the directory goes without saying where it is the usual one."""
+    """The arguments that name this run; without its directory where that is the default."""
     usual = facts.run_dir == f"runs/{facts.name}"
     return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" {run_dir(facts)}")
 
 
 def places(facts: Facts) -> str:
-    """The arguments that a stage after training needs: the run's directory, and the data set's where it was given."""
+    """The arguments of a stage after training: the run's directory, and the data directory where it was given."""
     given = DATA_DIRECTORY.search(facts.training.provenance.command) if facts.training else None
     return " ".join([run_dir(facts), *([given[0]] if given else [])])
 

@@ -20,7 +20,6 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
-    ProjectionRecord,
     Provenance,
     PublicationRecord,
     ReproductionRecord,
@@ -55,7 +54,6 @@ class Facts:
     seeds: SeedsRecord | None = None
     reproduction: ReproductionRecord | None = None
     publication: PublicationRecord | None = None
-    projection: ProjectionRecord | None = None
     energy: EnergyRecord | None = None
 
 
@@ -94,7 +92,6 @@ def gather(run: Run, shown_run_dir: str) -> Facts:
         seeds=run.read(SeedsRecord),
         reproduction=run.read(ReproductionRecord),
         publication=publication,
-        projection=run.read(ProjectionRecord),
         energy=run.read(EnergyRecord),
     )
 

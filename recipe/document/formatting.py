@@ -1,8 +1,7 @@
-"""How numbers become words, and how words from outside become harmless markdown.
+"""Filters of the templates: numbers as text, and text from outside as harmless markdown.
 
-The template escapes by default: whatever it prints is either `Markdown`, made by a filter of this module, or is
-escaped. A number that reaches the page without a filter is an error, so that one quantity cannot be printed in
-two ways.
+A template prints `Markdown`, made by a filter of this module, as it is, and escapes all other text. A number without a
+filter is an error, so that one quantity cannot be printed in two ways.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from recipe.config.identity import flatten
 from recipe.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
@@ -21,20 +21,20 @@ PLAIN_CODE = re.compile(r"[^`|<>&\\]+")
 
 
 class Markdown(str):
-    """Text that may go onto the page as it is."""
+    """Text that is printed without escaping."""
 
     __slots__ = ()
 
 
-def shown(value: object) -> Markdown:
-    """What the template prints for an expression: markdown as it is, text escaped, counts with separators."""
+def finalize(value: object) -> Markdown:
+    """The printed value of an expression: markdown as it is, text escaped, counts with separators."""
     if isinstance(value, Markdown):
         return value
     if isinstance(value, str):
         return text(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return Markdown(f"{value:,}")
-    raise TypeError(f"{value} reached the page without a filter")  # an undefined name raises on its own, being printed
+    raise TypeError(f"{value} reached the page without a filter")  # printing an undefined name raises by itself
 
 
 def on_one_line(value: str) -> str:
@@ -45,14 +45,14 @@ def on_one_line(value: str) -> str:
 
 
 def text(value: str) -> Markdown:
-    """Text from outside, printed literally: it cannot open HTML, a table cell, a link, code, mathematics or a list."""
+    """Text from outside, escaped: it cannot open HTML, a table cell, a link, code, mathematics or a list."""
     escaped = on_one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = ESCAPED.sub(lambda found: f"\\{found[0]}", escaped)
     return Markdown(LINE_START.sub(lambda found: f"{found[1]}\\{found[2]}" if found[1] else f"\\{found[3]}", escaped))
 
 
 def code(value: str) -> Markdown:
-    """A name, hash or command inside a line; what backticks cannot hold safely goes into an escaped HTML element."""
+    """A name, hash or command in a line, in backticks or, where these are not safe, in an escaped HTML element."""
     line = on_one_line(value)
     if PLAIN_CODE.fullmatch(line):
         return Markdown(f"`{line}`")
@@ -67,7 +67,7 @@ def fenced(lines: str | list[str], language: str = "") -> Markdown:
 
 
 def percent(fraction: float | None) -> Markdown:
-    """A fraction as a percentage with two decimals: the only way in which an accuracy reaches a page."""
+    """A fraction as a percentage with two decimals; the only format of an accuracy."""
     return number(None if fraction is None else 100 * fraction, 2, " %")
 
 
@@ -77,24 +77,24 @@ def accuracy(correct: int, images: int) -> Markdown:
 
 
 def number(value: float | None, decimals: int = 0, unit: str = "") -> Markdown:
-    """A measured number with its thousands separated; absent and non-finite ones are said."""
+    """A number with thousands separators; a dash for None."""
     if value is None:
         return Markdown(NOTHING)
     return Markdown(f"{value:,.{decimals}f}{unit}" if math.isfinite(value) else "not finite")
 
 
-def rate(images_per_second: float | None) -> Markdown:
-    """Images per second, with as many digits as mean something."""
+def images_per_second_text(images_per_second: float | None) -> Markdown:
+    """Images per second, with a decimal below 100."""
     return number(images_per_second, 0 if images_per_second is not None and images_per_second >= 100 else 1)
 
 
 def significant(value: float | None, digits: int = 4) -> Markdown:
-    """A quantity that spans orders of magnitude, such as a learning rate."""
+    """A quantity that spans orders of magnitude, such as a learning images_per_second_text."""
     return Markdown(NOTHING if value is None else f"{value:.{digits}g}")
 
 
 def duration(seconds: float | None) -> Markdown:
-    """Seconds as people say them."""
+    """Seconds, minutes and seconds, or hours and minutes."""
     if seconds is None or not math.isfinite(seconds):
         return Markdown(NOTHING)
     if seconds < 59.95:
@@ -107,7 +107,7 @@ def duration(seconds: float | None) -> Markdown:
 
 
 def size(value_bytes: int) -> Markdown:
-    """Bytes in the largest binary unit that leaves a number above one."""
+    """Bytes in the largest binary unit that gives at least one."""
     amount, units = float(value_bytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while amount >= 1024 and len(units) > 1:
         amount, units = amount / 1024, units[1:]
@@ -115,7 +115,7 @@ def size(value_bytes: int) -> Markdown:
 
 
 def setting(value: Setting) -> Markdown:
-    """A setting as it was read back: switches as words, lists with commas, numbers at full precision."""
+    """A setting: yes or no, lists with commas, numbers at full precision."""
     if value is None or value == []:
         return Markdown("none")
     if isinstance(value, bool):
@@ -132,13 +132,13 @@ def settings(values: dict[str, Setting]) -> list[tuple[Markdown, Markdown]]:
     return [(text(key.replace("_", " ")), setting(value)) for key, value in flatten(values).items()]
 
 
-def listed(values: dict[str, str]) -> Markdown:
+def name_values(values: dict[str, str]) -> Markdown:
     """Names with their values on one line."""
     return Markdown(", ".join(f"{text(name)} {text(value)}" for name, value in values.items()) or "none")
 
 
-def percentiles(pixels: list[int]) -> Markdown:
-    """Sizes from the smallest to the largest, in pixels."""
+def pixel_percentiles(pixels: list[int]) -> Markdown:
+    """Percentiles of sizes in pixels, from the smallest to the largest."""
     return Markdown(" / ".join(f"{value:,}" for value in pixels) or NOTHING)
 
 
@@ -170,7 +170,7 @@ def tree(provenance: Provenance) -> Markdown:
 
 
 def without_commit(state: TreeState) -> str:
-    """Why no commit names the code."""
+    """The state of a tree without a commit, and the reason."""
     return f"{state.state}, because {state.reason}" if state.reason else state.state
 
 
@@ -182,7 +182,7 @@ def untracked(state: TreeState, most: int = 5) -> Markdown:
 
 
 def patch_path(state: TreeState) -> str:
-    """Where the difference to the commit is kept, relative to the document."""
+    """The path of the patch, relative to the document."""
     return f"records/patches/{(state.patch_sha256 or 'unknown')[:16]}.patch"
 
 
@@ -195,9 +195,15 @@ def latency(cell: Latency | None) -> Markdown:
     )
 
 
-def guesses(found: list[Guess]) -> Markdown:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
+    """A table of cells that are markdown already, left-aligned."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return Markdown("\n".join([lines[0], "|" + ":--|" * len(head), *lines[1:]]))
+
+
+def guesses(classes: list[Guess]) -> Markdown:
     """The best classes with their probabilities."""
-    return Markdown(", ".join(f"{text(guess.name)} {percent(guess.probability)}" for guess in found))
+    return Markdown(", ".join(f"{text(guess.name)} {percent(guess.probability)}" for guess in classes))
 
 
 FILTERS = {
@@ -209,14 +215,14 @@ FILTERS = {
     "fenced": fenced,
     "percent": percent,
     "number": number,
-    "rate": rate,
+    "rate": images_per_second_text,
     "significant": significant,
     "duration": duration,
     "size": size,
     "setting": setting,
     "settings": settings,
-    "listed": listed,
-    "percentiles": percentiles,
+    "name_values": name_values,
+    "pixel_percentiles": pixel_percentiles,
     "hardware": hardware,
     "tree": tree,
 }

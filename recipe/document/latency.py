@@ -1,8 +1,8 @@
-"""Latencies side by side: what was measured on each machine, and what others published for a V100.
+"""The table of latencies: measured on each machine, and published for a V100.
 
-Published figures are of ResNet-50 at 224 pixels. They are printed for such a model only, marked as published, each
-with its source; they were not measured here and were measured in other ways (means instead of medians, no
-preprocessing, a server in between), which the row says.
+Published figures are of ResNet-50 at 224 pixels and printed for that model only, marked as published and with their
+source. They were measured in other ways (means instead of medians, no preprocessing, a server in between); the row
+says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NVIDIA = "NVIDIA DeepLearningExamples, ResNet-50 v1.5"
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """Single pictures on one machine by one backend: the model alone, and from a file's bytes to the answer."""
+    """Latency of single pictures on a machine by a backend: of the model alone, and with preprocessing."""
 
     record: TimingRecord
     backend: str
@@ -27,13 +27,12 @@ class MeasuredRow:
 
     @property
     def repeats(self) -> str:
-        """Of each of the two."""
         return ", ".join(f"{cell.repeats:,}" for cell in (self.model, self.both) if cell is not None)
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """What others measured, in milliseconds for one picture, in their own statistics."""
+    """A published latency of one picture, in milliseconds, in the source's statistics."""
 
     hardware: str
     backend: str
@@ -45,7 +44,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The fastest way from a picture's bytes to the answer beside what torchvision's users write, in the same run."""
+    """The fastest backends from a picture's bytes to the answer, and the reference of the same run."""
 
     record: TimingRecord
     reference_milliseconds: float
@@ -81,18 +80,17 @@ PUBLISHED = (
 
 
 def machine_title(record: TimingRecord) -> str:
-    """The machine's own name."""
     machine = record.provenance.hardware
     return machine.accelerator or f"{machine.processor}, {machine.cores} cores"
 
 
 def single_pictures(record: TimingRecord) -> list[Latency]:
-    """The cells that a user feels: one picture, from its bytes to the answer."""
+    """The cells of one picture, from its bytes to the answer."""
     return [cell for cell in record.cells if cell.what == BOTH and cell.batch_size == 1]
 
 
 def measured_rows(timing: Sequence[TimingRecord]) -> list[MeasuredRow]:
-    """One row for each machine, backend and precision that answered single pictures, in the order of measurement."""
+    """A row for each machine, backend and precision with a batch of one, in the order of measurement."""
     rows = []
     for record in timing:
         single = {(c.backend, c.precision, c.what): c for c in record.cells if c.batch_size == 1}
@@ -103,13 +101,13 @@ def measured_rows(timing: Sequence[TimingRecord]) -> list[MeasuredRow]:
 
 
 def published_rows(model: str) -> tuple[PublishedRow, ...]:
-    """Published figures that may stand beside this model's."""
+    """The published figures of this model."""
     return PUBLISHED if model == "resnet50" else ()
 
 
 def verdicts(timing: Sequence[TimingRecord]) -> list[Verdict]:
-    """One for each machine on which the reference was measured."""
-    found = []
+    """A verdict for each machine on which the reference was measured."""
+    compared = []
     for record in timing:
         single = [cell for cell in single_pictures(record) if cell.p50_milliseconds is not None]
         reference = next((c.p50_milliseconds for c in single if c.backend == record.reference), None)
@@ -118,10 +116,9 @@ def verdicts(timing: Sequence[TimingRecord]) -> list[Verdict]:
                 (c for c in single if c.backend != record.reference), key=lambda cell: cell.p50_milliseconds or 0.0
             )
             fp32 = next((c for c in ours if c.precision == "fp32"), None)
-            found.append(Verdict(record, reference, fp32, ours[0] if ours else None))
-    return found
+            compared.append(Verdict(record, reference, fp32, ours[0] if ours else None))
+    return compared
 
 
 def latency_file(record: TimingRecord) -> str:
-    """The name of a machine's figure."""
     return f"latency-{record.machine}.png"

@@ -1,7 +1,7 @@
-"""The README.md of a published recipe: front matter that makes it a Hugging Face model card, then the document.
+"""The README.md of a published recipe: the front matter of a Hugging Face model card, then the document.
 
-What a program wrote is replaced when the recipe is published again, what people wrote is kept, in the front matter as
-in the document: own keys go below `# recipe:end card`, own words between the generated blocks.
+Generated parts are replaced when the recipe is published again. Text of people is kept: keys of the front matter below
+`# recipe:end card`, prose between the generated blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FENCE = "---"
 
 
 def readme(facts: Facts, licence: str, run_document: str, published: str | None) -> str:
-    """The whole file; `run_document` is the run's own page, `published` the README.md that is there already.
+    """The file's text; `run_document` is the run's document, `published` the existing README.md.
 
     Raises `UserError` where a generated part of either was edited by hand.
     """
@@ -43,7 +43,7 @@ def readme(facts: Facts, licence: str, run_document: str, published: str | None)
 
 
 def card(facts: Facts, licence: str) -> dict[str, Any]:
-    """The model card's metadata: what the Hub shows beside the page, and its index of results."""
+    """The metadata of the model card, with the Hub's index of results."""
     assert facts.preprocessing is not None, "a published recipe has its data"
     assert facts.training is not None, "a published recipe was trained"
     is_imagenet = facts.preprocessing.is_ilsvrc2012
@@ -60,7 +60,7 @@ def card(facts: Facts, licence: str) -> dict[str, Any]:
 
 
 def result(facts: Facts) -> dict[str, Any]:
-    """The evaluation as the Hub's index of results has it; values are fractions."""
+    """The evaluation for the Hub's index of results; values are fractions."""
     evaluation, data = facts.evaluation, facts.preprocessing
     assert evaluation is not None, "a published recipe was evaluated"
     assert data is not None, "a published recipe has its data"
@@ -89,7 +89,7 @@ def result(facts: Facts) -> dict[str, Any]:
 
 
 def front_matter(values: dict[str, Any], own_keys: str) -> str:
-    """The lines between the dashes; `own_keys` are people's."""
+    """The front matter with its dashes; `own_keys` are the lines of people."""
     content = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
     lines = [
         FENCE,
@@ -100,25 +100,25 @@ def front_matter(values: dict[str, Any], own_keys: str) -> str:
         FENCE,
     ]
     text = "\n".join(lines) + "\n"
-    require_whole(text)
+    check_front_matter(text)
     return text
 
 
-def require_whole(text: str) -> None:
-    """The front matter is one YAML mapping in which no key stands twice."""
+def check_front_matter(text: str) -> None:
+    """Raise `UserError` unless the front matter is a YAML mapping without duplicate keys."""
     try:
         node = yaml.compose(text.removeprefix(FENCE).rsplit(FENCE, 1)[0], Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"the front matter of README.md is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"the front matter of README.md is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
-        raise UserError("the front matter of README.md is no list of keys")
+        raise UserError("the front matter of README.md is not a mapping")
     twice = [key for key, count in Counter(key.value for key, _ in node.value).items() if count > 1]
     if twice:
         raise UserError(f"the front matter of README.md has the key {twice[0]!r} twice: it is generated, remove yours")
 
 
 def split_front_matter(text: str, values: dict[str, Any]) -> tuple[str, str]:
-    """(people's own keys, the document below) of a published README.md; refuses a generated part that was edited."""
+    """(own keys, the document) of a published README.md. Raises `UserError` where the generated part was edited."""
     lines = text.split("\n")
     plain = [line.rstrip("\r") for line in lines]
     if not plain or plain[0] != FENCE or FENCE not in plain[1:]:
@@ -129,7 +129,7 @@ def split_front_matter(text: str, values: dict[str, Any]) -> tuple[str, str]:
     if begin is None or CARD_END not in inside:
         raise UserError(
             "the front matter of README.md has lost its marks `# recipe:begin card` and `# recipe:end card`: restore "
-            "them, or remove the front matter to have it written anew"
+            "them, or remove the front matter to have it written again"
         )
     place = inside.index(CARD_END)
     content = "\n".join(inside[1:place]) + "\n"
@@ -146,7 +146,7 @@ def split_front_matter(text: str, values: dict[str, Any]) -> tuple[str, str]:
 
 
 def with_prose_of(document: str, run_document: str) -> str:
-    """The published document with those words of the run's document that it does not hold yet, each in its place."""
+    """The published document with the prose of the run's document that it lacks, each after its block."""
     pieces = blocks.split(document)
     for block_id, words in prose_by_place(run_document).items():
         place = end_of_place(pieces, block_id)
@@ -158,20 +158,20 @@ def with_prose_of(document: str, run_document: str) -> str:
 
 
 def prose_by_place(document: str) -> dict[str, str]:
-    """What people wrote behind each block; "" names the place before the first one."""
-    found: dict[str, str] = {"": ""}
+    """Block id -> the prose after it; "" is the prose before the first block."""
+    prose: dict[str, str] = {"": ""}
     place = ""
     for piece in blocks.split(document):
         if isinstance(piece, Block):
             place = piece.id
-            found[place] = ""
+            prose[place] = ""
         else:
-            found[place] += piece.text
-    return found
+            prose[place] += piece.text
+    return prose
 
 
 def end_of_place(pieces: list[Prose | Block], block_id: str) -> int:
-    """The position behind the prose that follows a block; the end where there is no such block."""
+    """The position after the prose that follows a block; the end where the block is missing."""
     ids = [piece.id if isinstance(piece, Block) else None for piece in pieces]
     if block_id and block_id not in ids:
         return len(pieces)

@@ -1,29 +1,42 @@
-"""python -m recipe publish RUN: a run's recipe as a folder that can be committed, `recipes/<name>/`.
+"""python -m recipe publish RUN: a run's recipe as a folder to commit, `recipes/<name>/`, and its row in README.md.
 
-README.md is at once a page and a model card; figures, records, the pinned configuration and the logged rows lie beside
-it. Weights, checkpoints and TensorBoard's events stay out. The folder is written under another name and renamed, so
-that it is whole or as before. What would make a reader trust too much (code that is no commit, sections that no longer
-fit) is refused, or said on the page.
+The folder's README.md is both a page and a model card; figures, records, the pinned configuration and the logged rows
+are beside it. Weights, checkpoints and TensorBoard's events are left out. Code without a commit and stale sections are
+refused, or, if allowed, named on the page.
 """
 
 from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from recipe.config.schema import NAME
+from recipe.document.claims import columns
+from recipe.document.dynamics import epoch_rows
+from recipe.document.facts import STALE, Facts, gather, sections
+from recipe.document.formatting import without_commit
 from recipe.document.model_card import LICENCE
-from recipe.document.publishable import Publishable, publishable, stage_problems, stale_problems, tree_problems
-from recipe.document.published_folder import README, fill, replaced_folder, thinned
-from recipe.document.seeds import require_same_recipe, seed_problems, seeds_of
+from recipe.document.published_folder import (
+    README,
+    RECIPES,
+    FinishedRun,
+    fill,
+    page_with_table,
+    provenances,
+    replaced_folder,
+    thinned,
+    with_table,
+)
+from recipe.document.render import check_document
 from recipe.errors import UserError
-from recipe.records import PublicationRecord, TrainingRecord
-from recipe.run import Run, shown_path
+from recipe.provenance import NoCommitError, modified_files
+from recipe.records import PublicationRecord, SeedRun, SeedsRecord, TrainingRecord
+from recipe.run import Run, recorded_path, shown_path, write_atomically
 
-RECIPES = Path("recipes")
-NOT_SOURCE = (str(RECIPES), README)  # what publishing itself changes
+NOT_SOURCE = (str(RECIPES), README)  # changed by publishing itself
 LONGEST_ADDRESS = 2000
 LICENCES = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 
@@ -40,7 +53,7 @@ def describe(parser: ArgumentParser) -> None:
 
 
 def answer(arguments: Namespace) -> int:
-    """Publish, and say what to commit."""
+    """Publish, and print what to commit."""
     output = publish(
         Run(arguments.run),
         Path(arguments.output) if arguments.output else None,
@@ -53,9 +66,11 @@ def answer(arguments: Namespace) -> int:
     files = [path for path in output.rglob("*") if path.is_file()]
     where = shown_path(output)
     print(f"wrote {where}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1000:,.0f} kB")
+    page = page_with_table(output)
+    if page is not None:
+        print(f"wrote the table of published recipes in {page}")
     print("next:")
-    print("  python -m recipe index")
-    print(f"  git add {where} {README}")
+    print(f"  git add {where}{f' {page}' if page is not None else ''}")
     print(f'  git commit -m "Publish the recipe {output.name}"')
     return 0
 
@@ -70,17 +85,21 @@ def publish(
     allow_modified: bool = False,
     allow_stale: bool = False,
 ) -> Path:
-    """Write the folder of a published recipe; raises `UserError` for everything that should not be published."""
-    main, others = publishable(run), [publishable(other) for other in seeds]
+    """Write the folder of a published recipe and its row in README.md; raises `UserError`, with nothing written, for
+    what should not be published."""
+    main, others = finished_run(run), [finished_run(other) for other in seeds]
     output = output or RECIPES / main.facts.name
     require_address(artefacts)
     require_licence(licence)
     for other in others:
         require_same_recipe(main, other)
     require_own_folder(output, main)
+    page = page_with_table(output)
+    if page is not None:
+        with_table(page)  # an edited table is refused before the work
     code = [*stage_problems(main.facts), *seed_problems(main, others), *tree_problems(NOT_SOURCE)]
-    allowed = told("--allow-modified", allow_modified, code)
-    allowed += told("--allow-stale", allow_stale, list(stale_problems(main.facts)))
+    allowed = refuse_unless(allow_modified, "--allow-modified", code)
+    allowed += refuse_unless(allow_stale, "--allow-stale", list(stale_problems(main.facts)))
     rows = main.facts.metrics
     publication = PublicationRecord(
         run_dir=main.facts.run_dir,
@@ -89,17 +108,71 @@ def publish(
         metric_rows=len(rows),
         metric_rows_kept=len(thinned(rows)),
     )
-    records = [publication, *filter(None, [seeds_of(main, others, Run(output))])]
+    records = [publication, *filter(None, [seeds_record(main, others, Run(output))])]
     with replaced_folder(output) as folder:
         fill(folder, main, output, records, licence)
+    if page is not None:
+        write_atomically(page, with_table(page))
     return output
 
 
-def told(flag: str, is_allowed: bool, problems: list[str]) -> list[str]:
-    """The problems, if the person wants to publish all the same."""
+# ---- what is refused --------------------------------------------------------------------------------
+
+
+def finished_run(run: Run) -> FinishedRun:
+    """Read a run; raises `UserError` where it is not finished, or where a generated block of its page was edited."""
+    where = shown_path(run.directory)
+    if not run.records.is_dir():
+        raise UserError(f"{where} holds no run")
+    check_document(run)
+    facts = gather(run, recorded_path(run.directory))
+    if facts.publication is not None:
+        raise UserError(f"{where} is a published recipe already; give the run that it was made of")
+    if facts.config is None or facts.training is None or facts.preprocessing is None:
+        raise UserError(f"{where} was not trained yet: run `python train.py run_dir={where}` with its experiment")
+    if facts.evaluation is None:
+        raise UserError(f"{where} was not evaluated yet: run `python evaluate.py run_dir={where}`")
+    if not NAME.fullmatch(facts.name):
+        raise UserError(f"{where} has a name that cannot name a folder")
+    return FinishedRun(run, facts, facts.preprocessing, facts.training, facts.evaluation)
+
+
+def refuse_unless(is_allowed: bool, flag: str, problems: list[str]) -> list[str]:
+    """The problems that were allowed; raises `UserError` where there are some and they were not."""
     if problems and not is_allowed:
         raise UserError(f"not published: {'; '.join(problems)}. To publish it all the same, and say so, add {flag}")
     return problems
+
+
+def stage_problems(facts: Facts) -> Iterator[str]:
+    """Every stage whose code has no commit, or changed while it ran."""
+    for stage, provenance in provenances(facts):
+        states = (provenance.tree_at_start, provenance.tree_at_end)
+        if any(state.state == "modified" or state.patch_sha256 for state in states):
+            yield f"{stage} ran on a modified tree"
+        else:
+            unknown = (without_commit(state) for state in states if state.state not in ("clean", "untracked"))
+            yield from (f"{stage} ran on code without a commit: {why}" for why in dict.fromkeys(unknown))
+        if provenance.source_sha256 != provenance.source_sha256_at_end:
+            yield f"the source changed during {stage}"
+
+
+def tree_problems(outside: tuple[str, ...]) -> Iterator[str]:
+    """The working tree now, but for `outside`."""
+    try:
+        modified = modified_files(outside)
+    except NoCommitError as error:
+        yield f"no commit names the code of this checkout: {without_commit(error.tree)}"
+        return
+    if modified:
+        yield f"the working tree is modified now ({', '.join(modified[:3])}{', ...' if len(modified) > 3 else ''})"
+
+
+def stale_problems(facts: Facts) -> Iterator[str]:
+    """Sections whose inputs have changed since."""
+    for name, section in sections(facts).items():
+        if section.state == STALE:
+            yield f"the section {name} is stale ({'; '.join(section.reasons)})"
 
 
 def require_address(address: str | None) -> None:
@@ -122,13 +195,13 @@ def require_licence(licence: str) -> None:
         raise UserError(f"--licence {licence!r} cannot be: it must be a name of the Hub's list, such as {LICENCE}")
 
 
-def require_own_folder(output: Path, main: Publishable) -> None:
+def require_own_folder(output: Path, main: FinishedRun) -> None:
     """A new folder, an empty one, or a published recipe of the same recipe_id."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    there = Run(output)
-    is_published = output.is_dir() and there.read(PublicationRecord) is not None
-    training = there.read(TrainingRecord) if is_published else None
+    before = Run(output)
+    is_published = output.is_dir() and before.read(PublicationRecord) is not None
+    training = before.read(TrainingRecord) if is_published else None
     if training is None:
         raise UserError(f"{shown_path(output)} is there and holds no published recipe; give another --output")
     if training.recipe_id != main.training.recipe_id:
@@ -136,3 +209,62 @@ def require_own_folder(output: Path, main: Publishable) -> None:
             f"{shown_path(output)} holds another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
             f"{main.training.recipe_id[:16]}); give another --output"
         )
+
+
+# ---- several seeds ----------------------------------------------------------------------------------
+
+
+def require_same_recipe(main: FinishedRun, other: FinishedRun) -> None:
+    """A run that differs in its seed only, measured in the same way; raises `UserError` for any other."""
+    for what, theirs, ours in (
+        ("recipe_id", other.training.recipe_id, main.training.recipe_id),
+        ("data set", other.training.inputs.get("manifest"), main.training.inputs.get("manifest")),
+        ("protocol", other.evaluation.protocol.name, main.evaluation.protocol.name),
+    ):
+        if theirs != ours:
+            raise UserError(f"{other.where} has another {what} than the run to publish ({theirs}, not {ours})")
+    for problem in stale_problems(other.facts):
+        raise UserError(f"{other.where}: {problem}")
+
+
+def seed_problems(main: FinishedRun, others: Sequence[FinishedRun]) -> Iterator[str]:
+    """Runs of other seeds that were trained by other code, or by code without a commit."""
+    for other in others:
+        if other.training.provenance.source_sha256 != main.training.provenance.source_sha256:
+            yield f"{other.where} was trained by other code"
+        for problem in stage_problems(other.facts):
+            yield f"{other.where}: {problem}"
+
+
+def seeds_record(main: FinishedRun, others: Sequence[FinishedRun], published: Run) -> SeedsRecord | None:
+    """All runs of the recipe, `main` among them; where none are given, those that were published before."""
+    if not others:
+        before = published.read(SeedsRecord)
+        if before is not None and seed_run(main) not in before.runs:
+            raise UserError(
+                f"{shown_path(published.directory)} gives {len(before.runs)} seeds, and this run is none of them: name "
+                "them again with --seeds"
+            )
+        return before
+    runs = sorted((seed_run(entry) for entry in (main, *others)), key=lambda run: run.seed)
+    seeds = [run.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: each run must have a seed of its own, found {', '.join(map(str, seeds))}")
+    return SeedsRecord(
+        recipe_id=main.training.recipe_id,
+        protocol=main.evaluation.protocol.name,
+        images=main.evaluation.images,
+        runs=runs,
+    )
+
+
+def seed_run(entry: FinishedRun) -> SeedRun:
+    """What a recipe keeps of one of its runs."""
+    return SeedRun(
+        seed=entry.training.seed,
+        weights_sha256=entry.evaluation.inputs["weights"],
+        source_sha256=entry.training.provenance.source_sha256,
+        correct_top1=entry.evaluation.correct_top1,
+        correct_top5=entry.evaluation.correct_top5,
+        epochs=columns(epoch_rows(entry.training, entry.facts.metrics)),
+    )

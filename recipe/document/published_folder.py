@@ -1,4 +1,8 @@
-"""The files of a published recipe, and how they take the place of those that are there."""
+"""The files of a published recipe, and the table of all published recipes in README.md.
+
+The files are written into a new folder, which then takes the place of the published one: a reader sees the old recipe
+or the new one, and nothing in between.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,64 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.document import figures, inference_figures
+from recipe.document import blocks, figures
 from recipe.document.dynamics import MetricRow, train_weights, weighted_mean
-from recipe.document.facts import gather
+from recipe.document.facts import Facts, gather
+from recipe.document.formatting import Markdown, accuracy, code, hardware, percent, table, text
 from recipe.document.model_card import readme
-from recipe.document.publishable import Publishable, provenances
-from recipe.document.render import read_document, twin
+from recipe.document.render import read_document, seeds_top1, twin
 from recipe.errors import UserError
-from recipe.records import Record, TimingRecord, to_json
+from recipe.records import (
+    EvaluationRecord,
+    PreprocessingRecord,
+    Provenance,
+    PublicationRecord,
+    Record,
+    TimingRecord,
+    TrainingRecord,
+    to_json,
+)
 from recipe.run import RECORD_FILES, Run, disk_errors, shown_path, write_atomically
 
-README = "README.md"
+README, RECIPES = "README.md", Path("recipes")
 METRIC_ROWS_MAX = 5000  # more are thinned: all validation rows, and one training row for each epoch
 FIGURE = re.compile(r"\]\((figures/[^)\s]+)\)")
+TABLE_BLOCK = "published_recipes"
+TABLE_HEAD = ("Recipe", "Data", "Top-1 (*measured*)", "Top-5 (*measured*)", "Runs", "Protocol", "Hardware", "Weights")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with the records that a published recipe cannot do without."""
+
+    run: Run
+    facts: Facts
+    data: PreprocessingRecord
+    training: TrainingRecord
+    evaluation: EvaluationRecord
+
+    @property
+    def where(self) -> str:
+        """The run's path for a person."""
+        return shown_path(self.run.directory)
+
+
+def provenances(facts: Facts) -> Iterator[tuple[str, Provenance]]:
+    """(stage, provenance) of each stage that ran."""
+    for stage in ("preprocessing", "training", "evaluation", "serialization", "inference"):
+        if (record := getattr(facts, stage)) is not None:
+            yield stage, record.provenance
+    for other in facts.other_evaluations:
+        yield f"evaluation {other.protocol.name}", other.provenance
+    for timing in facts.timing:
+        yield f"timing on {timing.machine}", timing.provenance
+
+
+# ---- the folder -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -48,30 +94,30 @@ def replaced_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def fill(folder: Path, main: Publishable, output: Path, records: Sequence[Record], licence: str) -> None:
-    """Everything of the published recipe, page last: it is rendered from the records as they lie in the folder."""
-    there = Run(folder)
-    write_atomically(there.config, main.run.content(main.run.config))
-    copy_records(main, there)
-    copy_kept(output, there, main)
+def fill(folder: Path, main: FinishedRun, output: Path, records: Sequence[Record], licence: str) -> None:
+    """All files of the published recipe; the page is rendered from the records that were copied."""
+    copy = Run(folder)
+    write_atomically(copy.config, main.run.content(main.run.config))
+    copy_records(main, copy)
+    copy_kept(output, copy, main)
     for record in records:
-        there.write(record)
-    write_atomically(there.metrics, metric_lines(thinned(main.facts.metrics)))
-    published = gather(there, main.facts.run_dir)
+        copy.write(record)
+    write_atomically(copy.metrics, metric_lines(thinned(main.facts.metrics)))
+    published = gather(copy, main.facts.run_dir)
     before = output / README
-    text = readme(
+    page = readme(
         published,
         licence,
         read_document(main.run) or "",
         Run(output).content(before).decode() if before.exists() else None,
     )
-    write_atomically(folder / README, text.encode())
-    write_atomically(there.twin, twin(published))
-    copy_figures(text, main, there)
+    write_atomically(folder / README, page.encode())
+    write_atomically(copy.twin, twin(published))
+    copy_figures(page, main, copy)
 
 
-def copy_records(main: Publishable, there: Run) -> None:
-    """The records, each read and validated before; the patches that they name."""
+def copy_records(main: FinishedRun, copy: Run) -> None:
+    """The records, which were read and validated before, and the patches that they name."""
     run = main.run
     sources = [run.records / name for name in RECORD_FILES.values()]
     sources += [*run.timing.glob("*.json"), *run.other_evaluations.glob("*.json")]
@@ -81,31 +127,31 @@ def copy_records(main: Publishable, there: Run) -> None:
                 sources.append(run.patch_file(state.patch_sha256))
     for source in sources:
         if source.exists():
-            write_atomically(there.directory / source.relative_to(run.directory), run.content(source))
+            write_atomically(copy.directory / source.relative_to(run.directory), run.content(source))
 
 
-def copy_kept(output: Path, there: Run, main: Publishable) -> None:
-    """What lies in the published folder and is not this run's to replace: other machines' latencies, people's files."""
+def copy_kept(output: Path, copy: Run, main: FinishedRun) -> None:
+    """Files of the published folder that stay: latencies of other machines, and people's files."""
     before = Run(output)
     for record in before.read_all(before.timing, TimingRecord):
-        target = there.timing_file(record.machine)
+        target = copy.timing_file(record.machine)
         if record.inputs.get("weights") == main.evaluation.inputs.get("weights") and not target.exists():
             write_atomically(target, to_json(record))
     generated = {README, before.config.name, before.metrics.name, before.twin.name, before.records.name}
     for source in sorted(output.rglob("*")):
         name = source.relative_to(output)
         if source.is_file() and not source.is_symlink() and name.parts[0] not in generated:
-            write_atomically(there.directory / name, before.content(source))
+            write_atomically(copy.directory / name, before.content(source))
 
 
-def copy_figures(text: str, main: Publishable, there: Run) -> None:
-    """The figures that the page shows, drawn anew where they are drawn from records."""
+def copy_figures(page: str, main: FinishedRun, copy: Run) -> None:
+    """The figures that the page shows, drawn from the records where they can be."""
     facts = main.facts
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, there.read_all(there.timing, TimingRecord))
-    for link in sorted(set(FIGURE.findall(text))):
+    drawn |= figures.draw_inference(facts.inference, copy.read_all(copy.timing, TimingRecord))
+    for link in sorted(set(FIGURE.findall(page))):
         name = Path(link).name
-        source, target = main.run.figures / name, there.figures / name
+        source, target = main.run.figures / name, copy.figures / name
         if name in drawn:
             write_atomically(target, drawn[name])
         elif source.exists():
@@ -142,3 +188,59 @@ def mean_row(rows: list[tuple[MetricRow, float]]) -> MetricRow:
 def metric_lines(rows: Sequence[MetricRow]) -> bytes:
     """As the run writes them."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+# ---- the table of published recipes -----------------------------------------------------------------
+
+
+def page_with_table(output: Path) -> Path | None:
+    """The README.md with a table that lists this folder; None for a folder elsewhere, or without such a page."""
+    page = Path(README)
+    if output.absolute().parent != RECIPES.absolute() or not page.is_file():
+        return None
+    return page if f"<!-- recipe:begin {TABLE_BLOCK} ".encode() in page.read_bytes() else None
+
+
+def with_table(page: Path) -> bytes:
+    """The page with the table that the records of `recipes/` beside it give; raises `UserError` for an edited table."""
+    folders = published_folders(page.parent / RECIPES)
+    rows = [table_row(folder) for folder in folders]
+    content = table(TABLE_HEAD, rows) if rows else "No recipe is published yet."
+    before = page.read_bytes().decode(errors="surrogateescape")
+    return blocks.merge(before, {TABLE_BLOCK: f"\n{content}\n\n"}).encode(errors="surrogateescape")
+
+
+def published_folders(recipes: Path) -> list[Path]:
+    """By name; raises `UserError` for a folder that `publish` did not write."""
+    folders = sorted(path for path in recipes.glob("*") if path.is_dir() and not path.name.startswith("."))
+    for folder in folders:
+        if Run(folder).read(PublicationRecord) is None:
+            raise UserError(f"{shown_path(folder)} holds no published recipe: publish it, or move it away")
+    return folders
+
+
+def table_row(folder: Path) -> tuple[str, ...]:
+    """A recipe in one line, from its records."""
+    facts = gather(Run(folder), "")
+    evaluation, training, data = facts.evaluation, facts.training, facts.preprocessing
+    if evaluation is None or training is None or data is None or facts.publication is None:
+        raise UserError(f"{shown_path(folder)} lacks a record: publish it again")
+    artefacts, weights = facts.publication.artefacts, code(training.outputs["weights"][:12])
+    return (
+        f"[{text(facts.name)}]({RECIPES.name}/{folder.name}/{README})",
+        text(data.data_set),
+        accuracy(evaluation.correct_top1, evaluation.images),
+        accuracy(evaluation.correct_top5, evaluation.images),
+        runs_and_spread(facts),
+        code(evaluation.protocol.name),
+        hardware(training.provenance.hardware),
+        f"[{weights}]({artefacts})" if artefacts else weights,
+    )
+
+
+def runs_and_spread(facts: Facts) -> Markdown:
+    """How many runs there are, and how far they are apart."""
+    top1 = seeds_top1(facts)
+    if top1 is None:
+        return Markdown("1, spread unknown")
+    return Markdown(f"{top1[0]} seeds, top-1 {percent(top1[1])} ± {percent(top1[2])} (mean ± standard deviation)")

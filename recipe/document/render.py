@@ -1,8 +1,8 @@
-"""From records to pages: `recipe.md` for people and `recipe.json`, its twin, for programs.
+"""Render `recipe.md` for people and `recipe.json` for programs from the records of a run.
 
 Rendering is a pure function of the records, the pinned configuration and the logged rows, so equal inputs give equal
-bytes; nothing is ever read back from a page but the hashes of its own blocks. `template.md.j2` reads as the
-document and alone knows the order of its sections.
+bytes; nothing is ever read back from a page but the hashes of its own blocks. `templates/document.md.j2` has the
+order of the chapters, and each chapter its own file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from recipe.config.identity import flatten
 from recipe.document import blocks, commands, dynamics, formatting, latency
 from recipe.document.claims import as_json, identity
+from recipe.document.experiment_log import update_log_record
 from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
-from recipe.document.history import keep_history
 from recipe.errors import UserError
-from recipe.records import EvaluationRecord, PreprocessingRecord, ProjectionRecord
+from recipe.records import EvaluationRecord, PreprocessingRecord
 from recipe.run import Run, shown_path, write_atomically
 
 __all__ = ["Facts", "check_document", "render", "write_document"]
@@ -38,14 +38,14 @@ EXTREME_CLASSES = 5
 
 
 class Declared(NamedTuple):
-    """What a person said under a `description` key, and its kind: *declared*, or *unknown* where nothing was said."""
+    """The value of a `description` key, and its kind: *declared*, or *unknown* where it is empty."""
 
     text: Markdown
     kind: Markdown
 
 
 def render(facts: Facts, existing: str | None) -> str:
-    """The document: generated blocks anew, everything else in `existing` byte for byte.
+    """The document with its generated blocks; all other text of `existing` is kept byte for byte.
 
     Raises `UserError` where a generated block of `existing` was edited by hand.
     """
@@ -53,14 +53,14 @@ def render(facts: Facts, existing: str | None) -> str:
 
 
 def write_document(run: Run, shown_run_dir: str) -> None:
-    """Write recipe.md, recipe.json and the figures of a run; nothing is written where the document refuses."""
-    from recipe.document import figures, inference_figures  # matplotlib: a second that a reader of pages need not wait
+    """Write recipe.md, recipe.json and the figures of a run. Raises `UserError` before the first file is written."""
+    from recipe.document import figures  # importing matplotlib takes a second
 
-    keep_history(run, shown_run_dir)
+    update_log_record(run, shown_run_dir)
     facts = gather(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= inference_figures.draw_inference(facts.inference, facts.timing)
+    drawn |= figures.draw_inference(facts.inference, facts.timing)
     for name, content in drawn.items():
         write_atomically(run.figures / name, content)
     write_atomically(run.twin, twin(facts))
@@ -68,7 +68,7 @@ def write_document(run: Run, shown_run_dir: str) -> None:
 
 
 def check_document(run: Run) -> None:
-    """Refuse before the work, not after it, where `write_document` would: edited blocks, unreadable records or rows."""
+    """Raise before a stage the errors of `write_document`: edited blocks, unreadable records or rows."""
     existing, facts = read_document(run), gather(run, shown_path(run.directory))
     if existing is not None and blocks.edited_blocks(blocks.split(existing)):
         render(facts, existing)
@@ -92,42 +92,41 @@ def generated_blocks(facts: Facts) -> dict[str, str]:
         contents[block_id] = compact(caller())
         return Markdown("")
 
-    template = environment().get_template("template.md.j2")
+    template = environment().get_template("document.md.j2")
     template.render(block=block, **context(facts))
     return contents
 
 
 def compact(content: str) -> str:
-    """What a template leaves behind, tidied: no trailing blanks, no double blank lines, one blank line at each end.
+    """Rendered text without trailing blanks and double blank lines, with one blank line at each end.
 
-    Blank lines in code blocks are not touched, since `formatting.fenced` and the JSON block hold none.
+    Code blocks do not change: `formatting.fenced` and the JSON block have no blank lines.
     """
     lines = "\n".join(line.rstrip() for line in content.split("\n"))
     return "\n" + re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n\n"
 
 
-@cache  # compiling the template takes longer than all else of a document
+@cache  # compiling the templates takes longer than rendering
 def environment() -> Environment:
-    """Undefined names stop, and everything is escaped that no filter has made into markdown."""
-    made = Environment(
-        loader=PackageLoader("recipe.document", "."),
+    """Undefined names raise, and output is escaped unless a filter made it markdown."""
+    templates = Environment(
+        loader=PackageLoader("recipe.document", "templates"),
         undefined=StrictUndefined,
-        finalize=formatting.shown,
+        finalize=formatting.finalize,
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(formatting.FILTERS)
-    return made
+    templates.filters.update(formatting.FILTERS)
+    return templates
 
 
 def context(facts: Facts) -> dict[str, Any]:
-    """Everything that the template may name."""
+    """The variables of the templates."""
     training, evaluation = facts.training, facts.evaluation
     rows = dynamics.epoch_rows(training, facts.metrics) if training else []
     return {
         "facts": facts,
-        "projection": facts.projection,
         "title": title(facts),
         "sections": sections(facts),
         "source_changed": source_changed,
@@ -158,7 +157,7 @@ def context(facts: Facts) -> dict[str, Any]:
 
 
 def title(facts: Facts) -> str:
-    """What was trained on what; data that were not verified to be ILSVRC2012 say so."""
+    """The model and the data set, and whether it was verified to be ILSVRC2012."""
     values = flatten(facts.config or {})
     model = facts.training.model.name if facts.training else str(values.get("model.name", ""))
     model = re.sub(r"^resnet(\d+)$", r"ResNet-\1", model)
@@ -171,7 +170,7 @@ def title(facts: Facts) -> str:
 
 
 def ilsvrc2012_verdict(preprocessing: PreprocessingRecord) -> str:
-    """How far it was checked that these are the published images; only the archives' hashes prove their content."""
+    """The evidence that these are the published images; only the hashes of the archives prove their content."""
     if not preprocessing.is_ilsvrc2012:
         return "no"
     if preprocessing.archives and all(archive.is_published_md5 for archive in preprocessing.archives):
@@ -188,7 +187,7 @@ def declared(facts: Facts, key: str) -> Declared:
 
 
 def descriptions(facts: Facts) -> dict[str, Any]:
-    """What people declared: as training pinned it, and before that what preprocessing knew of its data set."""
+    """The declared values that training pinned; before training, those of the data set."""
     if facts.config is not None:
         return flatten(facts.config)
     return flatten({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
@@ -201,7 +200,7 @@ def declared_items(facts: Facts, key: str) -> list[str]:
 
 
 def papers(facts: Facts) -> list[str]:
-    """Of the experiment, the model and the data set, each once."""
+    """The papers of the experiment, the model and the data set, without duplicates."""
     keys = ("description.papers", "model.description.papers", "data.description.papers")
     return list(dict.fromkeys(paper for key in keys for paper in declared_items(facts, key)))
 
@@ -222,18 +221,13 @@ def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
     return {"Best five classes": ranked[:EXTREME_CLASSES], "Worst five classes": ranked[-EXTREME_CLASSES:]}
 
 
-def projection_page(record: ProjectionRecord) -> str:
-    """The section of a projection, alone."""
-    return compact(environment().get_template("projection.md.j2").render(projection=record)).strip("\n")
-
-
 def recipe_json(facts: Facts) -> Markdown:
-    """The block from which a program can run the recipe again, and test its claims."""
+    """The JSON block, from which a program can run the recipe again and test its claims."""
     return Markdown(as_json(identity(facts)))
 
 
 def twin(facts: Facts) -> bytes:
-    """The machine-readable twin of the document: the same facts, sorted keys."""
+    """The content of recipe.json, with sorted keys."""
     records = {
         "preprocessing": facts.preprocessing,
         "training": facts.training,
@@ -245,7 +239,6 @@ def twin(facts: Facts) -> bytes:
         "seeds": facts.seeds,
         "reproduction": facts.reproduction,
         "publication": facts.publication,
-        "projection": facts.projection,
         "energy": facts.energy,
     }
     content = {
@@ -260,7 +253,7 @@ def twin(facts: Facts) -> bytes:
 
 
 def metrics_summary(facts: Facts) -> dict[str, Any]:
-    """How much was logged, and its last rows; all rows are in metrics.jsonl."""
+    """The number of logged rows, the last ones and the epochs; all rows are in metrics.jsonl."""
     by_split = {split: [row for row in facts.metrics if row["split"] == split] for split in ("train", "validation")}
     epochs = dynamics.epoch_rows(facts.training, facts.metrics) if facts.training else []
     return {

@@ -1,4 +1,4 @@
-"""The checkpoint that the evaluation record measured: what is exported and timed, since its accuracy is known."""
+"""The evaluated checkpoint of a run, whose accuracy is known: it is exported, timed and shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipe.run import Run, shown_path
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The network with its weights on the CPU, and everything that is known about it."""
+    """The network with its weights on the CPU, its interface and its records."""
 
     where: str  # the checkpoint's file
     model: nn.Module  # in evaluation mode
@@ -27,14 +27,14 @@ class Evaluated:
 
 
 def load_evaluated(run: Run) -> Evaluated:
-    """Raises `UserError` with the command that is missing, or that has to be run again."""
+    """Load the checkpoint of the evaluation record. Raises `UserError` with the command to run first, or again."""
     here = shown_path(run.directory)
     training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
     if training is None:
         raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
     if evaluation is None:
         raise UserError(
-            f"{here} holds no evaluation, and nobody should use a model of unknown accuracy: "
+            f"{here} holds no evaluation, and a model of unknown accuracy is not used: "
             f"run `python evaluate.py run_dir={here}` first"
         )
     path = run.checkpoints / evaluation.protocol.checkpoint

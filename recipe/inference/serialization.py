@@ -1,7 +1,7 @@
-"""The Serialization section: a run's evaluated checkpoint -> ONNX files that passed the gate, and their record.
+"""The serialization stage: a run's evaluated checkpoint -> ONNX files that passed the parity gate, and their record.
 
-Files are made and compared in memory, so that nothing lies on the disk under any name before it has passed. What is
-exported is the checkpoint that the evaluation record measured: a file without a known accuracy helps nobody.
+Files are made and compared in memory, so that no file is written before it has passed. Only the checkpoint of the
+evaluation record is exported, since its accuracy is known.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is exported, and by which settings."""
+class Export:
+    """The checkpoint to export, and the settings."""
 
     run: Run
     config: Config
@@ -68,18 +68,18 @@ def serialize_run(config: Config) -> SerializationRecord:
         run = Run(config.run_dir)
         stage = Stage(run.directory)
         append_to_journal(run, "serialize", "started", name=config.name)
-        subject = load_subject(run, config)
-        files = exported(subject, world)
+        export = load_export(run, config)
+        files = export_variants(export, world)
         split = open_split(config.data.directory, "val")
-        comparisons = compared_with_eager(subject, files, split, world)
-        record = record_of(subject, world, stage, files, comparisons, split)
+        comparisons = compared_with_eager(export, files, split, world)
+        record = serialization_record(export, world, stage, files, comparisons, split)
         run.write(record)
         append_to_journal(run, "serialize", "ended", variants=[entry.variant for entry in record.variants])
         return record
 
 
-def load_subject(run: Run, config: Config) -> Subject:
-    """The checkpoint that was evaluated by its own protocol; raises `UserError` with the command that is missing."""
+def load_export(run: Run, config: Config) -> Export:
+    """The checkpoint, evaluated by its own protocol. Raises `UserError` with the command to run first."""
     checkpoint = load_evaluated(run)
     _, manifest_hash = adopt_data_set(config.data)
     require_same_data_set(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
@@ -90,15 +90,15 @@ def load_subject(run: Run, config: Config) -> Subject:
             f"{checkpoint.where} was evaluated by the protocol {measured.name}, but its own is {own.name}, which the "
             f"exported model carries: run `python evaluate.py run_dir={shown_path(run.directory)}` without other values"
         )
-    return Subject(run, config, checkpoint)
+    return Export(run, config, checkpoint)
 
 
 def _refuse_flip(checkpoint: Evaluated, run: Run) -> None:
-    """An exported model sees one view, so the accuracy that it carries must be that of one view."""
+    """An exported model sees one view of an image, so its accuracy must be that of one view."""
     if "views" in checkpoint.evaluation.protocol.transform:
         raise UserError(
             f"{checkpoint.where} was evaluated by the protocol {checkpoint.evaluation.protocol.name}, which averages "
-            "two views of an image, but an exported model sees one: run "
+            "two views of an image, but an export_variants model sees one: run "
             f"`python evaluate.py run_dir={shown_path(run.directory)} evaluation.flip=false` first"
         )
 
@@ -122,46 +122,44 @@ class ExportedFile:
         return dict(sorted(Counter(node.op_type for node in graph.node).items()))
 
 
-def exported(subject: Subject, world: World) -> list[ExportedFile]:
+def export_variants(export: Export, world: World) -> list[ExportedFile]:
     """Every variant that the configuration asks for, fp32 first: the others are made from its graph."""
-    tell("exporting fp32")
-    graph = export_fp32(subject.checkpoint.model, subject.checkpoint.interface)
+    print_step("exporting fp32")
+    graph = export_fp32(export.checkpoint.model, export.checkpoint.interface)
     made = {Variant.fp32: graph}
     conversion: dict[Variant, dict[str, Setting]] = {Variant.fp32: {"method": "torch.onnx.export, dynamo"}}
-    config = subject.config.serialization
+    config = export.config.serialization
     if Variant.fp16 in config.variants:
-        tell("converting to fp16")
+        print_step("converting to fp16")
         made[Variant.fp16], conversion[Variant.fp16] = to_fp16(graph), fp16_facts()
     if Variant.int8 in config.variants:
-        count = min(config.int8_calibration_images, len(open_split(subject.config.data.directory, "train")))
-        tell(f"calibrating int8 on {count} training images")
-        with closing(calibration_images(subject, world, count)) as images:
+        count = min(config.int8_calibration_images, len(open_split(export.config.data.directory, "train")))
+        print_step(f"calibrating int8 on {count} training images")
+        with closing(calibration_images(export, world, count)) as images:
             made[Variant.int8] = to_int8(graph, images, config.int8_reduce_range)
         conversion[Variant.int8] = int8_facts(count, config.int8_reduce_range)
-    return [_as_file(subject, variant, made[variant], conversion[variant]) for variant in made]
+    return [_as_file(export, variant, made[variant], conversion[variant]) for variant in made]
 
 
-def _as_file(
-    subject: Subject, variant: Variant, graph: onnx.ModelProto, conversion: dict[str, Setting]
-) -> ExportedFile:
-    """Add the metadata, look for what must not be in the file, and open it as a user would."""
-    content = with_properties(graph, to_properties(metadata(subject, variant)))
+def _as_file(export: Export, variant: Variant, graph: onnx.ModelProto, conversion: dict[str, Setting]) -> ExportedFile:
+    """Add the metadata, check that the file names no path of this machine, and open it as a user would."""
+    content = with_properties(graph, to_properties(metadata(export, variant)))
     for path in (str(CHECKOUT), str(Path.home()), sys.prefix):
-        assert len(path) < 4 or path.encode() not in content, f"the exported file holds the path {path}"
-    return ExportedFile(variant, content, OnnxModel(content, f"the exported {variant.value} model"), conversion)
+        assert len(path) < 4 or path.encode() not in content, f"the export_variants file holds the path {path}"
+    return ExportedFile(variant, content, OnnxModel(content, f"the export_variants {variant.value} model"), conversion)
 
 
-def metadata(subject: Subject, variant: Variant) -> Metadata:
-    """What the file says about itself: of training and evaluation, nothing of this export but versions."""
-    training, evaluation = subject.checkpoint.training, subject.checkpoint.evaluation
+def metadata(export: Export, variant: Variant) -> Metadata:
+    """The metadata of a file: of training and evaluation; of this export only the versions."""
+    training, evaluation = export.checkpoint.training, export.checkpoint.evaluation
     return Metadata(
-        name=subject.config.name,
+        name=export.config.name,
         variant=variant.value,
-        interface=subject.checkpoint.interface,
+        interface=export.checkpoint.interface,
         config_sha256=training.config_sha256,
         recipe_id=training.recipe_id,
-        weights_sha256=subject.checkpoint.weights_sha256,
-        manifest_sha256=subject.checkpoint.manifest_sha256,
+        weights_sha256=export.checkpoint.weights_sha256,
+        manifest_sha256=export.checkpoint.manifest_sha256,
         training=TrainingCode(
             commit=training.provenance.commit,
             tree=training.provenance.tree_at_start.state,
@@ -176,7 +174,7 @@ def metadata(subject: Subject, variant: Variant) -> Metadata:
             correct_top1=evaluation.correct_top1,
             correct_top5=evaluation.correct_top5,
         ),
-        licence=subject.config.data.description.licence,
+        licence=export.config.data.description.licence,
         versions=exporting_versions(),
     )
 
@@ -186,12 +184,12 @@ def exporting_versions() -> dict[str, str]:
     return {package: version(package) for package in EXPORTING_PACKAGES}
 
 
-def calibration_images(subject: Subject, world: World, count: int) -> Generator[Tensor, None, None]:
+def calibration_images(export: Export, world: World, count: int) -> Generator[Tensor, None, None]:
     """Single training images in the view of the evaluation; a choice that depends on the seed alone."""
-    config = subject.config
+    config = export.config
     split = open_split(config.data.directory, "train")
     chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
-    transform = transform_of(subject.checkpoint.interface, "the checkpoint")
+    transform = transform_of(export.checkpoint.interface, "the checkpoint")
     with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
         parts = (np.array([index], dtype=np.int64) for index in chosen)
         for batch in threads.batches(evaluation_orders(parts, transform)):
@@ -202,69 +200,69 @@ def calibration_images(subject: Subject, world: World, count: int) -> Generator[
 
 
 def compared_with_eager(
-    subject: Subject, files: list[ExportedFile], split: Split, world: World
+    export: Export, files: list[ExportedFile], split: Split, world: World
 ) -> dict[Variant, Comparison]:
     """Every variant over the whole validation set; returns only if all pass."""
-    config = subject.config
+    config = export.config
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
-    eager = predictor(subject.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
-    told = files[0].model.metadata.interface  # the file's own words about pixels, not the configuration's
-    views = (build_evaluation_transform(config.evaluation), transform_of(told, "the exported model"))
+    eager = predictor(export.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
+    interface = files[0].model.metadata.interface  # the file's, not the configuration's
+    views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the export_variants model"))
     with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
         ours, theirs = (EvaluationBatches(threads, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
     require_parity(comparisons, config.serialization, split.key)
     for file in files:
-        require_any_batch(file.model, noise_images(told.crop_pixels))
+        require_any_batch(file.model, noise_images(interface.crop_pixels))
     return comparisons
 
 
 def noise_images(pixels: int) -> Tensor:
-    """Eight pictures of nothing, the same on every machine."""
+    """Eight images of noise, uint8 [8, 3, pixels, pixels], the same on every machine."""
     return torch.randint(0, 256, (8, 3, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 # ---- the record -------------------------------------------------------------------------------------
 
 
-def record_of(
-    subject: Subject,
+def serialization_record(
+    export: Export,
     world: World,
     stage: Stage,
     files: list[ExportedFile],
     comparisons: dict[Variant, Comparison],
     split: Split,
 ) -> SerializationRecord:
-    """Give the files and their predictions their names, and describe them."""
+    """Write the files and their predictions, and return their record."""
     first = comparisons[Variant.fp32]
-    written = [leave(subject, file, comparisons[file.variant].exported, split) for file in files]
+    written = [write_variant(export, file, comparisons[file.variant].exported, split) for file in files]
     return SerializationRecord(
-        config_sha256=subject.checkpoint.training.config_sha256,
-        settings=to_dict(subject.config.serialization),
+        config_sha256=export.checkpoint.training.config_sha256,
+        settings=to_dict(export.config.serialization),
         provenance=stage.finish(hardware(world), exporting_versions() | device_versions(world)),
-        inputs={"weights": subject.checkpoint.weights_sha256, "manifest": subject.checkpoint.manifest_sha256},
+        inputs={"weights": export.checkpoint.weights_sha256, "manifest": export.checkpoint.manifest_sha256},
         outputs={name: sha256 for entry in written for name, sha256 in entry.items()},
-        checkpoint=subject.checkpoint.evaluation.protocol.checkpoint,
-        protocol=subject.checkpoint.evaluation.protocol.name,
+        checkpoint=export.checkpoint.evaluation.protocol.checkpoint,
+        protocol=export.checkpoint.evaluation.protocol.name,
         provider=files[0].model.provider,
         opset=OPSET,
-        input_shape=["batch", "3", *[str(subject.checkpoint.interface.crop_pixels)] * 2],
+        input_shape=["batch", "3", *[str(export.checkpoint.interface.crop_pixels)] * 2],
         images=first.eager.images,
         largest_logit=first.largest_logit,
         eager_correct_top1=int(first.eager.correct(1).sum()),
         eager_correct_top5=int(first.eager.correct(5).sum()),
         eager_images_per_second=round(first.eager_images_per_second, 2),
-        evaluated_correct_top1=subject.checkpoint.evaluation.correct_top1,
-        variants=[facts_of(subject, file, comparisons[file.variant], split) for file in files],
+        evaluated_correct_top1=export.checkpoint.evaluation.correct_top1,
+        variants=[variant_facts(export, file, comparisons[file.variant], split) for file in files],
         properties=sorted(to_properties(files[0].model.metadata)),
     )
 
 
-def leave(subject: Subject, file: ExportedFile, predictions: Predictions, split: Split) -> dict[str, str]:
-    """Write the file and what it predicted; returns their hashes by name."""
-    run = subject.run
+def write_variant(export: Export, file: ExportedFile, predictions: Predictions, split: Split) -> dict[str, str]:
+    """Write the file and its predictions; returns name -> SHA-256."""
+    run = export.run
     target = run.onnx_file(file.variant.value)
-    beside = run.predictions_file(onnx_protocol(subject.checkpoint.evaluation.protocol.name, file.variant.value))
+    beside = run.predictions_file(onnx_protocol(export.checkpoint.evaluation.protocol.name, file.variant.value))
     contents = {
         target: file.content,
         beside: predictions_file(predictions, [split.key(index) for index in range(len(split))]),
@@ -277,17 +275,17 @@ def leave(subject: Subject, file: ExportedFile, predictions: Predictions, split:
     }
 
 
-def facts_of(subject: Subject, file: ExportedFile, found: Comparison, split: Split) -> VariantFacts:
-    """One file beside the eager model."""
+def variant_facts(export: Export, file: ExportedFile, found: Comparison, split: Split) -> VariantFacts:
+    """One file compared with the eager model."""
     return VariantFacts(
         variant=file.variant.value,
-        file=subject.run.onnx_file(file.variant.value).relative_to(subject.run.directory).as_posix(),
+        file=export.run.onnx_file(file.variant.value).relative_to(export.run.directory).as_posix(),
         bytes=len(file.content),
         sha256=hashlib.sha256(file.content).hexdigest(),
         nodes=file.nodes,
         conversion=file.conversion,
         relative_logit_error=found.relative_logit_error,
-        limit=limit_of(file.variant, subject.config.serialization),
+        limit=limit_of(file.variant, export.config.serialization),
         correct_top1=int(found.exported.correct(1).sum()),
         correct_top5=int(found.exported.correct(5).sum()),
         flips=len(found.flips),
@@ -296,6 +294,6 @@ def facts_of(subject: Subject, file: ExportedFile, found: Comparison, split: Spl
     )
 
 
-def tell(what: str) -> None:
-    """A line about a step that takes some seconds."""
+def print_step(what: str) -> None:
+
     print(f"{what} ...", file=sys.stderr, flush=True)

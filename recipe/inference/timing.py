@@ -1,7 +1,7 @@
-"""Timing information: how long a picture takes, with its distribution, on the machine at hand.
+"""Latencies of pictures on this machine, with their distribution.
 
 Three things are timed for each batch size: preprocessing (from a file's bytes to pixels), the model (from pixels to
-logits), and both together; for the eager network, the compiled one and every provider of onnxruntime that is there.
+logits), and both together; for the eager network, the compiled one and every provider of onnxruntime.
 Cells are visited in rounds, so that a machine that slows down slows all of them down, and each cell is measured as two
 interleaved halves: what these differ by is noise, and a difference below it means nothing.
 """
@@ -39,9 +39,9 @@ from recipe.provenance import Stage
 from recipe.records import BOTH, MODEL, PREPROCESSING, Absent, Hardware, Latency, Setting, TimingRecord
 from recipe.run import Run, shown_path, without_paths
 
-ROUNDS = 4  # even ones against odd ones: the same thing, measured twice
+TIMING_ROUNDS = 4  # even against odd rounds: the same quantity, measured twice
 WARMUP_CALLS = 3
-REPEATS_BEYOND = 5  # at least so many lie beyond a percentile, or it is left out
+REPEATS_BEYOND = 5  # a percentile needs so many repeats beyond it
 QUANTILES = 51  # kept for the figure
 NO_PROVIDERS = ("AzureExecutionProvider",)  # a remote service, not hardware
 REFERENCE = "torchvision's own way, eager"
@@ -61,16 +61,16 @@ class Cell:
     rounds: list[list[float]] = field(default_factory=list)  # milliseconds
 
     def measure(self, seconds: float) -> None:
-        """One more round: calls for as long as this, at least one."""
-        taken: list[float] = []
+        """Measure one more round of at least one call."""
+        times: list[float] = []
         until = time.perf_counter() + seconds
-        while not taken or time.perf_counter() < until:
-            taken.append(milliseconds_on_gpu(self.call) if self.on_gpu else milliseconds(self.call))
-        self.rounds.append(taken)
+        while not times or time.perf_counter() < until:
+            times.append(milliseconds_on_gpu(self.call) if self.on_gpu else milliseconds(self.call))
+        self.rounds.append(times)
 
     def latency(self) -> Latency:
-        """What the calls say."""
-        every = np.array([value for taken in self.rounds for value in taken])
+        """The statistics of all rounds."""
+        every = np.array([value for times in self.rounds for value in times])
         median = float(np.median(every))
         return Latency(
             backend=self.backend,
@@ -87,27 +87,27 @@ class Cell:
         )
 
     def noise(self) -> float:
-        """How far the medians of the even and of the odd rounds lie apart, as a share."""
-        even, odd = (statistics.median(value for taken in self.rounds[start::2] for value in taken) for start in (0, 1))
+        """The relative difference between the medians of even and odd rounds."""
+        even, odd = (statistics.median(value for times in self.rounds[start::2] for value in times) for start in (0, 1))
         return abs(even - odd) / min(even, odd)
 
 
 def percentile(values: np.ndarray, share: float) -> float | None:
-    """None where fewer than five repeats lie beyond it: such a number would be one outlier's."""
+    """None where fewer than five values are beyond it, since one outlier would decide it."""
     if len(values) * (1 - share) < REPEATS_BEYOND - 1e-9:
         return None
     return round(float(np.quantile(values, share)), 4)
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """By the wall clock; what is called returns its result on the host."""
+    """Wall time of a call that returns its result on the host."""
     started = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - started)
 
 
 def milliseconds_on_gpu(call: Callable[[], object]) -> float:
-    """By the device's own events, from an idle device to an idle device."""
+    """Time between CUDA events around a call, the device idle before and after."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()
@@ -121,49 +121,49 @@ def milliseconds_on_gpu(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Bench:
-    """The subject of all cells: a run's evaluated network and exported files, and one picture."""
+    """The input of all cells: a run's evaluated network and exported files, and one picture."""
 
     run: Run
     config: Config
     world: World
-    subject: Evaluated
+    checkpoint: Evaluated
     model: nn.Module  # on this process's device
     classifier: Classifier  # for its preprocessing
     content: bytes  # of the picture's file
     absent: list[Absent] = field(default_factory=list)
 
     def pixels(self, batch_size: int) -> Tensor:
-        """A batch as preprocessing makes it from the file's bytes, one picture after the other."""
+        """A batch of the picture, preprocessed from the file's bytes one after the other: uint8 [N, 3, H, W]."""
         return torch.stack([self.classifier.pixels(self.content) for _ in range(batch_size)])
 
 
 def measure_timing(run: Run, config: Config, world: World, picture: Path, command: str | None = None) -> TimingRecord:
-    """Fill every cell that this machine can; what cannot run is listed with its reason.
+    """Measure every cell that runs on this machine; the others are recorded with their reason.
 
-    `command` repeats the measurement, where this process's own command line does not.
+    `command` repeats the measurement where the command line of this process does not.
     """
     stage = Stage(run.directory, command)
     bench = _bench(run, config, world, picture)
     cells = _warmed_up(list(_cells(bench)), bench.absent)
-    with Progress("measuring latency", ROUNDS * len(cells), "cells") as progress:
-        for _ in range(ROUNDS):
+    with Progress("measuring latency", TIMING_ROUNDS * len(cells), "cells") as progress:
+        for _ in range(TIMING_ROUNDS):
             for cell in cells:
-                cell.measure(config.timing.seconds_per_cell / ROUNDS)
+                cell.measure(config.timing.seconds_per_cell / TIMING_ROUNDS)
                 progress.add(1)
-    return _record(bench, stage, cells, picture)
+    return timing_record(bench, stage, cells, picture)
 
 
 def _bench(run: Run, config: Config, world: World, picture: Path) -> Bench:
     """Open the evaluated checkpoint and the picture."""
-    subject = load_evaluated(run)
-    classifier = Classifier(lambda images: images, subject.interface, subject.where)
+    checkpoint = load_evaluated(run)
+    classifier = Classifier(lambda images: images, checkpoint.interface, checkpoint.where)
     layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
-    model = subject.model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
-    return Bench(run, config, world, subject, model, classifier, picture.read_bytes())
+    model = checkpoint.model.to(world.device, memory_format=layout)  # type: ignore[call-overload]
+    return Bench(run, config, world, checkpoint, model, classifier, picture.read_bytes())
 
 
 def _cells(bench: Bench) -> Iterator[Cell]:
-    """Preprocessing, then every backend; the reference, which is what torchvision's users write, at the end."""
+    """Preprocessing, then every backend, then the reference: the code that torchvision's users write."""
     for size in bench.config.timing.batch_sizes:
         yield Cell("Pillow, torchvision", "uint8", PREPROCESSING, size, lambda size=size: bench.pixels(size))  # type: ignore[misc]
     wanted = bench.config.timing.backends
@@ -178,7 +178,7 @@ def _cells(bench: Bench) -> Iterator[Cell]:
 
 
 def _precisions(bench: Bench) -> list[Precision]:
-    """fp32, and on a GPU the half precision that it computes in fastest."""
+    """fp32, and on a GPU the faster half precision."""
     if bench.world.device.type == "cpu":
         return [Precision.fp32]
     has_bf16 = torch.cuda.get_device_capability(bench.world.device) >= (8, 0)
@@ -187,7 +187,7 @@ def _precisions(bench: Bench) -> list[Precision]:
 
 def _eager(bench: Bench, model: nn.Module, precision: Precision) -> Predict:
     device = bench.world.device
-    normalisation = Normalisation(bench.subject.interface.mean, bench.subject.interface.std, device)
+    normalisation = Normalisation(bench.checkpoint.interface.mean, bench.checkpoint.interface.std, device)
     predict = predictor(model, normalisation, precision, device, channels_last=device.type == "cuda")
     return predict if device.type == "cpu" else lambda images: predict(images).cpu()
 
@@ -204,7 +204,7 @@ def _pair(
 
 
 def _compiled(bench: Bench) -> Iterator[Cell]:
-    """torch.compile, on a GPU with CUDA graphs; every batch size is compiled anew, so there are few."""
+    """torch.compile, on a GPU with CUDA graphs; every batch size is compiled again, so there are few."""
     mode = "reduce-overhead" if bench.world.device.type == "cuda" else "default"
     for precision in _precisions(bench):
         model: nn.Module = torch.compile(bench.model, dynamic=False, mode=mode)  # type: ignore[assignment]
@@ -213,7 +213,7 @@ def _compiled(bench: Bench) -> Iterator[Cell]:
 
 
 def _onnxruntime(bench: Bench) -> Iterator[Cell]:
-    """Every exported file on every provider that this onnxruntime brings."""
+    """Every exported file on every provider of this onnxruntime."""
     providers = [name for name in onnxruntime.get_available_providers() if name not in NO_PROVIDERS]
     for variant in Variant:
         path = bench.run.onnx_file(variant.value)
@@ -238,21 +238,21 @@ def _provider_cells(bench: Bench, path: Path, provider: str, variant: str) -> It
             Absent(backend=f"{backend}, {variant}", reason="onnxruntime lists this provider but fell back to another")
         )
         return
-    if model.metadata.weights_sha256 != bench.subject.weights_sha256:
+    if model.metadata.weights_sha256 != bench.checkpoint.weights_sha256:
         bench.absent.append(Absent(backend=f"{backend}, {variant}", reason=f"{path.name} is of other weights"))
         return
     yield from _pair(bench, backend, variant, model)
 
 
 def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
-    """What a user of torchvision writes: Pillow, the preset of `ResNet50_Weights`, the eager network, one picture."""
+    """The code of torchvision's users: Pillow, the preset of `ResNet50_Weights`, the eager network, one picture."""
     from torchvision.transforms._presets import ImageClassification
 
     preset = ImageClassification(
-        crop_size=bench.subject.interface.crop_pixels,
-        resize_size=bench.subject.interface.resize_pixels,
-        mean=tuple(bench.subject.interface.mean),
-        std=tuple(bench.subject.interface.std),
+        crop_size=bench.checkpoint.interface.crop_pixels,
+        resize_size=bench.checkpoint.interface.resize_pixels,
+        mean=tuple(bench.checkpoint.interface.mean),
+        std=tuple(bench.checkpoint.interface.std),
     )
     device = bench.world.device
     model = copy.deepcopy(bench.model).to(memory_format=torch.contiguous_format)
@@ -266,7 +266,7 @@ def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
 
 
 def _warmed_up(cells: list[Cell], absent: list[Absent]) -> list[Cell]:
-    """The cells that run, after a few calls that do not count: caches, cuDNN's choice, compilation."""
+    """The cells that run, after a few untimed calls: caches, cuDNN's choice, compilation."""
     ready = []
     with Progress("warming up and compiling", len(cells), "cells") as progress:
         for cell in cells:
@@ -291,22 +291,22 @@ def _reason_not_to_run(cell: Cell) -> str | None:
 # ---- the record -------------------------------------------------------------------------------------
 
 
-def _record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> TimingRecord:
+def timing_record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> TimingRecord:
     machine = hardware(bench.world)
     latencies = [cell.latency() for cell in cells]
     with Image.open(picture) as image:
         size = list(image.size)
     return TimingRecord(
-        config_sha256=bench.subject.training.config_sha256,
+        config_sha256=bench.checkpoint.training.config_sha256,
         settings=to_dict(bench.config.timing),
         provenance=stage.finish(machine, {"onnxruntime": onnxruntime.__version__} | device_versions(bench.world)),
-        inputs={"weights": bench.subject.weights_sha256, **_file_hashes(bench)},
+        inputs={"weights": bench.checkpoint.weights_sha256, **_file_hashes(bench)},
         machine=machine_name(machine),
         threads=torch.get_num_threads(),
         image=picture.name,
         image_sha256=hashlib.sha256(bench.content).hexdigest(),
         image_pixels=size,
-        crop_pixels=bench.subject.interface.crop_pixels,
+        crop_pixels=bench.checkpoint.interface.crop_pixels,
         arithmetic=arithmetic_switches(),
         clock=clock_facts(bench.world),
         noise_floor=round(statistics.median(latency.noise for latency in latencies), 4),
@@ -328,7 +328,7 @@ def machine_name(machine: Hardware) -> str:
 
 
 def clock_facts(world: World) -> dict[str, Setting]:
-    """Driver, clocks and power as they were; the clock of a processor core as the system tells it."""
+    """Driver, clocks and power of a GPU; else the clock of a processor core."""
     if world.device.type == "cuda":
         return gpu_clock_facts(world.local_rank)
     found = re.search(r"^cpu MHz\s*:\s*([\d.]+)", _text_of(Path("/proc/cpuinfo")), re.MULTILINE)
@@ -336,7 +336,7 @@ def clock_facts(world: World) -> dict[str, Setting]:
 
 
 def gpu_clock_facts(index: int) -> dict[str, Setting]:
-    """As nvidia-smi says; empty where it cannot be asked."""
+    """From nvidia-smi; empty where it is missing or fails."""
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)

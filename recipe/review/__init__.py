@@ -1,5 +1,4 @@
-"""What a reader does with a recipe: test it, compare it, follow it, run it again.
+"""The verbs on a recipe: check, verify, diff, watch, reproduce.
 
-Nothing in the pipeline imports this package; its verbs are listed in `recipe/__main__.py`. `train.py`, a script, hands
-`watch` to training as a function that looks at the run.
+The pipeline does not import this package; `train.py`, a script, hands `watch` to training as a function.
 """

@@ -1,32 +1,30 @@
-"""What a check finds: each finding with its level, its place and its mend; printed safely, or as JSON."""
+"""One finding of a check, and text from a recipe made safe for a terminal."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from recipe.document.formatting import on_one_line
 
-FORMAT = "check/1"
+LINE_LENGTH_MAX = 600
+CANNOT_TELL = "CANNOT TELL"  # a verdict of watch, a level of reproduce
 
 
 class Level(str, Enum):
-    """How deep a statement about the document was looked into."""
+    """How far a statement of the document was checked."""
 
     present = "present"  # it is there
     well_formed = "well-formed"  # it can be read
-    resolvable = "resolvable"  # what it names is there and agrees
+    resolvable = "resolvable"  # the files that it names are there and agree
     executed = "executed"  # it was measured again
 
 
 class Kind(str, Enum):
-    """What a finding means for the exit code: only `finding` fails a check, and a `warning` where it is asked for."""
+    """What a finding means for the exit code: only `finding` fails a check."""
 
     finding = "finding"
-    warning = "warning"  # may be a false alarm
     note = "note"  # missing, but not asked for by the guideline
     cannot_tell = "cannot tell"
 
@@ -41,81 +39,20 @@ class Finding:
     mend: str = ""
     kind: Kind = Kind.finding
 
-
-@dataclass
-class Report:
-    """Everything that one check found."""
-
-    subject: str
-    is_own: bool  # written by this pipeline; of other documents only presence is reported
-    levels: list[Level]
-    findings: list[Finding] = field(default_factory=list)
-    items: list[dict[str, Any]] = field(default_factory=list)
-
-    def exit_code(self, is_strict: bool) -> int:
-        """0: nothing was found, 1: something was; warnings count where the check is strict."""
-        failing = {Kind.finding, Kind.warning} if is_strict else {Kind.finding}
-        return int(any(found.kind in failing for found in self.findings))
-
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return {
-            "format": FORMAT,
-            "subject": self.subject,
-            "written_by_this_pipeline": self.is_own,
-            "truth_checked": self.is_own,
-            "levels": [level.value for level in self.levels],
-            "counts": self.counts(),
-            "findings": [
-                {key: getattr(value, "value", value) for key, value in asdict(found).items()} for found in self.findings
-            ],
-            "items": self.items,
-        }
-
-    def counts(self) -> dict[str, int]:
-        """Kind -> findings."""
-        found = Counter(finding.kind for finding in self.findings)
-        return {kind.value: found[kind] for kind in Kind}
-
     def lines(self) -> list[str]:
-        """For people: findings first, then what may be one."""
-        order = list(Kind)
-        ranked = sorted(self.findings, key=lambda found: order.index(found.kind))
-        return [
-            *(line for found in ranked for line in lines_of(found)),
-            f"{printable(self.subject)}: {self.summary()}",
-        ]
-
-    def summary(self) -> str:
-        """The last line."""
-        present = sum(item["state"] == "present" for item in self.items)
-        counted = ", ".join(f"{count} {plural(kind, count)}" for kind, count in self.counts().items())
-        depth = ", ".join(level.value for level in self.levels)
-        return f"{counted}; {present} of {len(self.items)} items present (checked: {depth})"
+        """The finding on one line, its remedy on another."""
+        place, what, mend = (shorten(text, LINE_LENGTH_MAX) for text in (self.place, self.what, self.mend))
+        line = f"{self.kind.value.upper()} [{self.level.value}] {place}: {what}"
+        return [line, f"    mend: {mend}"] if mend else [line]
 
 
-def plural(kind: str, count: int) -> str:
-    return kind if count == 1 or kind == Kind.cannot_tell.value else f"{kind}s"
+def shorten(value: object, length: int = 60) -> str:
+    """A value on one line of a terminal: no control characters, no reordering, not longer than `length`."""
+    line = on_one_line(str(value))
+    return line if len(line) <= length else line[:length] + " ..."
 
 
-def lines_of(found: Finding) -> list[str]:
-    """A finding in one line, and its mend in another."""
-    line = f"{found.kind.value.upper()} [{found.level.value}] {printable(found.place)}: {printable(found.what)}"
-    return [line, f"    mend: {printable(found.mend)}"] if found.mend else [line]
-
-
-def printable(text: str, most: int = 600) -> str:
-    """Words of a stranger on one line of a terminal: no control characters, no reordering, no end without measure."""
-    line = on_one_line(text)
-    return line if len(line) <= most else line[:most] + " ..."
-
-
-def shortened(value: object, most: int = 60) -> str:
-    """A value inside a sentence."""
-    return printable(str(value), most)
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more."""
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Level *well-formed*: every file of a recipe can be read, each on its own, so that one broken file hides no other."""
+"""Read the records of a recipe one by one, so that a broken file does not hide another (level *well-formed*)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from recipe.records import (
     InferenceRecord,
     JournalRecord,
     PreprocessingRecord,
-    ProjectionRecord,
     SerializationRecord,
     TimingRecord,
     TrainingRecord,
@@ -33,15 +32,15 @@ Value = TypeVar("Value")
 LARGEST_INTEGER = 2**63
 
 
-class Reader:
-    """Reads the files of a run and remembers what is wrong with them."""
+class RecordReader:
+    """Reads the files of a run; an unreadable one is a finding."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.findings: list[Finding] = []
 
     def facts(self) -> Facts:
-        """What can be read; a file that cannot is None or empty, and a finding."""
+        """The facts of all readable files; the others are None or empty."""
         facts = self._facts_by_file()
         if self.findings:
             return facts
@@ -66,7 +65,7 @@ class Reader:
         )
 
     def _read(self, path: Path, read: Callable[[], Value]) -> Value | None:
-        """One file; None where it is absent, and where it cannot be read, which is a finding."""
+        """One file; None where it is absent, or unreadable, which is a finding."""
         if not os.path.lexists(path):
             return None
         try:
@@ -85,7 +84,6 @@ class Reader:
         return from_json(self.run.content(path), kind, self.name_of(path))
 
     def name_of(self, path: Path) -> str:
-        """A file's name inside the recipe."""
         return path.relative_to(self.run.directory).as_posix()
 
 
@@ -97,7 +95,6 @@ FACTS: dict[Any, str] = {
     InferenceRecord: "inference",
     JournalRecord: "journal",
     Fingerprint: "fingerprint",
-    ProjectionRecord: "projection",
     EnergyRecord: "energy",
 }
 FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
@@ -110,7 +107,7 @@ def unreadable(place: str, why: str) -> Finding:
 
 
 def refuse_impossible_numbers(value: Any) -> None:
-    """Records hold numbers that a run can have; others stop whoever divides by them. Raises `UserError`."""
+    """Raise `UserError` for numbers that no run has: readers divide by some of them."""
     plain = msgspec.to_builtins(value)
     json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999
     if any(isinstance(number, int) and abs(number) >= LARGEST_INTEGER for number in numbers_in(plain)):
@@ -121,24 +118,9 @@ def refuse_impossible_numbers(value: Any) -> None:
         raise UserError("it holds a count over no image")
     if isinstance(value, EnergyRecord) and (value.seconds <= 0 or value.joules < 0):
         raise UserError("it holds an energy of no time, or a negative one")
-    if isinstance(value, ProjectionRecord):
-        require_possible(value)
-
-
-def require_possible(record: ProjectionRecord) -> None:
-    """Factors that can be divided by, and rows that point at one of the steps."""
-    divisors = [step.images_per_second for step in record.steps]
-    divisors += [found.images_per_second for found in (record.evaluation, record.loading) if found is not None]
-    counts = [record.batch_size, record.epochs, *(row.accelerators for row in record.rows)]
-    counts += [record.loading.cores] if record.loading is not None else []
-    if not record.steps or min(divisors) <= 0 or min(counts) < 1:
-        raise UserError("it holds a projection from a factor that is zero, or from none")
-    if any(not 0 <= row.step < len(record.steps) for row in record.rows):
-        raise UserError("it holds a projection from a step that it does not have")
 
 
 def numbers_in(value: Any) -> Iterator[int | float]:
-    """Every number of a nested value."""
     if isinstance(value, dict | list):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from numbers_in(entry)

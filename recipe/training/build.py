@@ -21,8 +21,9 @@ from recipe.data.processes import open_decoding
 from recipe.data.shards import Manifest, open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
+from recipe.environment import processor_name, versions
 from recipe.model import build_model, model_facts
-from recipe.provenance import Stage, processor_name, source_sha256, versions
+from recipe.provenance import Stage, source_sha256
 from recipe.records import ModelFacts
 from recipe.rehearsal import rehearse
 from recipe.run import Run

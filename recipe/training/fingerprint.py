@@ -29,9 +29,10 @@ from recipe.data.loading import BatchLayout, TrainingBatches
 from recipe.data.processing import preprocess
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
+from recipe.environment import versions
 from recipe.evaluation import class_table, protocol_name, view_name
 from recipe.model import build_model, model_facts
-from recipe.provenance import source_sha256, versions
+from recipe.provenance import source_sha256
 from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation

@@ -13,26 +13,28 @@ from typing import Any
 import pytest
 import yaml
 
+from recipe.__main__ import main
 from recipe.document import figures, published_folder
 from recipe.document import publish as publishing
-from recipe.document import publishable as looking
 from recipe.document.blocks import Block, split
 from recipe.document.facts import gather
 from recipe.document.model_card import CARD_END
 from recipe.document.publish import publish
-from recipe.document.published_folder import thinned
+from recipe.document.published_folder import RECIPES, thinned, with_table
 from recipe.document.render import render, write_document
 from recipe.errors import UserError
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
-from recipe.review.opening import contradictions, open_subject
+from recipe.review.opening import contradictions, open_recipe
 from recipe.run import CHECKOUT, Run
 from tests.document.test_document import (
     CONFIG,
+    assert_tables_are_even,
     evaluation_record,
     metric_rows,
     preprocessing_record,
     provenance,
+    section,
     sha,
     training_record,
     write_run,
@@ -44,7 +46,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)\)")
 @pytest.fixture(autouse=True)
 def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the developer's working tree is like; tests of it say otherwise."""
-    monkeypatch.setattr(looking, "modified_files", lambda outside: [])
+    monkeypatch.setattr(publishing, "modified_files", lambda outside: [])
 
 
 @pytest.fixture(autouse=True)
@@ -114,14 +116,14 @@ def test_a_published_recipe_says_what_its_run_says(run: Run) -> None:
     folder = publish(run)
     published, facts = gather(Run(folder), "elsewhere"), gather(run, "runs/demo")
     assert dataclasses.replace(published, publication=None, run_dir=facts.run_dir) == facts
-    subject = open_subject(folder)
+    subject = open_recipe(folder)
     assert subject.document_path == folder / "README.md"
     assert subject.facts() == published
-    assert contradictions(subject.claims()) == []
-    assert subject.config() == CONFIG
+    assert contradictions(subject.required_block()) == []
+    assert subject.required_block()["config"] == CONFIG
     body = page(folder).split("\n---\n", 1)[1]
     assert render(published, body) == body
-    assert json.loads((folder / "recipe.json").read_bytes())["claims"] == subject.claims()["claims"]
+    assert json.loads((folder / "recipe.json").read_bytes())["claims"] == subject.required_block()["claims"]
 
 
 def test_the_page_is_a_valid_model_card(run: Run) -> None:
@@ -297,7 +299,7 @@ def test_code_that_is_no_commit_is_refused_unless_told(
 
 
 def test_a_tree_that_is_modified_now_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking, "modified_files", lambda outside: ["recipe/model.py"])
+    monkeypatch.setattr(publishing, "modified_files", lambda outside: ["recipe/model.py"])
     with pytest.raises(UserError, match=r"modified now \(recipe/model.py\)"):
         publish(run)
     publish(run, allow_modified=True)
@@ -307,7 +309,7 @@ def test_a_checkout_that_no_commit_names_now_is_refused(run: Run, monkeypatch: p
     def refused(outside: Any) -> list[str]:
         raise NoCommitError(GIT_REFUSED, "detected dubious ownership")
 
-    monkeypatch.setattr(looking, "modified_files", refused)
+    monkeypatch.setattr(publishing, "modified_files", refused)
     with pytest.raises(UserError, match=r"git refused, because detected dubious ownership.*--allow-modified"):
         publish(run)
     assert "git refused, because detected dubious ownership" in page(publish(run, allow_modified=True))
@@ -394,7 +396,7 @@ def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.Mo
     assert [row for row in whole.metrics if row["split"] == "validation"] == [
         row for row in thin.metrics if row["split"] == "validation"
     ]
-    claims = [open_subject(path).claims()["claims"]["training"]["epochs"] for path in (run.document, folder)]
+    claims = [open_recipe(path).required_block()["claims"]["training"]["epochs"] for path in (run.document, folder)]
     for name, column in claims[0].items():
         assert claims[1][name] == pytest.approx(column), name
 
@@ -427,7 +429,7 @@ def test_seeds_give_n_mean_and_spread(tmp_path: Path) -> None:
     assert record is not None
     assert [(run.seed, run.correct_top1) for run in record.runs] == [(1, 436), (2, 442), (3, 430)]
     assert "top-1 over n = 3 seeds: mean 90.83 %, standard deviation 1.25 %" in page(folder)  # 6 of 480
-    assert open_subject(folder).claims()["claims"]["seeds"]["correct_top1"] == [436, 442, 430]
+    assert open_recipe(folder).required_block()["claims"]["seeds"]["correct_top1"] == [436, 442, 430]
     publish(runs[0])
     assert Run(folder).read(SeedsRecord) == record
     with pytest.raises(UserError, match="a seed of its own"):
@@ -443,11 +445,71 @@ def test_runs_of_another_recipe_or_protocol_are_no_seeds(run: Run, tmp_path: Pat
 
 
 def test_what_to_commit_is_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    from recipe.__main__ import main
-
     assert main(["publish", str(run.directory)]) == 0
     printed = capsys.readouterr().out
-    assert "git add recipes/demo README.md" in printed
+    assert "git add recipes/demo\n" in printed
     assert str(CHECKOUT) not in printed
     assert Run("recipes/demo").read(PublicationRecord) is not None
-    assert Path("recipes") == publishing.RECIPES
+    assert Path("recipes") == RECIPES
+
+
+# ---- the table of published recipes -----------------------------------------------------------------
+
+BEGIN, END = "<!-- recipe:begin published_recipes", "<!-- recipe:end published_recipes -->"
+
+
+@pytest.fixture
+def readme() -> Path:
+    """The repository's own page, copied here."""
+    copy = Path("README.md")
+    copy.write_bytes((CHECKOUT / "README.md").read_bytes())
+    return copy
+
+
+def test_the_table_of_this_repository_is_true() -> None:
+    path = CHECKOUT / "README.md"
+    assert with_table(path).decode() == path.read_bytes().decode(), "publish a recipe again: that writes the table"
+
+
+def test_a_published_recipe_gets_its_row(run: Run, readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = readme.read_text()
+    words = ["publish", str(run.directory)]
+    assert main([*words, "--output", "elsewhere"]) == 0
+    assert "README.md" not in capsys.readouterr().out
+    assert readme.read_text() == before
+    assert main([*words, "--artefacts", "https://example.org/demo"]) == 0
+    printed = capsys.readouterr().out
+    assert "wrote the table of published recipes in README.md" in printed
+    assert "git add recipes/demo README.md\n" in printed
+    after = readme.read_bytes().decode()
+    [row] = [line for line in after.splitlines() if line.startswith("| [demo](recipes/demo/README.md)")]
+    assert "89.79 % (431 of 480)" in row
+    assert "1, spread unknown" in row
+    assert "(https://example.org/demo)" in row
+    assert_tables_are_even(section(after, "published_recipes"))
+    assert after.partition(BEGIN)[0] == before.partition(BEGIN)[0]
+    assert after.partition(END)[2] == before.partition(END)[2]
+    assert with_table(readme).decode() == after
+    Path("recipes", "demo").rename("gone")
+    assert "No recipe is published yet." in with_table(readme).decode()
+
+
+def test_an_edited_table_is_refused_before_anything_is_written(run: Run, readme: Path) -> None:
+    folder = publish(run)
+    edited = readme.read_bytes().replace(b"89.79 %", b"99.79 %")
+    readme.write_bytes(edited)
+    before = tree(folder)
+    run.write(evaluation_record(correct_top5=470))
+    with pytest.raises(UserError, match=r"(?s)'published_recipes'.*edited by hand.*-.*99\.79 %"):
+        publish(run)
+    assert readme.read_bytes() == edited
+    assert tree(folder) == before
+
+
+def test_a_page_without_a_place_for_the_table_stays_and_another_folder_is_refused(run: Run, readme: Path) -> None:
+    Path("recipes", "thesis").mkdir(parents=True)
+    with pytest.raises(UserError, match="recipes/thesis holds no published recipe"):
+        publish(run)
+    readme.write_text("# words\n")
+    publish(run)
+    assert readme.read_text() == "# words\n"

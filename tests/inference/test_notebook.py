@@ -18,9 +18,8 @@ import pytest
 
 from recipe.config.schema import Config
 from recipe.data.shards import open_split, read_manifest
-from recipe.demonstration import SAMPLES, Demonstration, sample_indices
+from recipe.demonstration import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
 from recipe.inference.classifier import Classifier
-from recipe.notebook import NOTEBOOK, PARAMETERS, with_words
 from recipe.records import ClassifiedPicture, EvaluationRecord, InferenceRecord, SerializationRecord, TimingRecord
 from recipe.run import CHECKOUT, Run
 
@@ -33,7 +32,7 @@ def words_of(config: Config, run_dir: str | Path | None = None) -> list[str]:
 
 def run_notebook(words: list[str], cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "recipe.notebook", *words],
+        [sys.executable, "-m", "recipe.demonstration", *words],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
@@ -115,7 +114,7 @@ def test_it_adds_itself_to_the_recipe(executed: Run) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", chapter):
         assert (executed.directory / link).is_file(), link
     record = inference_of(executed)
-    assert record.provenance.command.startswith("python -m recipe.notebook run_dir=")
+    assert record.provenance.command.startswith("python -m recipe.demonstration run_dir=")
     assert document.count(record.provenance.command) >= 3, "run again, its code, the timing's code"
     best = record.pictures[0].guesses["model-fp32.onnx"][0]
     assert f"{best.name} {100 * best.probability:.2f} %" in chapter

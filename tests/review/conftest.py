@@ -15,7 +15,7 @@ from tests.review.factory import complete_run
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe as its stages left it; the weights' hash is torch's, which the check computes without torch."""
+    """The recipe as its stages left it; the weights have their hash."""
     directory = tmp_path_factory.mktemp("whole") / "demo"
     complete_run(directory, lambda path: weights_sha256(safetensors.torch.load_file(path)))
     return directory

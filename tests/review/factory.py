@@ -122,7 +122,7 @@ def serialization_record(weights: str, config_sha256: str, files: dict[str, byte
 def inference_record(weights: str, config_sha256: str) -> InferenceRecord:
     return InferenceRecord(
         config_sha256=config_sha256,
-        provenance=here("python -m recipe.notebook run_dir=runs/demo", started="2026-11-23T22:20:00Z"),
+        provenance=here("python -m recipe.demonstration run_dir=runs/demo", started="2026-11-23T22:20:00Z"),
         inputs={"weights": weights, "manifest": document.sha("manifest")},
         outputs={},
         class_count=CLASSES,
@@ -152,7 +152,7 @@ def complete_run(directory: Path, weights_sha256: Callable[[Path], str]) -> Run:
     run.write(evaluation_record(weights, content))
     run.write(serialization_record(weights, training.config_sha256, files))
     run.write(inference_record(weights, training.config_sha256))
-    timed = here("python -m recipe.notebook run_dir=runs/demo", started="2026-11-23T22:20:00Z")
+    timed = here("python -m recipe.demonstration run_dir=runs/demo", started="2026-11-23T22:20:00Z")
     run.write_timing(test_latency.timing(weights=weights, provenance=timed))
     (run.directory / "tensorboard").mkdir()
     write_document(run, "runs/demo")

@@ -17,10 +17,10 @@ import pytest
 from recipe.__main__ import main
 from recipe.errors import UserError
 from recipe.files import file_name, is_inside, read_file
-from recipe.review.check.files import read_predictions
-from recipe.review.opening import open_subject
+from recipe.review.opening import open_recipe
+from recipe.review.outputs import read_predictions
 from recipe.review.verify.files import BROKEN, links
-from recipe.run import Run
+from recipe.run import CHECKOUT, Run
 from tests.document.test_latency import timing
 from tests.review.factory import change_record
 
@@ -63,11 +63,10 @@ DAMAGES = [endless, pipe, sparse, of_another, looping]
 FILES = ["config.yaml", "metrics.jsonl", "records/training.json", "records/evaluation.json", "recipe.md", "recipe.json"]
 VERBS: dict[str, list[str]] = {
     "check": ["demo"],
-    "verify": ["--skip", "canary", "demo"],
+    "verify": ["--skip", "trace", "demo"],
     "diff": ["demo", "whole"],
     "drift": ["demo"],
-    "watch": ["demo", "--against", "whole"],
-    "aggregate": ["whole", "demo", "--output", "out.json"],
+    "watch": ["demo", "--against", "whole", "demo", "--save", "out.json"],
     "publish": ["demo", "--output", "out", "--allow-modified", "--allow-stale"],
     "reproduce": ["demo"],
 }
@@ -120,22 +119,24 @@ def test_a_figure_that_is_no_file_is_not_what_the_records_give(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_published_folder_with_such_a_file_is_refused_by_index(
+def test_a_published_folder_with_such_a_file_is_refused_by_publish(
     damage: Damage, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("recipes").mkdir()
-    shutil.move(run.directory, "recipes/demo")
-    damage(Path("recipes/demo/records/publication.json"))
-    Path("README.md").write_text("<!-- recipe:begin published_recipes sha256=0 -->\n")
-    assert code_of("index", []) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    shutil.copytree(run.directory, "recipes/other")
+    damage(Path("recipes/other/records/publication.json"))
+    shutil.copy(CHECKOUT / "README.md", "README.md")
+    assert code_of("publish", ["demo", "--allow-modified", "--allow-stale"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "publication.json" in error
+    assert not Path("recipes/demo").exists()
 
 
 # ---- what verify makes of damage ----------------------------------------------------------------------
 
 
 def broken(run: Run) -> dict[str, str]:
-    return {link.name: link.detail for link in links(open_subject(run.directory), None, None) if link.state == BROKEN}
+    return {link.name: link.detail for link in links(open_recipe(run.directory), None, None) if link.state == BROKEN}
 
 
 def array(descr: str, shape: tuple[int, ...], data: bytes) -> bytes:

@@ -1,13 +1,13 @@
-"""Level *resolvable*: is the code that a recipe names the code that ran, and do its commands mean anything?
+"""Level *resolvable*: the code and the commands that the records name.
 
-A commit that this history does not have is no failure: it may lie beyond a shallow clone, or have been squashed or
-rebased. The hash of the source identifies the code then.
+A commit that this history does not have is not a finding: the clone may be shallow, the commit squashed or rebased. The
+hash of the source identifies the code then.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,29 +15,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import recipe.provenance
 from recipe.config.identity import flatten
 from recipe.config.schema import schema_keys
 from recipe.document.facts import Facts, source_changed
 from recipe.errors import UserError
-from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, source_sha256
+from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, sha256_of_sources, source_sha256
 from recipe.records import Provenance
-from recipe.review.findings import Finding, Kind, Level, listed, shortened
-from recipe.run import CHECKOUT, Run
+from recipe.review.findings import Finding, Kind, Level, first_few, shorten
+from recipe.run import Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
-MODULES = ("recipe.notebook",)
-RULE = "recipe/provenance.py"
-PROJECT, REPRODUCE = ["-m", "recipe", "project"], ["-m", "recipe", "reproduce"]
+MODULES = ("recipe.demonstration",)
+REPRODUCE = ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
 
 
 def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
     """(file of the record, provenance) of every stage that ran."""
-    for name in ("preprocessing", "training", "evaluation", "serialization", "inference", "projection"):
+    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
         record = getattr(facts, name)
         if record is not None:
             yield f"records/{name}.json", record.provenance
@@ -49,31 +49,27 @@ def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
 
 
 def code_findings(facts: Facts, run: Run) -> list[Finding]:
-    """For every stage: one code from start to end, known by a commit, a patch or at least its hash."""
-    found: list[Finding] = []
-    for place, provenance in stages(facts):
-        found += stage_code(f"{place}, provenance", provenance, run)
-    return list(dict.fromkeys(found))
-
-
-def stage_code(place: str, provenance: Provenance, run: Run) -> list[Finding]:
-    found = []
-    if source_changed(provenance):
-        what = "the source changed during the stage, so that nobody knows which code gave its result"
-        found.append(Finding(Level.resolvable, place, what, "run the stage again and leave the code alone meanwhile"))
-    if not SHA256.fullmatch(provenance.source_sha256):
-        what = f"source_sha256 {shortened(provenance.source_sha256)} is no SHA-256, so that the code is not identified"
-        found.append(Finding(Level.well_formed, place, what, "run the stage again"))
-    patch = provenance.tree_at_start.patch_sha256
-    return found + (patch_findings(patch, run) if patch else commit_findings(place, provenance))
+    """For every stage: the same code from start to end, identified by a commit, a patch or at least its hash."""
+    findings: list[Finding] = []
+    for record, provenance in stages(facts):
+        place, source = f"{record}, provenance", provenance.source_sha256
+        if source_changed(provenance):
+            what = "the source changed during the stage, so that the code of its result is not known"
+            findings.append(Finding(Level.resolvable, place, what, "run the stage again; do not edit code meanwhile"))
+        if not SHA256.fullmatch(source):
+            what = f"source_sha256 {shorten(source)} is not a SHA-256, so that the code is not identified"
+            findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
+        patch = provenance.tree_at_start.patch_sha256
+        findings += patch_findings(patch, run) if patch else commit_findings(place, provenance)
+    return list(dict.fromkeys(findings))
 
 
 def patch_findings(patch: str, run: Run) -> list[Finding]:
-    """A modified tree is its commit and its patch: the patch has to be there, whole."""
+    """The patch of a modified tree is there with its hash."""
     name = f"records/patches/{patch[:16]}.patch"
     mend = "take the file from where the run was made; without it the code of this stage is lost"
     if not SHA256.fullmatch(patch):
-        return [Finding(Level.well_formed, name, f"{shortened(patch)} is no SHA-256", mend)]
+        return [Finding(Level.well_formed, name, f"{shorten(patch)} is not a SHA-256", mend)]
     path = run.directory / name
     if not path.exists():
         return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
@@ -93,7 +89,7 @@ def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
         what = f"no commit was recorded; the code is identified by its source SHA-256 {recorded[:16]} alone"
         return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
     if not SHA1.fullmatch(commit) and not SHA256.fullmatch(commit):
-        what = f"{shortened(commit)} is no commit's name"
+        what = f"{shorten(commit)} is not the name of a commit"
         return [Finding(Level.well_formed, place, what, "run the stage again in a git checkout")]
     if recorded == source_sha256_here():
         return []
@@ -118,36 +114,27 @@ def source_sha256_here() -> str:
 
 @cache
 def source_sha256_at(commit: str) -> str | None:
-    """The source hash of a commit, from git alone; None where git cannot tell."""
+    """The source hash of a commit, from git's objects; None where git or another rule of what is source forbids it.
+
+    The objects are read directly: `git archive` and `git checkout` would obey the attributes of the commit, which can
+    leave files out, change their bytes and start filters.
+    """
     try:
         files = committed_files(commit)
-        rule = contents([files[RULE].object_id])[0] if RULE in files else b""
-        if listing_rule(rule) != listing_rule((CHECKOUT / RULE).read_bytes()):
-            return None
-        names = sorted((name for name in files if is_source(name)), key=lambda name: Path(name).parts)
-        sources = contents([files[name].object_id for name in names])
+        names = sorted(filter(is_source, files), key=lambda name: Path(name).parts)
+        sources = contents(files[name] for name in names)
     except NoCommitError:
         return None
-    digest = hashlib.sha256()
-    for name, content in zip(names, sources, strict=True):
-        digest.update(os.fsencode(f"{name} {hashlib.sha256(content).hexdigest()}\n"))
-    return digest.hexdigest()
-
-
-def listing_rule(source: bytes) -> bytes | None:
-    """The line of provenance.py that says what counts as source: another rule gives another hash of the same code."""
-    found = re.search(rb"^SOURCES = .*$", source, re.MULTILINE)
-    return found[0] if found else None
+    rule = re.search(r"^SOURCES = .*$", inspect.getsource(recipe.provenance), re.MULTILINE)
+    if rule is None or not any(rule[0].encode() in source for source in sources):
+        return None
+    return sha256_of_sources(zip(names, sources, strict=True))
 
 
 def is_source(name: str) -> bool:
-    return any(re.fullmatch(as_expression(pattern), name) for pattern in SOURCES)
-
-
-@cache
-def as_expression(pattern: str) -> str:
-    """A glob of `pathlib` as a regular expression."""
-    return re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+    """Whether one of the globs of `SOURCES` matches."""
+    patterns = (re.escape(glob).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*") for glob in SOURCES)
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 # What its commands say
@@ -164,18 +151,18 @@ def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Findin
 
 
 def command_faults(command: str, keys: set[str]) -> list[str]:
-    """What keeps a command from being typed."""
+    """Why a command cannot be typed."""
     try:
         words = shlex.split(command)
     except ValueError as error:
-        return [f"{shortened(command)!r} is no shell command: {error}"]
+        return [f"{shorten(command)!r} is not a shell command: {error}"]
     if SHELL.search(unquoted(command)):
-        return [f"{shortened(command)!r} does more than start one program"]
+        return [f"{shorten(command)!r} does more than start one program"]
     given = arguments_of(words)
     if given is None:
-        return [f"{shortened(command)!r} starts none of {', '.join(SCRIPTS + MODULES)}"]
+        return [f"{shorten(command)!r} starts none of {', '.join(SCRIPTS + MODULES)}"]
     unknown = [word for word in given if not is_known(word, keys)]
-    return [f"{shortened(command)!r} names what no configuration knows: {listed(unknown)}"] if unknown else []
+    return [f"{shorten(command)!r} names what no configuration knows: {first_few(unknown)}"] if unknown else []
 
 
 def unquoted(command: str) -> str:
@@ -185,7 +172,7 @@ def unquoted(command: str) -> str:
 
 
 def arguments_of(words: list[str]) -> list[str] | None:
-    """The words behind the script or module; None where another program is started."""
+    """The words after the script or module; None where another program is started."""
     if not words or words[0] not in ("python", "torchrun"):
         return None
     at = 1
@@ -193,8 +180,6 @@ def arguments_of(words: list[str]) -> list[str] | None:
         at += 1
     if words[at : at + 1] == ["-m"] and words[at + 1 : at + 2] and words[at + 1] in MODULES:
         return words[at + 2 :]
-    if words[at : at + len(PROJECT)] == PROJECT:  # its files and numbers are flags; its settings are as for train.py
-        return [word for word in words[at + len(PROJECT) :] if OVERRIDE.match(word) and "=" in word]
     if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags; it sets nothing
         return []
     return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None

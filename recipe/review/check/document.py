@@ -1,11 +1,10 @@
-"""Level *resolvable*: is the document what the records give, and is everything there that it names?"""
+"""Level *resolvable*: the document beside the records, and the files that it names."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,134 +16,185 @@ from recipe.document.claims import as_json, identity
 from recipe.document.facts import Facts
 from recipe.document.render import generated_blocks
 from recipe.errors import UserError
-from recipe.files import WEIGHTS_BYTES_MAX, is_inside, opened
 from recipe.records import Record
-from recipe.review.check.code import source_sha256_here, stages
+from recipe.review.check.code import command_findings, source_sha256_here, stages
 from recipe.review.check.page import Page
-from recipe.review.findings import Finding, Kind, Level, listed, shortened
+from recipe.review.check.records import config_findings
+from recipe.review.findings import Finding, Kind, Level, first_few, shorten
+from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty
+from recipe.review.outputs import file_fault, path_inside
 from recipe.run import Run
 
 PNG = b"\x89PNG\r\n\x1a\n"
-LEFT_BEHIND = ("checkpoints", "tensorboard", "onnx/", "predictions/", "inference.ipynb")  # of a published recipe
+NOT_PUBLISHED = ("checkpoints", "tensorboard", "onnx/", "predictions/", "inference.ipynb")
 RECORD_OF_CLAIM = {
     "data": "preprocessing",
     "training": "training",
     "evaluation": "evaluation",
     "serialization": "serialization",
 }
-RENDER = "run a stage of this run again: it writes the document anew from the records"
+RECORD_NAMES = (
+    "preprocessing",
+    "training",
+    "evaluation",
+    "serialization",
+    "inference",
+    "fingerprint",
+    "energy",
+)
+RENDER = "run a stage of this run again: it writes the document from the records"
 RESTORE = "take the file from version control, or run its stage again"
 
 
-# Claims and records
+def document_findings(page: Page, recipe: OpenedRecipe, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
+    """The JSON block, recipe.json, the generated blocks and the links, against the records where they are there.
+
+    `unreadable` holds the records that were already reported.
+    """
+    block, findings = recipe.block, list[Finding]()
+    if block is None:
+        what = "the document holds no readable ```json block of a known format, so that no program can run it again"
+        mend = "delete the block `recipe` with its markers and run a stage again: it is written again"
+        findings.append(Finding(Level.well_formed, f"{page.name}, JSON block", what, mend))
+    else:
+        findings += json_block_findings(page.name, block, recipe.run, facts, unreadable)
+    if facts is None:
+        return findings
+    config = block.get("config") if block else None
+    findings += command_findings(facts, config if isinstance(config, dict) else None)
+    if not page.damage and not unreadable:
+        findings += generated_block_findings(page, facts)
+    assert recipe.document_path is not None, "there is a page"
+    return findings + link_findings(page, recipe.document_path.parent)
 
 
-def claim_findings(name: str, block: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
-    """Every claim of the JSON block that the records do not give."""
+def edit_findings(page: Page) -> list[Finding]:
+    """Generated blocks whose content is not what their marker says."""
+    what = "this generated block was edited by hand"
+    mend = "put your words outside the markers; delete the block with its markers and run a stage again to restore it"
+    return [Finding(Level.well_formed, page.place(block_id), what, mend) for block_id in page.edited]
+
+
+# The JSON block
+
+
+def json_block_findings(
+    name: str, block: dict[str, Any], run: Run | None, facts: Facts | None, unreadable: set[str]
+) -> list[Finding]:
+    """The block against its own hashes, config.yaml, the records and recipe.json."""
+    try:
+        wrong = contradictions(block)
+    except (ValueError, TypeError):
+        what = "it holds numbers that are not finite"
+        return [Finding(Level.well_formed, f"{name}, JSON block, config", what, RENDER)]
+    findings = [Finding(Level.resolvable, f"{name}, JSON block", what, RENDER) for what in wrong]
+    if facts is None or run is None:
+        return findings
+    config = block.get("config")
+    if isinstance(config, dict):
+        findings += config_findings(name, config, facts)
+    return findings + claim_differences(name, block, facts, unreadable) + recipe_json_findings(run, block, facts)
+
+
+def claim_differences(name: str, block: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
+    """Claims of the JSON block that the records do not give, and records that it does not mention."""
     expected = json.loads(as_json(identity(facts)))
-    found = missing_records(name, claims_of(block), facts, unreadable)
-    ours, theirs = flatten(without_orphans(block, facts)), flatten(without_orphans(expected, facts))
+    claims, findings = dict_or_empty(block.get("claims")), []
+    for claim, record in RECORD_OF_CLAIM.items():
+        place = f"records/{record}.json"
+        if claims.get(claim) is not None and getattr(facts, record) is None and place not in unreadable:
+            what = f"{name} rests its claims on it, and it is not there"
+            findings.append(Finding(Level.resolvable, place, what, RESTORE))
+    ours, theirs = flatten(with_records(block, facts)), flatten(with_records(expected, facts))
     is_same_code = written_by(facts) == source_sha256_here()
     for key in [*ours, *(key for key in theirs if key not in ours and is_same_code)]:
-        said, given = (values.get(key, "nothing") for values in (ours, theirs))
-        if said != given and not key.startswith("config") and key != "recipe_id":
-            what = f"it says {shortened(said)}, the records give {shortened(given)}"
-            found.append(Finding(Level.resolvable, f"{name}, JSON block, {key}", what, RENDER))
-    return found + unclaimed(name, block, expected)
+        claimed, given = (values.get(key, "nothing") for values in (ours, theirs))
+        if claimed != given and not key.startswith("config") and key != "recipe_id":
+            what = f"it says {shorten(claimed)}, the records give {shorten(given)}"
+            findings.append(Finding(Level.resolvable, f"{name}, JSON block, {key}", what, RENDER))
+    for claim, value in dict_or_empty(expected.get("claims")).items():
+        if value is not None and claims.get(claim) is None:
+            place = f"{name}, JSON block, claims.{claim}"
+            findings.append(Finding(Level.resolvable, place, "it says nothing, a record is there", RENDER))
+    return findings
 
 
-def unclaimed(name: str, block: dict[str, Any], expected: dict[str, Any]) -> list[Finding]:
-    """Stages that left a record of which the block says nothing at all."""
-    claims = claims_of(block)
-    return [
-        Finding(Level.resolvable, f"{name}, JSON block, claims.{claim}", "it says nothing, a record is there", RENDER)
-        for claim, value in claims_of(expected).items()
-        if value is not None and claims.get(claim) is None
-    ]
-
-
-def claims_of(block: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The claims of a JSON block; none where it holds no such object."""
-    claims = block.get("claims") if block else None
-    return claims if isinstance(claims, dict) else {}
-
-
-def missing_records(name: str, claims: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
-    """Claims that rest on a record which is not there; one that cannot be read was reported already."""
-    gone = [
-        f"records/{record}.json"
-        for claim, record in RECORD_OF_CLAIM.items()
-        if claims.get(claim) is not None and getattr(facts, record) is None
-    ]
-    return [
-        Finding(Level.resolvable, place, f"{name} rests its claims on it, and it is not there", RESTORE)
-        for place in gone
-        if place not in unreadable
-    ]
-
-
-def without_orphans(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
-    """The block without what comes from records that are not there."""
-    kept = {
+def with_records(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """The block without the claims whose records are not there."""
+    claims = {
         claim: value
-        for claim, value in claims_of(block).items()
+        for claim, value in dict_or_empty(block.get("claims")).items()
         if claim not in RECORD_OF_CLAIM or getattr(facts, RECORD_OF_CLAIM[claim]) is not None
     }
     of_training = ("code", "circumstances") if facts.training is None else ()
     of_fingerprint = ("fingerprint",) if facts.fingerprint is None else ()
-    rest = {key: value for key, value in block.items() if key not in ("claims", *of_training, *of_fingerprint)}
-    return {**rest, "claims": kept}
+    rest = {key: value for key, value in block.items() if key not in (*of_training, *of_fingerprint)}
+    return rest | {"claims": claims}
 
 
-# Blocks and records
+def recipe_json_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding]:
+    """What recipe.json says otherwise than the document and the records."""
+    if not os.path.lexists(run.twin):
+        return []
+    try:
+        values = json.loads(run.content(run.twin))
+        if not isinstance(values, dict):
+            raise UserError("it is not a JSON object")
+    except (UserError, ValueError, RecursionError) as error:
+        return [Finding(Level.well_formed, run.twin.name, f"it cannot be read: {error}", RENDER)]
+    changed = [key for key in block if values.get(key) != block[key]]
+    for name, value in dict_or_empty(values.get("records")).items():
+        record = getattr(facts, name, None) if name in RECORD_NAMES else None
+        if record is not None and not is_same_record(value, record):
+            changed.append(f"records.{name}")
+    if not changed:
+        return []
+    what = f"it differs from the document or the records in {first_few(changed)}"
+    return [Finding(Level.resolvable, run.twin.name, what, RENDER)]
 
 
-def block_findings(page: Page, facts: Facts) -> list[Finding]:
-    """Blocks that are whole, but not what the records give.
+def is_same_record(value: Any, record: Record) -> bool:
+    """Compared as records, so that a field that an older version did not write has its default in both."""
+    try:
+        return msgspec.convert(value, type(record)) == record
+    except msgspec.ValidationError:
+        return False
 
-    Another version of the template gives other words from equal records, so that a difference means something only
-    where this checkout is the code that wrote the document.
+
+# Generated blocks
+
+
+def generated_block_findings(page: Page, facts: Facts) -> list[Finding]:
+    """Blocks that were not edited, but are not what the records give.
+
+    Another version of the template gives other words from equal records, so that a difference is a finding only where
+    this checkout is the code that wrote the document.
     """
-    differing = differing_blocks(page, facts)
-    if not differing:
-        return []
-    if written_by(facts) != source_sha256_here():
-        what = f"this checkout would write {listed(list(differing))} in other words than the code that wrote them"
-        return [Finding(Level.resolvable, page.name, what, "check with the code of the recipe", Kind.cannot_tell)]
-    return [
-        Finding(Level.resolvable, page.place(block_id), f"it is not what the records give: {changed}", RENDER)
-        for block_id, changed in differing.items()
-    ]
-
-
-def orphaned_projection(page: Page, facts: Facts) -> list[Finding]:
-    """The one block that not every document has must have its record."""
-    if "projection" not in page.blocks or facts.projection is not None:
-        return []
-    what = "the document projects, and records/projection.json is not there"
-    return [Finding(Level.resolvable, page.place("projection"), what, RESTORE)]
-
-
-def differing_blocks(page: Page, facts: Facts) -> dict[str, str]:
-    """Block id -> its first changed lines."""
-    return {
+    changed = {
         block_id: first_change(page.blocks[block_id].content, content)
         for block_id, content in generated_blocks(facts).items()
         if block_id in page.blocks
         and block_id not in page.edited
         and page.blocks[block_id].content.replace("\r\n", "\n") != content
     }
+    if changed and written_by(facts) != source_sha256_here():
+        what = f"this checkout would write {first_few(list(changed))} in other words than the code that wrote them"
+        return [Finding(Level.resolvable, page.name, what, "check with the code of the recipe", Kind.cannot_tell)]
+    return [
+        Finding(Level.resolvable, page.place(block_id), f"it is not what the records give: {lines}", RENDER)
+        for block_id, lines in changed.items()
+    ]
 
 
 def first_change(found: str, generated: str) -> str:
-    """One line that went and one that would come."""
+    """The first removed and the first added line."""
     lines = difference(found, generated).split("\n")[2:]
-    signs = [next((line for line in lines if line.startswith(sign)), "") for sign in "-+"]
-    return "; ".join(shortened(line, 160) for line in signs if line)
+    first = [next((line for line in lines if line.startswith(sign)), "") for sign in "-+"]
+    return "; ".join(shorten(line, 160) for line in first if line)
 
 
 def written_by(facts: Facts) -> str | None:
-    """The source hash of the code that ran the newest stage, and wrote the document behind it."""
+    """The source hash of the code that ran the newest stage, which wrote the document after it."""
     ran = [provenance for _, provenance in stages(facts)]
     return max(ran, key=lambda one: one.started).source_sha256_at_end if ran else None
 
@@ -153,137 +203,59 @@ def written_by(facts: Facts) -> str | None:
 
 
 def link_findings(page: Page, folder: Path) -> list[Finding]:
-    """Linked files that are not there, or are no pictures."""
+    """Linked files that are not there, and pictures that are not PNG."""
     absent: list[str] = []
-    found = []
+    findings = []
     for target, line in dict(reversed(page.links)).items():
-        path = folder / target.partition("#")[0]
-        if not target.startswith("/") and is_there(path):
-            found += picture_findings(page, path, target, line)
-        elif target.startswith(LEFT_BEHIND):
-            absent.append(target)
-        else:
-            what = f"it links {shortened(target)}, which is not there"
-            found.append(Finding(Level.resolvable, f"{page.name}, line {line}", what, RESTORE))
-    return found + not_here(page.name, absent)
+        path, where = folder / target.partition("#")[0], f"line {line}"
+        if target.startswith("/") or not os.path.exists(path):
+            if target.startswith(NOT_PUBLISHED):
+                absent.append(target)
+            else:
+                what = f"it links {shorten(target)}, which is not there"
+                findings.append(Finding(Level.resolvable, f"{page.name}, {where}", what, RESTORE))
+        elif path.suffix == ".png" and path.is_file():
+            with path.open("rb") as handle:
+                is_png = handle.read(len(PNG)) == PNG
+            if not is_png:
+                what = f"{where} of {page.name} shows it; it is not a PNG"
+                findings.append(Finding(Level.well_formed, shorten(target), what, RESTORE))
+    return findings + absent_files(page.name, absent)
 
 
-def picture_findings(page: Page, path: Path, target: str, line: int) -> list[Finding]:
-    if path.suffix != ".png" or not path.is_file():
-        return []
-    with path.open("rb") as handle:
-        if handle.read(len(PNG)) == PNG:
-            return []
-    return [
-        Finding(Level.well_formed, shortened(target), f"line {line} of {page.name} shows it; it is no PNG", RESTORE)
-    ]
-
-
-def not_here(place: str, names: list[str]) -> list[Finding]:
+def absent_files(place: str, names: list[str]) -> list[Finding]:
     if not names:
         return []
-    what = f"not in this folder, so that nobody can look: {listed(sorted(set(names)))}"
+    what = f"not in this folder, and not checked: {first_few(sorted(set(names)))}"
     return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
 
 
 def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
-    """Recorded files whose SHA-256 is another; exported models, which are large, only where it is asked for."""
-    found, absent = [], []
-    for record, name, recorded in recorded_outputs(facts):
+    """Recorded files whose SHA-256 is another; exported models, which are large, at the level *executed* only."""
+    findings, absent = [], []
+    for record, name, digest in recorded_outputs(facts):
         if name.startswith("onnx/") != (level is Level.executed):
             continue
-        path = inside(run.directory, name)
+        path = path_inside(run.directory, name)
         if path is None:
-            what = f"it names {shortened(name)}, which is not a file of the recipe"
-            found.append(Finding(Level.well_formed, f"records/{record}, outputs", what, RESTORE))
-        elif not is_there(path):
+            what = f"it names {shorten(name)}, which is not a file of the recipe"
+            findings.append(Finding(Level.well_formed, f"records/{record}, outputs", what, RESTORE))
+        elif not os.path.exists(path):
             absent.append(name)
-        elif other := difference_of(path, {recorded}, f"in records/{record}"):
-            found.append(Finding(level, name, other, RESTORE))
-    return found + not_here("recorded outputs", absent)
+        elif fault := file_fault(path, {digest}, f"in records/{record}"):
+            findings.append(Finding(level, name, fault, RESTORE))
+    return findings + absent_files("recorded outputs", absent)
 
 
 def recorded_outputs(facts: Facts) -> Iterator[tuple[str, str, str]]:
     """(record, file, SHA-256) of every output that is a file of the recipe."""
-    named = {
+    records = {
         "evaluation.json": facts.evaluation,
         "serialization.json": facts.serialization,
         "inference.json": facts.inference,
         **{f"evaluations/{other.protocol.name}.json": other for other in facts.other_evaluations},
     }
-    for name, record in named.items():
-        for file, recorded in (record.outputs if record is not None else {}).items():
+    for name, record in records.items():
+        for file, digest in (record.outputs if record is not None else {}).items():
             if "/" in file:
-                yield name, file, recorded
-
-
-def inside(folder: Path, name: str) -> Path | None:
-    """The file of this name, None where it would lie elsewhere: a record may come from a stranger."""
-    path = folder / name
-    return path if not os.path.isabs(name) and is_inside(path, folder) else None
-
-
-def is_there(path: Path) -> bool:
-    """Whether anything has this name; a name that no file can have names nothing."""
-    return os.path.exists(path)
-
-
-def difference_of(path: Path, hashes: Container[str], where: str) -> str | None:
-    """What keeps a file from being one with these hashes; None where it is."""
-    try:
-        with opened(path, "it", WEIGHTS_BYTES_MAX) as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-    except UserError as error:
-        return str(error)
-    return None if found in hashes else f"its SHA-256 is not the one {where}"
-
-
-# The twin
-
-
-def twin_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding]:
-    """recipe.json says the same as the document and the records."""
-    if not os.path.lexists(run.twin):
-        return []
-    place = run.twin.name
-    try:
-        twin = read_twin(run)
-    except (UserError, ValueError, RecursionError) as error:
-        return [Finding(Level.well_formed, place, f"it cannot be read: {error}", RENDER)]
-    wrong = [key for key in block if twin.get(key) != block[key]]
-    recorded = twin.get("records")
-    for name, value in (recorded if isinstance(recorded, dict) else {}).items():
-        record = getattr(facts, name, None) if name in RECORD_NAMES else None
-        if record is not None and not is_same_record(value, record):
-            wrong.append(f"records.{name}")
-    if not wrong:
-        return []
-    what = f"it differs from the document or the records in {listed(wrong)}"
-    return [Finding(Level.resolvable, place, what, RENDER)]
-
-
-RECORD_NAMES = (
-    "preprocessing",
-    "training",
-    "evaluation",
-    "serialization",
-    "inference",
-    "fingerprint",
-    "projection",
-    "energy",
-)
-
-
-def is_same_record(value: Any, record: Record) -> bool:
-    """Read as the record was, so that a field which an older version did not write has its default in both."""
-    try:
-        return msgspec.convert(value, type(record)) == record
-    except msgspec.ValidationError:
-        return False
-
-
-def read_twin(run: Run) -> dict[str, Any]:
-    twin = json.loads(run.content(run.twin))
-    if not isinstance(twin, dict):
-        raise UserError("it is no JSON object")
-    return twin
+                yield name, file, digest

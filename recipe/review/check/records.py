@@ -1,7 +1,4 @@
-"""Level *resolvable*: do the records agree with themselves and with each other?
-
-Integers have to add up, since each was counted from the same images; nothing here needs a tolerance.
-"""
+"""Level *resolvable*: the records beside each other. Integers add up exactly: each counts the same images."""
 
 from __future__ import annotations
 
@@ -12,22 +9,16 @@ from itertools import islice, pairwise
 from typing import Any
 
 from recipe.config.identity import config_sha256, differences, flatten, recipe_id
-from recipe.document.arithmetic import projected_again
 from recipe.document.facts import STALE, Facts, sections
 from recipe.metrics import Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.check.code import SHA256
-from recipe.review.findings import Finding, Level, listed
+from recipe.review.check.presence import HEADINGS
+from recipe.review.findings import Finding, Level, first_few
 
 RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
-MOST_ROWS = 1_000_000  # looked for: a record from a stranger may promise any number
-SECTIONS = {
-    "raw_data": "Data / Raw data",
-    "processing_methods": "Data / Processing methods",
-    "optimization_methods": "Training / Optimization methods",
-    "dynamics": "Training / Dynamics",
-    "outputs": "Training / Outputs",
-    "performance_metrics": "Training / Performance metrics",
+MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
+SECTIONS = HEADINGS | {
     "inference_code": "Inference / Code",
     "timing_information": "Inference / Timing information",
     "serialization": "Inference / Serialization",
@@ -40,29 +31,26 @@ class Sum:
 
     record: str
     name: str
-    found: float
+    value: float
     other: str
     expected: float
-    is_bound: bool = False  # `found` may be at most `expected`
+    is_bound: bool = False  # `value` may be at most `expected`
 
     @property
     def holds(self) -> bool:
-        return self.found <= self.expected if self.is_bound else self.found == self.expected
+        return self.value <= self.expected if self.is_bound else self.value == self.expected
 
     def finding(self) -> Finding:
         relation = "more than" if self.is_bound else "but"
-        return Finding(
-            Level.resolvable,
-            f"records/{self.record}.json, {self.name}",
-            f"it is {self.found:,}, {relation} {self.other}: {self.expected:,}",
-            "take the record from version control, or run its stage again",
-        )
+        what = f"it is {self.value:,}, {relation} {self.other}: {self.expected:,}"
+        mend = "take the record from version control, or run its stage again"
+        return Finding(Level.resolvable, f"records/{self.record}.json, {self.name}", what, mend)
 
 
 def record_findings(facts: Facts) -> list[Finding]:
-    """Sums that do not add up, hashes that are none, sections that are stale."""
+    """Sums that do not add up, texts that are not hashes, stale sections, lost rows, other weights."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + later_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + energy_findings(facts)
 
 
 def sums(facts: Facts) -> Iterator[Sum]:
@@ -71,10 +59,10 @@ def sums(facts: Facts) -> Iterator[Sum]:
         yield from data_sums(facts.preprocessing)
     if facts.training:
         yield from training_sums(facts.training, facts.config)
-    for at, evaluation in enumerate(evaluations := [facts.evaluation, *facts.other_evaluations]):
-        if evaluation:
-            name = "evaluation" if at == 0 else f"evaluations/{evaluations[at].protocol.name}"  # type: ignore[union-attr]
-            yield from evaluation_sums(name, evaluation, facts.preprocessing)
+    if facts.evaluation:
+        yield from evaluation_sums("evaluation", facts.evaluation, facts.preprocessing)
+    for evaluation in facts.other_evaluations:
+        yield from evaluation_sums(f"evaluations/{evaluation.protocol.name}", evaluation, facts.preprocessing)
     if facts.serialization:
         yield from serialization_sums(facts.serialization, facts.evaluation)
     for timing in facts.timing:
@@ -88,9 +76,7 @@ def data_sums(record: PreprocessingRecord) -> Iterator[Sum]:
         yield Sum("preprocessing", field, split.images, classes, split.classes * split.images_per_class_max, True)
         least = split.classes * split.images_per_class_min
         yield Sum("preprocessing", f"splits.{name}.images_per_class_min", least, field, split.images, True)
-        yield Sum(
-            "preprocessing", f"splits.{name}.classes", split.classes, "class_count", record.class_count, is_bound=True
-        )
+        yield Sum("preprocessing", f"splits.{name}.classes", split.classes, "class_count", record.class_count, True)
 
 
 def training_sums(record: TrainingRecord, config: dict[str, Any] | None) -> Iterator[Sum]:
@@ -104,13 +90,13 @@ def training_sums(record: TrainingRecord, config: dict[str, Any] | None) -> Iter
     batches = f"{schedule.steps:,} steps of {loader.global_batch_size:,} images"
     yield Sum(here, "images_seen", record.images_seen, batches, images)
     values = flatten(config or {})
-    for key, field, found in (
+    for key, field, recorded in (
         ("optimization.epochs", "epochs", epochs),
         ("optimization.batch_size", "loader.global_batch_size", loader.global_batch_size),
         ("seed", "seed", record.seed),
     ):
         if isinstance(values.get(key), int):
-            yield Sum(here, field, found, f"{key} of config.yaml", values[key])
+            yield Sum(here, field, recorded, f"{key} of config.yaml", values[key])
 
 
 def evaluation_sums(here: str, record: EvaluationRecord, data: PreprocessingRecord | None) -> Iterator[Sum]:
@@ -154,45 +140,41 @@ def timing_sums(record: TimingRecord) -> Iterator[Sum]:
 
 
 def hash_findings(facts: Facts) -> list[Finding]:
-    """Inputs and outputs whose hash is no SHA-256, and identities that are not those of the configuration."""
-    found = []
+    """Hashes of inputs and outputs that are not SHA-256, and a recipe_id of another configuration."""
+    findings = []
     for name in RECORDS:
         record = getattr(facts, name)
         hashes = {**record.inputs, **record.outputs} if record is not None else {}
         wrong = [key for key, value in hashes.items() if not SHA256.fullmatch(value)]
         if wrong:
             place = f"records/{name}.json, inputs and outputs"
-            what = f"no SHA-256 in {listed(wrong)}"
-            found.append(Finding(Level.well_formed, place, what, "run the stage again"))
+            what = f"no SHA-256 in {first_few(wrong)}"
+            findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
     if facts.training and facts.config and facts.training.recipe_id != recipe_id(facts.config):
         what = f"it is {facts.training.recipe_id[:16]}, that of config.yaml is {recipe_id(facts.config)[:16]}"
-        found.append(Finding(Level.resolvable, "records/training.json, recipe_id", what, MEND_CONFIG))
-    return found
+        findings.append(Finding(Level.resolvable, "records/training.json, recipe_id", what, MEND_CONFIG))
+    return findings
 
 
 MEND_CONFIG = "put config.yaml back as training pinned it: change nothing in it, train another run instead"
 
 
 def stale_findings(facts: Facts) -> list[Finding]:
-    """Sections made from something that is no longer there; one finding for a reason, with every section it hits."""
+    """Stale sections: one finding for each reason, with all of its sections."""
     reasons: dict[str, list[str]] = {}
     for name, section in sections(facts).items():
         if section.state == STALE:
             for reason in section.reasons:
                 reasons.setdefault(reason, []).append(SECTIONS.get(name, name))
-    return [
-        Finding(
-            Level.resolvable,
-            "section " + "; ".join(names),
-            f"stale: {reason}",
-            MEND_CONFIG if "config.yaml" in reason else "run the stages of these sections again",
-        )
-        for reason, names in reasons.items()
-    ]
+    findings = []
+    for reason, names in reasons.items():
+        mend = MEND_CONFIG if "config.yaml" in reason else "run the stages of these sections again"
+        findings.append(Finding(Level.resolvable, "section " + "; ".join(names), f"stale: {reason}", mend))
+    return findings
 
 
 def final_findings(facts: Facts) -> list[Finding]:
-    """Every row is there, and the training record's last numbers are those of the last ones."""
+    """Rows that are missing from metrics.jsonl, and last numbers of the training record that are not the last row's."""
     if facts.training is None:
         return []
     found = []
@@ -227,23 +209,19 @@ def promised(facts: Facts) -> Iterator[Place]:
     return islice(planned, MOST_ROWS)
 
 
-def later_findings(facts: Facts) -> list[Finding]:
-    """A projection is what its factors give, to the last digit; an energy was spent on the weights that are here."""
-    found = []
-    if facts.projection is not None and facts.projection.rows != projected_again(facts.projection):
-        what, mend = "its factors do not give its rows", "run `python -m recipe project` again"
-        found.append(Finding(Level.resolvable, "records/projection.json, rows", what, mend))
-    if facts.energy is not None and facts.training is not None:
-        spent, trained = (record.get("weights") for record in (facts.energy.inputs, facts.training.outputs))
-        if spent != trained:
-            what = "it was spent on other weights than training left"
-            found.append(Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again"))
-    return found
+def energy_findings(facts: Facts) -> list[Finding]:
+    """The recorded energy belongs to the weights that training left."""
+    if facts.energy is None or facts.training is None:
+        return []
+    if facts.energy.inputs.get("weights") == facts.training.outputs.get("weights"):
+        return []
+    what = "it was spent on other weights than training left"
+    return [Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again")]
 
 
 def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:
     """The document's configuration is that of config.yaml."""
     if facts.config is None or config_sha256(facts.config) == config_sha256(config):
         return []
-    changed = listed(differences(config, facts.config))
+    changed = first_few(differences(config, facts.config))
     return [Finding(Level.resolvable, "config.yaml", f"it is not the configuration of {name}: {changed}", MEND_CONFIG)]

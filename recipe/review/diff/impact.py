@@ -1,9 +1,8 @@
-"""What each setting can do to a result: the order in which `diff` shows differences, and the settings that are inert.
+"""The likely impact of each setting on a result: the order of the differences in `diff`, and the inert settings.
 
-The order within the first group is how often each was the answer to "why is mine different?": the learning rate and
-its relatives first, what batch norm sees next (no configuration shows it), then augmentation, data, network,
-arithmetic and protocol. A key that is not in the table belongs to the first group: it can matter until it is known
-not to.
+The order in the first group is by how often a setting answered "why is mine different?": the learning rate and its
+relatives, the images of a batch norm, augmentation, data, network, arithmetic, protocol. A key that is in no table
+belongs to the first group: it can matter until it is known not to.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Values = Mapping[str, Any]  # flat: "optimization.epochs" -> 90
 
 
 class Group(IntEnum):
-    """How much a difference can explain."""
+    """The effect that a difference can have."""
 
     accuracy = 0
     last_digits = 1
@@ -78,14 +77,13 @@ INERT: list[tuple[str, Callable[[Values], bool]]] = [
 
 
 def group_of(key: str) -> Group:
-    """What a setting can explain."""
     if NOT_TRAINING.fullmatch(key) and key not in OF_RESULTS:
         return Group.cosmetic
     return Group.last_digits if LAST_DIGITS.fullmatch(key) else Group.accuracy
 
 
 def rank_of(key: str) -> int:
-    """The place of a key within its group; unknown ones come last."""
+    """The position of a key in its group; unknown keys come last."""
     return next((rank for rank, (_, keys) in enumerate(RANKS) if re.fullmatch(keys, key)), len(RANKS))
 
 
@@ -96,5 +94,5 @@ def theme_of(key: str) -> str:
 
 
 def is_inert(key: str, values: Values) -> bool:
-    """Whether a setting does nothing beside these values, such as a step's epochs under a cosine."""
+    """Whether a setting has no effect beside these values, such as a step's epochs under a cosine."""
     return any(re.fullmatch(keys, key) and rests(values) for keys, rests in INERT)

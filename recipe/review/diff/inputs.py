@@ -1,6 +1,6 @@
-"""One recipe of a comparison: its JSON block, or the same made from its records, and what follows from it.
+"""One of two recipes that `diff` compares: its JSON block, or the same made from its records.
 
-The block may come from a stranger: whatever is not of the expected type counts as absent.
+The block may come from anybody: a value of another type than expected counts as absent.
 """
 
 from __future__ import annotations
@@ -14,92 +14,77 @@ from recipe.config.identity import flatten
 from recipe.document.claims import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
-from recipe.review.findings import printable
-from recipe.review.opening import Subject
-from recipe.review.reading import Reader
+from recipe.review.findings import LINE_LENGTH_MAX, shorten
+from recipe.review.opening import OpenedRecipe, dict_or_empty
+from recipe.review.reading import RecordReader
 
-
-@dataclass(frozen=True)
-class Side:
-    """One recipe: its JSON block, or the same made from its records."""
-
-    name: str
-    block: dict[str, Any]
-    training: TrainingRecord | None  # where records are there
-
-    def claims(self, chapter: str) -> dict[str, Any]:
-        """What is claimed of a chapter; nothing where its stage has not run."""
-        return objects(objects(self.block.get("claims")).get(chapter))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return flatten(objects(self.block.get("config")))
-
-    @property
-    def epochs(self) -> dict[str, list[Any]]:
-        """Columns of the dynamics."""
-        return {
-            name: values for name, values in objects(self.claims("training").get("epochs")).items() if is_list(values)
-        }
-
-
-def objects(value: object) -> dict[str, Any]:
-    """A JSON object, or an empty one for anything else."""
-    return value if isinstance(value, dict) else {}
-
-
-def is_list(value: object) -> bool:
-    return isinstance(value, list)
-
-
-def side_of(subject: Subject) -> Side:
-    """The records where they are there, else the document's JSON block; raises `UserError` where there is neither."""
-    if subject.run is None:
-        return Side(subject.name, subject.claims(), None)
-    reader = Reader(subject.run)
-    facts = reader.facts()
-    if reader.findings:
-        found = reader.findings[0]
-        raise UserError(printable(f"{subject.name}, {found.place}: {found.what}"))
-    return Side(subject.name, json.loads(json.dumps(identity(facts))), facts.training)
-
-
-def is_number(value: Any) -> bool:
-    """A finite number of ordinary size."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
-
-
-LARGEST = 1e300
-
-
+LARGEST_FLOAT = 1e300
 Curve = list[tuple[float, float]]  # (share of training, learning rate), in order
 
 
-def curves_of(side: Side) -> list[Curve]:
-    """The learning rate over the share of training, the best source first; an empty one where there is none.
+@dataclass(frozen=True)
+class Comparable:
+    """A recipe's JSON block, and its training record where records are there."""
 
-    The schedule as the run evaluated it; the canary's rates; the rate at the end of each epoch.
-    """
-    training = side.training
-    points = training.schedule.points if training is not None else []
-    steps = max(training.schedule.steps - 1, 1) if training is not None else 1
-    evaluated = sorted((step / steps, rate) for step, rate in points)
-    sampled = numbers(objects(side.block.get("fingerprint")).get("learning_rates"))
-    ends = numbers(side.epochs.get("learning_rate"))
-    return [
-        evaluated if len(evaluated) > 1 else [],
-        [(at / (len(sampled) - 1), rate) for at, rate in enumerate(sampled)] if len(sampled) > 1 else [],
-        [((at + 1) / len(ends), rate) for at, rate in enumerate(ends)] if len(ends) > 1 else [],
-    ]
+    name: str
+    block: dict[str, Any]
+    training: TrainingRecord | None
+
+    @classmethod
+    def from_recipe(cls, recipe: OpenedRecipe) -> Comparable:
+        """By the records, else by the document's block; raises `UserError` where there is neither."""
+        if recipe.run is None:
+            return cls(recipe.name, recipe.required_block(), None)
+        reader = RecordReader(recipe.run)
+        facts = reader.facts()
+        for finding in reader.findings:
+            raise UserError(shorten(f"{recipe.name}, {finding.place}: {finding.what}", LINE_LENGTH_MAX))
+        return cls(recipe.name, json.loads(json.dumps(identity(facts))), facts.training)
+
+    def claims(self, chapter: str) -> dict[str, Any]:
+        """The claims of a chapter; empty where its stage has not run."""
+        return dict_or_empty(dict_or_empty(self.block.get("claims")).get(chapter))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration, flat."""
+        return flatten(dict_or_empty(self.block.get("config")))
+
+    @property
+    def epochs(self) -> dict[str, list[Any]]:
+        """The columns of the dynamics."""
+        columns = dict_or_empty(self.claims("training").get("epochs"))
+        return {name: values for name, values in columns.items() if isinstance(values, list)}
+
+    def learning_rates(self) -> list[Curve]:
+        """The learning rate over the share of training, the best source first; empty where a source is missing.
+
+        The sources: the schedule as the run evaluated it, the trace, the end of each epoch.
+        """
+        points, steps = [], 1
+        if self.training is not None:
+            points, steps = self.training.schedule.points, max(self.training.schedule.steps - 1, 1)
+        evaluated = sorted((step / steps, rate) for step, rate in points)
+        traced = numbers_or_empty(dict_or_empty(self.block.get("fingerprint")).get("learning_rates"))
+        ends = numbers_or_empty(self.epochs.get("learning_rate"))
+        return [
+            evaluated if len(evaluated) > 1 else [],
+            [(at / (len(traced) - 1), rate) for at, rate in enumerate(traced)] if len(traced) > 1 else [],
+            [((at + 1) / len(ends), rate) for at, rate in enumerate(ends)] if len(ends) > 1 else [],
+        ]
 
 
-def numbers(values: object) -> list[float]:
-    """A list of numbers; empty for anything else."""
-    return values if isinstance(values, list) and all(is_number(value) for value in values) else []
+def numbers_or_empty(values: object) -> list[float]:
+    return values if isinstance(values, list) and all(is_finite_number(value) for value in values) else []
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a number that can be computed with without overflow."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_FLOAT < value < LARGEST_FLOAT
 
 
 def value_at(curve: Curve, share: float) -> float:
-    """Read between the points."""
+    """The curve at a share of training, linear between its points."""
     for (left, low), (right, high) in pairwise(curve):
         if share <= right:
             within = (share - left) / (right - left) if right > left else 1.0

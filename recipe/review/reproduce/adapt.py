@@ -17,7 +17,8 @@ from recipe.config.compose import config_from_overrides
 from recipe.config.identity import RUNTIME_KEYS, differences
 from recipe.config.schema import Accelerator, Config, TrainerConfig
 from recipe.document.commands import EXPERIMENTS
-from recipe.provenance import processor_name, source_sha256, usable_cores, versions
+from recipe.environment import processor_name, usable_cores, versions
+from recipe.provenance import source_sha256
 from recipe.review.reproduce.parse import Recipe, shown
 
 PROCESSES_MAX_ON_CPU = 8

@@ -1,8 +1,8 @@
-"""python -m recipe reproduce PATH: run a recipe again from its document alone, and judge each of its claims.
+"""`reproduce`: run a recipe again from its document alone, and judge each of its claims.
 
-The document may be a stranger's. Of it only the one JSON block is read; the configuration is rebuilt from that value by
-value (`restoring`), places come from here, and the stages are this project's own functions. No command, address
-or path of the document is used; what differs from this checkout is shown and asked about first.
+The document may come from anybody. Only its one JSON block is read; the configuration is checked value by value, places
+come from this machine, and the stages are this project's own functions. No command, address or path of the document is
+used; the differences from this checkout are shown, and the user is asked, before anything runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,29 +23,29 @@ from recipe.data.shards import manifest_sha256
 from recipe.distributed import launch
 from recipe.document.facts import gather
 from recipe.document.render import write_document
+from recipe.environment import machine
 from recipe.errors import UserError
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
-from recipe.provenance import Stage, machine
-from recipe.records import PreprocessingRecord, ReproductionRecord
-from recipe.review.opening import open_subject
+from recipe.provenance import Stage
+from recipe.records import ReproductionRecord
+from recipe.review.opening import open_recipe
 from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
-from recipe.review.reproduce.judge import DIFFERS, judged, verdict
+from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict
 from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
-from recipe.review.reproduce.report import report
+from recipe.review.reproduce.report import reproduction_page
 from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
 from recipe.training.loop import train
 
 STAGES = ("preprocess", "train", "evaluate", "serialize")
 CLAIMED_BY = {"preprocess": "data", "train": "training", "evaluate": "evaluation", "serialize": "serialization"}
-MARKER = "reproduces"  # a file of the run directory: the SHA-256 of the document
+DOCUMENT_HASH_FILE = "reproduces"  # in the run directory: the SHA-256 of the document
 REPORT = "reproduction.md"
-HASH_DIGITS = 12
+RUN_NAME_DIGITS = 12  # of that hash
 
 
 def describe(parser: ArgumentParser) -> None:
-    """The arguments of the verb."""
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
@@ -57,24 +56,23 @@ def describe(parser: ArgumentParser) -> None:
 
 
 def answer(arguments: Namespace) -> int:
-    """Reproduce; 1 where a claim was found wrong."""
+    """1 where a claim was found wrong, else 0."""
     if launched().is_elastic:
         raise UserError("reproduce starts its own processes: run it without torchrun")
-    plan = planned(arguments)
+    plan = plan_reproduction(arguments)
     _show(plan)
     _ask(plan, arguments)
-    record = reproduced(plan)
-    run = Run(plan.run_dir)
+    record = run_plan(plan)
     for claim in record.claims:
         print(f"{claim.level:<24}  {claim.claim}: {shown(claim.why, 300)}")
-    print(f"wrote {shown_path(run.directory / REPORT)}")
+    print(f"wrote {shown_path(plan.run_dir / REPORT)}")
     print(shown(record.verdict, 500))
     return 1 if any(claim.level == DIFFERS for claim in record.claims) else 0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is about to be done, decided before anything is written."""
+class ReproductionPlan:
+    """Every decision, made before anything is written."""
 
     document: Path
     document_sha256: str
@@ -86,24 +84,23 @@ class Plan:
 
     @property
     def config(self) -> Config:
-        """The configuration on this machine."""
+        """The configuration adapted to this machine."""
         return self.adapted.config
 
     @property
     def run_dir(self) -> Path:
-        """The new run directory."""
         return Path(self.config.run_dir)
 
 
 # ---- before the work ----------------------------------------------------------------------------------
 
 
-def planned(arguments: Namespace) -> Plan:
-    """Read, validate and decide; raises `UserError` for everything that would stop the work later."""
-    subject = open_subject(arguments.path)
+def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
+    """Read the document and decide; raises `UserError` for everything that would stop the work later."""
+    subject = open_recipe(arguments.path)
     if subject.document_path is None or subject.document is None:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
-    identity = subject.claims()
+    identity = subject.required_block()
     recipe, config = parse_recipe(identity), parse_config(identity)
     require_known_network(config)
     digest = hashlib.sha256(subject.document.encode()).hexdigest()
@@ -111,7 +108,7 @@ def planned(arguments: Namespace) -> Plan:
     stages = chosen_stages(arguments.stages, recipe)
     data_dir, raw_dir, words = chosen_data(arguments, config, claimed_data(recipe), run_dir, stages)
     config = replace(config, model=replace(config.model, weights=chosen_weights(arguments.weights, config)))
-    return Plan(
+    return ReproductionPlan(
         document=subject.document_path,
         document_sha256=digest,
         recipe=recipe,
@@ -123,21 +120,21 @@ def planned(arguments: Namespace) -> Plan:
 
 
 def require_known_network(config: Config) -> None:
-    """A name of this project's own list, before the data are made."""
+    """Raise `UserError` for a network that does not exist, before the data are made."""
     if config.model.name != "small" and config.model.name not in list_models(module=torchvision.models):
-        raise UserError(f"model.name={shown(config.model.name)} is no network that this version of torchvision has")
+        raise UserError(f"model.name={shown(config.model.name)} is not a network of this version of torchvision")
 
 
 def chosen_run_dir(asked: str | None, digest: str) -> Path:
-    """A new folder, or one that this document's reproduction has begun and not finished."""
-    run_dir = Path(asked or Path("runs", f"reproduction-{digest[:HASH_DIGITS]}"))
+    """A new folder, or that of an unfinished reproduction of this document."""
+    run_dir = Path(asked or Path("runs", f"reproduction-{digest[:RUN_NAME_DIGITS]}"))
     if not run_dir.exists():
         return run_dir
-    marker = run_dir / MARKER
-    if not marker.is_file() or marker.read_text(errors="replace").strip() != digest:
+    document_hash = run_dir / DOCUMENT_HASH_FILE
+    if not document_hash.is_file() or document_hash.read_text(errors="replace").strip() != digest:
         if run_dir.is_dir() and not any(run_dir.iterdir()):
             return run_dir
-        raise UserError(f"{shown_path(run_dir)} is no reproduction of this document; give a new folder as --run-dir")
+        raise UserError(f"{shown_path(run_dir)} is not a reproduction of this document; give a new folder as --run-dir")
     if Run(run_dir).read(ReproductionRecord) is not None:
         raise UserError(
             f"{shown_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
@@ -147,16 +144,15 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
 
 
 def chosen_stages(asked: list[str] | None, recipe: Recipe) -> list[str]:
-    """In their order: those that were asked for, else those that the recipe claims."""
+    """The stages that were asked for, else those that the recipe claims, in their order."""
     claimed = [stage for stage in STAGES if getattr(recipe.claims, CLAIMED_BY[stage]) is not None]
     absent = [stage for stage in asked or [] if stage not in claimed]
     if absent:
-        raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to hold it to")
+        raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to compare it with")
     return [stage for stage in claimed if asked is None or stage in asked]
 
 
 def claimed_data(recipe: Recipe) -> ClaimedData:
-    """The recipe's data set."""
     if recipe.claims.data is None:
         raise UserError("the recipe does not say on which data set it was trained (claims.data)")
     return recipe.claims.data
@@ -165,10 +161,14 @@ def claimed_data(recipe: Recipe) -> ClaimedData:
 def chosen_data(
     arguments: Namespace, config: Config, claimed: ClaimedData, run_dir: Path, stages: list[str]
 ) -> tuple[Path, Path | None, str]:
-    """(processed folder, raw folder, words): the recipe's data set where it is at hand, else a place to make it."""
+    """(processed folder, raw folder, words): the recipe's data set where it is here, else a place to make it."""
     known = [Path(arguments.data_dir)] if arguments.data_dir else [run_dir / "data", Path("data", config.data.name)]
     for directory in known:
-        if holds(directory, claimed.manifest_sha256):
+        try:
+            is_the_recipes = manifest_sha256(directory) == claimed.manifest_sha256
+        except (UserError, OSError):
+            is_the_recipes = False
+        if is_the_recipes:
             return directory, None, f"{shown_path(directory)} has the recipe's manifest"
     if "preprocess" not in stages:
         raise UserError(
@@ -189,14 +189,6 @@ def chosen_data(
     return known[0], raw_dir, f"{words}, into {shown_path(known[0])}"
 
 
-def holds(directory: Path, manifest: str) -> bool:
-    """Whether a folder holds the data set of this manifest."""
-    try:
-        return manifest_sha256(directory) == manifest
-    except (UserError, OSError):
-        return False
-
-
 def chosen_weights(asked: str | None, config: Config) -> str | None:
     """The file of initial weights; training compares its hash with the recipe's."""
     if config.model.weights_sha256 is not None and asked is None:
@@ -208,8 +200,8 @@ def chosen_weights(asked: str | None, config: Config) -> str | None:
     return asked
 
 
-def _show(plan: Plan) -> None:
-    """Everything that a person should know before saying yes."""
+def _show(plan: ReproductionPlan) -> None:
+    """Print the plan, for a decision."""
     recipe = plan.recipe
     print(f"document     {shown_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
@@ -229,8 +221,8 @@ def _show(plan: Plan) -> None:
     sys.stdout.flush()
 
 
-def _ask(plan: Plan, arguments: Namespace) -> None:
-    """Yes, or stop."""
+def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
+    """Raise `UserError` where the user does not agree."""
     if arguments.yes:
         return
     if not sys.stdin.isatty():
@@ -242,37 +234,44 @@ def _ask(plan: Plan, arguments: Namespace) -> None:
 # ---- the work -----------------------------------------------------------------------------------------
 
 
-def reproduced(plan: Plan) -> ReproductionRecord:
-    """Run the stages and leave the report."""
+def run_plan(plan: ReproductionPlan) -> ReproductionRecord:
+    """Run the stages, judge the claims and write the report."""
     run = Run(plan.run_dir)
-    write_atomically(run.directory / MARKER, f"{plan.document_sha256}\n".encode())
+    write_atomically(run.directory / DOCUMENT_HASH_FILE, f"{plan.document_sha256}\n".encode())
     stage = Stage(run.directory)
     for name in plan.stages:
         print(f"--- {name}", flush=True)
-        WORK[name](plan, run)
+        run_stage(name, plan, run)
         if name != plan.stages[-1]:
             write_document(run, recorded_path(run.directory))
-    record = _judged(plan, run, stage)
-    write_atomically(run.directory / REPORT, report(record).encode())
+    record = judge_run(plan, run, stage)
+    write_atomically(run.directory / REPORT, reproduction_page(record).encode())
     run.write(record)
     write_document(run, recorded_path(run.directory))
     return record
 
 
-def _preprocess(plan: Plan, run: Run) -> None:
-    """Make the data set, unless it is at hand; one of other images stops before hours are spent on it."""
-    config, claimed = plan.config, claimed_data(plan.recipe)
+def run_stage(name: str, plan: ReproductionPlan, run: Run) -> None:
+    if name == "preprocess":
+        _preprocess(plan, run)
+    elif name == "train":
+        launch(train, plan.config)
+    elif name == "evaluate":
+        launch(evaluate_run, plan.config)
+    else:
+        serialize_run(plan.config)
+
+
+def _preprocess(plan: ReproductionPlan, run: Run) -> None:
+    """Make the data set, unless it is here; raises `UserError` for one of other images, before hours of training."""
+    config = plan.config
     if config.data.raw_dir is None:
         return
     append_to_journal(run, "preprocess", "started", name=config.name)
     record = preprocess(config)
     bring_record(run, Path(config.data.directory), record)
     append_to_journal(run, "preprocess", "ended", name=config.name, manifest=record.outputs["manifest"])
-    _refuse_other_images(claimed, record)
-
-
-def _refuse_other_images(claimed: ClaimedData, record: PreprocessingRecord) -> None:
-    for name, split in claimed.splits.items():
+    for name, split in claimed_data(plan.recipe).splits.items():
         found = record.splits.get(name)
         if found is None or found.raw_sha256 != split.raw_sha256:
             was = f"{found.images:,} images with the hash {found.raw_sha256[:16]}" if found else "nothing"
@@ -282,32 +281,12 @@ def _refuse_other_images(claimed: ClaimedData, record: PreprocessingRecord) -> N
             )
 
 
-def _train(plan: Plan, run: Run) -> None:
-    launch(train, plan.config)
-
-
-def _evaluate(plan: Plan, run: Run) -> None:
-    launch(evaluate_run, plan.config)
-
-
-def _serialize(plan: Plan, run: Run) -> None:
-    serialize_run(plan.config)
-
-
-WORK: dict[str, Callable[[Plan, Run], None]] = {
-    "preprocess": _preprocess,
-    "train": _train,
-    "evaluate": _evaluate,
-    "serialize": _serialize,
-}
-
-
-def _judged(plan: Plan, run: Run, stage: Stage) -> ReproductionRecord:
-    """Hold what was left to what was claimed."""
+def judge_run(plan: ReproductionPlan, run: Run, stage: Stage) -> ReproductionRecord:
+    """The records of the run beside the claims of the recipe."""
     facts = gather(run, recorded_path(run.directory))
     training = facts.training
     changed = changed_words(plan.recipe.circumstances, training.circumstances) if training else []
-    claims = judged(plan.recipe, facts, changed)
+    claims = judge_claims(plan.recipe, facts, changed)
     return ReproductionRecord(
         document_sha256=plan.document_sha256,
         name=plan.config.name,
@@ -319,5 +298,5 @@ def _judged(plan: Plan, run: Run, stage: Stage) -> ReproductionRecord:
         circumstances=changed,
         stages=plan.stages,
         claims=claims,
-        verdict=verdict(claims),
+        verdict=overall_verdict(claims),
     )

@@ -1,15 +1,15 @@
-"""Each claim of a recipe beside what a second run of it gave, judged with a stated level and the reason for it.
+"""Each claim of a recipe beside the records of a second run, with a level and the reason for it.
 
     BIT-EXACT                 the same bits
     NUMERICALLY EQUAL         within the stated tolerance, early, before rounding has been amplified
-    STATISTICALLY CONSISTENT  no further apart than honest runs of the recipe, whose number and spread are given
-    EVALUATION EQUAL          the same weights, measured: the counts differ by no more than a few images
+    STATISTICALLY CONSISTENT  not further apart than several runs of the recipe, whose number and spread are given
+    EVALUATION EQUAL          the same weights, measured: the counts differ by a few images at most
     DIFFERS                   it is not what the recipe claims
     CANNOT TELL               this comparison can show neither
 
-In equal circumstances (device, versions, threads, processes, code) on deterministic algorithms, bits must be equal, and
-other ones differ. In other circumstances other bits are expected; then the first epoch tells whether the same thing
-was done, and only several seeds tell whether the same was reached. One run has no spread.
+Equal circumstances (device, versions, threads, processes, code) and deterministic algorithms give equal bits: other
+bits are DIFFERS. In other circumstances other bits are expected; then the first epoch shows whether the same was done,
+and only several seeds show whether the same was reached. One run has no spread.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from scipy.stats import t
 from recipe.document.dynamics import epoch_rows
 from recipe.document.facts import Facts
 from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
+from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.parse import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
 
 BIT_EXACT, NUMERICALLY_EQUAL = "BIT-EXACT", "NUMERICALLY EQUAL"
 CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"
-DIFFERS, CANNOT_TELL = "DIFFERS", "CANNOT TELL"
+DIFFERS = "DIFFERS"
 
 LEARNING_RATE_TOLERANCE = 1e-9  # relative; it is computed in double precision
 # Of the mean train loss, relative. Between 1 and 2 CPU threads it differed by 0.6 % on `demo` (37 steps of ResNet-50)
@@ -41,35 +42,39 @@ MOST_OTHER_IMAGES = 10_000  # equal evaluations differ by one image in so many, 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What differs between the two trainings, in words, and whether equal ones give equal bits at all."""
+    """The differences of the circumstances of two trainings, in words."""
 
     changed: list[str]
-    is_deterministic: bool
+    is_deterministic: bool  # equal circumstances give equal bits
 
     @property
     def promise_equal_bits(self) -> bool:
-        """Whether other bits would be a finding."""
         return not self.changed and self.is_deterministic
 
     @property
     def why_not(self) -> str:
-        """Why other bits are no finding."""
+        """Why other bits are expected."""
         reasons = list(self.changed)
         if not self.is_deterministic:
             reasons.append("its algorithms are not deterministic, or it was continued inexactly")
         return "; ".join(reasons)
 
 
-def judged(recipe: Recipe, facts: Facts, changed: list[str]) -> list[JudgedClaim]:
+def judge_claims(recipe: Recipe, facts: Facts, changed: list[str]) -> list[JudgedClaim]:
     """Every claim of the recipe beside the records of the second run; `changed`: how their circumstances differ."""
     claims = recipe.claims
-    found = list(data_claims(claims, facts))
+    judged = list(judge_data(claims, facts))
     if claims.training is not None and facts.training is not None:
         circumstances = Circumstances(changed, is_deterministic(claims.training, facts.training))
-        found += training_claims(claims.training, facts, facts.training, circumstances)
-        found += evaluation_claims(claims, facts, circumstances)
-        found += export_claims(claims, facts)
-    return found + list(not_run(claims, facts))
+        judged += judge_training(claims.training, facts, facts.training, circumstances)
+        judged += judge_evaluation(claims, facts, circumstances)
+        judged += judge_exports(claims, facts)
+    for stage in ("data", "training", "evaluation", "serialization"):
+        record = facts.preprocessing if stage == "data" else getattr(facts, stage)
+        if getattr(claims, stage) is not None and record is None:
+            why = "the stage was not run (--stages)"
+            judged.append(JudgedClaim(claim=stage, level=CANNOT_TELL, claimed=None, found=None, why=why))
+    return judged
 
 
 def is_deterministic(claimed: ClaimedTraining, training: TrainingRecord) -> bool:
@@ -79,26 +84,20 @@ def is_deterministic(claimed: ClaimedTraining, training: TrainingRecord) -> bool
 
 
 def same_bits(claim: str, claimed: Setting, found: Setting, why_else: str) -> JudgedClaim:
-    """A claim that holds to the bit or does not."""
-    is_equal = claimed == found
-    return JudgedClaim(
-        claim=claim,
-        level=BIT_EXACT if is_equal else DIFFERS,
-        claimed=claimed,
-        found=found,
-        why="equal" if is_equal else why_else,
-    )
+    """A claim whose value is equal or wrong."""
+    level, why = (BIT_EXACT, "equal") if claimed == found else (DIFFERS, why_else)
+    return JudgedClaim(claim=claim, level=level, claimed=claimed, found=found, why=why)
 
 
 def rounded_bits(claim: str, claimed: str, found: str, circumstances: Circumstances) -> JudgedClaim:
-    """A claim whose last digits another processor or version may round otherwise."""
+    """A claim whose last digits depend on the processor and on versions."""
     if claimed == found or not circumstances.changed:
         return same_bits(claim, claimed, found, "in equal circumstances: the code does something else")
     why = f"other last digits are possible, since {circumstances.why_not}"
     return JudgedClaim(claim=claim, level=CANNOT_TELL, claimed=claimed, found=found, why=why)
 
 
-def data_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def judge_data(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
     """The images, their classes and the shards."""
     claimed, data = claims.data, facts.preprocessing
     if claimed is None or data is None:
@@ -112,10 +111,10 @@ def data_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
     yield same_bits("processed data (manifest)", claimed.manifest_sha256, manifest, "other shards than the recipe's")
 
 
-def training_claims(
+def judge_training(
     claimed: ClaimedTraining, facts: Facts, training: TrainingRecord, circumstances: Circumstances
 ) -> Iterator[JudgedClaim]:
-    """What training began with, its course, and the weights that it left."""
+    """The start of the training, its first epoch and its weights."""
     loader, schedule = training.loader, training.schedule
     for name, theirs, ours in (
         ("architecture", claimed.architecture_sha256, training.model.architecture_sha256),
@@ -125,7 +124,7 @@ def training_claims(
         ("images seen", claimed.images_seen, training.images_seen),
         ("images per batch norm", claimed.images_per_batch_norm, loader.images_per_batch_norm),
     ):
-        yield same_bits(name, theirs, ours, "whole numbers and names do not depend on the machine")
+        yield same_bits(name, theirs, ours, "counts and names do not depend on the machine")
     for name, theirs, ours in (
         ("initial weights", claimed.initial_weights_sha256, training.model.initial_weights_sha256),
         ("augmentation of a fixed image", claimed.augmentation_sha256, training.augmentation_sha256),
@@ -176,14 +175,14 @@ def weights(claimed: ClaimedTraining, training: TrainingRecord, circumstances: C
     return JudgedClaim(claim="trained weights", level=level, claimed=theirs, found=ours, why=why)
 
 
-def evaluation_claims(claims: Claims, facts: Facts, circumstances: Circumstances) -> Iterator[JudgedClaim]:
+def judge_evaluation(claims: Claims, facts: Facts, circumstances: Circumstances) -> Iterator[JudgedClaim]:
     """Top-1 and top-5 as counts."""
     claimed, evaluation = claims.evaluation, facts.evaluation
     if claimed is None or evaluation is None:
         return
     for name in ("correct_top1", "correct_top5"):
         theirs, ours = getattr(claimed, name), getattr(evaluation, name)
-        level, why = counts(claims, evaluation, theirs, ours, is_top1=name == "correct_top1")
+        level, why = judge_counts(claims, evaluation, theirs, ours, is_top1=name == "correct_top1")
         if level == CANNOT_TELL and circumstances.promise_equal_bits:
             why = f"{why}; its weights differ where they must not"
         yield JudgedClaim(
@@ -195,7 +194,9 @@ def evaluation_claims(claims: Claims, facts: Facts, circumstances: Circumstances
         )
 
 
-def counts(claims: Claims, evaluation: EvaluationRecord, theirs: int, ours: int, is_top1: bool) -> tuple[str, str]:
+def judge_counts(
+    claims: Claims, evaluation: EvaluationRecord, theirs: int, ours: int, is_top1: bool
+) -> tuple[str, str]:
     """Level and reason for one count."""
     claimed = claims.evaluation
     assert claimed is not None, "the caller looked"
@@ -217,12 +218,12 @@ def counts(claims: Claims, evaluation: EvaluationRecord, theirs: int, ours: int,
 
 
 def allowed_images(images: int) -> int:
-    """How many images an equal evaluation may differ by: kernels change the last digits of logits."""
+    """The number of images by which equal evaluations may differ: kernels change the last digits of logits."""
     return math.ceil(images / MOST_OTHER_IMAGES)
 
 
 def against_seeds(seeds: ClaimedSeeds, images: int, ours: int) -> tuple[str, str]:
-    """Whether one more run lies in the interval that runs of the recipe predict for it (Student's t)."""
+    """One more run beside the prediction interval of the runs of the recipe (Student's t)."""
     number = len(seeds.correct_top1)
     if number < SEEDS_MIN or len(set(seeds.seeds)) != number or seeds.images != images:
         return (
@@ -231,10 +232,7 @@ def against_seeds(seeds: ClaimedSeeds, images: int, ours: int) -> tuple[str, str
         )
     centre, spread = mean(seeds.correct_top1) / images, stdev(seeds.correct_top1) / images
     if spread == 0:
-        return (
-            CANNOT_TELL,
-            f"other weights; the {number} runs of other seeds do not differ at all, which gives no spread",
-        )
+        return CANNOT_TELL, f"other weights; the {number} runs of other seeds are all equal, which gives no spread"
     reach = float(t.ppf((1 + CONFIDENCE) / 2, number - 1)) * math.sqrt(1 + 1 / number) * spread
     why = (
         f"{ours / images:.2%}; {CONFIDENCE:.0%} of further runs are expected within {centre:.2%} ± {reach:.2%} "
@@ -243,25 +241,22 @@ def against_seeds(seeds: ClaimedSeeds, images: int, ours: int) -> tuple[str, str
     return (CONSISTENT if abs(ours / images - centre) <= reach else DIFFERS), why
 
 
-def export_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def judge_exports(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
     """Each exported file: the same bytes, or the same answers."""
     if claims.serialization is None or facts.serialization is None:
         return
-    found = {entry.variant: entry for entry in facts.serialization.variants}
-    same_weights = claims.training is not None and claims.training.weights_sha256 == facts.serialization.inputs.get(
-        "weights"
-    )
+    exported = {entry.variant: entry for entry in facts.serialization.variants}
+    weights_sha256 = facts.serialization.inputs.get("weights")
     for name, theirs in claims.serialization.items():
-        ours = found.get(name)
-        apart = None if ours is None else abs(theirs.correct_top1 - ours.correct_top1)
-        if apart is None:
+        ours = exported.get(name)
+        if ours is None:
             level, why = DIFFERS, "no such file was exported"
-        elif ours is not None and theirs.sha256 == ours.sha256:
+        elif theirs.sha256 == ours.sha256:
             level, why = BIT_EXACT, "the same file"
-        elif not same_weights:
+        elif claims.training is None or claims.training.weights_sha256 != weights_sha256:
             level, why = CANNOT_TELL, "it is of other weights"
         else:
-            allowed = allowed_images(facts.serialization.images)
+            apart, allowed = abs(theirs.correct_top1 - ours.correct_top1), allowed_images(facts.serialization.images)
             level = EVALUATION_EQUAL if apart <= allowed else DIFFERS
             why = (
                 f"the same weights in another file (it names the commit and the versions that made it); top-1 {apart} "
@@ -276,26 +271,16 @@ def export_claims(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
         )
 
 
-def not_run(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
-    """What the recipe claims of stages that were not run here."""
-    for stage in ("data", "training", "evaluation", "serialization"):
-        record = facts.preprocessing if stage == "data" else getattr(facts, stage)
-        if getattr(claims, stage) is not None and record is None:
-            yield JudgedClaim(
-                claim=stage, level=CANNOT_TELL, claimed=None, found=None, why="the stage was not run (--stages)"
-            )
-
-
-def verdict(claims: list[JudgedClaim]) -> str:
-    """One line over all claims: the worst first, never more than was shown."""
+def overall_verdict(claims: list[JudgedClaim]) -> str:
+    """One line over all claims, the worst first."""
     levels = {claim.claim: claim.level for claim in claims}
-    wrong = [name for name, level in levels.items() if level == DIFFERS]
+    wrong = ", ".join(name for name, level in levels.items() if level == DIFFERS)
+    open_claims = ", ".join(name for name, level in levels.items() if level == CANNOT_TELL)
     if wrong:
-        return f"{DIFFERS}: {', '.join(wrong)}"
-    untold = [name for name, level in levels.items() if level == CANNOT_TELL]
+        return f"{DIFFERS}: {wrong}"
     if levels.get("trained weights") == BIT_EXACT:
-        rest = f"; {CANNOT_TELL}: {', '.join(untold)}" if untold else ""
+        rest = f"; {CANNOT_TELL}: {open_claims}" if open_claims else ""
         return f"{BIT_EXACT}: the trained weights have the recipe's hash, and no claim was found wrong{rest}"
-    if untold:
-        return f"{CANNOT_TELL}: {', '.join(untold)}; no claim was found wrong"
+    if open_claims:
+        return f"{CANNOT_TELL}: {open_claims}; no claim was found wrong"
     return "no claim was found wrong, at the levels below"

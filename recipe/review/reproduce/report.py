@@ -1,21 +1,20 @@
-"""reproduction.md: what came of running a recipe again, for people; a pure function of its record."""
+"""reproduction.md: the record of a reproduction as a page."""
 
 from __future__ import annotations
 
-from recipe.document.formatting import NOTHING, code, duration, hardware, setting, text, tree
+from recipe.document.formatting import NOTHING, code, duration, hardware, setting, table, text, tree
 from recipe.records import JudgedClaim, ReproductionRecord, Setting
 
 WORDS = """A level says how much was shown. BIT-EXACT: the same bits. NUMERICALLY EQUAL: within the stated tolerance,
-over the first epoch. STATISTICALLY CONSISTENT: no further apart than honest runs of the recipe whose number and spread
-are given; smaller differences cannot be seen. EVALUATION EQUAL: the same weights give the same counts, but for a few
-images. DIFFERS: it is not what the recipe claims. CANNOT TELL: this comparison can show neither.
+over the first epoch. STATISTICALLY CONSISTENT: not further apart than several runs of the recipe, whose number and
+spread are given; smaller differences cannot be seen. EVALUATION EQUAL: the same weights give the same counts, but for a
+few images. DIFFERS: it is not what the recipe claims. CANNOT TELL: this comparison can show neither.
 
-The recipe's own numbers are taken from its document and are no more trustworthy than whoever wrote it; what this report
-adds is what a second party measured."""
+The recipe's own numbers are taken from its document and deserve the trust of its author; this report adds the
+measurements of a second party."""
 
 
-def report(record: ReproductionRecord) -> str:
-    """The page."""
+def reproduction_page(record: ReproductionRecord) -> str:
     provenance = record.provenance
     sections = [
         f"# Reproduction of {text(record.name)}",
@@ -50,18 +49,11 @@ def row(claim: JudgedClaim) -> tuple[str, ...]:
 
 
 def value(found: Setting) -> str:
-    """Hashes as code, by their first digits: the record holds them whole."""
+    """A value of a cell; of hashes the first digits, the record has all."""
     if isinstance(found, str):
         return code(found[:16]) or NOTHING
     return NOTHING if found is None else setting(found)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A markdown table of cells that are markdown already."""
-    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|" + ":--|" * len(head), *lines[1:]])
-
-
 def bullets(lines: list[str]) -> str:
-    """A list; an empty one is said."""
     return "\n".join(f"- {text(line)}" for line in lines) or "In nothing that was recorded."

@@ -1,75 +1,71 @@
-"""Do the files belong together, and does this code behave as the recipe's did?
-
-Two tests that a stranger can make in a minute: the chain of hashes as far as the files are there, and the canary, ten
-optimizer steps on a few drawn images beside the trace that the recipe holds.
-"""
+"""`verify`: the chain of hashes as far as the files are there, and the trace of the code, in a minute."""
 
 from __future__ import annotations
 
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from pathlib import Path
+
+import msgspec
 
 from recipe.config.compose import config_from_overrides
 from recipe.config.schema import NAME
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
-from recipe.records import Fingerprint
-from recipe.review.opening import Subject, open_subject
-from recipe.review.verify.code import fingerprint_here
-from recipe.review.verify.files import BROKEN, Link, links
-from recipe.review.verify.trace import CANNOT_TELL, Difference, compared, stored_fingerprint
+from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe
+from recipe.review.verify.files import BROKEN, links
+from recipe.review.verify.trace import UNDECIDED, compare_traces, stored_trace, trace_here
 
-DECIDING = 3  # differences shown of a canary that fails; the others follow from them
+LEADING_DIFFERENCES = 3  # of a trace; the others follow from them
 
 
 def describe(parser: ArgumentParser) -> None:
-    """The arguments of the verb."""
     parser.add_argument("path", help="a run, a published recipe, or its document")
     parser.add_argument("--raw-dir", type=Path, help="the raw archives; those of the experiment's file by default")
     parser.add_argument("--data-dir", type=Path, help="the processed data; that of the experiment's file by default")
-    parser.add_argument("--skip", choices=("chain", "canary"), help="leave one of the two out")
+    parser.add_argument("--skip", choices=("chain", "trace"), help="leave one of the two out")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def answer(arguments: Namespace) -> int:
-    """Test both; 1 where a link is broken or the canary died."""
-    subject = open_subject(arguments.path)
-    chain = [] if arguments.skip == "chain" else found_links(subject, arguments.raw_dir, arguments.data_dir)
+    """1 where a link is broken or the trace differs, else 0."""
+    recipe = open_recipe(arguments.path)
+    raw_dir, data_dir = data_places(recipe)
+    skip = arguments.skip
+    chain = [] if skip == "chain" else list(links(recipe, arguments.raw_dir or raw_dir, arguments.data_dir or data_dir))
     clock = time.perf_counter()
-    differences = None if arguments.skip == "canary" else canary(subject)
+    differences = [] if skip == "trace" else compare_traces(stored_trace(recipe), trace_here(recipe))
     seconds = time.perf_counter() - clock
+    changed = [difference for difference in differences if difference.kind != UNDECIDED]
+    code = int(bool(changed) or any(link.state == BROKEN for link in chain))
     if arguments.json:
-        print(
-            json.dumps({"chain": rows(chain), "canary": None if differences is None else rows(differences)}, indent=2)
-        )
-    else:
-        _print_chain(chain)
-        if differences is not None:
-            _print_canary(differences, stored_fingerprint(subject), seconds)
-    is_broken = any(link.state == BROKEN for link in chain)
-    return int(is_broken or any(difference.kind != CANNOT_TELL for difference in differences or []))
+        trace = None if skip == "trace" else msgspec.to_builtins(differences)
+        print(json.dumps({"chain": msgspec.to_builtins(chain), "trace": trace}, indent=2))
+        return code
+    for link in chain:
+        print(on_one_line(link.line()))
+    counts = Counter(link.state for link in chain)
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    print(f"chain: {summary or 'a document alone: no files to compare'}")
+    if skip == "trace":
+        return code
+    for difference in [*changed[:LEADING_DIFFERENCES], *(one for one in differences if one.kind == UNDECIDED)]:
+        print(on_one_line(f"{difference.kind}: {difference.line()}"))
+    if len(changed) > LEADING_DIFFERENCES:
+        print(f"... and {len(changed) - LEADING_DIFFERENCES} more")
+    verdict = (
+        "differs: this code does not do what the recipe's did" if changed else "matches: this code does what it did"
+    )
+    print(f"trace {verdict} ({len(stored_trace(recipe).steps)} steps, {seconds:.0f} s)")
+    return code
 
 
-def rows(entries: list[Link] | list[Difference]) -> list[dict[str, str]]:
-    """For programs."""
-    return [dict(vars(entry)) for entry in entries]
-
-
-def found_links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -> list[Link]:
-    """The chain; a document alone has none."""
-    if subject.run is None:
-        return []
-    usual_raw, usual_data = usual_places(subject)
-    return list(links(subject, raw_dir or usual_raw, data_dir or usual_data))
-
-
-def usual_places(subject: Subject) -> tuple[Path | None, Path | None]:
-    """Where this checkout's file of the experiment has raw and processed data."""
-    config = (subject.identity or {}).get("config")
-    name = str(config.get("name", "")) if isinstance(config, dict) else ""
+def data_places(recipe: OpenedRecipe) -> tuple[Path | None, Path | None]:
+    """(raw, processed) data by this checkout's file of the experiment; None where it has none."""
+    name = str(dict_or_empty((recipe.block or {}).get("config")).get("name"))
     if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None
     try:
@@ -77,30 +73,3 @@ def usual_places(subject: Subject) -> tuple[Path | None, Path | None]:
     except UserError:
         return None, None
     return (Path(data.raw_dir) if data.raw_dir else None), Path(data.directory)
-
-
-def canary(subject: Subject) -> list[Difference]:
-    """What this code does otherwise than the recipe's did."""
-    return compared(stored_fingerprint(subject), fingerprint_here(subject))
-
-
-def _print_chain(chain: list[Link]) -> None:
-    for link in chain:
-        print(on_one_line(link.line()))
-    counts = {
-        state: sum(link.state == state for link in chain) for state in dict.fromkeys(link.state for link in chain)
-    }
-    summary = (
-        ", ".join(f"{count} {state}" for state, count in counts.items()) or "a document alone: no files to compare"
-    )
-    print(f"chain: {summary}")
-
-
-def _print_canary(differences: list[Difference], stored: Fingerprint, seconds: float) -> None:
-    changed = [difference for difference in differences if difference.kind != CANNOT_TELL]
-    for difference in [*changed[:DECIDING], *(d for d in differences if d.kind == CANNOT_TELL)]:
-        print(on_one_line(f"{difference.kind}: {difference.line()}"))
-    if len(changed) > DECIDING:
-        print(f"... and {len(changed) - DECIDING} more")
-    verdict = "died: this code does not do what the recipe's did" if changed else "lives: this code does what it did"
-    print(f"canary {verdict} ({len(stored.steps)} steps, {seconds:.0f} s)")

@@ -1,7 +1,7 @@
-"""The chain of hashes, computed anew: raw images -> shards -> checkpoint -> exported files -> predictions -> metrics.
+"""The chain of hashes: raw images -> shards -> checkpoint -> exported files -> predictions -> metrics.
 
-Each link says whether its file is the one that the record names; a file that is not here breaks nothing and says so.
-The chain shows that files and records belong together, not that the records are true: a forger can compute hashes too.
+Each link compares a file, computed again, with what the record says of it; a file that is not here breaks nothing. The
+chain shows that files and records belong together, not that the records are true: a forger can compute hashes too.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from recipe.checkpoint import load_checkpoint, released_weights
 from recipe.config.identity import config_sha256
@@ -21,19 +22,17 @@ from recipe.document.facts import Facts
 from recipe.errors import UserError
 from recipe.files import WEIGHTS_BYTES_MAX
 from recipe.model import weights_sha256
-from recipe.records import EvaluationRecord, SerializationRecord
-from recipe.review.check.document import difference_of, inside, is_there
-from recipe.review.check.files import read_predictions
-from recipe.review.opening import Subject
-from recipe.review.reading import Reader
+from recipe.records import PreprocessingRecord
+from recipe.review.opening import OpenedRecipe
+from recipe.review.outputs import counted_predictions, file_fault, path_inside
+from recipe.review.reading import RecordReader
 from recipe.run import Run, shown_path
 from recipe.weights import read_weights
 
-HOLDS, BROKEN, ABSENT = "holds", "BROKEN", "not here"
+HOLDS, BROKEN, NOT_HERE = "holds", "BROKEN", "not here"
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(msgspec.Struct, frozen=True):
     """One step of the chain."""
 
     name: str
@@ -41,51 +40,46 @@ class Link:
     detail: str
 
     def line(self) -> str:
-        """For a person."""
+        """The link for a person."""
         return f"{self.state:<9} {self.name}: {self.detail}"
 
 
-def links(subject: Subject, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
-    """Every link that a file or two records can show."""
-    if subject.run is None:
+def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
+    """Every link that a file or two records can show; none for a document alone."""
+    if recipe.run is None:
         return
-    reader = Reader(subject.run)
+    reader = RecordReader(recipe.run)
     facts = reader.facts()
     yield from (Link(finding.place, BROKEN, finding.what) for finding in reader.findings)
     if facts.preprocessing is not None:
-        yield from raw_links(facts, raw_dir)
-        yield from shard_links(facts, data_dir)
+        yield from data_links(facts.preprocessing, raw_dir, data_dir)
     yield from record_links(facts)
-    yield from configuration_links(facts)
-    yield from checkpoint_links(subject.run, facts)
+    yield from checkpoint_links(recipe.run, facts)
     for record in (facts.evaluation, *facts.other_evaluations, facts.serialization, facts.inference):
-        if record is not None:
-            yield from output_links(subject.run, record.outputs)
-    yield from metric_links(subject.run, facts)
-    yield from document_links(subject, facts)
+        yield from output_links(recipe.run, record.outputs if record is not None else {})
+    yield from metric_links(recipe.run, facts)
+    if recipe.block is None:
+        yield Link("document", NOT_HERE, "no JSON block")
+        return
+    expected = json.loads(json.dumps(identity(facts)))
+    wrong = sorted(key for key in expected if expected[key] != recipe.block.get(key))
+    if wrong:
+        yield Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
+    else:
+        yield Link("document", HOLDS, "its block is that of the records")
 
 
-def raw_links(facts: Facts, raw_dir: Path | None) -> Iterator[Link]:
-    """The archives as they were found."""
-    assert facts.preprocessing is not None
-    for archive in facts.preprocessing.archives:
-        yield file_link(f"raw {archive.name}", below(raw_dir, archive.name), archive.sha256)
-    if not facts.preprocessing.archives:
-        yield Link("raw images", ABSENT, "they lay in folders: preprocessing again compares each one")
-
-
-def shard_links(facts: Facts, data_dir: Path | None) -> Iterator[Link]:
-    """The manifest, and each shard by what the record says of it."""
-    assert facts.preprocessing is not None
-    for name, digest in facts.preprocessing.outputs.items():
+def data_links(record: PreprocessingRecord, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
+    """The raw archives, the manifest, the shards, and the index files by the manifest."""
+    for archive in record.archives:
+        yield file_link(f"raw {archive.name}", raw_dir, archive.name, archive.sha256)
+    if not record.archives:
+        yield Link("raw images", NOT_HERE, "they were in folders: preprocessing again compares each one")
+    for name, digest in record.outputs.items():
         file = MANIFEST if name == "manifest" else name
-        yield file_link(f"data {file}", below(data_dir, file), digest)
-    if data_dir is not None and (data_dir / MANIFEST).is_file():
-        yield from index_links(data_dir)
-
-
-def index_links(data_dir: Path) -> Iterator[Link]:
-    """The index files, by what the manifest says of them."""
+        yield file_link(f"data {file}", data_dir, file, digest)
+    if data_dir is None or not (data_dir / MANIFEST).is_file():
+        return
     try:
         manifest = read_manifest(data_dir)
     except UserError as error:
@@ -93,148 +87,107 @@ def index_links(data_dir: Path) -> Iterator[Link]:
         return
     for name, split in manifest.splits.items():
         for part, digest in (("index", split.index_sha256), ("keys", split.keys_sha256)):
-            file = f"{name}.{part}.npy"
-            yield file_link(f"data {file}", below(data_dir, file), digest)
+            yield file_link(f"data {name}.{part}.npy", data_dir, f"{name}.{part}.npy", digest)
 
 
-def below(folder: Path | None, name: str) -> Path | None:
-    """The file of this name in a folder of the reader's own, whose links are theirs; the name is a stranger's."""
-    leads_out = os.path.isabs(name) or os.path.normpath(name).startswith("..") or "\0" in name
-    return None if folder is None or leads_out else folder / name
-
-
-def file_link(name: str, path: Path | None, digest: str) -> Link:
-    """A file by the hash of its content."""
-    if path is None or not os.path.isfile(path):
-        return Link(name, ABSENT, f"SHA-256 should be {digest[:16]}")
+def file_link(name: str, folder: Path | None, file: str, digest: str) -> Link:
+    """A file in a folder of the reader's own, whose links are theirs; the file's name may come from anybody."""
+    leads_out = os.path.isabs(file) or os.path.normpath(file).startswith("..") or "\0" in file
+    path = None if folder is None or leads_out else folder / file
+    if path is None or not path.is_file():
+        return Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
     if is_file_with(path, digest):
         return Link(name, HOLDS, f"SHA-256 {digest[:16]}")
     return Link(name, BROKEN, f"{shown_path(path)} is not the file with SHA-256 {digest[:16]} that the record names")
 
 
 def record_links(facts: Facts) -> Iterator[Link]:
-    """What one stage read is what the stage before it wrote."""
-    data = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
+    """Each stage read what the stage before it wrote; config.yaml is the configuration of the training."""
+    manifest = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
     weights = set(facts.training.outputs.values()) if facts.training else set()
     for record, stage in (
         (facts.training, "training"),
         (facts.evaluation, "evaluation"),
         (facts.serialization, "export"),
     ):
-        if record is None:
-            continue
-        if data is not None:
-            yield equal_link(f"{stage} read the data set", record.inputs.get("manifest"), {data})
-        if stage != "training" and weights:
+        if record is not None and manifest is not None:
+            yield equal_link(f"{stage} read the data set", record.inputs.get("manifest"), {manifest})
+        if record is not None and stage != "training" and weights:
             yield equal_link(f"{stage} read the weights", record.inputs.get("weights"), weights)
-
-
-def configuration_links(facts: Facts) -> Iterator[Link]:
-    """config.yaml is what training ran with."""
     if facts.training is not None:
-        found = None if facts.config is None else config_sha256(facts.config)
-        yield equal_link("config.yaml", found, {facts.training.config_sha256})
+        digest = None if facts.config is None else config_sha256(facts.config)
+        yield equal_link("config.yaml", digest, {facts.training.config_sha256})
 
 
-def equal_link(name: str, found: str | None, wanted: set[str]) -> Link:
-    """Two records about one thing."""
-    if found in wanted:
-        return Link(name, HOLDS, f"{found[:16]}" if found else "")
-    return Link(name, BROKEN, f"{str(found)[:16]}, but what was left is {', '.join(sorted(w[:16] for w in wanted))}")
+def equal_link(name: str, digest: str | None, written: set[str]) -> Link:
+    if digest in written:
+        return Link(name, HOLDS, digest[:16] if digest else "")
+    return Link(name, BROKEN, f"{str(digest)[:16]}, but written was {', '.join(sorted(one[:16] for one in written))}")
 
 
 def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
-    """The weights inside the checkpoints, and those for release."""
+    """The weights of the last checkpoint and of the file for release, by the hash of their tensors."""
     if facts.training is None:
         return
-    wanted = facts.training.outputs.get("weights")
-    name = f"step-{facts.training.schedule.steps:08d}"
-    yield weights_link(run, f"{name}.pt", wanted, lambda path: released_weights(load_checkpoint(path)))
-    yield weights_link(run, f"{name}.safetensors", wanted, lambda path: read_weights(path, "file").tensors)
-
-
-def weights_link(run: Run, file: str, wanted: str | None, read: Callable[[Path], dict[str, Any]]) -> Link:
-    """A file of weights by the hash of its tensors."""
-    name, path = f"weights {file}", run.checkpoints / file
-    if not is_there(path):
-        return Link(name, ABSENT, f"its tensors should have SHA-256 {str(wanted)[:16]}")
-    try:
-        run.require_readable(path, WEIGHTS_BYTES_MAX)
-        found = weights_sha256(read(path))
-    except UserError as error:
-        return Link(name, BROKEN, str(error))
-    if found == wanted:
-        return Link(name, HOLDS, f"SHA-256 of its tensors {found[:16]}")
-    return Link(name, BROKEN, f"its tensors have SHA-256 {found[:16]}, training left {str(wanted)[:16]}")
+    recorded = facts.training.outputs.get("weights")
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "pt": lambda path: released_weights(load_checkpoint(path)),
+        "safetensors": lambda path: read_weights(path, "file").tensors,
+    }
+    for suffix, read in readers.items():
+        path = run.checkpoints / f"step-{facts.training.schedule.steps:08d}.{suffix}"
+        name = f"weights {path.name}"
+        if not os.path.exists(path):
+            yield Link(name, NOT_HERE, f"its tensors should have SHA-256 {str(recorded)[:16]}")
+            continue
+        try:
+            run.require_readable(path, WEIGHTS_BYTES_MAX)
+            digest = weights_sha256(read(path))
+        except UserError as error:
+            yield Link(name, BROKEN, str(error))
+            continue
+        if digest == recorded:
+            yield Link(name, HOLDS, f"SHA-256 of its tensors {digest[:16]}")
+        else:
+            yield Link(name, BROKEN, f"its tensors have SHA-256 {digest[:16]}, training recorded {str(recorded)[:16]}")
 
 
 def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
     """Files that a stage left in the run."""
     for name, digest in outputs.items():
-        path = inside(run.directory, name)
+        path = path_inside(run.directory, name)
         if path is None:
-            yield Link(name, BROKEN, "it lies outside the run")
-        elif is_there(path) and (other := difference_of(path, {digest}, "that the record names")):
-            yield Link(name, BROKEN, f"{other}, {digest[:16]}")
+            yield Link(name, BROKEN, "it is outside the run")
+        elif not os.path.exists(path):
+            yield Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
+        elif fault := file_fault(path, {digest}, "that the record names"):
+            yield Link(name, BROKEN, f"{fault}, {digest[:16]}")
         else:
-            yield file_link(name, path, digest)
+            yield Link(name, HOLDS, f"SHA-256 {digest[:16]}")
 
 
 def metric_links(run: Run, facts: Facts) -> Iterator[Link]:
-    """The counts, from the predictions and from the classes."""
-    for record in (facts.evaluation, *facts.other_evaluations):
-        if record is not None:
-            yield from counted(run, record)
-    if facts.serialization is not None:
-        yield from exported(run, facts.serialization)
-
-
-def counted(run: Run, record: EvaluationRecord) -> Iterator[Link]:
-    name = f"metrics of {record.protocol.name}"
-    claimed = (record.images, record.correct_top1, record.correct_top5)
-    sums = tuple(sum(getattr(row, k) for row in record.per_class) for k in ("images", "correct_top1", "correct_top5"))
-    if sums != claimed:
-        yield Link(name, BROKEN, f"the classes sum to {sums}, the record says {claimed}")
-        return
-    for file in record.outputs:
-        if file.endswith(".npz"):
-            yield from counts_links(name, inside(run.directory, file), claimed)
-
-
-def exported(run: Run, record: SerializationRecord) -> Iterator[Link]:
-    for entry in record.variants:
-        for file in record.outputs:
-            if file.endswith(f"-{entry.variant}.npz"):
-                claimed = (record.images, entry.correct_top1, entry.correct_top5)
-                yield from counts_links(f"metrics of {entry.variant}", inside(run.directory, file), claimed)
-
-
-def counts_links(name: str, path: Path | None, claimed: tuple[int, int, int]) -> Iterator[Link]:
-    """Images and hits within 1 and 5, counted again, where the file is here."""
-    if path is None or not is_there(path):
-        return
-    try:
-        _, labels, best = read_predictions(path)
-    except UserError as error:
-        yield Link(name, BROKEN, f"{shown_path(path)}: {error}")
-        return
-    hits = best == labels[:, None]
-    found = (len(labels), int(hits[:, 0].sum()), int(hits.sum()))
-    if found == claimed:
-        yield Link(name, HOLDS, f"{found[1]} and {found[2]} of {found[0]}, counted in {path.name}")
-    else:
-        yield Link(name, BROKEN, f"{shown_path(path)} gives {found}, the record says {claimed}")
-
-
-def document_links(subject: Subject, facts: Facts) -> Iterator[Link]:
-    """The document's block says what the records say."""
-    if subject.identity is None:
-        yield Link("document", ABSENT, "no JSON block")
-        return
-    wanted = json.loads(json.dumps(identity(facts)))
-    wrong = sorted(key for key in wanted if wanted[key] != subject.identity.get(key))
-    yield (
-        Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
-        if wrong
-        else Link("document", HOLDS, "its block is that of the records")
-    )
+    """The counts of each record: over its classes, and counted again in the predictions that are here."""
+    wrong = set()
+    for record in filter(None, (facts.evaluation, *facts.other_evaluations)):
+        for name in ("images", "correct_top1", "correct_top5"):
+            total, claimed = sum(getattr(row, name) for row in record.per_class), getattr(record, name)
+            if total != claimed and record.protocol.name not in wrong:
+                wrong.add(record.protocol.name)
+                detail = f"{name} is {total} over the classes, {claimed} in the record"
+                yield Link(f"metrics of {record.protocol.name}", BROKEN, detail)
+    for counted in counted_predictions(facts):
+        name = f"metrics of {counted.metric}"
+        path = path_inside(run.directory, counted.file)
+        if counted.metric in wrong or path is None or not os.path.exists(path):
+            continue
+        try:
+            faults = counted.faults(path)
+        except UserError as error:
+            yield Link(name, BROKEN, f"{shown_path(path)}: {error}")
+            continue
+        if faults:
+            yield Link(name, BROKEN, f"{shown_path(path)}: {'; '.join(faults)}")
+        else:
+            counts = f"{counted.correct_top1} and {counted.correct_top5} of {counted.images}"
+            yield Link(name, HOLDS, f"{counts}, counted in {path.name}")

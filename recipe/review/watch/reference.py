@@ -1,7 +1,7 @@
-"""Which runs a run may be compared with, and their epochs as columns: read from records, documents and strangers.
+"""The reference of `watch` and the run that is judged by it, read from records, documents and files of dynamics.
 
-A reference is a finished run, a published recipe or a file of dynamics (several seeds of one recipe). Whatever differs
-in what can change the dynamics makes two of them incomparable, and is named.
+A reference is a finished run, a published recipe or a file of dynamics (several seeds of one recipe). Runs that differ
+in a setting that can change the dynamics are refused, with the setting.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from recipe.document.facts import gather
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
-from recipe.review.opening import Subject, open_subject, read_text
-from recipe.review.watch.statistics import METRICS, phases
+from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
+from recipe.review.watch.statistics import WATCHED_METRICS, phases
 from recipe.run import Run, shown_path
 
 DYNAMICS_FILE = "dynamics.json"  # beside the document
@@ -30,7 +30,7 @@ MOST_EPOCHS = 100_000
 
 
 class ScheduleSettings(msgspec.Struct, frozen=True):
-    """The part of a configuration that says where the phases of training begin."""
+    """The settings that decide where the phases of a training begin."""
 
     epochs: int
     schedule: str
@@ -40,7 +40,7 @@ class ScheduleSettings(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Watched:
-    """The run that is judged, finished or not."""
+    """A run to judge, finished or not."""
 
     name: str
     config: Mapping[str, Any]
@@ -49,8 +49,8 @@ class Watched:
 
 
 def open_reference(paths: Sequence[str | Path]) -> Dynamics:
-    """All seeds under the given paths, each once; raises `UserError` where they are not of one recipe."""
-    first, *others = [_one_reference(path) for path in paths]
+    """All seeds under the paths, each once; raises `UserError` where they are not of one recipe and one data set."""
+    first, *others = [_open_seeds(Path(path)) for path in paths]
     seeds = list(first.seeds)
     for path, other in zip(paths[1:], others, strict=True):
         refuse_differences(first, other.config, other.steps_per_epoch, shown_path(path))
@@ -60,29 +60,29 @@ def open_reference(paths: Sequence[str | Path]) -> Dynamics:
     return msgspec.structs.replace(first, seeds=_without_repeats(seeds))
 
 
-def _one_reference(path: str | Path) -> Dynamics:
-    path = Path(path)
+def _open_seeds(path: Path) -> Dynamics:
+    """A file of dynamics; or the seed of a recipe, those published with it, and those of a file of dynamics beside."""
     if path.suffix == ".json" and path.is_file():
         return _checked(_read_dynamics(path), shown_path(path))
-    subject = open_subject(path)
-    own = _with_published_seeds(_from_claims(subject), subject)
+    recipe = open_recipe(path)
+    own = _seed_of(recipe)
+    seeds = own.seeds + _published_seeds(recipe, own)
     file = (path if path.is_dir() else path.parent) / DYNAMICS_FILE
-    if not file.is_file():
-        return _checked(own, subject.name)
-    published = _read_dynamics(file)
-    refuse_differences(own, published.config, published.steps_per_epoch, shown_path(file))
-    seeds = _without_repeats([*own.seeds, *published.seeds])
-    return _checked(msgspec.structs.replace(own, seeds=seeds), subject.name)
+    if file.is_file():
+        beside = _read_dynamics(file)
+        refuse_differences(own, beside.config, beside.steps_per_epoch, shown_path(file))
+        seeds += beside.seeds
+    return _checked(msgspec.structs.replace(own, seeds=_without_repeats(seeds)), recipe.name)
 
 
-def _with_published_seeds(own: Dynamics, subject: Subject) -> Dynamics:
-    """The other seeds that were published with a recipe: of the same recipe on the same data, as `publish` saw to."""
-    published = subject.run.read(SeedsRecord) if subject.run is not None else None
+def _published_seeds(recipe: OpenedRecipe, own: Dynamics) -> list[SeedDynamics]:
+    """The other seeds that were published with a recipe, on the same data, as `publish` saw to."""
+    published = recipe.run.read(SeedsRecord) if recipe.run is not None else None
     if published is None:
-        return own
+        return []
     if published.recipe_id != own.recipe_id:
-        raise UserError(f"the seeds in the records of {subject.name} are of another recipe")
-    others = [
+        raise UserError(f"the seeds in the records of {recipe.name} are of another recipe")
+    return [
         SeedDynamics(
             seed=run.seed,
             weights_sha256=run.weights_sha256,
@@ -93,97 +93,76 @@ def _with_published_seeds(own: Dynamics, subject: Subject) -> Dynamics:
         )
         for run in published.runs
     ]
-    return msgspec.structs.replace(own, seeds=_without_repeats([*own.seeds, *others]))
 
 
 def _read_dynamics(path: Path) -> Dynamics:
-    found = from_json(read_text(path).encode(), Dynamics, shown_path(path))
-    computed = recipe_id(found.config)
-    if found.recipe_id != computed:
+    dynamics = from_json(read_text(path).encode(), Dynamics, shown_path(path))
+    computed = recipe_id(dynamics.config)
+    if dynamics.recipe_id != computed:
         raise UserError(
-            f"{shown_path(path)} calls itself recipe {on_one_line(found.recipe_id)[:16]}, but its configuration is "
+            f"{shown_path(path)} calls itself recipe {on_one_line(dynamics.recipe_id)[:16]}, but its configuration is "
             f"that of {computed[:16]}: it was edited"
         )
-    return found
+    return dynamics
 
 
-def _from_claims(subject: Subject) -> Dynamics:
-    """The one seed that a document tells of, or the records of a run where no document was written."""
-    claims = _claims(subject)
-    training, config = claims["claims"]["training"], claims["config"]
-    seed = config.get("seed")
-    return Dynamics(
-        recipe_id=recipe_id(config),
-        config={key: value for key, value in config.items() if key != "seed"},
-        steps_per_epoch=training.get("steps_per_epoch"),
-        seeds=[_seed_of(claims, seed if isinstance(seed, int) else 0)],
-    )
-
-
-def _claims(subject: Subject) -> dict[str, Any]:
-    """The document's block, down to the claims of training; raises `UserError` where nothing was trained to its end."""
-    claims = subject.identity
-    if claims is None and subject.run is not None:
-        claims = identity(gather(subject.run, subject.name))
-    try:
-        training = claims["claims"]["training"] if claims else None
-        is_whole = isinstance(training, dict) and claims is not None and isinstance(claims["config"], dict)
-    except (KeyError, TypeError):
-        is_whole = False
-    if not is_whole or claims is None:
-        raise UserError(f"{subject.name} tells of no finished training: nothing can be compared with it")
-    return claims
-
-
-def _seed_of(claims: dict[str, Any], seed: int) -> SeedDynamics:
-    training = claims["claims"]["training"]
+def _seed_of(recipe: OpenedRecipe) -> Dynamics:
+    """The one seed of a document, or of a run without one; raises `UserError` where no training was finished."""
+    block = recipe.block
+    if block is None:
+        assert recipe.run is not None, "a recipe has a document or records"
+        block = identity(gather(recipe.run, recipe.name))
+    claims, config = dict_or_empty(block.get("claims")), block.get("config")
+    training, seed = claims.get("training"), dict_or_empty(config).get("seed")
+    if not isinstance(training, dict) or not isinstance(config, dict):
+        raise UserError(f"{recipe.name} holds no finished training: nothing can be compared with it")
+    splits = dict_or_empty(dict_or_empty(claims.get("data")).get("splits"))
     values = {
-        "seed": seed,
+        "seed": seed if isinstance(seed, int) else 0,
         "weights_sha256": training.get("weights_sha256"),
-        "source_sha256": (claims.get("code") or {}).get("source_sha256"),
+        "source_sha256": dict_or_empty(block.get("code")).get("source_sha256"),
         "images_per_batch_norm": training.get("images_per_batch_norm"),
-        "raw_sha256": _raw_sha256(claims["claims"].get("data")),
+        "raw_sha256": {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)},
         "epochs": training.get("epochs"),
     }
     try:
-        return msgspec.convert(values, SeedDynamics)
-    except (msgspec.ValidationError, AttributeError) as error:
+        dynamics = msgspec.convert(values, SeedDynamics)
+    except msgspec.ValidationError as error:
         raise UserError(f"the document's claims about training cannot be read: {error}") from error
+    return Dynamics(
+        recipe_id=recipe_id(config),
+        config={key: value for key, value in config.items() if key != "seed"},
+        steps_per_epoch=training.get("steps_per_epoch"),  # type: ignore[arg-type]  # checked by the caller
+        seeds=[dynamics],
+    )
 
 
-def _raw_sha256(data: Any) -> dict[str, Any]:
-    splits = data.get("splits") if isinstance(data, dict) else None
-    if not isinstance(splits, dict):
-        return {}
-    return {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)}
-
-
-def _checked(found: Dynamics, where: str) -> Dynamics:
-    """The dynamics if every seed has every epoch with plain numbers; raises `UserError` otherwise."""
-    epochs = schedule_of(found.config, where).epochs
-    if not isinstance(found.steps_per_epoch, int) or found.steps_per_epoch < 1:
-        raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(found.steps_per_epoch))}")
-    if not found.seeds:
+def _checked(dynamics: Dynamics, where: str) -> Dynamics:
+    """The dynamics; raises `UserError` unless every seed has every epoch, in plain numbers."""
+    epochs, steps = schedule_of(dynamics.config, where).epochs, dynamics.steps_per_epoch
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(steps))}")
+    if not dynamics.seeds:
         raise UserError(f"{where} holds no seed")
-    for seed in found.seeds:
+    for seed in dynamics.seeds:
         if seed.epochs.get("epoch") != list(range(1, epochs + 1)):
             raise UserError(f"seed {seed.seed} of {where} does not hold each of its {epochs} epochs once, in order")
-        for name in METRICS:
+        for name in WATCHED_METRICS:
             values = seed.epochs.get(name, [])
-            if len(values) != epochs or not all(is_number(value) for value in values):
+            if len(values) != epochs or not all(is_exact_number(value) for value in values):
                 raise UserError(f"seed {seed.seed} of {where} has no number for {name} in one of its {epochs} epochs")
-    return found
+    return dynamics
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value can be computed with: text, truth values, NaN and what no float can hold cannot."""
+def is_exact_number(value: Any) -> bool:
+    """Whether a value is a number without loss as a float: not a truth value, NaN or a huge integer."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**53
 
 
 def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
-    """The schedule of a pinned configuration, checked."""
+    """The schedule of a pinned configuration; raises `UserError`."""
     try:
         settings = msgspec.convert(config.get("optimization"), ScheduleSettings)
     except msgspec.ValidationError as error:
@@ -216,12 +195,12 @@ def refuse_differences(reference: Dynamics, config: Mapping[str, Any], steps_per
 
 
 def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that can change how training goes, flat, without the seed."""
+    """The settings that can change training, flat: without the seed, names, descriptions and later stages."""
     return {key: value for key, value in flatten(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
 
 
 def refuse_other_data(reference: Dynamics, watched: Watched) -> None:
-    """Raise `UserError` where the original images are known to be others."""
+    """Raise `UserError` where the raw images have other hashes."""
     for seed in reference.seeds:
         _refuse_other_data(seed, watched.seed, watched.name)
 
@@ -237,7 +216,7 @@ def _refuse_other_data(first: SeedDynamics, second: SeedDynamics, where: str) ->
 
 
 def _without_repeats(seeds: Sequence[SeedDynamics]) -> list[SeedDynamics]:
-    """Each run once, however often it was named: a copy would make the spread look smaller than it is."""
+    """Each run once: a copy would make the spread look smaller than it is."""
     kept: list[SeedDynamics] = []
     for seed in seeds:
         if not any(same_run(seed, other) for other in kept):
@@ -246,27 +225,25 @@ def _without_repeats(seeds: Sequence[SeedDynamics]) -> list[SeedDynamics]:
 
 
 def same_run(first: SeedDynamics, second: SeedDynamics) -> bool:
-    """Whether every value that both have is the same: two seeds never agree so, whatever their hashes say."""
+    """Whether all values that both have are equal, as those of two seeds never are; hashes can be edited."""
     shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
-    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in METRICS for at in shared]
+    pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in WATCHED_METRICS for at in shared]
     return bool(pairs) and all(a == b for a, b in pairs)
 
 
 def open_watched(path: str | Path) -> Watched:
-    """The run under a path: a run directory in whatever state, a published recipe or a document."""
+    """The run under a path: a run directory in any state, a published recipe or a document."""
     path = Path(path)
     run = Run(path)
     if path.is_dir() and run.metrics.exists():
         return watched_run(run)
-    subject = open_subject(path)
-    claims = _claims(subject)
-    found = _from_claims(subject)
-    _checked(found, subject.name)
-    return Watched(subject.name, claims["config"], found.steps_per_epoch, found.seeds[0])
+    recipe = open_recipe(path)
+    dynamics = _checked(_seed_of(recipe), recipe.name)
+    return Watched(recipe.name, dynamics.config, dynamics.steps_per_epoch, dynamics.seeds[0])
 
 
 def watched_run(run: Run) -> Watched:
-    """A run from its own files, while it trains too; an epoch counts when it was validated."""
+    """A run from its own files, also while it trains; an epoch counts when it was validated."""
     name, config = shown_path(run.directory), run.read_config()
     if config is None:
         raise UserError(f"{name} has no config.yaml: nothing was trained there")

@@ -1,14 +1,13 @@
-"""Is a run like the others? The statistics of a run beside seeds of the same recipe; no files.
+"""The statistics of `watch`: prediction intervals for one more run, from seeds of the same recipe. No files.
 
-A run is compared with n reference seeds after each epoch and in each metric. What differs is judged by the prediction
-interval of one more run, mean +- t s sqrt(1 + 1/n). A few seeds tell little about one epoch alone, so that s is
-pooled over neighbouring epochs of the same phase of the schedule; where an epoch spreads more by itself, that counts.
-t has as many degrees of freedom as the pooled residuals are worth, since neighbouring epochs resemble each other and
-spread unequally, and its tails are as heavy as the kurtosis of the residuals cannot rule out: on real seeds the plain
-pooled band broke its stated error (benchmarks/results/convergence.md has both). All epochs and metrics of the whole
+A run is compared with n reference seeds after each epoch and in each metric, by the prediction interval of one more
+run, mean +- t s sqrt(1 + 1/n). s is pooled over neighbouring epochs of the same phase of the schedule, or is that of
+the epoch where this is larger. The degrees of freedom of t are reduced for the autocorrelation and the unequal
+variances of the epochs (Satterthwaite), and capped by an upper bound on the kurtosis of the residuals: on real seeds
+the plain pooled band broke its stated error (benchmarks/results/convergence.md has both). All epochs and metrics of a
 training share one family-wise error (Bonferroni), so that looking at every epoch costs no more.
 
-Deviations are two-sided: a run that is too good too early has started from something else.
+Intervals are two-sided: a run that is too good too early has started from something else.
 """
 
 from __future__ import annotations
@@ -20,65 +19,64 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from recipe.review.findings import CANNOT_TELL
+
 ALPHA = 0.05  # family-wise
 POWER = 0.9
 FEWEST_SEEDS = 3
-METRICS = ("train_loss", "train_top1", "validation_loss", "validation_top1")
+WATCHED_METRICS = ("train_loss", "train_top1", "validation_loss", "validation_top1")
 WINDOW_SHARE = 1 / 6  # of the training: 15 epochs of 90
-KURTOSIS_ERRORS = 3.0  # standard errors above what was measured
+KURTOSIS_ERRORS = 3.0  # standard errors above the measured kurtosis
 CHI_SQUARED_POINTS = 2000
-ON_TRACK, OFF_TRACK, CANNOT_TELL = "ON TRACK", "OFF TRACK", "CANNOT TELL"
+ON_TRACK, OFF_TRACK = "ON TRACK", "OFF TRACK"
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """The reference: for each metric an array [seeds, epochs], and the phase of the schedule of each epoch."""
+    """The reference: an array [seeds, epochs] for each metric, and the phase of the schedule of each epoch."""
 
     values: Mapping[str, Numbers]
     phases: Sequence[int]
 
     @property
     def count(self) -> int:
-        """How many seeds."""
         return len(next(iter(self.values.values())))
 
     @property
     def epochs(self) -> int:
-        """Of the whole training."""
         return len(self.phases)
 
 
 @dataclass(frozen=True)
 class Band:
-    """What one more run may do in one metric; arrays over epochs. NaN limits: these epochs cannot be judged."""
+    """The prediction interval of one more run in one metric; arrays over epochs. NaN limits: cannot be judged."""
 
     mean: Numbers
-    sd: Numbers  # pooled, or the declared prior
-    degrees_of_freedom: Numbers  # infinite for a prior
+    sd: Numbers  # pooled
+    degrees_of_freedom: Numbers
     quantiles: Numbers  # of t
     seeds: int
-    is_prior: bool
 
     @property
     def scale(self) -> Numbers:
-        """The standard deviation of one more run less the mean of the seeds."""
+        """The standard deviation of the difference between one more run and the mean of the seeds."""
         return self.sd * float(np.sqrt(1 + 1 / self.seeds))
 
     @property
     def limit(self) -> Numbers:
-        """The largest deviation of a run that is like the others."""
+        """The largest deviation inside the interval."""
         return self.quantiles * self.scale
 
     def detectable(self, epoch: int) -> float:
-        """The smallest deviation that is found with `POWER` after `epoch` (from 1)."""
+        """The smallest deviation that is found with a probability of `POWER` after `epoch` (from 1)."""
         at = epoch - 1
         return detectable_shift(float(self.quantiles[at]), float(self.degrees_of_freedom[at])) * float(self.scale[at])
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """A value outside of its band."""
+    """A value outside its band."""
 
     metric: str
     epoch: int
@@ -88,7 +86,7 @@ class Deviation:
 
     @property
     def difference(self) -> float:
-        """Signed: the run less the reference."""
+        """Signed: the run minus the reference."""
         return self.value - self.mean
 
 
@@ -117,7 +115,7 @@ def neighbours(phase_of: Sequence[int], epoch: int) -> list[int]:
 
 
 def lag_correlation(residuals: Numbers) -> float:
-    """How much the residuals [seeds, epochs] of neighbouring epochs resemble each other, from 0 to 1."""
+    """The lag-1 autocorrelation of residuals [seeds, epochs], clipped to 0..1."""
     spread = residuals.std(axis=0)
     scaled = residuals[:, spread > 0] / spread[spread > 0]
     if scaled.shape[1] < 2:
@@ -146,8 +144,8 @@ def pooled(values: Numbers, phase_of: Sequence[int]) -> tuple[Numbers, Numbers]:
 def tail_degrees(scaled: Numbers, correlation: float) -> float:
     """The degrees of freedom of the heaviest-tailed t that scaled residuals [seeds, epochs] do not rule out.
 
-    t has the excess kurtosis 6 / (degrees - 4). That of few residuals is uncertain, and more so of correlated ones:
-    a long training of many seeds earns Gaussian tails, a short one does not.
+    t has the excess kurtosis 6 / (degrees - 4), which is measured with an error: a long training with many seeds gets
+    Gaussian tails, a short one does not.
     """
     seeds, epochs = scaled.shape
     excess = float((scaled**4).mean() / (scaled**2).mean() ** 2) - 3
@@ -158,57 +156,44 @@ def tail_degrees(scaled: Numbers, correlation: float) -> float:
 
 
 def effective_count(variances: Numbers, distances: Numbers, correlation: float) -> float:
-    """How many epochs of equal variance and without correlation give a pooled variance that is as certain.
+    """The number of uncorrelated epochs of equal variance whose pooled variance is as certain (Satterthwaite).
 
-    Satterthwaite's approximation; epochs at a distance are correlated as correlation ** distance, and the covariance of
-    two squares of Gaussians goes with the square of theirs.
+    Epochs are correlated as correlation ** distance; the covariance of squares of Gaussians is the square of that.
     """
     if not variances.any():
         return 1.0
     return float(variances.sum() ** 2 / (variances @ correlation ** (2 * distances) @ variances))
 
 
-def bands(seeds: Seeds, alpha: float = ALPHA, priors: Mapping[str, float] | None = None) -> dict[str, Band]:
-    """The band of every metric that can be judged: all of them with three seeds, else those with a declared prior.
-
-    The error is shared by every epoch of the training and every metric with a band.
-    """
-    priors = priors or {}
-    judged = [name for name in seeds.values if seeds.count >= FEWEST_SEEDS or name in priors]
-    level = alpha / max(1, seeds.epochs * len(judged))
-    return {name: band(seeds.values[name], seeds.phases, level, priors.get(name)) for name in judged}
+def bands(seeds: Seeds, alpha: float = ALPHA) -> dict[str, Band]:
+    """The band of every metric, none with fewer than three seeds; all epochs and metrics share the error `alpha`."""
+    if seeds.count < FEWEST_SEEDS:
+        return {}
+    level = alpha / (seeds.epochs * len(seeds.values))
+    return {name: band(values, seeds.phases, level) for name, values in seeds.values.items()}
 
 
-def band(values: Numbers, phase_of: Sequence[int], level: float, prior_sd: float | None = None) -> Band:
-    """The band of one metric, values [seeds, epochs], two-sided at `level` in each epoch.
-
-    A prior is used where there are too few seeds to measure a spread; it counts as known exactly.
-    """
+def band(values: Numbers, phase_of: Sequence[int], level: float) -> Band:
+    """The band of one metric, values [seeds, epochs], two-sided at `level` in each epoch."""
     from scipy import stats
 
-    seeds, epochs = values.shape
-    is_prior = seeds < FEWEST_SEEDS
-    if is_prior:
-        assert prior_sd is not None
-        sd, degrees = np.full(epochs, prior_sd), np.full(epochs, np.inf)
-    else:
-        sd, degrees = pooled(values, phase_of)
+    sd, degrees = pooled(values, phase_of)
     sd = np.where(sd > 0, sd, np.nan)
     quantiles = np.asarray(stats.t.isf(level / 2, degrees), dtype=np.float64)
-    return Band(values.mean(axis=0), sd, degrees, quantiles, seeds, is_prior)
+    return Band(values.mean(axis=0), sd, degrees, quantiles, len(values))
 
 
 @cache
 def detectable_shift(quantile: float, degrees_of_freedom: float, power: float = POWER) -> float:
     """The true shift, in standard deviations of the difference, that |t| > `quantile` finds with `power`.
 
-    t is noncentral then: (z + shift) / sqrt(v), where v is chi-squared over its degrees of freedom. The probability is
-    the mean over v of normal ones: scipy's own noncentral t is NaN for the far quantiles that three seeds need.
+    Noncentral t, (z + shift) / sqrt(v), where v is chi-squared over its degrees of freedom: the mean over v of normal
+    probabilities, since scipy's noncentral t is NaN for the far quantiles that three seeds need.
     """
     from scipy import optimize, stats
 
     chances = (np.arange(CHI_SQUARED_POINTS) + 0.5) / CHI_SQUARED_POINTS
-    v = np.ones(1) if np.isinf(degrees_of_freedom) else stats.chi2.ppf(chances, degrees_of_freedom) / degrees_of_freedom
+    v = stats.chi2.ppf(chances, degrees_of_freedom) / degrees_of_freedom
     bound = quantile * np.sqrt(v)
 
     def missed(shift: float) -> float:
@@ -218,11 +203,9 @@ def detectable_shift(quantile: float, degrees_of_freedom: float, power: float = 
     return float(optimize.brentq(missed, 0.0, 10 * quantile + 10))
 
 
-def judge(
-    seeds: Seeds, run: Mapping[str, Numbers], alpha: float = ALPHA, priors: Mapping[str, float] | None = None
-) -> Judgement:
-    """The verdict on a run: for each metric its values by epoch, NaN where there is none yet."""
-    found = bands(seeds, alpha, priors)
+def judge(seeds: Seeds, run: Mapping[str, Numbers], alpha: float = ALPHA) -> Judgement:
+    """The verdict on a run: its values by metric and epoch, NaN where there is none yet."""
+    found = bands(seeds, alpha)
     epoch = max((last_epoch(values) for values in run.values()), default=0)
     comparisons = seeds.epochs * len(found)
     if not found:
@@ -241,7 +224,7 @@ def judge(
 
 
 def last_epoch(values: Numbers) -> int:
-    """The newest epoch, counted from 1, that has a value; 0: none."""
+    """The newest epoch with a value, counted from 1; 0: none."""
     present = np.flatnonzero(~np.isnan(values))
     return int(present[-1]) + 1 if present.size else 0
 

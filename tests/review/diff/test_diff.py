@@ -15,26 +15,25 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.config.schema import schema_keys
-from recipe.review.diff.command import Report, compare
+from recipe.review.diff.command import DiffReport, compare_recipes, result_lines
 from recipe.review.diff.impact import RANKS, Group, group_of, is_inert, rank_of
-from recipe.review.diff.inputs import Side, side_of, value_at
-from recipe.review.opening import open_subject
-from recipe.review.results import result_lines
+from recipe.review.diff.inputs import Comparable, value_at
+from recipe.review.opening import open_recipe
 from recipe.run import Run
 from tests.conftest import compose_config
 from tests.review.factory import change_record, set_at
 
 
 @pytest.fixture
-def side(whole: Path) -> Side:
+def side(whole: Path) -> Comparable:
     """The whole recipe, with a complete configuration."""
-    found = side_of(open_subject(whole))
+    found = Comparable.from_recipe(open_recipe(whole))
     block = deepcopy(found.block)
     block["config"] = compose_config("experiment=demo").pinned.values
     return replace(found, block=block)
 
 
-def altered(side: Side, *changes: tuple[str, Any], training: Callable[[Any], Any] | None = None) -> Side:
+def altered(side: Comparable, *changes: tuple[str, Any], training: Callable[[Any], Any] | None = None) -> Comparable:
     """The same recipe with other values under dotted keys of its block."""
     block = deepcopy(side.block)
     for key, value in changes:
@@ -43,19 +42,19 @@ def altered(side: Side, *changes: tuple[str, Any], training: Callable[[Any], Any
         for group in groups:
             place = place[group]
         place[leaf] = value
-    return Side("B", block, training(side.training) if training else side.training)
+    return Comparable("B", block, training(side.training) if training else side.training)
 
 
-def first(report: Report) -> str:
+def first(report: DiffReport) -> str:
     return report.differences[0].key
 
 
 # Acceptance
 
 
-def test_weight_decay_comes_first(side: Side) -> None:
+def test_weight_decay_comes_first(side: Comparable) -> None:
     """vision#8363: 1 % after six epochs; the weight decay was 1e-2 where the recipe has 1e-4."""
-    report = compare(side, altered(side, ("config.optimization.weight_decay", 1e-2)))
+    report = compare_recipes(side, altered(side, ("config.optimization.weight_decay", 1e-2)))
     assert first(report) == "optimization.weight_decay"
     assert [one.key for one in report.differences] == ["optimization.weight_decay"]
     lines = report.lines()
@@ -64,9 +63,9 @@ def test_weight_decay_comes_first(side: Side) -> None:
     )
 
 
-def test_learning_rate_comes_first_and_is_said_per_image(side: Side) -> None:
+def test_learning_rate_comes_first_and_is_said_per_image(side: Comparable) -> None:
     """MEAL-V2#10: 0.01 or 0.1?"""
-    report = compare(
+    report = compare_recipes(
         altered(side, ("config.optimization.learning_rate", 0.01), ("config.seed", 3), ("config.trainer.compile", 1)),
         altered(side, ("config.optimization.learning_rate", 0.1)),
     )
@@ -74,11 +73,11 @@ def test_learning_rate_comes_first_and_is_said_per_image(side: Side) -> None:
     assert report.differences[0].note.endswith(", x 10")
 
 
-def test_what_batch_norm_sees_is_named_first_though_the_configurations_are_equal(side: Side) -> None:
+def test_what_batch_norm_sees_is_named_first_though_the_configurations_are_equal(side: Comparable) -> None:
     """A batch of 256 on 8 processes and on 1."""
     eight = altered(side, ("claims.training.images_per_batch_norm", 32), ("claims.training.processes", 8))
     one = altered(side, ("claims.training.images_per_batch_norm", 256), ("claims.training.processes", 1))
-    report = compare(eight, one)
+    report = compare_recipes(eight, one)
     assert (first(report), report.differences[0].before, report.differences[0].after) == (
         "images per batch norm",
         32,
@@ -88,8 +87,8 @@ def test_what_batch_norm_sees_is_named_first_though_the_configurations_are_equal
     assert [one.key for one in report.differences if one.group is Group.last_digits] == ["processes"]
 
 
-def test_the_same_recipe_says_so(side: Side) -> None:
-    report = compare(side, side)
+def test_the_same_recipe_says_so(side: Comparable) -> None:
+    report = compare_recipes(side, side)
     assert not report.differs
     assert "the same recipe: nothing differs that was recorded" in report.lines()
 
@@ -104,8 +103,8 @@ def test_every_key_of_the_schema_has_a_place() -> None:
     assert not lost
 
 
-def test_groups_follow_one_another_and_cosmetics_come_last(side: Side) -> None:
-    report = compare(
+def test_groups_follow_one_another_and_cosmetics_come_last(side: Comparable) -> None:
+    report = compare_recipes(
         side,
         altered(
             side,
@@ -135,34 +134,34 @@ def test_groups_follow_one_another_and_cosmetics_come_last(side: Side) -> None:
     ]
 
 
-def test_a_setting_without_effect_is_cosmetic(side: Side) -> None:
+def test_a_setting_without_effect_is_cosmetic(side: Comparable) -> None:
     """A step's factor under a cosine, and the same factor under steps."""
     changed = ("config.optimization.step_factor", 0.2)
-    (found,) = compare(side, altered(side, changed)).differences
+    (found,) = compare_recipes(side, altered(side, changed)).differences
     assert found.group is Group.cosmetic
     step = altered(side, ("config.optimization.schedule", "step"))
-    (found,) = compare(step, altered(step, changed)).differences
+    (found,) = compare_recipes(step, altered(step, changed)).differences
     assert found.group is Group.accuracy
     assert is_inert("augmentation.erasing.ratio_min", {"augmentation.erasing.probability": 0.0})
     assert not is_inert("augmentation.erasing.probability", {"augmentation.erasing.probability": 0.0})
 
 
-def test_equal_learning_rates_per_image_are_said_to_be_equal(side: Side) -> None:
-    report = compare(
+def test_equal_learning_rates_per_image_are_said_to_be_equal(side: Comparable) -> None:
+    report = compare_recipes(
         altered(side, ("config.optimization.learning_rate", 0.1), ("config.optimization.batch_size", 32)),
         altered(side, ("config.optimization.learning_rate", 0.2), ("config.optimization.batch_size", 64)),
     )
     assert all(one.note.endswith(", the same") for one in report.differences)
 
 
-def test_code_that_no_configuration_shows_is_found_in_the_live_objects(side: Side) -> None:
+def test_code_that_no_configuration_shows_is_found_in_the_live_objects(side: Comparable) -> None:
     """Configurations agree; the schedule, a parameter group or the pixels do not."""
 
     def slower(training: Any) -> Any:
         points = [(step, rate / 2) for step, rate in training.schedule.points]
         return msgspec.structs.replace(training, schedule=msgspec.structs.replace(training.schedule, points=points))
 
-    report = compare(side, altered(side, training=slower))
+    report = compare_recipes(side, altered(side, training=slower))
     assert first(report) == "learning-rate curve"
 
     def decayed(training: Any) -> Any:
@@ -172,16 +171,16 @@ def test_code_that_no_configuration_shows_is_found_in_the_live_objects(side: Sid
         ]
         return msgspec.structs.replace(training, parameter_groups=groups)
 
-    report = compare(side, altered(side, training=decayed))
+    report = compare_recipes(side, altered(side, training=decayed))
     assert {one.key for one in report.differences} == {
         "optimization.groups.decayed.weight_decay",
         "optimization.groups.norms and biases.weight_decay",
     }
-    report = compare(side, altered(side, ("claims.training.augmentation_sha256", "0" * 64)))
+    report = compare_recipes(side, altered(side, ("claims.training.augmentation_sha256", "0" * 64)))
     assert first(report) == "augmentation.pixels, SHA-256"
 
 
-def test_hashes_that_have_to_differ_are_not_said_twice(side: Side) -> None:
+def test_hashes_that_have_to_differ_are_not_said_twice(side: Comparable) -> None:
     """Another seed begins with other weights and draws other pixels."""
     other = altered(
         side,
@@ -189,11 +188,11 @@ def test_hashes_that_have_to_differ_are_not_said_twice(side: Side) -> None:
         ("claims.training.initial_weights_sha256", "1" * 64),
         ("claims.training.augmentation_sha256", "2" * 64),
     )
-    assert [one.key for one in compare(side, other).differences] == ["seed"]
-    assert "the same configuration but for the seed at most" in compare(side, other).same_recipe
+    assert [one.key for one in compare_recipes(side, other).differences] == ["seed"]
+    assert "the same configuration but for the seed at most" in compare_recipes(side, other).same_recipe
 
 
-def test_curves_are_compared_at_equal_share_of_training(side: Side) -> None:
+def test_curves_are_compared_at_equal_share_of_training(side: Comparable) -> None:
     """The same shape over twice the steps is the same curve; half of the rate is not."""
 
     def longer(training: Any) -> Any:
@@ -202,7 +201,7 @@ def test_curves_are_compared_at_equal_share_of_training(side: Side) -> None:
         stretched = msgspec.structs.replace(schedule, points=points, steps=2 * schedule.steps - 1)
         return msgspec.structs.replace(training, schedule=stretched)
 
-    assert not compare(side, altered(side, training=longer)).differences
+    assert not compare_recipes(side, altered(side, training=longer)).differences
     assert value_at([(0.0, 0.0), (0.5, 1.0), (1.0, 0.0)], 0.25) == 0.5
 
 
@@ -221,7 +220,7 @@ def counted(images: int, correct: int, **more: Any) -> dict[str, Any]:
         (37_000, 37_300, "is beyond it"),
     ],
 )
-def test_noise_is_bounded_and_never_called_known(side: Side, correct: int, other: int, said: str) -> None:
+def test_noise_is_bounded_and_never_called_known(side: Comparable, correct: int, other: int, said: str) -> None:
     a, b = (altered(side, ("claims.evaluation", counted(50_000, count))) for count in (correct, other))
     lines, differ = result_lines(a, b)
     assert differ
@@ -231,7 +230,7 @@ def test_noise_is_bounded_and_never_called_known(side: Side, correct: int, other
     assert "0.54 points" in lines[-1]
 
 
-def test_other_protocols_are_not_compared_as_if_they_were_one(side: Side) -> None:
+def test_other_protocols_are_not_compared_as_if_they_were_one(side: Comparable) -> None:
     a = altered(side, ("claims.evaluation", counted(100, 70)))
     b = altered(side, ("claims.evaluation", counted(100, 71, protocol="q")))
     assert "different protocols" in result_lines(a, b)[0][-1]
@@ -268,9 +267,9 @@ def test_what_is_no_recipe_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("value", [None, [], "x", {"epochs": 3}, {"epochs": {"learning_rate": ["a", {}]}}, 10**400])
-def test_a_hostile_block_gives_no_traceback(side: Side, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_block_gives_no_traceback(side: Comparable, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("claims.training", "claims.evaluation", "claims", "circumstances", "code", "fingerprint", "config")
     for key in (*keys, "config.optimization.learning_rate", "claims.evaluation.correct_top1"):
-        hostile = Side("B\x1b[2J", altered(side, (key, value)).block, None)
-        printed = "\n".join(compare(side, hostile).lines())
+        hostile = Comparable("B\x1b[2J", altered(side, (key, value)).block, None)
+        printed = "\n".join(compare_recipes(side, hostile).lines())
         assert "\x1b" not in printed

@@ -23,10 +23,10 @@ from recipe.config.schema import Config
 from recipe.document.claims import as_json
 from recipe.errors import UserError
 from recipe.provenance import source_sha256
-from recipe.review.opening import identity_of
+from recipe.review.opening import json_block
 from recipe.review.reproduce import adapt as fitting
 from recipe.review.reproduce import command as reproduce
-from recipe.review.reproduce.command import MARKER, planned
+from recipe.review.reproduce.command import DOCUMENT_HASH_FILE, plan_reproduction
 from recipe.review.reproduce.parse import parse_config, parse_recipe
 from recipe.run import CHECKOUT
 from tests.conftest import compose_config
@@ -80,9 +80,9 @@ def arguments(*words: str) -> Namespace:
     return parser.parse_args(["recipe.md", *words])
 
 
-def plan_of(text: str, *words: str) -> reproduce.Plan:
+def plan_of(text: str, *words: str) -> reproduce.ReproductionPlan:
     Path("recipe.md").write_bytes(text.encode("utf-8", "surrogatepass"))
-    return planned(arguments(*words))
+    return plan_reproduction(arguments(*words))
 
 
 def put(key: str, value: Any) -> Change:
@@ -201,13 +201,13 @@ def test_the_run_directory_is_new_and_never_the_recipes_own(block: dict[str, Any
     text = document(block)
     plan = plan_of(text)
     assert plan_of(text, "--run-dir", "fresh").run_dir == Path("fresh")
-    with pytest.raises(UserError, match="is no reproduction of this document"):
+    with pytest.raises(UserError, match="is not a reproduction of this document"):
         plan_of(text, "--run-dir", ".")
     plan.run_dir.mkdir(parents=True)
-    (plan.run_dir / MARKER).write_text("0" * 64)
-    with pytest.raises(UserError, match="is no reproduction of this document"):
+    (plan.run_dir / DOCUMENT_HASH_FILE).write_text("0" * 64)
+    with pytest.raises(UserError, match="is not a reproduction of this document"):
         plan_of(text)
-    (plan.run_dir / MARKER).write_text(plan.document_sha256)
+    (plan.run_dir / DOCUMENT_HASH_FILE).write_text(plan.document_sha256)
     assert plan_of(text).run_dir == plan.run_dir
 
 
@@ -445,14 +445,14 @@ def test_lone_surrogates_are_refused(block: dict[str, Any]) -> None:
 def test_documents_that_are_no_text_or_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("recipe.md").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
-        planned(arguments())
+        plan_reproduction(arguments())
     with Path("recipe.md").open("wb") as handle:
         handle.truncate(17 * 2**20)
     with pytest.raises(UserError, match="has 17,825,792 bytes; at most 16,777,216 are read"):
-        planned(arguments())
+        plan_reproduction(arguments())
 
 
 def test_other_fences_and_prose_are_not_read(block: dict[str, Any]) -> None:
     text = document(block)
     noise = '```json\n{broken\n```\n```json\n[1]\n```\n```yaml\nformat: recipe/1\n```\n{"format": "recipe/1"}\n'
-    assert identity_of(noise + text) == identity_of(text)
+    assert json_block(noise + text) == json_block(text)

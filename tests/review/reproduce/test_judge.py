@@ -11,18 +11,18 @@ from msgspec.structs import replace
 from recipe.document.claims import identity
 from recipe.document.facts import Facts
 from recipe.records import JudgedClaim, ReproductionRecord, SeedRun, SeedsRecord, from_json, to_json
+from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.judge import (
     BIT_EXACT,
-    CANNOT_TELL,
     CONSISTENT,
     DIFFERS,
     EVALUATION_EQUAL,
     NUMERICALLY_EQUAL,
-    judged,
-    verdict,
+    judge_claims,
+    overall_verdict,
 )
 from recipe.review.reproduce.parse import Recipe, parse_recipe
-from recipe.review.reproduce.report import report
+from recipe.review.reproduce.report import reproduction_page
 from tests.document.test_document import (
     HOSTILE,
     assert_tables_are_even,
@@ -45,7 +45,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def levels(theirs: Recipe, ours: Facts, changed: list[str]) -> dict[str, str]:
-    return {claim.claim: claim.level for claim in judged(theirs, ours, changed)}
+    return {claim.claim: claim.level for claim in judge_claims(theirs, ours, changed)}
 
 
 def other_weights(**changes: Any) -> Facts:
@@ -57,26 +57,26 @@ def other_weights(**changes: Any) -> Facts:
 
 
 def test_equal_runs_are_equal_in_every_claim() -> None:
-    found = judged(recipe(), facts(), [])
+    found = judge_claims(recipe(), facts(), [])
     assert {claim.level for claim in found} == {BIT_EXACT, EVALUATION_EQUAL}
     assert len(found) >= 15
-    assert verdict(found).startswith(f"{BIT_EXACT}: the trained weights")
+    assert overall_verdict(found).startswith(f"{BIT_EXACT}: the trained weights")
 
 
 def test_other_bits_in_equal_circumstances_differ() -> None:
     found = levels(recipe(), other_weights(), [])
     assert found["trained weights"] == DIFFERS
-    assert "trained weights" in verdict(judged(recipe(), other_weights(), []))
+    assert "trained weights" in overall_verdict(judge_claims(recipe(), other_weights(), []))
 
 
 def test_other_bits_in_other_circumstances_tell_nothing_of_one_run() -> None:
     found = levels(recipe(), other_weights(), OTHER)
     assert found["trained weights"] == CANNOT_TELL
     assert found["top-1 of 480 images"] == CANNOT_TELL
-    reasons = {claim.claim: claim.why for claim in judged(recipe(), other_weights(), OTHER)}
+    reasons = {claim.claim: claim.why for claim in judge_claims(recipe(), other_weights(), OTHER)}
     assert OTHER[0] in reasons["trained weights"]
     assert "n = 1" in reasons["top-1 of 480 images"]
-    assert verdict(judged(recipe(), other_weights(), OTHER)).startswith(CANNOT_TELL)
+    assert overall_verdict(judge_claims(recipe(), other_weights(), OTHER)).startswith(CANNOT_TELL)
 
 
 @pytest.mark.parametrize(("deterministic", "level"), [(True, DIFFERS), (False, CANNOT_TELL)])
@@ -95,7 +95,7 @@ def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(determinist
 )
 def test_the_first_epoch_is_held_to_a_stated_tolerance(factor: float, level: str) -> None:
     rows = [{**row, "loss": row["loss"] * factor} for row in metric_rows()]
-    [claim] = [claim for claim in judged(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
+    [claim] = [claim for claim in judge_claims(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
     assert claim.level == level
     if level == NUMERICALLY_EQUAL:
         assert "allowed are 1e-09 and 0.02" in claim.why
@@ -103,7 +103,7 @@ def test_the_first_epoch_is_held_to_a_stated_tolerance(factor: float, level: str
 
 def test_another_learning_rate_is_no_rounding() -> None:
     rows = [{**row, "learning_rate": row["learning_rate"] and row["learning_rate"] * 1.001} for row in metric_rows()]
-    [claim] = [claim for claim in judged(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
+    [claim] = [claim for claim in judge_claims(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
     assert claim.level == DIFFERS
 
 
@@ -145,7 +145,7 @@ def seeds(*correct: int) -> SeedsRecord:
 )
 def test_only_several_seeds_tell_whether_the_same_was_reached(correct: tuple[int, ...], level: str) -> None:
     theirs = recipe(seeds=seeds(*correct))
-    [claim] = [claim for claim in judged(theirs, other_weights(), OTHER) if claim.claim == "top-1 of 480 images"]
+    [claim] = [claim for claim in judge_claims(theirs, other_weights(), OTHER) if claim.claim == "top-1 of 480 images"]
     assert claim.level == level
     if level == CONSISTENT:
         assert "89.79% ± 2.07%" in claim.why
@@ -200,9 +200,9 @@ def test_the_report_is_whole_and_harmless() -> None:
         circumstances=[],
         stages=["train"],
         claims=claims,
-        verdict=verdict(claims),
+        verdict=overall_verdict(claims),
     )
-    text = report(from_json(to_json(record), ReproductionRecord, "x"))
+    text = reproduction_page(from_json(to_json(record), ReproductionRecord, "x"))
     assert sha("document") in text
     assert_tables_are_even(text)
     assert "<img" not in text

@@ -23,8 +23,9 @@ from recipe.document.publish import publish
 from recipe.document.render import write_document
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
+from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce import command as reproduce
-from recipe.review.reproduce.judge import BIT_EXACT, CANNOT_TELL, DIFFERS, EVALUATION_EQUAL
+from recipe.review.reproduce.judge import BIT_EXACT, DIFFERS, EVALUATION_EQUAL
 from recipe.run import Run
 from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config

@@ -15,7 +15,7 @@ from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
 from recipe.config.compose import config_from_overrides
 from recipe.config.identity import flatten
 from recipe.records import Fingerprint, from_json
-from recipe.review.verify.trace import CANNOT_TELL, CHANGED, TOLERANCE, compared
+from recipe.review.verify.trace import CHANGED, TOLERANCE, UNDECIDED, compare_traces
 from recipe.run import CHECKOUT
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
@@ -28,7 +28,7 @@ def clean() -> Fingerprint:
 def test_the_same_code_gives_the_same_bits_and_no_finding(clean: Fingerprint) -> None:
     again = taken(SMALL)
     assert again == clean
-    assert compared(clean, again) == []
+    assert compare_traces(clean, again) == []
     assert len(clean.steps) == 10
     assert {step.epoch for step in clean.steps} == set(range(5)), "the steps are spread over the whole schedule"
 
@@ -79,7 +79,7 @@ CHANGES: list[tuple[Callable[[Any], dict[str, Any]], str]] = [
 
 @pytest.mark.parametrize(("change", "what"), CHANGES)
 def test_every_part_is_compared(clean: Fingerprint, change: Callable[[Any], dict[str, Any]], what: str) -> None:
-    found = compared(clean, msgspec.structs.replace(clean, **change(clean)))
+    found = compare_traces(clean, msgspec.structs.replace(clean, **change(clean)))
     assert found
     assert found[0].what.startswith(what)
     assert {difference.kind for difference in found} == {CHANGED}
@@ -95,21 +95,21 @@ def stepped(clean: Fingerprint, **values: Any) -> Fingerprint:
 @pytest.mark.parametrize("name", ["loss", "gradient_norm", "images_std"])
 def test_sums_may_differ_within_the_tolerance_and_no_further(clean: Fingerprint, name: str) -> None:
     value = getattr(clean.steps[2], name)
-    assert compared(clean, stepped(clean, **{name: value * (1 + 0.5 * TOLERANCE)})) == []
-    found = compared(clean, stepped(clean, **{name: value * (1 + 2 * TOLERANCE)}))
+    assert compare_traces(clean, stepped(clean, **{name: value * (1 + 0.5 * TOLERANCE)})) == []
+    found = compare_traces(clean, stepped(clean, **{name: value * (1 + 2 * TOLERANCE)}))
     assert [difference.what.startswith("probe step 3:") for difference in found] == [True]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_differ(clean: Fingerprint, value: float) -> None:
-    assert compared(clean, stepped(clean, loss=value))
-    assert compared(stepped(clean, loss=value), clean)
+    assert compare_traces(clean, stepped(clean, loss=value))
+    assert compare_traces(stepped(clean, loss=value), clean)
 
 
 def test_a_processor_that_rounds_pixels_otherwise_cannot_tell(clean: Fingerprint) -> None:
     other = msgspec.structs.replace(clean, instructions="DEFAULT", augmentation_sha256="0" * 64)
-    assert [difference.kind for difference in compared(clean, other)] == [CANNOT_TELL]
-    assert [difference.kind for difference in compared(other, clean)] == [CANNOT_TELL]
+    assert [difference.kind for difference in compare_traces(clean, other)] == [UNDECIDED]
+    assert [difference.kind for difference in compare_traces(other, clean)] == [UNDECIDED]
 
 
 def every_experiment() -> list[str]:

@@ -15,10 +15,10 @@ from recipe.document.render import write_document
 from recipe.errors import UserError
 from recipe.performance import evaluate_run
 from recipe.records import TrainingRecord
-from recipe.review.opening import open_subject
+from recipe.review.opening import open_recipe
 from recipe.review.verify import code as drift
-from recipe.review.verify.files import ABSENT, BROKEN, HOLDS, Link, links
-from recipe.review.verify.trace import Difference
+from recipe.review.verify.files import BROKEN, HOLDS, NOT_HERE, Link, links
+from recipe.review.verify.trace import TraceDifference, trace_here
 from recipe.run import Run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
@@ -54,7 +54,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def chain_of(folder: Path) -> list[Link]:
-    return list(links(open_subject(folder / "run"), folder / "raw", folder / "data"))
+    return list(links(open_recipe(folder / "run"), folder / "raw", folder / "data"))
 
 
 def broken(folder: Path) -> list[str]:
@@ -123,7 +123,7 @@ def test_files_that_are_not_there_break_nothing(copy: Path) -> None:
     shutil.rmtree(copy / "data")
     shutil.rmtree(copy / "run/checkpoints")
     assert broken(copy) == []
-    assert ABSENT in {link.state for link in chain_of(copy)}
+    assert NOT_HERE in {link.state for link in chain_of(copy)}
 
 
 def test_outputs_outside_the_run_are_not_looked_at(copy: Path) -> None:
@@ -131,11 +131,11 @@ def test_outputs_outside_the_run_are_not_looked_at(copy: Path) -> None:
     assert "../../secret" in broken(copy)
 
 
-# ---- drift and the canary ---------------------------------------------------------------------------
+# ---- drift and the trace ---------------------------------------------------------------------------
 
 
-def findings(folder: Path) -> list[Difference]:
-    return list(drift.drifted(open_subject(folder / "run")))
+def findings(folder: Path) -> list[TraceDifference]:
+    return list(drift.code_differences(open_recipe(folder / "run")))
 
 
 def test_a_fresh_recipe_has_not_drifted(finished: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_fresh_recipe_has_not_drifted(finished: Path) -> None:
 def test_the_document_alone_is_enough(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(finished / "run/recipe.md", tmp_path / "alone.md")
     assert main(["verify", "alone.md"]) == 0
-    assert "canary lives" in capsys.readouterr().out
+    assert "trace matches" in capsys.readouterr().out
     assert main(["drift", "alone.md"]) == 0
 
 
@@ -171,7 +171,7 @@ def test_an_entry_point_that_does_not_load_is_drift(
     for script in drift.SCRIPTS:
         (tmp_path / script).write_text("// Copyright\n")  # the founding example's own first line
     monkeypatch.setattr(drift, "CHECKOUT", tmp_path)
-    found = list(drift.unimportable())
+    found = list(drift.load_failures())
     assert len(found) == len(drift.SCRIPTS)
     assert "SyntaxError" in found[0].here
 
@@ -188,28 +188,28 @@ def test_an_entry_point_that_does_not_load_is_drift(
     ],
 )
 def test_of_a_strangers_command_only_plain_settings_are_taken(finished: Path, command: str, kept: list[str]) -> None:
-    subject = open_subject(finished / "run")
-    assert subject.identity is not None
-    subject.identity["code"]["command"] = command
-    assert drift.recorded_overrides(subject) == kept
+    subject = open_recipe(finished / "run")
+    assert subject.block is not None
+    subject.block["code"]["command"] = command
+    assert drift.recorded_settings(subject)[0] == kept
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "37", 10**12, None])
 def test_claimed_numbers_that_shape_the_work_are_checked(finished: Path, value: Any) -> None:
-    subject = open_subject(finished / "run")
-    assert subject.identity is not None
-    subject.identity["claims"]["training"]["steps_per_epoch"] = value
+    subject = open_recipe(finished / "run")
+    assert subject.block is not None
+    subject.block["claims"]["training"]["steps_per_epoch"] = value
     with pytest.raises(ValueError, match="steps_per_epoch"):
-        drift.fingerprint_here(subject)
+        trace_here(subject)
 
 
 @pytest.mark.parametrize("value", [[], "x", 1, {"training": []}, {"training": "x"}])
 def test_claims_of_no_known_form_are_one_sentence(finished: Path, value: Any) -> None:
-    subject = open_subject(finished / "run")
-    assert subject.identity is not None
-    subject.identity["claims"] = value
+    subject = open_recipe(finished / "run")
+    assert subject.block is not None
+    subject.block["claims"] = value
     with pytest.raises(UserError, match="claims steps_per_epoch=None"):
-        drift.fingerprint_here(subject)
+        trace_here(subject)
 
 
 def test_a_fingerprint_is_left_only_by_the_code_that_trained(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

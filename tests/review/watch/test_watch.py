@@ -1,4 +1,4 @@
-"""The verbs `watch` and `aggregate`, and `reference=` while training: verdicts, refusals, hostile input."""
+"""The verb `watch`, and `reference=` while training: verdicts, refusals, hostile input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipe.errors import UserError
 from recipe.records import Dynamics, SeedDynamics, SeedRun, SeedsRecord, to_json
 from recipe.review.watch.command import TrainingWatch, training_watch
 from recipe.review.watch.reference import open_reference, watched_run
-from recipe.review.watch.statistics import METRICS, OFF_TRACK, ON_TRACK
+from recipe.review.watch.statistics import OFF_TRACK, ON_TRACK, WATCHED_METRICS
 from recipe.run import Run
 from recipe.training import loop
 from tests.conftest import compose_config
@@ -39,9 +39,9 @@ CONFIG = configuration()
 
 def course(seed: int, spread: float = SPREAD, epochs: int = EPOCHS) -> Values:
     """How a seed went: falling losses, rising accuracies, a little noise of its own."""
-    noise = np.random.default_rng(seed).normal(0, spread, (len(METRICS), epochs))
+    noise = np.random.default_rng(seed).normal(0, spread, (len(WATCHED_METRICS), epochs))
     trend = np.linspace(2.0, 1.0, epochs)
-    signs = {name: -0.4 if "top1" in name else 1.0 for name in METRICS}
+    signs = {name: -0.4 if "top1" in name else 1.0 for name in WATCHED_METRICS}
     values = {
         name: (0.9 * ("top1" in name) + sign * trend + noise[at]).tolist()
         for at, (name, sign) in enumerate(signs.items())
@@ -151,13 +151,9 @@ def test_an_epoch_counts_when_it_was_validated() -> None:
     assert main(["watch", "run", "--against", write_reference()]) == 0
 
 
-def test_two_seeds_cannot_tell_and_a_prior_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    run, reference = write_run(course(77)), write_reference(2)
-    assert main(["watch", run, "--against", reference]) == 3
-    assert main(["watch", run, "--against", reference, "--prior-sd", "train_loss=0.02"]) == 0
-    assert "the sd of train_loss is a declared prior" in capsys.readouterr().out
-    assert main(["watch", run, "--against", write_reference(5), "--prior-sd", "train_loss=1e-9"]) == 0
-    assert "--prior-sd train_loss is not used: 5 seeds are measured" in capsys.readouterr().out
+def test_two_seeds_cannot_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", write_run(course(77)), "--against", write_reference(2)]) == 3
+    assert "CANNOT TELL: run, epoch 6 of 6; 2 reference seeds: a spread needs 3" in capsys.readouterr().out
 
 
 def test_a_run_that_was_counted_before_is_not_counted_again() -> None:
@@ -171,9 +167,18 @@ def test_documents_and_dynamics_beside_them_make_one_reference(capsys: pytest.Ca
     write_reference(4, name="published/dynamics.json")  # seed 0 again, and three more
     found = open_reference([folder])
     assert sorted(seed.seed for seed in found.seeds) == [0, 1, 2, 3]
-    assert main(["aggregate", folder, write_document(9, "other"), "--output", "all.json"]) == 0
-    assert "5 seeds" in capsys.readouterr().out
+    assert main(["watch", "--against", folder, write_document(9, "other"), "--save", "all.json"]) == 0
+    assert capsys.readouterr().out == "wrote all.json: 5 seeds\n"
     assert open_reference(["all.json"]).seeds == open_reference([folder, "other"]).seeds
+    assert main(["watch", write_run(course(77)), "--against", "all.json", "--save", "again.json"]) == 0
+    assert Path("again.json").read_bytes() == Path("all.json").read_bytes()
+
+
+def test_neither_run_nor_file_and_a_file_of_another_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give a run to watch, or --save FILE" in refused(["watch", "--against", write_reference()], capsys)
+    words = ["watch", "--against", write_reference(), "--save", "dynamics.txt"]
+    assert "--save dynamics.txt cannot be" in refused(words, capsys)
+    assert not Path("dynamics.txt").exists()
 
 
 def test_seeds_that_were_published_with_a_recipe_are_its_reference() -> None:
@@ -269,10 +274,6 @@ def test_following_ends_where_it_is_off_track(monkeypatch: pytest.MonkeyPatch) -
         ["--alpha", "0"],
         ["--alpha", "nan"],
         ["--follow", "-1"],
-        ["--prior-sd", "train_loss"],
-        ["--prior-sd", "train_loss=nan"],
-        ["--prior-sd", "train_loss=0"],
-        ["--prior-sd", "speed=1"],
     ],
 )
 def test_impossible_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

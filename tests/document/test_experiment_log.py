@@ -1,4 +1,4 @@
-"""The Journal section: every stage of the runs of one name, whatever the journal holds besides."""
+"""The experiment log: every stage of the runs of one name, also from a damaged log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from recipe.document import figures
-from recipe.document import history as module
-from recipe.document.history import NO_END, history, keep_history
+from recipe.document import experiment_log, figures
+from recipe.document.experiment_log import NO_END, read_log, update_log_record
 from recipe.document.render import write_document
 from recipe.errors import DiskError
 from recipe.records import JournalRecord
@@ -29,7 +28,7 @@ def train(run: str, seed: int = 0, epochs: int = 2, name: str = "demo", **end: A
 
 
 def entries(name: str = "demo", run: str = "runs/demo") -> list[tuple[Any, ...]]:
-    found = history(JOURNAL, name, run, place_of(Path(run))).entries
+    found = read_log(JOURNAL, name, run, place_of(Path(run))).entries
     return [(entry.run, entry.stage, entry.outcome, entry.parent, entry.changed) for entry in found]
 
 
@@ -47,7 +46,7 @@ def test_runs_of_the_name_with_parent_change_and_outcome() -> None:
         ("runs/demo-2", "train", "stopped", "runs/demo", changed),
         ("runs/demo-2", "train", NO_END, "runs/demo", changed),
     ]
-    found = history(JOURNAL, "demo", "runs/demo").entries
+    found = read_log(JOURNAL, "demo", "runs/demo").entries
     assert [entry.top1_accuracy for entry in found] == [0.5, 0.51, None, None]
     assert found[2].step == 7
 
@@ -69,7 +68,7 @@ def test_runs_outside_the_checkout_differ_by_their_place(tmp_path_factory: pytes
         (".../run", "train", "ended", None, []),
         (".../run (2)", "train", NO_END, ".../run", ["seed: 1 -> 3"]),
     ]
-    assert [entry.top1_accuracy for entry in history(JOURNAL, "demo", ".../run", place_of(Path(ours))).entries] == [
+    assert [entry.top1_accuracy for entry in read_log(JOURNAL, "demo", ".../run", place_of(Path(ours))).entries] == [
         *(0.5, None)
     ]
     assert entries("other", other) == [(".../run", "train", "ended", None, [])]
@@ -77,13 +76,13 @@ def test_runs_outside_the_checkout_differ_by_their_place(tmp_path_factory: pytes
     assert not [place for place in places if place in text or Path(place).parent.name in text]
 
 
-def test_a_run_is_the_same_by_any_path_to_it_and_keeps_its_history_where_it_is_moved(tmp_path: Path) -> None:
+def test_a_run_is_the_same_by_any_path_to_it_and_keeps_its_entries_where_it_is_moved(tmp_path: Path) -> None:
     Path("runs", "demo").mkdir(parents=True)
     Path("link").symlink_to("runs")
     for path in ("runs/demo", "link/demo", str(tmp_path / "runs" / "demo"), "runs/../runs/demo/"):
         append_to_journal(Run(path), "evaluate", "started")
         append_to_journal(Run("link/demo"), "evaluate", "ended")
-    found = history(JOURNAL, None, "runs/demo", place_of(Path("link", "demo"))).entries
+    found = read_log(JOURNAL, None, "runs/demo", place_of(Path("link", "demo"))).entries
     assert [entry.outcome for entry in found] == ["ended"] * 4
     train("runs/demo")
     Path("runs", "demo").rename("moved")
@@ -118,27 +117,27 @@ def test_lines_that_do_not_fit_are_counted_and_passed_over() -> None:
     train("runs/demo", validation_top1_accuracy=0.5)
     whole = JOURNAL.read_bytes()
     JOURNAL.write_bytes(b"\n".join([*BROKEN, whole, *BROKEN, b'{"time": "cut of']))
-    found = history(JOURNAL, "demo", "runs/demo")
+    found = read_log(JOURNAL, "demo", "runs/demo")
     assert [entry.outcome for entry in found.entries] == ["ended"]
     assert found.unreadable_lines == 2 * (len(BROKEN) - 1) + 1
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_bytes_give_a_history(seed: int) -> None:
+def test_any_bytes_are_read(seed: int) -> None:
     train("runs/demo", validation_top1_accuracy=0.5)
     generator = random.Random(seed)
     content = bytearray(JOURNAL.read_bytes() * 3)
     for _ in range(12):
         content[generator.randrange(len(content))] = generator.randrange(256)
     JOURNAL.write_bytes(content)
-    history(JOURNAL, "demo", "runs/demo")
+    read_log(JOURNAL, "demo", "runs/demo")
 
 
 def test_a_hostile_line_breaks_no_page() -> None:
     settings = {HOSTILE: HOSTILE, "long": "x" * 100_000} | {f"key{number}": number for number in range(1000)}
     for config in ({}, settings):
         append_to_journal(Run("x"), HOSTILE, "started", name="demo", config_sha256=HOSTILE + str(config), config=config)
-    found = history(JOURNAL, "demo", "runs/demo")
+    found = read_log(JOURNAL, "demo", "runs/demo")
     assert len(found.entries[1].changed) == 20
     assert found.entries[1].changes == 1002
     assert max(len(change) for change in found.entries[1].changed) <= 200
@@ -151,13 +150,13 @@ def test_a_hostile_line_breaks_no_page() -> None:
 def test_its_length_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(250):
         append_to_journal(Run("runs/demo"), "train", "started", name="demo", number=number)
-    found = history(JOURNAL, "demo", "runs/demo")
+    found = read_log(JOURNAL, "demo", "runs/demo")
     assert (len(found.entries), found.earlier_entries) == (200, 50)
     text = section(document(journal=found), "miscellaneous")
     assert text.count("| `runs/demo` |") == 40
     assert "210 earlier entries are left out here" in text
-    monkeypatch.setattr(module, "NEWEST_BYTES", 1000)
-    cut = history(JOURNAL, "demo", "runs/demo")
+    monkeypatch.setattr(experiment_log, "BYTES_READ_MAX", 1000)
+    cut = read_log(JOURNAL, "demo", "runs/demo")
     assert 0 < len(cut.entries) < 12
     assert cut.unreadable_lines == 0
 
@@ -172,7 +171,7 @@ def test_the_document_takes_it_from_the_records(monkeypatch: pytest.MonkeyPatch)
     assert "| `runs/demo` | train | ended, top-1 50.00 % |" in run.document.read_text()
     record = run.read(JournalRecord)
     JOURNAL.unlink()
-    keep_history(run, "runs/demo")  # elsewhere, or after the journal was thrown away
+    update_log_record(run, "runs/demo")  # elsewhere, or after the journal was thrown away
     assert run.read(JournalRecord) == record
 
 
@@ -182,9 +181,7 @@ def test_a_line_is_plain_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "endless"])
-def test_a_journal_that_is_not_a_file_keeps_nobody_waiting(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_that_is_not_a_file_blocks_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     JOURNAL.parent.mkdir()
     if kind == "fifo":
@@ -193,4 +190,4 @@ def test_a_journal_that_is_not_a_file_keeps_nobody_waiting(
             append_to_journal(Run("runs/x"), "train", "started")
     else:
         JOURNAL.symlink_to("/dev/zero")
-    assert history(JOURNAL, "x", "runs/x").entries == []
+    assert read_log(JOURNAL, "x", "runs/x").entries == []
