@@ -7,8 +7,8 @@ from recipe.config.compose import evaluation_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.performance import evaluate_run
-from recipe.published import published_config
 from recipe.run import Run, recorded_path, shown_path
+from recipe.weights import published_config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -36,11 +36,11 @@ from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E
 from recipe.evaluation import Predictions  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
 from recipe.review.verify.trace import TOLERANCE, compare_traces  # noqa: E402
-from recipe.training import build, fingerprint, measurement  # noqa: E402
+from recipe.training import build, fingerprint, metrics  # noqa: E402
 from recipe.training.augmentation import Augmentation  # noqa: E402
-from recipe.training.averaging import WeightAverage  # noqa: E402
+from recipe.training.ema import ModelEma  # noqa: E402
 from recipe.training.fingerprint import take_fingerprint  # noqa: E402
-from recipe.training.schedule import LearningRate  # noqa: E402
+from recipe.training.optim import LearningRate  # noqa: E402
 
 STEPS_PER_EPOCH, CLASSES = 15, 12
 SMALL = ("experiment=smoke", "optimization.epochs=5", "optimization.averaging.decay=0.9")
@@ -182,7 +182,7 @@ def without_smoothing(original: Any) -> Any:
 
 
 def unaveraged(original: Any) -> Any:
-    def update(self: WeightAverage, step: int) -> None:
+    def update(self: ModelEma, step: int) -> None:
         original(self, step)
         if self.is_on:
             self.model.load_state_dict(self.followed.state_dict())
@@ -191,7 +191,7 @@ def unaveraged(original: Any) -> Any:
 
 
 def slower(original: Any) -> Any:
-    def decay_now(self: WeightAverage) -> float:
+    def decay_now(self: ModelEma) -> float:
         return min(0.99, (1 + self.updates) / (10 + self.updates))
 
     return decay_now
@@ -309,9 +309,9 @@ FAULTS = [
     Fault("gradients never cleared", SMALL, replaced(torch.optim.SGD, "zero_grad", no_op)),
     Fault("counted within 2 for 1", SMALL, replaced(Predictions, "correct", one_more)),
     Fault("no label smoothing", SMALL, replaced(build, "build_loss", without_smoothing)),
-    Fault("average with decay 0.99 for 0.9", SMALL, replaced(WeightAverage, "decay_now", slower)),
-    Fault("average not applied", SMALL, replaced(WeightAverage, "update", unaveraged)),
-    Fault("evaluated in training mode", SMALL, replaced(measurement, "predictor", in_training_mode)),
+    Fault("average with decay 0.99 for 0.9", SMALL, replaced(ModelEma, "decay_now", slower)),
+    Fault("average not applied", SMALL, replaced(ModelEma, "update", unaveraged)),
+    Fault("evaluated in training mode", SMALL, replaced(metrics, "predictor", in_training_mode)),
     Fault("validation labels one image late", SMALL, replaced(EvaluationBatches, "__iter__", one_image_late)),
 ]
 

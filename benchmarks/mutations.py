@@ -1,7 +1,7 @@
 """Which changes of the code does `drift` find? Every constant, comparison and sign of the arithmetic, one at a time.
 
     python benchmarks/mutations.py                       # all, some hours of one core; goes on where it stopped
-    python benchmarks/mutations.py --only schedule.py    # one file
+    python benchmarks/mutations.py --only optim.py       # one file
 
 A mutant is one module of `recipe` with one number, comparison or sign changed in memory. It computes the fingerprints
 of a few recipes that use every feature between them, and counts as found where `drift` would name a difference (or
@@ -38,13 +38,7 @@ TARGETS = [
     "recipe/alterations.py",
     "recipe/evaluation.py",
     "recipe/data/transforms.py",
-    *(
-        f"recipe/training/{name}.py"
-        for name in (
-            *("schedule", "loss", "optimizer", "optimization", "augmentation", "policies", "mixing"),
-            *("averaging", "recalibration"),
-        )
-    ),
+    *(f"recipe/training/{name}.py" for name in (*("optim", "step", "ema", "augmentation", "policies", "mixing"),)),
 ]
 SMALL = ["experiment=smoke", "optimization.epochs=5", "augmentation.crop_pixels=24"]
 RECIPES = {
@@ -368,8 +362,13 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("evaluation.py", "margins = values", "Gt -> GtE", "a network of one class makes one column, and has no second"),
     ("evaluation.py", "margins = values", "1 -> 2", "decides only for networks of two classes"),
     ("evaluation.py", "top1, top5 =", "5 -> 6", "no more than five classes of an image are kept"),
-    ("loss.py", "wanted = wanted > self.target_threshold", "Gt -> GtE", "a mixed target never is the threshold itself"),
-    ("optimizer.py", "if moved and kept != 1", "", "whether weights are multiplied by one or not"),
+    (
+        "optim.py",
+        "wanted = wanted > self.target_threshold",
+        "Gt -> GtE",
+        "no mixed target is the threshold itself",
+    ),
+    ("optim.py", "if moved and kept != 1", "", "whether weights are multiplied by one or not"),
     *(
         (file, text, "", "a default that no recipe uses: the configuration's value is passed")
         for file, texts in DEFAULTS.items()
@@ -389,9 +388,9 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("mixing.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
     ("mixing.py", "draws.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
     ("mixing.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),
-    ("schedule.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
-    ("schedule.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),
-    ("schedule.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
+    ("optim.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
+    ("optim.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),
+    ("optim.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),
     ("transforms.py", "if image.stride(0) != 1", "", FAST_PATH),
     ("transforms.py", "KERNELS[interpolation](image[None]", "", FAST_PATH),
     ("transforms.py", "if height <= width else", "", "for a square picture both are the same size"),

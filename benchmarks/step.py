@@ -49,9 +49,8 @@ from recipe.inference.timing import clock_facts, machine_name
 from recipe.model import build_model
 from recipe.provenance import commit, tree_state
 from recipe.run import CHECKOUT, now, write_atomically
-from recipe.training.loss import build_loss
-from recipe.training.optimization import Stepper, compiled
-from recipe.training.optimizer import build_optimizer
+from recipe.training.optim import build_loss, build_optimizer
+from recipe.training.step import TrainStep, compiled
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 CLASSES = 1000
@@ -197,10 +196,10 @@ def ours(
     optimizer = build_optimizer(config.optimization, model, world.device)
     stepped = compiled(model, config.trainer)
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
-    stepper = Stepper(stepped, optimizer, build_loss(config.optimization), normalisation, config.trainer, world)
+    train_step = TrainStep(stepped, optimizer, build_loss(config.optimization), normalisation, config.trainer, world)
     images = torch.randint(0, 256, shape(arguments), dtype=torch.uint8, device=world.device)
     batch = Batch(images, labels(world, arguments), torch.arange(arguments.batch))
-    return lambda: stepper.step([batch], 0.1)
+    return lambda: train_step([batch], 0.1)
 
 
 def torchvisions(world: World, arguments: argparse.Namespace, is_best: bool) -> Callable[[], object]:

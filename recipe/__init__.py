@@ -5,22 +5,19 @@ ground floor, importable without torch
     errors         what stops a run, each kind with its exit code
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
-    faults         failures on demand, for tests
     config         schema (settings with their bounds), compose (Hydra -> Config), identity (hashes)
     files          files and names that may come from a stranger
     metrics        the rows of metrics.jsonl
     records        what each stage leaves behind: frozen records <-> JSON
     run            the known files of a run directory; atomic writes
-    energy         what GPUs have used, by their driver's counter
     environment    the command line, versions, environment variables and machine of a stage
     provenance     its commit, tree state and patch; the hash of the source
 ground floor, torch
     distributed    launch(), World, reductions
-    alterations    what can be done to a network that is built: blurred strides, stochastic depth, a lower head
-    model          ResNet-50 and its sources
-    plain          what torch.save wrote, if it is data
-    checkpoint     atomic save, verified load
-    weights        the files of weights that people have
+    alterations    blur pooling, stochastic depth, the initial bias of the head
+    checkpoint     atomic save, verified load; files of torch.save as plain data
+    weights        pretrained weights: files of other training scripts, torchvision's
+    model          ResNet-50 and its sources, finished here
 chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
                    system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
@@ -29,12 +26,9 @@ chapters
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
-    rehearsal      a forward pass of shapes alone: can the network take these images?
-    published      weights that others published, to check the evaluator with
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       schedule, loss, optimizer, optimization, policies, mixing, draws, augmentation, averaging,
-                   recalibration; build, state, pinning; loop, stopping, hanging, energy, space, saving, measurement,
-                   journal, record, fingerprint
+    training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
+                   watchdog, metrics, metric_log, energy, record; fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       facts, blocks, dynamics, claims, latency, commands, experiment_log, formatting, figures, render: from
                    records to pages, without torch; model_card, published_folder, publish: a run as a folder to

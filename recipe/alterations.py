@@ -1,7 +1,7 @@
-"""What can be done to a network that is built: blurred strides, blocks that are skipped, a head that starts low.
+"""Changes of a network after it is built: blur pooling, stochastic depth, the initial bias of the head.
 
-The parameters stay the same tensors under the same names, so that initialisation, groups of the optimizer and
-checkpoints know nothing of it. Each function raises `UserError` for a network that has no place for it.
+The parameters stay the same tensors under the same names, so initialisation, parameter groups and checkpoints do not
+change. Each function raises `UserError` for a network that has no place for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BlurredConv2d(nn.Conv2d):
     """A strided convolution whose input goes through a fixed binomial 3x3 filter first (Zhang, arXiv 1904.11486).
 
     As FFCV's ResNet-50 and Mosaic's `blur_first` have it: the filter runs before the convolution and pads with zeros,
-    as the convolution does. Zhang blurs, with reflection, behind a convolution of stride 1, which costs 4 times its
+    as the convolution does. Zhang blurs, with reflection, after a convolution of stride 1, which costs 4 times its
     arithmetic. A 1x1 convolution leaves its stride to the filter, which gives the same and blurs a quarter.
     """
 
@@ -55,7 +55,7 @@ class BlurredConv2d(nn.Conv2d):
         return super().forward(functional.conv2d(features, self.blur, padding=1, groups=self.in_channels))
 
 
-def blur_strides(model: nn.Module, name: str) -> None:
+def add_blur_pool(model: nn.Module, name: str) -> None:
     """Replace each strided convolution of at least 16 input channels."""
     strided = [
         (parent, key, child)
@@ -69,10 +69,10 @@ def blur_strides(model: nn.Module, name: str) -> None:
         setattr(parent, key, BlurredConv2d(convolution))
 
 
-class BranchEnd(nn.BatchNorm2d):
+class DropPathBatchNorm2d(nn.BatchNorm2d):
     """The last norm of a residual branch; in training its output is dropped for some images, which skip the block.
 
-    What is kept is divided by the share that is kept, as in timm and torchvision.
+    The other outputs are divided by the probability of being kept, as in timm and torchvision.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, drop_probability: float) -> None:
@@ -98,10 +98,10 @@ def residual_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in LAST_NORMS]
 
 
-def drop_branches(model: nn.Module, name: str, last_probability: float) -> None:
-    """Stochastic depth (Huang et al., arXiv 1603.09382): from 0 at the first block in a line to `last_probability`.
+def add_stochastic_depth(model: nn.Module, name: str, last_probability: float) -> None:
+    """Stochastic depth (Huang et al., arXiv 1603.09382), linear from 0 at the first block to `last_probability`.
 
-    This is timm's line, which trained ResNet strikes back; Huang's and Mosaic's already begins above 0.
+    As in timm, which trained ResNet strikes back; Huang and Mosaic start above 0.
     """
     blocks = residual_blocks(model)
     ends = [(block, LAST_NORMS[type(block).__name__]) for block in blocks]
@@ -111,28 +111,28 @@ def drop_branches(model: nn.Module, name: str, last_probability: float) -> None:
             "set it to 0"
         )
     for number, (block, end) in enumerate(ends[1:], start=1):
-        setattr(block, end, BranchEnd(getattr(block, end), last_probability * number / (len(ends) - 1)))
+        setattr(block, end, DropPathBatchNorm2d(getattr(block, end), last_probability * number / (len(ends) - 1)))
 
 
-def head_of(model: nn.Module) -> nn.Linear | None:
-    """The last linear layer, which makes the logits."""
+def classifier_head(model: nn.Module) -> nn.Linear | None:
+    """The last linear layer, whose outputs are the logits."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear else None
 
 
-def lower_head(model: nn.Module, name: str) -> None:
-    """Start the bias of the last layer at -log(classes), as Mosaic: each class begins near probability 1 / classes.
+def init_head_bias(model: nn.Module, name: str) -> None:
+    """Set the bias of the last layer to -log(classes), as Mosaic: each class starts near probability 1 / classes.
 
-    With a bias of zero, binary cross entropy begins at 1/2 for each of 1000 classes and unlearns that first.
+    With a bias of zero, binary cross entropy starts at 1/2 for each of 1000 classes and has to unlearn that first.
     """
-    head = head_of(model)
+    head = classifier_head(model)
     if head is None or head.bias is None:
         raise UserError(f"optimization.binary_head_bias=true, but {name} ends in no linear layer; set it to false")
     nn.init.constant_(head.bias, -math.log(head.out_features))
 
 
 def alteration_facts(model: nn.Module) -> dict[str, Setting]:
-    """What was altered, read back from the modules; nothing for a plain network."""
+    """The changes, read back from the modules; empty for a plain network."""
     facts: dict[str, Setting] = {}
     blurred = [module for module in model.modules() if isinstance(module, BlurredConv2d)]
     if blurred:
@@ -141,7 +141,7 @@ def alteration_facts(model: nn.Module) -> dict[str, Setting]:
     dropped = [_drop_probability(block) for block in residual_blocks(model)]
     if any(dropped):
         facts["drop_probability_of_each_block"] = dropped
-    head = head_of(model)
+    head = classifier_head(model)
     if head is not None and head.bias is not None and torch.all(head.bias == head.bias[0]):
         facts["bias_of_the_last_layer"] = round(float(head.bias[0].detach()), 6)
     return facts
@@ -149,4 +149,4 @@ def alteration_facts(model: nn.Module) -> dict[str, Setting]:
 
 def _drop_probability(block: nn.Module) -> float:
     end = getattr(block, LAST_NORMS[type(block).__name__])
-    return round(end.drop_probability, 6) if isinstance(end, BranchEnd) else 0.0
+    return round(end.drop_probability, 6) if isinstance(end, DropPathBatchNorm2d) else 0.0

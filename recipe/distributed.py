@@ -30,7 +30,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from recipe import faults
 from recipe.config.schema import Accelerator, Config, Precision, TrainerConfig
 from recipe.environment import machine, usable_cores
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
@@ -293,7 +292,6 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     _choose_arithmetic(trainer, world)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of an earlier job of the same multirun
-    faults.stop("joining", world.rank, 0)
     if world.size > 1:
         _join(world, timedelta(seconds=trainer.timeout_seconds))
     try:

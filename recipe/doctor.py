@@ -31,9 +31,8 @@ from recipe.document.formatting import duration
 from recipe.environment import usable_cores
 from recipe.model import build_model
 from recipe.training.augmentation import Augmentation, build_augmentation
-from recipe.training.loss import build_loss
-from recipe.training.optimization import Stepper, compiled
-from recipe.training.optimizer import build_optimizer
+from recipe.training.optim import build_loss, build_optimizer
+from recipe.training.step import TrainStep, compiled
 
 SAMPLE = 200  # images
 SAMPLE_BYTES = 2**30  # of them, decoded
@@ -180,9 +179,9 @@ def copy_rate(config: Config, world: World) -> float | None:
 def model_rate(config: Config, world: World, processes: int) -> float:
     """Images per second of one process's training steps on data that is on the device."""
     classes = len(read_manifest(config.data.directory).classes)
-    model = build_model(config.model, classes, config.seed)
+    model = build_model(config.model, classes, config.seed, config.optimization.binary_head_bias)
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
-    stepper = Stepper(
+    train_step = TrainStep(
         compiled(model, config.trainer),
         build_optimizer(config.optimization, model, world.device),
         build_loss(config.optimization),
@@ -198,7 +197,7 @@ def model_rate(config: Config, world: World, processes: int) -> float:
 
     def work() -> None:
         for _ in range(STEPS):
-            stepper.step([Batch(images, labels, torch.arange(count))], learning_rate=0.0)
+            train_step([Batch(images, labels, torch.arange(count))], learning_rate=0.0)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
 

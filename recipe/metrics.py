@@ -33,7 +33,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     images_per_second: Number
     data_wait_fraction: Number | None
     seconds: Number  # of training, validation included, since the run began
-    held_up_fraction: Number | None = None  # of the thread that launches work, see `recipe.training.journal.Probe`
+    held_up_fraction: Number | None = None  # of the main thread, beside a GPU; `recipe.training.metric_log.StallProbe`
 
     @property
     def place(self) -> Place:

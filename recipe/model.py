@@ -18,25 +18,30 @@ import msgspec
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
-from recipe.alterations import alteration_facts, blur_strides, drop_branches
-from recipe.checkpoint import State, interface_of, released_weights
+from recipe.alterations import add_blur_pool, add_stochastic_depth, alteration_facts, init_head_bias
+from recipe.checkpoint import State, eval_weights, interface_of
 from recipe.config.identity import canonical_json
 from recipe.config.schema import Config, ModelConfig
 from recipe.errors import UserError
 from recipe.records import ModelFacts, Setting
 from recipe.run import shown_path
-from recipe.weights import load_state, read_weights
+from recipe.weights import GivenWeights, load_state, read_weights
 
 ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
-def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
-    """The network on the CPU, randomly initialised from `seed`, or with the weights of `config.weights`.
+def build_model(
+    config: ModelConfig, classes: int, seed: int, has_low_head_bias: bool = False, weights: GivenWeights | None = None
+) -> nn.Module:
+    """The finished network on the CPU: randomly initialised from `seed`, or with the weights of `config.weights`.
 
-    Raises `UserError` for an unknown name, a network that cannot be altered as asked, and weights that do not fit.
+    `has_low_head_bias` is `optimization.binary_head_bias`; `weights` are those of `config.weights` where they were read
+    already. Raises `UserError` for an unknown name, a network that cannot be altered as asked, and weights that do not
+    fit.
     """
     torch.manual_seed(seed)
     if config.name == "small":
@@ -44,39 +49,42 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
     else:
         model = _torchvision_model(config, classes)
     if config.blur_pool:
-        blur_strides(model, config.name)
+        add_blur_pool(model, config.name)
     if config.stochastic_depth:
-        drop_branches(model, config.name, config.stochastic_depth)
-    if config.weights is not None:
-        given = read_weights(Path(config.weights))
-        load_state(model, given.tensors, given.where)
+        add_stochastic_depth(model, config.name, config.stochastic_depth)
+    if weights is None and config.weights is not None:
+        weights = read_weights(Path(config.weights))
+    if weights is not None:
+        load_state(model, weights.tensors, weights.where)
+    if has_low_head_bias:
+        init_head_bias(model, config.name)
     return model
 
 
 def restored_model(state: State, where: str) -> nn.Module:
-    """The network of a checkpoint on the CPU, with the weights that count; the checkpoint alone says which network."""
+    """The network of a checkpoint on the CPU, with its evaluated weights; the checkpoint alone names the network."""
     try:
         values = state["config"]["model"]
         config = msgspec.convert({name: values[name] for name in ARCHITECTURE}, ModelConfig)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # msgspec's are ValueErrors
         raise UserError(f"{where} does not say which network it holds: {type(error).__name__} {error}") from error
     model = build_model(config, len(interface_of(state, where).classes), seed=0)
-    load_state(model, released_weights(state), where)
+    load_state(model, eval_weights(state), where)
     return model
 
 
 def _torchvision_model(config: ModelConfig, classes: int) -> nn.Module:
     if config.name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(
-            f"model.name={config.name} is no classifier of torchvision {torchvision.__version__} "
-            "(torchvision.models.list_models() lists them), nor `small`"
+            f"model.name={config.name} is neither `small` nor a classifier of torchvision {torchvision.__version__} "
+            "(torchvision.models.list_models() lists them)"
         )
     arguments: dict[str, Any] = {"weights": None, "num_classes": classes}
     builder = torchvision.models.get_model_builder(config.name)
     if builder.__module__.endswith(".resnet"):
         arguments["zero_init_residual"] = config.zero_init_last_norm
     elif config.zero_init_last_norm:
-        raise UserError(f"model.zero_init_last_norm=true, but {config.name} is no residual network; set it to false")
+        raise UserError(f"model.zero_init_last_norm=true, but {config.name} is not a residual network; set it to false")
     if config.name in ("googlenet", "inception_v3"):
         raise UserError(
             f"model.name={config.name} trains with auxiliary outputs, which this loop does not have; "
@@ -135,23 +143,46 @@ def _norm(kind: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 
-def with_known_weights(config: Config) -> Config:
-    """The configuration with the hash of its initial weights filled in: the recipe names them by content, not by path.
+def check_forward(model: nn.Module, name: str, images: int, pixels: int, remedy: str) -> None:
+    """Pass the shape [images, 3, pixels, pixels] through `model` in its mode; changes nothing.
 
-    Raises `UserError` where the file holds other weights than the recipe names, or where it is not given.
+    Tensors of torch's meta device have shapes alone, so a pass costs milliseconds and no memory. Raises `UserError`
+    with torch's reason and the remedy: a batch norm in training mode needs two values per channel, a strided layer
+    something left to stride over.
+    """
+    shapes = {key: torch.empty_like(value, device="meta") for key, value in model.state_dict(keep_vars=True).items()}
+    shapes |= {key: torch.empty_like(value, device="meta") for key, value in model.named_buffers()}
+    example = torch.empty(images, 3, pixels, pixels, device="meta")
+    try:
+        with torch.no_grad():
+            functional_call(model, shapes, (example,))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        count = "1 image" if images == 1 else f"{images} images"
+        purpose = "train on" if model.training else "evaluate"
+        raise UserError(
+            f"{name} cannot {purpose} {count} of {pixels} x {pixels} pixels in a forward pass "
+            f"({' '.join(str(error).split())[:200]}); {remedy}"
+        ) from error
+
+
+def resolve_weights(config: Config) -> tuple[Config, GivenWeights | None]:
+    """The configuration with the hash of its initial weights, by which a recipe names them; and the weights, if given.
+
+    Raises `UserError` where the file holds other weights than the recipe names, or is not given.
     """
     expected = config.model.weights_sha256
     if config.model.weights is None:
         if expected is not None:
             raise UserError(f"this recipe starts from the weights {expected}: give their file as model.weights=FILE")
-        return config
-    found = weights_sha256(read_weights(Path(config.model.weights)).tensors)
-    if expected not in (None, found):
+        return config, None
+    weights = read_weights(Path(config.model.weights))
+    digest = weights_sha256(weights.tensors)
+    if expected not in (None, digest):
         raise UserError(
-            f"model.weights={shown_path(config.model.weights)} holds the weights {found}, but the recipe "
+            f"model.weights={shown_path(config.model.weights)} holds the weights {digest}, but the recipe "
             f"starts from {expected}"
         )
-    return replace(config, model=replace(config.model, weights_sha256=found))
+    return replace(config, model=replace(config.model, weights_sha256=digest)), weights
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
@@ -165,7 +196,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 
 
 def model_facts(model: nn.Module, config: ModelConfig, classes: int) -> ModelFacts:
-    """The network as built, read from its modules and tensors; call before the first step."""
+    """Facts of the network, read from its modules and tensors; call before the first step."""
     norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, NORMS)]
     return ModelFacts(
         name=config.name,
@@ -188,7 +219,7 @@ def _starts_at_zero(norm: nn.Module) -> bool:
 
 
 def _batch_norm_settings(norms: list[nn.Module]) -> dict[str, Setting]:
-    """eps and momentum of the batch norms; several values are all shown."""
+    """eps and momentum of the batch norms: one value, or the list of all."""
     batch_norms = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     return {
         name: values[0] if len(values) == 1 else list(values)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from recipe.checkpoint import State, checkpoint_files, load_checkpoint, released_weights
+from recipe.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.config.schema import Backend, Config
 from recipe.data.adoption import adopt_data_set, require_same_data_set
@@ -47,13 +47,11 @@ from recipe.evaluation import (
     view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
-from recipe.model import build_model, restored_model, weights_sha256
+from recipe.model import build_model, check_forward, restored_model, weights_sha256
 from recipe.provenance import Stage
-from recipe.published import published_accuracy, published_weights
 from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
-from recipe.rehearsal import rehearse
 from recipe.run import Run, append_to_journal, shown_path, write_atomically
-from recipe.weights import GivenWeights, load_state
+from recipe.weights import GivenWeights, load_state, published_accuracy, published_weights
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # a file of weights may have any name
@@ -135,7 +133,7 @@ def checkpoint_model(run: Run, config: Config, world: World, manifest_hash: str)
             is_average,
             config.evaluation.checkpoint.removesuffix(".pt"),
         ),
-        inputs={"weights": weights_sha256(released_weights(state)), "manifest": manifest_hash},
+        inputs={"weights": weights_sha256(eval_weights(state)), "manifest": manifest_hash},
         checkpoint=name,
         epochs_completed=state["progress"].get("trained_epochs", state["progress"]["epoch"]),
         epochs=config.optimization.epochs,
@@ -148,7 +146,7 @@ def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Pred
     """Predict on the device of this process, in the precision of the run."""
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     pixels = config.evaluation.crop_pixels
-    rehearse(model.eval(), config.model.name, 1, pixels, f"enlarge evaluation.crop_pixels={pixels}")
+    check_forward(model.eval(), config.model.name, 1, pixels, f"enlarge evaluation.crop_pixels={pixels}")
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     trainer = config.trainer
     predict = predictor(

@@ -206,7 +206,7 @@ class Epoch(Record, frozen=True, kw_only=True):
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
-    held_up_fraction: float | None = None  # of the thread that launches work: by Python's lock, or for want of a core
+    held_up_fraction: float | None = None  # of the main thread, stalled by the GIL or for want of a core; beside a GPU
 
 
 class Session(Record, frozen=True, kw_only=True):

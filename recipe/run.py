@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from recipe import faults, metrics
+from recipe import metrics
 from recipe.errors import DiskError, UserError, how_to_continue
 from recipe.files import RECORD_BYTES_MAX, at_once, file_name, opened, read_file
 from recipe.records import (
@@ -230,7 +230,6 @@ def write_atomically(path: Path, content: bytes) -> None:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
-            faults.strike_file()
             temporary.replace(path)
 
 

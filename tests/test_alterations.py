@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from recipe.alterations import (
     BlurredConv2d,
-    BranchEnd,
+    DropPathBatchNorm2d,
+    add_blur_pool,
+    add_stochastic_depth,
     alteration_facts,
-    blur_strides,
-    drop_branches,
-    lower_head,
+    init_head_bias,
     residual_blocks,
 )
 from recipe.config.schema import ModelConfig
@@ -102,7 +102,7 @@ def test_a_blurred_network_stays_channels_last_and_learns() -> None:
 
 
 def probabilities(model: nn.Module) -> list[float]:
-    return [module.drop_probability for module in model.modules() if isinstance(module, BranchEnd)]
+    return [module.drop_probability for module in model.modules() if isinstance(module, DropPathBatchNorm2d)]
 
 
 def test_the_line_of_probabilities_is_timms() -> None:
@@ -128,7 +128,7 @@ def test_a_block_is_its_shortcut_for_dropped_images_and_scaled_for_the_others(na
     block, whole = model.get_submodule("layer4.1"), plain.get_submodule("layer4.1")
     channels = 512 if name == "resnet18" else 2048
     features = pictures(400, channels, 2, 2)
-    (last,) = (module for module in block.modules() if isinstance(module, BranchEnd))
+    (last,) = (module for module in block.modules() if isinstance(module, DropPathBatchNorm2d))
     share = last.drop_probability
     branches: list[Tensor] = []
     end = "bn2" if name == "resnet18" else "bn3"
@@ -184,7 +184,7 @@ def test_draws_follow_torchs_seed_and_a_copy_has_a_mode_of_its_own() -> None:
 def test_the_head_starts_at_minus_log_classes(name: str) -> None:
     model = network(name)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    lower_head(model, name)
+    init_head_bias(model, name)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, weights[key])}
     assert changed == {{"resnet18": "fc.bias", "small": "head.bias", "mobilenet_v3_small": "classifier.3.bias"}[name]}
     assert model.state_dict()[changed.pop()].tolist() == pytest.approx([-math.log(10)] * 10)
@@ -200,7 +200,10 @@ def test_the_head_starts_at_minus_log_classes(name: str) -> None:
         (lambda: network("vgg11", blur_pool=True), "model.blur_pool=true, but vgg11 has no strided convolution"),
         (lambda: network("vgg11", stochastic_depth=0.1), "model.stochastic_depth=0.1, but vgg11 has no residual block"),
         (lambda: network(norm="none", stochastic_depth=0.1), "model.stochastic_depth=0.1, but small has no residual"),
-        (lambda: lower_head(network("squeezenet1_0"), "squeezenet1_0"), "but squeezenet1_0 ends in no linear layer"),
+        (
+            lambda: init_head_bias(network("squeezenet1_0"), "squeezenet1_0"),
+            "but squeezenet1_0 ends in no linear layer",
+        ),
     ],
 )
 def test_a_network_without_a_place_for_it_is_refused_by_name(alter: Any, sentence: str) -> None:
@@ -213,8 +216,8 @@ def test_a_network_without_a_place_for_it_is_refused_by_name(alter: Any, sentenc
 def test_facts_are_the_live_modules() -> None:
     assert alteration_facts(network()) == {}
     model = network()
-    blur_strides(model, "small")
-    drop_branches(model, "small", 0.2)
+    add_blur_pool(model, "small")
+    add_stochastic_depth(model, "small", 0.2)
     assert alteration_facts(model) == {
         "blurred_convolutions": 4,
         "blur_filter": [[0.0625, 0.125, 0.0625], [0.125, 0.25, 0.125], [0.0625, 0.125, 0.0625]],

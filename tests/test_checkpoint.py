@@ -17,10 +17,10 @@ import torch
 
 from recipe.checkpoint import (
     checkpoint_files,
+    eval_weights,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
-    released_weights,
     save_checkpoint,
 )
 from recipe.errors import DiskError, UserError
@@ -110,8 +110,8 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 def test_the_average_is_what_is_released_where_there_is_one() -> None:
     state = state_of(1)
-    assert released_weights(state) is state["model"]
-    assert released_weights({**state, "average": {"model": {"a": 1}, "updates": 3}}) == {"a": 1}
+    assert eval_weights(state) is state["model"]
+    assert eval_weights({**state, "average": {"model": {"a": 1}, "updates": 3}}) == {"a": 1}
 
 
 # ---- damage -----------------------------------------------------------------------------------------

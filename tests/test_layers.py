@@ -10,7 +10,7 @@ from recipe.run import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
-    *("streams", "errors", "launcher", "signals", "faults", "energy", "config", "files", "metrics", "records", "run"),
+    *("streams", "errors", "launcher", "signals", "config", "files", "metrics", "records", "run"),
     *("environment", "provenance"),
 ]
 ALLOWED = {
@@ -18,29 +18,24 @@ ALLOWED = {
     "errors": ["streams"],
     "launcher": ["errors"],
     "signals": ["errors"],
-    "faults": [],
-    "energy": [],
-    "config": ["errors", "launcher", "streams", "files", "metrics", "records", "run", "provenance", "config"],
+    "config": ["errors", "launcher", "streams", "run", "environment", "config"],
     "files": ["errors"],
     "metrics": ["errors"],
     "records": ["errors"],
-    "run": ["errors", "faults", "files", "metrics", "records"],
+    "run": ["errors", "files", "metrics", "records"],
     "environment": ["launcher", "records", "run"],
     "provenance": ["environment", "records", "run"],
     "distributed": GROUND,
     "alterations": GROUND,
-    "plain": ["errors"],
-    "weights": [*GROUND, "plain", "checkpoint"],
+    "weights": [*GROUND, "checkpoint"],
     "model": [*GROUND, "alterations", "checkpoint", "weights"],
-    "checkpoint": [*GROUND, "plain"],
+    "checkpoint": GROUND,
     "data": [*GROUND, "distributed", "data"],
     "evaluation": [*GROUND, "distributed", "model", "data"],
-    "published": [*GROUND, "weights"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
-    "rehearsal": ["errors"],
     "performance": [
         *GROUND,
-        *("distributed", "model", "checkpoint", "weights", "data", "evaluation", "published", "inference", "rehearsal"),
+        *("distributed", "model", "checkpoint", "weights", "data", "evaluation", "inference"),
     ],
     "training": [
         *GROUND,
@@ -52,7 +47,6 @@ ALLOWED = {
             "weights",
             "data",
             "evaluation",
-            "rehearsal",
             "training",
         ),
     ],

@@ -23,8 +23,8 @@ from recipe.model import (
     architecture_sha256,
     build_model,
     model_facts,
+    resolve_weights,
     weights_sha256,
-    with_known_weights,
 )
 from recipe.weights import read_weights
 from tests.conftest import compose_config
@@ -108,11 +108,11 @@ def test_the_small_network_without_norm_has_none() -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (settings("resnet51"), "model.name=resnet51 is no classifier of torchvision"),
-        (settings("fcn_resnet50"), "model.name=fcn_resnet50 is no classifier of torchvision"),
+        (settings("resnet51"), "model.name=resnet51 is neither `small` nor a classifier of torchvision"),
+        (settings("fcn_resnet50"), "model.name=fcn_resnet50 is neither `small` nor a classifier of torchvision"),
         (settings("googlenet"), "model.name=googlenet trains with auxiliary outputs"),
         (settings("inception_v3"), "model.name=inception_v3 trains with auxiliary outputs"),
-        (settings("vgg11", zero_init_last_norm=True), "zero_init_last_norm=true, but vgg11 is no residual network"),
+        (settings("vgg11", zero_init_last_norm=True), "zero_init_last_norm=true, but vgg11 is not a residual network"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(config: ModelConfig, sentence: str) -> None:
@@ -281,18 +281,19 @@ def config_with(**changes: Any) -> Config:
 
 def test_the_recipe_names_given_weights_by_their_content(tmp_path: Path) -> None:
     path = file_of(tmp_path / "w.pt", small(7).state_dict())
-    known = with_known_weights(config_with(weights=str(path)))
-    assert known.model.weights_sha256 == weights_sha256(small(7).state_dict())
-    assert with_known_weights(known) == known
-    assert with_known_weights(config_with()) == config_with()
+    known, weights = resolve_weights(config_with(weights=str(path)))
+    assert weights is not None
+    assert known.model.weights_sha256 == weights_sha256(weights.tensors) == weights_sha256(small(7).state_dict())
+    assert resolve_weights(known)[0] == known
+    assert resolve_weights(config_with()) == (config_with(), None)
 
 
 def test_other_weights_than_the_recipe_names_are_refused(tmp_path: Path) -> None:
     path = file_of(tmp_path / "w.pt", small(7).state_dict())
     with pytest.raises(UserError, match=f"but the recipe starts from {'0' * 64}"):
-        with_known_weights(config_with(weights=str(path), weights_sha256="0" * 64))
+        resolve_weights(config_with(weights=str(path), weights_sha256="0" * 64))
     with pytest.raises(UserError, match=r"give their file as model\.weights=FILE"):
-        with_known_weights(config_with(weights_sha256="0" * 64))
+        resolve_weights(config_with(weights_sha256="0" * 64))
 
 
 def test_equal_weights_in_files_of_other_names_are_equal(tmp_path: Path) -> None:

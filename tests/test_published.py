@@ -15,9 +15,9 @@ from recipe.config.schema import Config, Interpolation, Precision
 from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
 from recipe.performance import evaluate_run
-from recipe.published import published_accuracy, published_config, published_weights
 from recipe.records import EvaluationRecord
 from recipe.run import Run
+from recipe.weights import published_accuracy, published_config, published_weights
 from tests.conftest import SMALL_DEMO, compose_config
 
 

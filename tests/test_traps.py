@@ -52,11 +52,10 @@ from recipe.model import build_model
 from recipe.provenance import source_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
 from recipe.run import CHECKOUT, Run
-from recipe.training import build, loop, measurement
+from recipe.training import build, checkpointing, loop, metrics
 from recipe.training.augmentation import build_augmentation
-from recipe.training.optimization import Stepper
-from recipe.training.schedule import build_schedule
-from recipe.training.state import TrainingState
+from recipe.training.optim import build_schedule
+from recipe.training.step import TrainStep
 from tests.conftest import SMALL_DEMO, PlainViews, compose_config
 
 Words = Callable[..., list[str]]
@@ -517,19 +516,19 @@ def test_statistics_are_made_equal_before_they_are_used_and_saved(
 ) -> None:
     """T26: model and average are copied from the first process, then saved, then validated."""
     events: list[str] = []
-    validate, save = measurement.evaluate, TrainingState.save
+    validate, save = metrics.evaluate, checkpointing.save_checkpoint
 
     def validating(*arguments: Any) -> Any:
         events.append("validate")
         return validate(*arguments)
 
-    def saving(self: TrainingState, keep: int) -> None:
+    def saving(*arguments: Any) -> Any:
         events.append("save")
-        save(self, keep)
+        return save(*arguments)
 
     monkeypatch.setattr(World, "copy_from_first", lambda self, module: events.append("copy"))
-    monkeypatch.setattr(measurement, "evaluate", validating)
-    monkeypatch.setattr(TrainingState, "save", saving)
+    monkeypatch.setattr(metrics, "evaluate", validating)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", saving)
     loop.train(compose_config(*smoke("optimization.averaging.decay=0.9")))
     assert events == ["copy", "copy", "save", "validate"] * 2
 
@@ -577,20 +576,20 @@ def waiting_share(words: list[str]) -> float:
 
 def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["optimization.epochs=1", "trainer.data_threads=1"]
-    opened, step = NvImageCodecDecoder.open, Stepper.step
+    opened, step = NvImageCodecDecoder.open, TrainStep.__call__
 
     def slowly_opened(self: NvImageCodecDecoder, content: bytes) -> Picture:
         time.sleep(0.008)
         return opened(self, content)
 
-    def slow_step(self: Stepper, batches: list[Batch], learning_rate: float) -> None:
+    def slow_step(self: TrainStep, batches: list[Batch], learning_rate: float) -> None:
         time.sleep(0.15)
         step(self, batches, learning_rate)
 
     with monkeypatch.context() as patch:
         patch.setattr(NvImageCodecDecoder, "open", slowly_opened)
         slow_data = waiting_share(smoke(*words, run="data"))
-    monkeypatch.setattr(Stepper, "step", slow_step)
+    monkeypatch.setattr(TrainStep, "__call__", slow_step)
     slow_steps = waiting_share(smoke(*words, run="steps"))
     assert slow_data > slow_steps + 0.05
 

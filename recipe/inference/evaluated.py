@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from recipe.checkpoint import interface_of, load_checkpoint, released_weights
+from recipe.checkpoint import eval_weights, interface_of, load_checkpoint
 from recipe.errors import UserError
 from recipe.model import restored_model, weights_sha256
 from recipe.records import EvaluationRecord, Interface, TrainingRecord
@@ -39,7 +39,7 @@ def load_evaluated(run: Run) -> Evaluated:
         )
     path = run.checkpoints / evaluation.protocol.checkpoint
     where, state = shown_path(path), load_checkpoint(path)
-    weights = weights_sha256(released_weights(state))
+    weights = weights_sha256(eval_weights(state))
     if weights != evaluation.inputs.get("weights"):
         raise UserError(
             f"{where} holds other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"

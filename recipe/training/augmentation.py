@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from recipe.config.schema import AugmentationConfig, ProgressiveConfig
+from recipe.config.schema import AugmentationConfig
 from recipe.data.decoding import Picture, WholePicture
 from recipe.data.loading import DeviceDraws
 from recipe.data.transforms import (
@@ -37,7 +37,7 @@ ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
 
 
 class View(NamedTuple):
-    """What is drawn for one sample, in pixels of the decoded image."""
+    """The crop and flip of one sample, in pixels of the decoded image."""
 
     top: int
     left: int
@@ -65,7 +65,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crops a random part of random shape, resizes it to a square, flips it sideways; then what else is on."""
+    """Random resized crop and horizontal flip, then the policy; erasing and mixing follow on the device."""
 
     seed: int
     crop_pixels: int
@@ -88,7 +88,7 @@ class Augmentation:
         return out
 
     def write(self, picture: Picture, epoch: int, index: int, copy: int, out: Tensor) -> None:
-        """The same of a picture that is decoded no further than needed, into `out`, where channels lie last."""
+        """The same from a picture whose crop alone is decoded, into `out`, which is channels-last."""
         view, size = self.view(epoch, index, *picture.size, copy), (out.shape[-2], out.shape[-1])
         part = picture.part(view.top, view.left, view.height, view.width)
         if not (view.flip or self.policy.is_on):
@@ -108,7 +108,7 @@ class Augmentation:
     def draws(
         self, epoch: int, batch: int, first: int, indices: NDArray[np.int64], copies: NDArray[np.int64]
     ) -> DeviceDraws | None:
-        """What the device does to these images, of which the first has position `first` in global batch `batch`."""
+        """The parameters of erasing and mixing for these images; the first is at `first` in global batch `batch`."""
         place = BatchPlace(epoch, batch, first, self.pixels(epoch))
         return device_draws(self.mixing, self.erasing, place, indices, copies)
 
@@ -137,7 +137,7 @@ class Augmentation:
         return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
     def facts(self, epochs: int) -> dict[str, Setting]:
-        """What this object does over a training of so many epochs, for the record."""
+        """The live settings over a training of so many epochs, for the record."""
         view: dict[str, Setting] = {
             "random_resized_crop_pixels": self._sizes(epochs),
             "scale": list(self.scale),
@@ -156,10 +156,9 @@ class Augmentation:
         return sizes[0] if len(begins) <= 1 else [f"{sizes[epoch]} from epoch {epoch + 1}" for epoch in begins]
 
     def fingerprint(self) -> str:
-        """Identifies what this object does: by the pixels of 16 samples of fixed pictures, and by draws for the device.
+        """A hash of the pixels of 16 samples of fixed pictures, and of the draws for the device where any are on.
 
-        Of those, the rectangles and shares of 16 groups of images; where nothing of the kind is on, nothing is added.
-        What few samples show is looked at by itself: crops that no draw fits, each operation of the policy.
+        Rare cases are added by themselves: crops that no draw fits, each operation of the policy.
         """
         sizes = [(96, 128), (150, 100), (40, 400), (64, 64)]
         views = [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]
@@ -167,7 +166,7 @@ class Augmentation:
         return pixels_sha256([*views, torch.tensor(central), *self.policy.examples(), *self._drawn()])
 
     def _drawn(self) -> list[Tensor]:
-        """What `draws` gives in two batches of each of two epochs."""
+        """The `draws` of two batches of each of two epochs."""
         indices = np.arange(4 * self.mixing.group_images)
         drawn = [
             self.draws(epoch, batch, 0, indices, np.zeros_like(indices)) for epoch in range(2) for batch in range(2)
@@ -176,7 +175,7 @@ class Augmentation:
 
 
 def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
-    """The augmentation that the configuration describes."""
+    grows = config.progressive
     return Augmentation(
         seed=seed,
         crop_pixels=config.crop_pixels,
@@ -185,13 +184,8 @@ def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
         flip_probability=config.flip_probability,
         interpolation=INTERPOLATIONS[config.interpolation],
         policy=build_policy(config.policy),
-        growth=build_growth(config.progressive),
+        growth=Growth(grows.first_pixels, grows.start_epoch, grows.end_epoch, grows.multiple),
         mixing=build_mixing(config.mixing, seed),
         erasing=build_erasing(config.erasing, seed),
         repeats=config.repeats,
     )
-
-
-def build_growth(config: ProgressiveConfig) -> Growth:
-    """The sizes that the configuration describes."""
-    return Growth(config.first_pixels, config.start_epoch, config.end_epoch, config.multiple)

@@ -4,52 +4,82 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from recipe.alterations import lower_head
-from recipe.checkpoint import State
 from recipe.config.schema import Config
 from recipe.data.adoption import adopt_data_set
 from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
 from recipe.data.processes import open_decoding
-from recipe.data.shards import Manifest, open_split
+from recipe.data.shards import open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.environment import processor_name, versions
-from recipe.model import build_model, model_facts
+from recipe.model import build_model, check_forward, model_facts
 from recipe.provenance import Stage, source_sha256
-from recipe.records import ModelFacts
-from recipe.rehearsal import rehearse
+from recipe.records import Epoch, Interface, ModelFacts, Session
 from recipe.run import Run
 from recipe.training.augmentation import Augmentation, build_augmentation
-from recipe.training.averaging import WeightAverage, build_average
-from recipe.training.hanging import HangWatch
-from recipe.training.journal import DataWait, Journal
-from recipe.training.loss import build_loss
-from recipe.training.optimization import Stepper, compiled, replicate
-from recipe.training.optimizer import build_optimizer
-from recipe.training.recalibration import batch_norms
-from recipe.training.schedule import LearningRate, build_schedule
-from recipe.training.state import Progress, TrainingState, saved_state
-from recipe.training.stopping import StopWish
+from recipe.training.ema import ModelEma, batch_norms, build_ema
+from recipe.training.metric_log import DataWait, MetricLogger, StallProbe
+from recipe.training.optim import LearningRate, build_loss, build_optimizer, build_schedule
+from recipe.training.shutdown import StopRequest
+from recipe.training.step import TrainStep, compiled, replicate
+from recipe.training.watchdog import Watchdog
+from recipe.weights import GivenWeights
 
 CPU_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_", "DNNL_", "MKL_")  # choose instructions, and so the last digits
 
 
 @dataclass
-class Failures:
-    """Checkpoints that could not be written, on the first process."""
+class Progress:
+    """Counters of a run; all of them are saved with every checkpoint."""
 
-    in_a_row: int = 0
+    epoch: int = 0  # completed epochs, their validation included
+    batch: int = 0  # completed batches of the epoch after those
+    trained_epochs: int = 0  # whose last step is done
+    step: int = 0  # completed optimizer steps
+    images_seen: int = 0
+    best_epoch: int = 0
+    best_step: int = 0
+    best_top1_accuracy: float = -1.0
+    training_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    epoch_seconds: float = 0.0  # of training, since the last completed epoch
+    epoch_waited_seconds: float = 0.0  # of these, for data
+    epoch_stalled_seconds: float = 0.0  # of these, as `StallProbe` estimates
+    peak_memory_bytes: int = 0  # of the accelerator
+    window: dict[str, Any] = field(default_factory=dict)  # since the last row: a tally per process, and seconds
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+
+    def epoch_records(self) -> list[Epoch]:
+        """The cost of every epoch."""
+        return [Epoch(**epoch) for epoch in self.epochs]
+
+    def tally_of(self, world: World) -> list[float]:
+        """The counts of this process since the last row; with another number of processes the first has them all."""
+        tallies = self.window.get("tallies", [])
+        if len(tallies) == world.size:
+            mine: list[float] = tallies[world.rank]
+            return mine
+        return [sum(column) for column in zip([0.0] * 4, *tallies, strict=True)] if world.is_first else [0.0] * 4
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last row, of which waited for data)."""
+        return self.window.get("seconds", 0.0), self.window.get("waited_seconds", 0.0)
+
+    def session_records(self) -> list[Session]:
+        """Every uninterrupted stretch."""
+        return [Session(**session) for session in self.sessions]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
     """The live objects of one process; the record is read back from these."""
 
@@ -57,27 +87,29 @@ class Training:
     world: World
     run: Run
     stage: Stage | None  # of the first process only
-    manifest: Manifest
     manifest_sha256: str
     facts: ModelFacts
-    model: nn.Module
-    average: WeightAverage
-    stepper: Stepper
+    model: nn.Module  # the bare one, not its replica
+    ema: ModelEma
+    train_step: TrainStep
     learning_rate: LearningRate
     augmentation: Augmentation
     batches: TrainingBatches
     validation: EvaluationBatches
-    state: TrainingState
-    journal: Journal | None  # of the first process only
-    wish: StopWish
-    watch: HangWatch
+    interface: Interface
+    circumstances: dict[str, Any]  # equal in two sessions where the second continues the first bit by bit
+    stop_request: StopRequest
+    watchdog: Watchdog
     wait: DataWait
-    failures: Failures = field(default_factory=Failures)
+    progress: Progress = field(default_factory=Progress)
+    metric_log: MetricLogger | None = None  # of the first process only
+    failed_saves: int = 0  # in a row, on the first process
 
-    @property
-    def progress(self) -> Progress:
-        """How far the run has come."""
-        return self.state.progress
+    def note_memory(self) -> None:
+        """Keep the peak of the accelerator's memory."""
+        if self.world.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
 
 
 @contextmanager
@@ -86,62 +118,52 @@ def build_training(
     world: World,
     run: Run,
     stage: Stage | None,
-    wish: StopWish,
-    watch: HangWatch,
-    keeps_journal: bool = True,
+    stop_request: StopRequest,
+    watchdog: Watchdog,
+    weights: GivenWeights | None,
 ) -> Iterator[Training]:
-    """Open the data, build the network and its collaborators, continue from the newest checkpoint; close at the end.
+    """Open the data, build the network and its collaborators; close the loaders at the end.
 
-    `config.model.weights_sha256` must already be known where the run starts from given weights.
+    `config` and the given initial `weights` are those of `resolve_weights`.
     """
     with world.first_decides():
         manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
     world.must_agree("the data set's manifest", manifest_hash)
-    model = build_model(config.model, len(manifest.classes), config.seed)
-    if config.optimization.binary_head_bias:
-        lower_head(model, config.model.name)
+    model = build_model(config.model, len(manifest.classes), config.seed, config.optimization.binary_head_bias, weights)
     facts = model_facts(model, config.model, len(manifest.classes))
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     augmentation = build_augmentation(config.augmentation, config.seed)
     with ExitStack() as held:
         batches, validation = _build_batches(config, world, augmentation, held)
-        _rehearse(config, model, batches, validation)
-        average = build_average(model, config.optimization, batches.batches_per_epoch)
-        stepper = _build_stepper(config, world, model, batches)
-        state = TrainingState(
-            run=run,
-            model=model,
-            average=average,
-            stepper=stepper,
-            progress=Progress(),
-            pinned=config.pinned,
-            interface=interface_from(validation.transform, stepper.normalisation, manifest),
-            manifest_sha256=manifest_hash,
-            circumstances=_circumstances(config, world, batches),
+        _check_forward_passes(config, model, batches, validation)
+        ema = build_ema(model, config.optimization, batches.batches_per_epoch)
+        train_step = TrainStep(
+            _replicated(model, config, world, batches),
+            build_optimizer(config.optimization, model, world.device),
+            build_loss(config.optimization),
+            Normalisation(config.data.mean, config.data.std, world.device),
+            config.trainer,
+            world,
         )
-        state.restore(_newest_state(run, world), world)
-        wait = DataWait()
-        wait.continue_from(*state.progress.lap())
         yield Training(
             config=config,
             world=world,
             run=run,
             stage=stage,
-            manifest=manifest,
             manifest_sha256=manifest_hash,
             facts=facts,
             model=model,
-            average=average,
-            stepper=stepper,
+            ema=ema,
+            train_step=train_step,
             learning_rate=build_schedule(config.optimization, batches.batches_per_epoch),
             augmentation=augmentation,
             batches=batches,
             validation=validation,
-            state=state,
-            journal=_open_journal(config, world, state, batches, held) if keeps_journal else None,
-            wish=wish,
-            watch=watch,
-            wait=wait,
+            interface=interface_from(validation.transform, train_step.normalisation, manifest),
+            circumstances=_circumstances(config, world, batches),
+            stop_request=stop_request,
+            watchdog=watchdog,
+            wait=DataWait(StallProbe() if world.device.type == "cuda" else None),
         )
 
 
@@ -159,7 +181,9 @@ def _build_batches(
     )
 
 
-def _rehearse(config: Config, model: nn.Module, batches: TrainingBatches, validation: EvaluationBatches) -> None:
+def _check_forward_passes(
+    config: Config, model: nn.Module, batches: TrainingBatches, validation: EvaluationBatches
+) -> None:
     """Refuse images that are too small or too few for the network, in every kind of forward pass to come."""
     layout, crop = batches.layout, config.augmentation.crop_pixels
     split = f"over {layout.processes} processes x {layout.accumulation_steps} accumulation steps"
@@ -168,59 +192,20 @@ def _rehearse(config: Config, model: nn.Module, batches: TrainingBatches, valida
         at = f"augmentation.crop_pixels={crop}"
         if pixels < crop:
             at = f"augmentation.progressive.first_pixels={config.augmentation.progressive.first_pixels}"
-        rehearse(model, config.model.name, layout.images_per_forward, pixels, f"enlarge {at}, or {batch}")
+        check_forward(model, config.model.name, layout.images_per_forward, pixels, f"enlarge {at}, or {batch}")
     asked, crop = config.optimization.averaging.recalibrate_images, config.evaluation.crop_pixels
     at = f"evaluation.crop_pixels={crop}"
     if asked:
         batch_norms(model)
         images = min(asked, validation.batch_size, batches.images)
         batch = f"optimization.averaging.recalibrate_images={asked} and evaluation.batch_size={validation.batch_size}"
-        rehearse(model, config.model.name, images, crop, f"enlarge {at}, or {batch}")
-    rehearse(model.eval(), config.model.name, 1, crop, f"enlarge {at}")
+        check_forward(model, config.model.name, images, crop, f"enlarge {at}, or {batch}")
+    check_forward(model.eval(), config.model.name, 1, crop, f"enlarge {at}")
     model.train()
 
 
-def _build_stepper(config: Config, world: World, model: nn.Module, batches: TrainingBatches) -> Stepper:
-    """Replica, optimizer, loss and normalisation."""
-    return Stepper(
-        _stepped(model, config, world, batches),
-        build_optimizer(config.optimization, model, world.device),
-        build_loss(config.optimization),
-        Normalisation(config.data.mean, config.data.std, world.device),
-        config.trainer,
-        world,
-    )
-
-
-def _open_journal(
-    config: Config, world: World, state: TrainingState, batches: TrainingBatches, held: ExitStack
-) -> Journal | None:
-    """The first process's notes, cut back to where the run continues."""
-    journal = None
-    with world.first_decides():
-        if world.is_first:
-            journal = Journal(
-                state.run,
-                config.optimization.epochs,
-                batches.batches_per_epoch,
-                config.trainer.log_every_steps,
-                state.progress.step,
-                state.progress.epoch,
-            )
-            held.enter_context(closing(journal))
-            if journal.missing:
-                state.progress.sessions[-1]["note"] += f"; {journal.missing}"
-    return journal
-
-
-def _newest_state(run: Run, world: World) -> State | None:
-    """The newest valid checkpoint as the first process finds it, on every process."""
-    state: State | None = world.read_by_first(lambda: saved_state(run))
-    return state
-
-
-def _stepped(model: nn.Module, config: Config, world: World, batches: TrainingBatches) -> nn.Module:
-    """The model as it is stepped: compiled if asked, replicated over processes."""
+def _replicated(model: nn.Module, config: Config, world: World, batches: TrainingBatches) -> nn.Module:
+    """Compiled if asked, then replicated over processes."""
     size = config.augmentation.crop_pixels
     example = torch.zeros(batches.layout.images_per_forward, 3, size, size, device=world.device)
     example = example.to(memory_format=memory_format(config.trainer))
@@ -228,7 +213,6 @@ def _stepped(model: nn.Module, config: Config, world: World, batches: TrainingBa
 
 
 def _circumstances(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
-    """What must be equal in two sessions for the second to continue the first bit by bit."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     arithmetic = {name: value for name, value in os.environ.items() if name.startswith(CPU_ARITHMETIC)}
     return (

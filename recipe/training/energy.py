@@ -1,30 +1,49 @@
-"""How much energy a training took, where the accelerators' driver counts it."""
+"""The energy of a training, in joules, from the counter of the GPUs' driver (NVML)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
+import pynvml
 import torch
 
 from recipe.distributed import World
-from recipe.energy import accelerator_joules
 from recipe.records import EnergyRecord, Session
 
 
-class Meter:
-    """Counts from its making on, over the accelerators of this run; silent where they are not all on one machine."""
+def accelerator_joules(uuids: Sequence[str] | None = None) -> float | None:
+    """The sum over these devices (`GPU-...`), or over all of the machine, since the driver was loaded.
+
+    It counts everything that uses a device. None without a driver, a device, or a counter (before Volta).
+    """
+    try:
+        pynvml.nvmlInit()
+        try:
+            if uuids is None:
+                devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            else:
+                devices = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+            millijoules: int = sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, devices))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return millijoules / 1000 if devices else None
+
+
+class EnergyMeter:
+    """Reads the counter of this run's accelerators now, for the difference later; off where several machines run it."""
 
     def __init__(self, world: World) -> None:
         self.uuids = accelerator_uuids(world)
         self.began, self.joules = time.perf_counter(), self.read()
 
     def read(self) -> float | None:
-        """The counter now."""
         return accelerator_joules(self.uuids) if self.uuids else None
 
     def record(self, sessions: Sequence[Session]) -> EnergyRecord | None:
-        """What was used since; None without a counter, and where another session did a part of the work."""
+        """The energy since the start; None without a counter, and where another session trained a part."""
         now = self.read()
         if self.joules is None or now is None or len(sessions) != 1:
             return None
@@ -38,7 +57,7 @@ class Meter:
 
 
 def accelerator_uuids(world: World) -> list[str]:
-    """Names by which the driver knows the devices of this run; none on a CPU and where several machines run it."""
+    """NVML's names of this run's devices; none on a CPU and where several machines run it."""
     if not world.is_first or world.device.type != "cuda" or world.size != world.local_size:
         return []
     uuids = [getattr(torch.cuda.get_device_properties(index), "uuid", None) for index in range(world.local_size)]

@@ -1,9 +1,9 @@
-"""What this code does with a recipe, in numbers that anybody can compute again in a minute: the canary.
+"""A golden trace of a recipe, the canary: the numbers of ten steps, which anyone can compute again in a minute.
 
-Ten optimizer steps, spread over the recipe's own schedule, on a few dozen images that the project draws itself, through
-the very functions that train: the same decoder, augmentation, mixing, network, loss, optimizer, average and evaluation.
-Only what a laptop cannot do is made smaller (`canary_config`): images, batches, precision. Everything runs in fp32 on
-one CPU thread, so that the numbers agree between machines but for the last digits.
+The steps are spread over the recipe's own schedule, on a few dozen images that the project draws, through the functions
+that train: the same decoder, augmentation, mixing, network, loss, optimizer, average and evaluation. `canary_config`
+makes images, batches and precision small enough for a laptop. Everything runs in fp32 on one CPU thread, so that the
+numbers agree between machines but for the last digits.
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, 
 from recipe.run import Run
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
-from recipe.training.hanging import HangWatch
 from recipe.training.loop import take_step
-from recipe.training.loss import loss_facts
-from recipe.training.measurement import predict_validation, validation_predictor
-from recipe.training.optimizer import optimizer_facts
-from recipe.training.schedule import build_schedule
-from recipe.training.stopping import StopWish
+from recipe.training.metrics import predict_validation, validation_predictor
+from recipe.training.optim import build_schedule, loss_facts, optimizer_facts
+from recipe.training.shutdown import StopRequest
+from recipe.training.watchdog import Watchdog
 
 STEPS = 10
 # Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
@@ -59,7 +57,7 @@ PARTS = BatchLayout(global_batch_size=SMALLEST_BATCH, processes=2, accumulation_
 
 
 def leave_fingerprint(run: Run, config: Config, record: TrainingRecord) -> None:
-    """Store the fingerprint of the code that trained; none where the code has changed meanwhile."""
+    """Store the fingerprint of the code that trained, unless the code has changed since."""
     stored = run.read(Fingerprint)
     trained_with = {record.provenance.source_sha256, record.provenance.source_sha256_at_end}
     if (stored is not None and {stored.source_sha256} == trained_with) or {source_sha256()} != trained_with:
@@ -69,19 +67,21 @@ def leave_fingerprint(run: Run, config: Config, record: TrainingRecord) -> None:
 
 
 def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads: int = 1) -> Fingerprint:
-    """Compute everything anew; `steps_per_epoch` and `classes` are those of the recipe's own data.
+    """Compute the fingerprint; `steps_per_epoch` and `classes` are those of the recipe's own data.
 
-    More `threads` than one are for measuring how far the last digits move.
+    Several `threads` serve to measure how far the last digits move.
     """
-    facts = model_facts(build_model(config.model, classes, config.seed), config.model, classes)
+    network = replace(config.model, weights=None, weights_sha256=None)  # those of a run are not needed
+    model = build_model(network, classes, config.seed, config.optimization.binary_head_bias)
+    facts = model_facts(model, network, classes)
     schedule = build_schedule(config.optimization, steps_per_epoch)
     augmentation = build_augmentation(config.augmentation, config.seed)
-    with _calm(threads), _small_training(config) as training:
+    with _deterministic(threads), _small_training(config) as training:
         settings = _facts(config, training)
-        groups = optimizer_facts(training.stepper.optimizer)
+        groups = optimizer_facts(training.train_step.optimizer)
         start = _start(training)
-        probes = list(_probes(training, start))
-        counts = _counts([tally for _, tally in probes], int(training.stepper.skipped_steps))
+        probes, tallies = zip(*_probes(training, start), strict=True)
+        _, top1, top5, images = (sum(column) for column in zip(*tallies, strict=True))
         evaluation = _evaluated(training)
         order = _order_sha256(training)
     return Fingerprint(
@@ -100,14 +100,14 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
             "augmentation": augmentation.facts(config.optimization.epochs),
             "schedule": _schedule_facts(schedule.facts()),
         },
-        steps=[probe for probe, _ in probes],
-        training_counts=counts,
+        steps=list(probes),
+        training_counts=[round(images), round(top1), round(top5), int(training.train_step.skipped_steps)],
         evaluation=evaluation,
     )
 
 
 def canary_config(config: Config, folder: Path) -> Config:
-    """The recipe at a size that a laptop computes in seconds; whatever is not named here stays as it is."""
+    """The recipe at a size that a laptop computes in seconds; settings that are not named here stay."""
     optimization, augmentation, evaluation = config.optimization, config.augmentation, config.evaluation
     group_images = min(augmentation.mixing.group_images, 8)
     multiple = math.lcm(group_images, augmentation.repeats)
@@ -150,7 +150,7 @@ def canary_config(config: Config, folder: Path) -> Config:
 
 
 def _smaller(pixels: int, crop_pixels: int) -> int:
-    """A size in the proportion in which the crop is brought down to `LARGEST_PIXELS`."""
+    """A size scaled as the crop is to `LARGEST_PIXELS`."""
     return max(8, round(pixels * min(1.0, LARGEST_PIXELS / crop_pixels)))
 
 
@@ -189,8 +189,8 @@ def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
 
 
 @contextmanager
-def _calm(count: int) -> Iterator[None]:
-    """Arithmetic whose sums have one order, with so many threads; torch's switches are put back afterwards."""
+def _deterministic(count: int) -> Iterator[None]:
+    """Deterministic arithmetic with so many threads; restores torch's switches."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(count)
     torch.use_deterministic_algorithms(True)
@@ -210,13 +210,13 @@ def _small_training(config: Config) -> Iterator[Training]:
         with contextlib.redirect_stderr(io.StringIO()):
             preprocess(small)
         run = Run(small.run_dir)
-        watch = HangWatch(world, run, small.trainer.timeout_seconds)  # silent: one process
-        with build_training(small, world, run, None, StopWish(world), watch, keeps_journal=False) as training:
+        watchdog = Watchdog(world, run, small.trainer.timeout_seconds)  # off: one process
+        with build_training(small, world, run, None, StopRequest(world), watchdog, None) as training:
             yield training
 
 
 def _model_facts(facts: ModelFacts) -> dict[str, Setting]:
-    """What the network says of itself, after it was altered."""
+    """Facts of the finished network."""
     return {
         "modules": dict(facts.modules),
         "batch_norm": facts.batch_norm,
@@ -227,7 +227,7 @@ def _model_facts(facts: ModelFacts) -> dict[str, Setting]:
 
 
 def _schedule_facts(schedule: Schedule) -> dict[str, Setting]:
-    """The recorded schedule, its points as a hash: they are as many as the curve has."""
+    """The recorded schedule, its points as a hash."""
     return {
         "steps": schedule.steps,
         "warmup_steps": schedule.warmup_steps,
@@ -237,17 +237,17 @@ def _schedule_facts(schedule: Schedule) -> dict[str, Setting]:
 
 
 class Start(NamedTuple):
-    """Copies of what moves."""
+    """Copies of the tensors that move."""
 
     groups: list[list[Tensor]]
     average: list[Tensor]
 
 
 def _start(training: Training) -> Start:
-    groups = training.stepper.optimizer.param_groups
+    groups = training.train_step.optimizer.param_groups
     return Start(
         [[parameter.detach().clone() for parameter in group["params"]] for group in groups],
-        [tensor.clone() for tensor in _floating(training.average.model)] if training.average.is_on else [],
+        [tensor.clone() for tensor in _floating(training.ema.model)] if training.ema.is_on else [],
     )
 
 
@@ -255,48 +255,38 @@ def _floating(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
-def _positions(training: Training) -> list[int]:
-    """Steps of the small training's own schedule, evenly spread from the first to the last."""
-    return _evenly(training.learning_rate.steps, STEPS)
-
-
 def _evenly(total: int, count: int) -> list[int]:
+    """Steps of a schedule of `total`, evenly spread from the first to the last."""
     count = min(count, total)
     return [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
 
 
 def _probes(training: Training, start: Start) -> Iterator[tuple[ProbeStep, Tally]]:
-    """All steps; behind the middle the moving average is as old as late in a training, when its decay has grown up."""
-    for number, position in enumerate(_positions(training)):
+    """All steps; from the middle on the EMA has as many updates as late in a training, when its decay has warmed up."""
+    for number, position in enumerate(_evenly(training.learning_rate.steps, STEPS)):
         if number == STEPS // 2:
-            training.average.updates = MANY_UPDATES
+            training.ema.updates = MANY_UPDATES
         yield _probe(training, position, start)
 
 
-def _counts(tallies: list[Tally], skipped_steps: int) -> list[int]:
-    """What training counted over these steps: images, right within 1 and 5, steps that were skipped."""
-    sums = (sum(column) for column in zip(*((tally.images, tally.top1, tally.top5) for tally in tallies), strict=True))
-    return [*map(round, sums), skipped_steps]
-
-
 def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, Tally]:
-    """Take the step at `position` and look at what it does."""
+    """Take the step at `position` and note its effects."""
     progress = training.progress
     epoch, batch = divmod(position, training.batches.batches_per_epoch)
     progress.step, progress.epoch, progress.batch = position, epoch, 0  # batch 0: no row is measured
     batches = training.batches.epoch(epoch, batch)
-    found = next(batches)
+    parts = next(batches)
     batches.close()  # type: ignore[attr-defined]  # it is a generator
     seen = Seen([], [])
-    with _watched(training, seen):
-        take_step(training, found)
-    tally = Tally(*training.stepper.take_tally().tolist())
-    images = torch.cat([part.flatten() for part in seen.images])
+    with _hooked(training, seen):
+        take_step(training, parts)
+    tally = Tally(*training.train_step.take_tally().tolist())
+    images = torch.cat([batch.flatten() for batch in seen.images])
     probe = ProbeStep(
         step=position,
         epoch=epoch,
-        indices=[index for batch in found for index in batch.indices.tolist()],
-        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
+        indices=[index for batch in parts for index in batch.indices.tolist()],
+        learning_rate=training.train_step.optimizer.param_groups[0]["lr"],
         images_mean=images.mean().item(),
         images_std=images.std().item(),
         loss=tally.loss / tally.images,
@@ -307,7 +297,7 @@ def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, 
 
 
 class Tally(NamedTuple):
-    """What a step counted; the loss is a sum over its images."""
+    """The counts of a step; the loss is a sum over its images."""
 
     loss: float
     top1: float
@@ -316,15 +306,15 @@ class Tally(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What goes into the network in each forward pass, and the gradients as the optimizer gets them."""
+    """The inputs of the network in each forward pass, and the gradients that the optimizer gets."""
 
     images: list[Tensor]
     gradients: list[Tensor]
 
 
 @contextmanager
-def _watched(training: Training, seen: Seen) -> Iterator[None]:
-    """Note both while a step is made."""
+def _hooked(training: Training, seen: Seen) -> Iterator[None]:
+    """Collect both during a step."""
 
     def look_at_images(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         seen.images.append(arguments[0].detach())
@@ -335,8 +325,8 @@ def _watched(training: Training, seen: Seen) -> Iterator[None]:
         seen.gradients[:] = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
     hooks = [
-        training.stepper.model.register_forward_pre_hook(look_at_images),
-        training.stepper.optimizer.register_step_pre_hook(look_at_gradients),
+        training.train_step.model.register_forward_pre_hook(look_at_images),
+        training.train_step.optimizer.register_step_pre_hook(look_at_gradients),
     ]
     try:
         yield
@@ -346,12 +336,12 @@ def _watched(training: Training, seen: Seen) -> Iterator[None]:
 
 
 def _distances(training: Training, start: Start) -> dict[str, float]:
-    """How far each parameter group is from its beginning, and the averaged parameters and buffers if there are any."""
+    """How far each parameter group, and the EMA where there is one, has moved from its start."""
     distances = {}
-    for group, before in zip(training.stepper.optimizer.param_groups, start.groups, strict=True):
+    for group, before in zip(training.train_step.optimizer.param_groups, start.groups, strict=True):
         distances[group["name"]] = _norm([now - then for now, then in zip(group["params"], before, strict=True)])
-    if training.average.is_on:
-        now = _floating(training.average.model)
+    if training.ema.is_on:
+        now = _floating(training.ema.model)
         distances["average"] = _norm([one - other for one, other in zip(now, start.average, strict=True)])
     return distances
 
@@ -362,27 +352,27 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 def _evaluated(training: Training) -> EvaluationProbe:
-    """Everything that the evaluator says of the validation images."""
+    """The evaluator's results on the validation images."""
     predict = validation_predictor(training)
     logits = predict(next(iter(training.validation)).images)
-    found = predict_validation(training, predict)
-    assert found is not None, "one process is the first"
+    predictions = predict_validation(training, predict)
+    assert predictions is not None, "one process is the first"
     classes = [("", "")] * logits.shape[1]
     return EvaluationProbe(
         logits=logits.double().flatten().tolist(),
-        labels=found.labels.tolist(),
-        losses=found.losses.tolist(),
-        margins=found.margins.astype(float).tolist(),
-        best_classes=found.top.shape[1],
-        correct=[int(found.correct(within).sum()) for within in range(1, 6)],
-        loss=found.loss,
-        accuracies=[found.accuracy(1), found.accuracy(5)],
-        class_counts=[(row.images, row.correct_top1, row.correct_top5) for row in class_table(found, classes)],
+        labels=predictions.labels.tolist(),
+        losses=predictions.losses.tolist(),
+        margins=predictions.margins.astype(float).tolist(),
+        best_classes=predictions.top.shape[1],
+        correct=[int(predictions.correct(within).sum()) for within in range(1, 6)],
+        loss=predictions.loss,
+        accuracies=[predictions.accuracy(1), predictions.accuracy(5)],
+        class_counts=[(row.images, row.correct_top1, row.correct_top5) for row in class_table(predictions, classes)],
     )
 
 
 def _order_sha256(training: Training) -> str:
-    """How images are handed out, to one process and to several."""
+    """The order of images in one process and in several."""
     batches = training.batches
     divided = TrainingBatches(batches.threads, batches.augmentation, PARTS, 1, batches.seed)
     orders: list[Callable[[], Any]] = [batches.facts, divided.facts]
@@ -390,17 +380,17 @@ def _order_sha256(training: Training) -> str:
 
 
 def _facts(config: Config, training: Training) -> dict[str, Setting]:
-    """What the live objects say of themselves; the evaluation's are of the recipe's own sizes."""
+    """Facts of the live objects; the evaluation's have the recipe's own sizes."""
     transform = build_evaluation_transform(config.evaluation)
-    averaging = {name: value for name, value in training.average.facts().items() if name != "updates"}
+    averaging = {name: value for name, value in training.ema.facts().items() if name != "updates"}
     return {
         "model": _model_facts(training.facts),
-        "loss": loss_facts(training.stepper.loss),
-        "optimizer": type(training.stepper.optimizer).__name__,
-        "gradient_scaler": training.stepper.scaler.is_enabled(),
+        "loss": loss_facts(training.train_step.loss),
+        "optimizer": type(training.train_step.optimizer).__name__,
+        "gradient_scaler": training.train_step.scaler.is_enabled(),
         "averaging": averaging,
-        "normalisation": training.stepper.normalisation.facts(),
+        "normalisation": training.train_step.normalisation.facts(),
         "evaluation": transform.facts(),
-        "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.average.is_on),
+        "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.ema.is_on),
         "decoder": training.batches.threads.decoder_name,
     }

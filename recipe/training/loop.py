@@ -1,7 +1,7 @@
-"""The training loop: reads as the algorithm; everything else is a named collaborator that knows its own business.
+"""The training loop: reads as the algorithm; everything else is a named collaborator that knows its own cadence.
 
-`train` is what `train.py` calls in every process. It continues a run that was interrupted, recognises one that is
-finished, and leaves the record of the Training chapter.
+`train.py` calls `train` in every process. It continues a run that was interrupted, recognises one that is finished, and
+writes the record of the Training chapter.
 """
 
 from __future__ import annotations
@@ -9,64 +9,73 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
-from recipe import faults
-from recipe.checkpoint import prune_checkpoints, write_released_weights
+from recipe.checkpoint import prune_checkpoints, write_eval_weights
 from recipe.config.identity import flatten
 from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
-from recipe.model import with_known_weights
+from recipe.model import resolve_weights
 from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
 from recipe.run import Run, append_to_journal, shown_path
 from recipe.training.build import Training, build_training
-from recipe.training.energy import Meter
-from recipe.training.hanging import hang_watch
-from recipe.training.measurement import measure_steps, validate, validation_predictor
-from recipe.training.pinning import finished_record, pin, set_aside
+from recipe.training.checkpointing import (
+    check_space,
+    finished_record,
+    pin,
+    resumed,
+    save,
+    save_and_exit,
+    save_where_due,
+)
+from recipe.training.energy import EnergyMeter
+from recipe.training.metrics import measure_steps, validate, validation_predictor
 from recipe.training.record import training_record
-from recipe.training.saving import save, save_and_exit, save_where_due
-from recipe.training.space import check_space
-from recipe.training.stopping import Stopped, stop_wish
-from recipe.weights import read_weights
+from recipe.training.shutdown import Stopped, graceful_shutdown
+from recipe.training.watchdog import Watchdog
+from recipe.weights import GivenWeights
 
 AfterValidation = Callable[[Run], None]
 DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation
 
 
 def train(config: Config, after_validation: AfterValidation | None = None) -> TrainingRecord | None:
-    """Train what the configuration describes; every process calls this with the same one.
+    """Train the experiment of a configuration; every process calls this with the same one.
 
-    `after_validation` looks at the run after each validation, on the first process; it must not raise.
-    Returns the record on the first process, None on the others. Raises `UserError` for what a person can mend.
+    The first process calls `after_validation` after each validation; it must not raise. Returns the record on the
+    first process, None on the others. Raises `UserError` for what a person can mend.
     """
-    config = with_known_weights(config)
-    with start_world(config.trainer) as world, stop_wish(world) as wish, _one_writer(config, world) as run:
-        faults.stop("beginning", world.rank, 0)
+    config, weights = resolve_weights(config)
+    with (
+        start_world(config.trainer) as world,
+        graceful_shutdown(world) as stop_request,
+        _one_writer(config, world) as run,
+    ):
         finished = finished_record(run) if world.is_first else None
         if world.from_first(finished is not None):
             return finished
-        stage = _started(run, config) if world.is_first else None
+        stage = _started(run, config, weights) if world.is_first else None
         with (
-            hang_watch(world, run, config.trainer.timeout_seconds) as watch,
-            build_training(config, world, run, stage, wish, watch) as training,
+            Watchdog(world, run, config.trainer.timeout_seconds) as watchdog,
+            build_training(config, world, run, stage, stop_request, watchdog, weights) as training,
+            resumed(training),
         ):
             with world.first_decides():
-                check_space(training)
-            meter = Meter(world)
+                if world.is_first:
+                    check_space(training)
+            meter = EnergyMeter(world)
             fit(training, after_validation)
             return _leave_record(training, meter) if world.is_first else None
 
 
-def _started(run: Run, config: Config) -> Stage:
-    if config.model.weights is not None:
-        print(read_weights(Path(config.model.weights)), file=sys.stderr, flush=True)
+def _started(run: Run, config: Config, weights: GivenWeights | None) -> Stage:
+    if weights is not None:
+        print(weights, file=sys.stderr, flush=True)
     settings = {key: value for key, value in flatten(config.pinned.values).items() if "description." not in key}
     digest = config.pinned.config_sha256
     append_to_journal(run, "train", "started", name=config.name, config_sha256=digest, config=settings)
@@ -74,15 +83,15 @@ def _started(run: Run, config: Config) -> Stage:
 
 
 def fit(training: Training, after_validation: AfterValidation | None = None) -> None:
-    """Steps over every epoch; after each one a checkpoint, then validation. A wish to stop is granted between steps."""
+    """Step over every epoch; after each a checkpoint, then validation. Stop requests are checked between steps."""
     progress, epochs = training.progress, training.config.optimization.epochs
     try:
-        training.wish.look(0)  # what was noted while things were built
+        training.stop_request.poll(0)  # a signal during the build
         for epoch in range(progress.epoch, epochs):
             for batches in training.wait.timed(training.batches.epoch(epoch, progress.batch)):
                 take_step(training, batches)
-                training.watch.progressed()
-                training.wish.look(progress.step)
+                training.watchdog.progressed()
+                training.stop_request.poll(progress.step)
                 save_where_due(training)
             training.wait.lap()  # validation begins: its time does not count as training
             predict = validation_predictor(training)
@@ -96,17 +105,16 @@ def fit(training: Training, after_validation: AfterValidation | None = None) -> 
 
 
 def take_step(training: Training, batches: list[Batch]) -> None:
-    """One optimizer step and what follows from it."""
+    """One optimizer step, its counters and its row."""
     progress = training.progress
-    faults.strike(training.world.rank, progress.step, training.model.parameters())
     torch.manual_seed(_dropout_seed(training))
-    training.stepper.step(batches, training.learning_rate(progress.step))
+    training.train_step(batches, training.learning_rate(progress.step))
     progress.step += 1
     progress.batch += 1
     progress.images_seen += training.batches.layout.global_batch_size
-    training.average.update(progress.step)
-    if training.journal is not None:
-        training.journal.step()
+    training.ema.update(progress.step)
+    if training.metric_log is not None:
+        training.metric_log.step()
     is_last = progress.batch == training.batches.batches_per_epoch
     if is_last:
         progress.trained_epochs = progress.epoch + 1
@@ -115,28 +123,28 @@ def take_step(training: Training, batches: list[Batch]) -> None:
 
 
 def _dropout_seed(training: Training) -> int:
-    """Keyed to (seed, step, rank), so that networks with dropout continue exactly too."""
+    """A function of (seed, step, rank), so that networks with dropout continue exactly too."""
     key = (DROPOUT_STREAM, training.config.seed, training.progress.step, training.world.rank)
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _complete_epoch(training: Training) -> None:
-    """Move on to the next epoch; the next checkpoint says so, or the record."""
+    """Move on to the next epoch, for the next checkpoint or the record."""
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
-    progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_held_up_seconds = 0.0
+    progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_stalled_seconds = 0.0
     training.wait.lap()
 
 
-def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
+def _leave_record(training: Training, meter: EnergyMeter) -> TrainingRecord:
     energy = meter.record(training.progress.session_records())
-    if training.journal is not None:
-        training.journal.settle(durably=True)  # the last validation comes after the last checkpoint
+    if training.metric_log is not None:
+        training.metric_log.flush(durably=True)  # the last validation comes after the last checkpoint
     keep, best_step = training.config.trainer.keep_checkpoints, training.progress.best_step
     prune_checkpoints(training.run.checkpoints, keep, best_step)
     record = training_record(training)
-    weights = training.average.model.state_dict()
-    write_released_weights(training.run.checkpoints, training.progress.step, weights, record.outputs["weights"])
+    weights = training.ema.model.state_dict()
+    write_eval_weights(training.run.checkpoints, training.progress.step, weights, record.outputs["weights"])
     training.run.write(record)
     if energy is not None:
         training.run.write(msgspec.structs.replace(energy, inputs={"weights": record.outputs["weights"]}))
@@ -146,25 +154,16 @@ def _leave_record(training: Training, meter: Meter) -> TrainingRecord:
 
 @contextmanager
 def _one_writer(config: Config, world: World) -> Iterator[Run]:
-    """The run directory with its configuration pinned, held by the first process alone."""
+    """The run directory with its configuration pinned, locked by the first process; all processes must agree on it."""
     run = Run(config.run_dir)
     with ExitStack() as held:
         with world.first_decides():
             if world.is_first:
-                _claim(run, config, held)
-        _agree(config, world)
+                if config.trainer.restart and run.config.exists():
+                    with run.lock():
+                        print(f"the old run is now {shown_path(run.move_aside())}", flush=True)
+                held.enter_context(run.lock())
+                pin(run, config)
+        world.must_agree("the configuration", config.pinned.config_sha256)
+        world.must_agree("the source code", source_sha256())
         yield run
-
-
-def _claim(run: Run, config: Config, held: ExitStack) -> None:
-    """Take the run directory for this process until `held` is closed."""
-    if config.trainer.restart and run.config.exists():
-        print(f"the old run is now {shown_path(set_aside(run))}", flush=True)
-    held.enter_context(run.lock())
-    pin(run, config)
-
-
-def _agree(config: Config, world: World) -> None:
-    """Stop where processes were started with different configurations or checkouts."""
-    world.must_agree("the configuration", config.pinned.config_sha256)
-    world.must_agree("the source code", source_sha256())

@@ -47,7 +47,7 @@ class BatchPlace(NamedTuple):
 class GroupDraw(NamedTuple):
     """How the images of a group are mixed with their predecessors."""
 
-    share: float  # of an image's own pixels outside the rectangle
+    lam: float  # weight of an image's own pixels outside the rectangle
     rectangle: Rectangle  # that comes from the predecessor
     weight: float  # of an image's own label
 
@@ -78,7 +78,7 @@ class Erasing:
         return Rectangle(*NOWHERE)
 
     def facts(self) -> dict[str, Setting]:
-        """What this object does, for the record."""
+        """The live settings, for the record."""
         if not self.probability:
             return {}
         return {
@@ -110,15 +110,15 @@ class Mixing:
             return GroupDraw(1.0, Rectangle(*NOWHERE), 1.0)
         is_cutmix = self.cutmix_alpha > 0 and (not self.mixup_alpha or generator.random() < self.cutmix_share)
         alpha = self.cutmix_alpha if is_cutmix else self.mixup_alpha
-        share = float(generator.beta(alpha, alpha))
+        lam = float(generator.beta(alpha, alpha))
         if not is_cutmix:
-            return GroupDraw(share, Rectangle(*NOWHERE), share)
-        rectangle = cut(generator, share, pixels)
+            return GroupDraw(lam, Rectangle(*NOWHERE), lam)
+        rectangle = cut(generator, lam, pixels)
         area = (rectangle.bottom - rectangle.top) * (rectangle.right - rectangle.left)
         return GroupDraw(1.0, rectangle, 1.0 - area / (pixels * pixels))
 
     def facts(self) -> dict[str, Setting]:
-        """What this object does, for the record."""
+        """The live settings, for the record."""
         if not self.is_on:
             return {}
         return {
@@ -130,27 +130,20 @@ class Mixing:
         }
 
 
-def cut(generator: np.random.Generator, share: float, pixels: int) -> Rectangle:
-    """A rectangle around a random point that covers 1 - `share` of a square image, less what lies outside of it."""
+def cut(generator: np.random.Generator, lam: float, pixels: int) -> Rectangle:
+    """A rectangle around a random point that covers 1 - `lam` of a square image, less the part outside of it."""
     row, column = (int(generator.integers(pixels)) for _ in range(2))
-    half = int(0.5 * math.sqrt(1.0 - share) * pixels)
+    half = int(0.5 * math.sqrt(1.0 - lam) * pixels)
     return Rectangle(max(row - half, 0), max(column - half, 0), min(row + half, pixels), min(column + half, pixels))
 
 
 def build_erasing(config: ErasingConfig, seed: int) -> Erasing:
-    """The erasing that the configuration describes."""
     return Erasing(seed, config.probability, (config.scale_min, config.scale_max), (config.ratio_min, config.ratio_max))
 
 
 def build_mixing(config: MixingConfig, seed: int) -> Mixing:
-    """The mixing that the configuration describes."""
     return Mixing(
-        seed,
-        config.mixup_alpha,
-        config.cutmix_alpha,
-        config.cutmix_share,
-        config.probability,
-        config.group_images,
+        seed, config.mixup_alpha, config.cutmix_alpha, config.cutmix_share, config.probability, config.group_images
     )
 
 
@@ -160,7 +153,7 @@ def build_mixing(config: MixingConfig, seed: int) -> Mixing:
 def device_draws(
     mixing: Mixing, erasing: Erasing, place: BatchPlace, indices: NDArray[np.int64], copies: NDArray[np.int64]
 ) -> DeviceDraws | None:
-    """What the device does to the images of one forward pass, or None where it does nothing."""
+    """The parameters of erasing and mixing for the images of one forward pass; None where both are off."""
     if not (mixing.is_on or erasing.probability):
         return None
     samples = zip(indices.tolist(), copies.tolist(), strict=True) if erasing.probability else []
@@ -169,7 +162,7 @@ def device_draws(
     drawn = [group for group in groups for _ in range(mixing.group_images)]  # for each image
     return DeviceDraws(
         erased=torch.tensor(erased, dtype=torch.int64).view(-1, 4),
-        share=torch.tensor([draw.share for draw in drawn], dtype=torch.float32),
+        share=torch.tensor([draw.lam for draw in drawn], dtype=torch.float32),
         rectangle=torch.tensor([draw.rectangle for draw in drawn], dtype=torch.int64).view(-1, 4),
         weight=torch.tensor([draw.weight for draw in drawn], dtype=torch.float32),
         partner=predecessors(len(drawn), mixing.group_images),
@@ -196,7 +189,7 @@ def predecessors(images: int, group: int) -> Tensor:
 # ---- on the device ------------------------------------------------------------------------------------
 
 
-def blended(images: Tensor, draws: DeviceDraws | None) -> Tensor:
+def mix(images: Tensor, draws: DeviceDraws | None) -> Tensor:
     """Erase, then mix: float [N, C, H, W] -> the same; the layout in memory stays."""
     if draws is None:
         return images
@@ -204,13 +197,13 @@ def blended(images: Tensor, draws: DeviceDraws | None) -> Tensor:
         images = torch.where(inside(draws.erased, images), images.new_zeros(()), images)
     if len(draws.partner):
         partners = images[draws.partner]  # index_select and masked_fill would lose the layout
-        share = draws.share.view(-1, 1, 1, 1).to(images.dtype)
-        images = torch.where(inside(draws.rectangle, images), partners, share * images + (1 - share) * partners)
+        lam = draws.share.view(-1, 1, 1, 1).to(images.dtype)
+        images = torch.where(inside(draws.rectangle, images), partners, lam * images + (1 - lam) * partners)
     return images
 
 
 def inside(rectangles: Tensor, images: Tensor) -> Tensor:
-    """bool [N, 1, H, W]: where each image's rectangle lies."""
+    """bool [N, 1, H, W]: the pixels of each image's rectangle."""
     top, left, bottom, right = (edge.view(-1, 1, 1, 1) for edge in rectangles.unbind(1))
     rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
     columns = torch.arange(images.shape[3], device=images.device).view(1, 1, 1, -1)
@@ -222,13 +215,13 @@ def soft_targets(labels: Tensor, draws: DeviceDraws | None, classes: int) -> Ten
     if draws is None or not len(draws.partner):
         return labels
     every_class = torch.arange(classes, device=labels.device)  # one_hot reads its labels back on some devices
-    own, others = (found[:, None] == every_class for found in (labels, labels[draws.partner]))
+    own, others = (classes_of[:, None] == every_class for classes_of in (labels, labels[draws.partner]))
     weight = draws.weight.view(-1, 1)
     return weight * own + (1 - weight) * others
 
 
-def heavier_labels(labels: Tensor, draws: DeviceDraws | None) -> Tensor:
-    """The class that has the larger share of each image: what a training accuracy can be counted against."""
+def dominant_labels(labels: Tensor, draws: DeviceDraws | None) -> Tensor:
+    """The class with the larger weight in each image, which training accuracy is counted against."""
     if draws is None or not len(draws.partner):
         return labels
     return torch.where(draws.weight >= 0.5, labels, labels[draws.partner])

@@ -21,7 +21,7 @@ from recipe.data.transforms import fixed_image
 from recipe.records import Setting
 
 TRIVIAL_STEPS = 31  # strengths that TrivialAugmentWide draws from, the ends included
-FILL = [0.0, 0.0, 0.0]  # what comes in from outside of the image
+FILL = [0.0, 0.0, 0.0]  # pixels from outside of the image
 
 
 class Operation(NamedTuple):
@@ -32,7 +32,7 @@ class Operation(NamedTuple):
 
 
 class Range(NamedTuple):
-    """What strength 1 means, and whether the value's sign is drawn."""
+    """The value at strength 1, and whether its sign is drawn."""
 
     largest: float
     is_signed: bool
@@ -92,7 +92,7 @@ class Policy:
         return [operation for operation in drawn if generator.random() < self.operation_probability]
 
     def _ranges(self, pixels: int) -> dict[str, Range]:
-        """How far each operation goes, in an image of `pixels`."""
+        """The range of each operation, in an image of `pixels`."""
         if self.kind is PolicyKind.trivial_augment:
             return TRIVIAL_RANGES
         shift = Range(TRANSLATION_SHARE * pixels, True)
@@ -110,7 +110,7 @@ class Policy:
         return image
 
     def examples(self) -> list[Tensor]:
-        """What each operation makes of a fixed picture at three strengths, in both directions; nothing where off."""
+        """A fixed picture after each operation, at three strengths and in both directions; empty where off."""
         picture = fixed_image(160, 160)
         ranges = self._ranges(picture.shape[-1]) if self.is_on else {}
         return [
@@ -121,7 +121,7 @@ class Policy:
         ]
 
     def facts(self) -> dict[str, Setting]:
-        """What this object does, for the record."""
+        """The live settings, for the record."""
         if not self.is_on:
             return {}
         if self.kind is PolicyKind.trivial_augment:
@@ -144,7 +144,6 @@ def _operation(generator: np.random.Generator, ranges: dict[str, Range], strengt
 
 
 def build_policy(config: PolicyConfig) -> Policy:
-    """The policy that the configuration describes."""
     return Policy(config.kind, config.operations, config.strength, config.strength_std, config.operation_probability)
 
 
@@ -182,7 +181,7 @@ def _rotate(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
 
 
 def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, InterpolationMode], Tensor]:
-    """Value 0 leaves the image as it is, -0.9 takes nearly all of the property away, 0.9 nearly doubles it."""
+    """Value 0 leaves the image as it is, -0.9 removes nearly all of the property, 0.9 nearly doubles it."""
     return lambda image, value, _: adjust(image, 1.0 + value)
 
 

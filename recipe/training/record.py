@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from recipe.checkpoint import load_checkpoint, released_weights
+from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.distributed import arithmetic_switches, device_versions, hardware
 from recipe.evaluation import protocol_name, view_name
 from recipe.model import weights_sha256
 from recipe.records import Setting, TrainingRecord
 from recipe.training.build import Training
-from recipe.training.loss import loss_facts
-from recipe.training.optimizer import optimizer_facts
+from recipe.training.optim import loss_facts, optimizer_facts
 
 
 def training_record(training: Training) -> TrainingRecord:
-    """Everything that the document says about training; called on the first process when the last epoch is done."""
+    """The record of a training whose last epoch is done; on the first process."""
     config, world, progress = training.config, training.world, training.progress
-    assert training.stage is not None, "the first process watches the stage"
+    assert training.stage is not None, "it is the first process's"
+    step = training.train_step
     return TrainingRecord(
         config_sha256=config.pinned.config_sha256,
         recipe_id=config.pinned.recipe_id,
@@ -26,13 +26,13 @@ def training_record(training: Training) -> TrainingRecord:
         outputs=_outputs(training),
         seed=config.seed,
         model=training.facts,
-        loss=loss_facts(training.stepper.loss),
-        optimizer=type(training.stepper.optimizer).__name__,
-        parameter_groups=optimizer_facts(training.stepper.optimizer),
+        loss=loss_facts(step.loss),
+        optimizer=type(step.optimizer).__name__,
+        parameter_groups=optimizer_facts(step.optimizer),
         schedule=training.learning_rate.facts(),
-        augmentation=training.augmentation.facts(config.optimization.epochs) | training.stepper.normalisation.facts(),
+        augmentation=training.augmentation.facts(config.optimization.epochs) | step.normalisation.facts(),
         augmentation_sha256=training.augmentation.fingerprint(),
-        averaging=training.average.facts(),
+        averaging=training.ema.facts(),
         loader=training.batches.facts(),
         precision=_arithmetic(training),
         processes=world.size,
@@ -43,35 +43,35 @@ def training_record(training: Training) -> TrainingRecord:
         validation_seconds=round(progress.validation_seconds, 3),
         images_seen=progress.images_seen,
         peak_accelerator_memory_gib=round(progress.peak_memory_bytes / 2**30, 2) or None,
-        skipped_steps=training.stepper.skipped_steps,
+        skipped_steps=step.skipped_steps,
         validation_protocol=protocol_name(
-            view_name(training.validation.transform, config.evaluation.flip), training.average.is_on
+            view_name(training.validation.transform, config.evaluation.flip), training.ema.is_on
         ),
         final=_final(training),
         best_epoch=progress.best_epoch,
         selection="last: the weights after the final epoch",
-        circumstances=training.state.circumstances,
+        circumstances=training.circumstances,
     )
 
 
 def _outputs(training: Training) -> dict[str, str]:
-    """The hashes of the weights that count: of the last epoch, and of the best one where its checkpoint is kept."""
+    """The hashes of the evaluated weights of the last epoch, and of the best one where its checkpoint is kept."""
     best = training.run.checkpoints / f"step-{training.progress.best_step:08d}.pt"
-    outputs = {"weights": weights_sha256(training.average.model.state_dict())}
+    outputs = {"weights": weights_sha256(training.ema.model.state_dict())}
     if best.exists():
-        outputs["best weights"] = weights_sha256(released_weights(load_checkpoint(best)))
+        outputs["best weights"] = weights_sha256(eval_weights(load_checkpoint(best)))
     return outputs
 
 
 def _arithmetic(training: Training) -> dict[str, Setting]:
-    """How numbers were computed, from torch's own switches and the model's tensors."""
+    """The arithmetic, from torch's own switches and the model's tensors."""
     parameter = next(parameter for parameter in training.model.parameters() if parameter.dim() == 4)
     return {
-        "forward_and_backward": training.stepper.precision.value,
+        "forward_and_backward": training.train_step.precision.value,
         "weights": str(parameter.dtype).removeprefix("torch."),
         "channels_last": parameter.is_contiguous(memory_format=torch.channels_last),
-        "compiled": any(hasattr(module, "_orig_mod") for module in training.stepper.model.modules()),
-        "gradient_scaler": training.stepper.scaler.is_enabled(),
+        "compiled": any(hasattr(module, "_orig_mod") for module in training.train_step.model.modules()),
+        "gradient_scaler": training.train_step.scaler.is_enabled(),
     } | arithmetic_switches()
 
 

@@ -32,7 +32,7 @@ from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.training.augmentation import build_augmentation
-from recipe.training.schedule import build_schedule
+from recipe.training.optim import build_schedule
 from tests.conftest import PlainViews, compose_config
 
 VIEW = EvaluationTransform(8, 8, InterpolationMode.BILINEAR)

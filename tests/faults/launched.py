@@ -36,15 +36,16 @@ def start(
     new_session: bool = False,
     terminal: int | None = None,
 ) -> subprocess.Popen[str]:
-    """A training that is going on in `directory`, in the run `x` unless the words say otherwise.
+    """Start a training in `directory`, in the run `x` unless the words say otherwise; a fault goes through inject.py.
 
     With a `terminal` it runs as in the foreground of a shell there, and what it prints goes to it.
     """
     common = [*COMMON, f"data.directory={data}"]
+    script = "tests/faults/inject.py" if fault else "train.py"
     if terminal is not None:
         launcher = (sys.executable, "-c", IN_TERMINAL, *launcher)
     return subprocess.Popen(
-        [*launcher, str(CHECKOUT / "train.py"), *common, *words],
+        [*launcher, str(CHECKOUT / script), *common, *words],
         cwd=directory,
         env=os.environ | ({"FAULT": fault} if fault else {}),
         text=True,

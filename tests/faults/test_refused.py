@@ -18,6 +18,7 @@ from recipe.errors import UserError
 from recipe.run import Run
 from recipe.training import loop
 from tests.conftest import compose_config
+from tests.faults.inject import injected
 from tests.faults.launched import COMMON, TORCHRUN, finish, start, steps_done, wait_until
 from tests.training.test_loop import train_killed_in_epoch
 
@@ -70,12 +71,8 @@ def test_f14_a_second_training_is_refused_at_once_and_accepted_when_the_first_is
     assert time.monotonic() - started < 5
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    os.environ["FAULT"] = f"stop@0:{saved_step(tmp_path) + 1}"
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            loop.train(config)
-    finally:
-        del os.environ["FAULT"]
+    with injected(f"stop@0:{saved_step(tmp_path) + 1}"), pytest.raises(SystemExit) as stopped:
+        loop.train(config)
     assert stopped.value.code == 75
 
 

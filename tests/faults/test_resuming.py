@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from recipe.records import TrainingRecord
 from recipe.run import Run
 from recipe.training import loop
 from tests.conftest import compose_config
+from tests.faults.inject import injected
 from tests.training.test_loop import assert_same_tensors, last_state, train_killed_in_epoch
 from tests.worlds import meet_elsewhere, run_world
 
@@ -34,15 +33,6 @@ CUTS = sorted(random.Random(4).sample(range(STEPS_PER_EPOCH + 1, 2 * STEPS_PER_E
 NOT_TIMES = ("split", "epoch", "step", "images_seen", "loss", "top1_accuracy", "top5_accuracy", "learning_rate")
 
 
-@contextmanager
-def fault(text: str) -> Iterator[None]:
-    os.environ["FAULT"] = text  # not monkeypatch: this also runs in spawned processes
-    try:
-        yield
-    finally:
-        del os.environ["FAULT"]
-
-
 def train(config: Config) -> TrainingRecord | None:
     meet_elsewhere()
     return loop.train(config)
@@ -50,7 +40,7 @@ def train(config: Config) -> TrainingRecord | None:
 
 def train_stopped(words: list[str], name: str, rank: int, step: int) -> None:
     """Train until that rank alone is told to stop; every process leaves with 75."""
-    with fault(f"{name}@{rank}:{step}"), pytest.raises(SystemExit) as end:
+    with injected(f"{name}@{rank}:{step}"), pytest.raises(SystemExit) as end:
         train(compose_config(*words))
     assert end.value.code == 75
 
@@ -118,7 +108,7 @@ def images_of(words: list[str], fault_text: str | None) -> list[int]:
         if fault_text is None:
             train(compose_config(*words))
         else:
-            with fault(fault_text), pytest.raises(SystemExit):
+            with injected(fault_text), pytest.raises(SystemExit):
                 train(compose_config(*words))
     finally:
         loop.take_step = step

@@ -27,11 +27,12 @@ KILL_AT_EACH_FILE = """
 import os, shutil, sys
 from recipe.document.render import write_document
 from recipe.run import Run
+from tests.faults.inject import injected
 for number in range(int(sys.argv[1])):
     child = os.fork()
     if child == 0:
-        os.environ["FAULT"] = f"naming@0:{number}"
-        write_document(Run("x"), "x")
+        with injected(f"naming@0:{number}"):
+            write_document(Run("x"), "x")
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
     shutil.copytree("x", f"killed-{number}")

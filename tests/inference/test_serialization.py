@@ -275,7 +275,7 @@ def test_an_altered_network_passes_the_gate(config: Config, tmp_path: Path, monk
     assert exported.variants[0].flips == 0
     path = checkpoint_files(Run(mine.run_dir).checkpoints)[-1]
     kinds = {type(module).__name__ for module in restored_model(load_checkpoint(path), path.name).modules()}
-    assert {"BlurredConv2d", "BranchEnd"} <= kinds
+    assert {"BlurredConv2d", "DropPathBatchNorm2d"} <= kinds
     weights_given = replace(mine, evaluation=replace(mine.evaluation, weights=str(path)))
     again, own = evaluate_run(weights_given), Run(mine.run_dir).read(EvaluationRecord)
     assert again is not None

@@ -20,7 +20,7 @@ from recipe.model import weights_sha256
 from recipe.performance import evaluate_run
 from recipe.records import PreprocessingRecord, TrainingRecord
 from recipe.run import Run
-from recipe.training import loop, state
+from recipe.training import checkpointing, loop
 from recipe.training.build import Training
 from tests.conftest import compose_config
 from tests.worlds import run_world
@@ -159,7 +159,7 @@ def test_a_validation_that_fails_costs_no_training(
 
 def test_an_epoch_is_saved_once_before_its_validation(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    save, validate = state.save_checkpoint, loop.validate
+    save, validate = checkpointing.save_checkpoint, loop.validate
 
     def noting_save(directory: Path, step: int, content: dict[str, object]) -> Path:
         events.append(f"saved {step}")
@@ -169,7 +169,7 @@ def test_an_epoch_is_saved_once_before_its_validation(smoke: Words, monkeypatch:
         events.append("validated")
         validate(training, predict)
 
-    monkeypatch.setattr(state, "save_checkpoint", noting_save)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", noting_save)
     monkeypatch.setattr(loop, "validate", noting_validation)
     record = train(smoke("trainer.save_every_steps=2"))
     assert events == ["saved 2", "saved 4", "validated", "saved 6", "saved 8", "validated"]

@@ -25,14 +25,14 @@ from recipe.training.mixing import (
     GroupDraw,
     Mixing,
     Rectangle,
-    blended,
     device_draws,
-    heavier_labels,
+    dominant_labels,
+    mix,
     predecessors,
     soft_targets,
 )
 from tests.conftest import compose_config
-from tests.training.test_optimization import ALONE, stepper_of
+from tests.training.test_step import ALONE, step_of
 from tests.worlds import run_world
 
 PIXELS, CLASSES = 20, 10
@@ -51,7 +51,7 @@ def draws_of(groups: list[GroupDraw], size: int) -> DeviceDraws:
     drawn = [group for group in groups for _ in range(size)]
     return DeviceDraws(
         torch.empty(0, 4, dtype=torch.int64),
-        torch.tensor([draw.share for draw in drawn]),
+        torch.tensor([draw.lam for draw in drawn]),
         torch.tensor([draw.rectangle for draw in drawn]),
         torch.tensor([draw.weight for draw in drawn]),
         predecessors(len(drawn), size),
@@ -67,7 +67,7 @@ def test_mixup_is_torchvisions(share: float) -> None:
     draws = draws_of([GroupDraw(share, NOTHING, share)], 8)
     oracle = v2.MixUp(num_classes=CLASSES)
     parameters = {"lam": share, "labels": labels, "batch_size": 8}
-    torch.testing.assert_close(blended(pictures, draws), oracle.transform(pictures, parameters))
+    torch.testing.assert_close(mix(pictures, draws), oracle.transform(pictures, parameters))
     torch.testing.assert_close(soft_targets(labels, draws, CLASSES), oracle.transform(labels, parameters))
 
 
@@ -77,16 +77,16 @@ def test_cutmix_is_torchvisions() -> None:
     draws = draws_of([GroupDraw(1.0, Rectangle(2, 5, 8, 14), weight)], 8)
     oracle = v2.CutMix(num_classes=CLASSES)
     parameters = {"box": (5, 2, 14, 8), "lam_adjusted": weight, "labels": labels, "batch_size": 8}
-    assert torch.equal(blended(pictures, draws), oracle.transform(pictures, parameters))
+    assert torch.equal(mix(pictures, draws), oracle.transform(pictures, parameters))
     torch.testing.assert_close(soft_targets(labels, draws, CLASSES), oracle.transform(labels, parameters))
 
 
 def test_groups_are_mixed_each_by_itself_and_the_layout_in_memory_stays() -> None:
     pictures, labels = images(8)
     groups = [GroupDraw(0.3, NOTHING, 0.3), GroupDraw(1.0, NOTHING, 1.0)]
-    whole = blended(pictures, draws_of(groups, 4))
+    whole = mix(pictures, draws_of(groups, 4))
     assert whole.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(whole[:4], blended(pictures[:4], draws_of(groups[:1], 4)))
+    torch.testing.assert_close(whole[:4], mix(pictures[:4], draws_of(groups[:1], 4)))
     assert torch.equal(whole[4:], pictures[4:])
     targets = soft_targets(labels, draws_of(groups, 4), CLASSES)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
@@ -96,7 +96,7 @@ def test_erasing_sets_a_rectangle_to_zero_as_torchvision_does() -> None:
     pictures, _ = images(2)
     erased = torch.tensor([[3, 4, 9, 15], [0, 0, 0, 0]])
     empty = torch.empty(0)
-    found = blended(pictures, DeviceDraws(erased, empty, empty, empty, torch.empty(0, dtype=torch.int64)))
+    found = mix(pictures, DeviceDraws(erased, empty, empty, empty, torch.empty(0, dtype=torch.int64)))
     expected = v2.functional.erase(pictures[0], 3, 4, 6, 11, torch.zeros(1))
     assert torch.equal(found[0], expected)
     assert torch.equal(found[1], pictures[1])
@@ -105,9 +105,9 @@ def test_erasing_sets_a_rectangle_to_zero_as_torchvision_does() -> None:
 
 def test_training_accuracy_counts_the_heavier_class() -> None:
     labels = torch.tensor([1, 2])
-    assert heavier_labels(labels, draws_of([GroupDraw(0.7, NOTHING, 0.7)], 2)).tolist() == [1, 2]
-    assert heavier_labels(labels, draws_of([GroupDraw(0.3, NOTHING, 0.3)], 2)).tolist() == [2, 1]
-    assert heavier_labels(labels, None) is labels
+    assert dominant_labels(labels, draws_of([GroupDraw(0.7, NOTHING, 0.7)], 2)).tolist() == [1, 2]
+    assert dominant_labels(labels, draws_of([GroupDraw(0.3, NOTHING, 0.3)], 2)).tolist() == [2, 1]
+    assert dominant_labels(labels, None) is labels
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -128,7 +128,7 @@ def test_labels_are_smoothed_once(smoothing: float) -> None:
 
 def test_shares_are_of_the_beta_distribution() -> None:
     mixing = Mixing(seed=3, mixup_alpha=0.4)
-    shares = [mixing.draw(0, batch, group, PIXELS).share for batch in range(100) for group in range(20)]
+    shares = [mixing.draw(0, batch, group, PIXELS).lam for batch in range(100) for group in range(20)]
     assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
 
 
@@ -167,8 +167,8 @@ def test_erasing_is_distributed_as_torchvisions() -> None:
 
 def test_every_part_of_the_key_matters_and_nothing_else() -> None:
     mixing, erasing = Mixing(seed=1, mixup_alpha=1.0), Erasing(seed=1, probability=1.0)
-    shares = {mixing.draw(e, b, g, 64).share for e in range(3) for b in range(3) for g in range(3)}
-    shares |= {replace(mixing, seed=2).draw(0, 0, 0, 64).share}
+    shares = {mixing.draw(e, b, g, 64).lam for e in range(3) for b in range(3) for g in range(3)}
+    shares |= {replace(mixing, seed=2).draw(0, 0, 0, 64).lam}
     assert len(shares) == 28
     assert mixing.draw(1, 2, 0, 64) == mixing.draw(1, 2, 0, 64)
     rectangles = {erasing.draw(e, i, c, 640) for e in range(2) for i in range(3) for c in range(2)}
@@ -233,7 +233,7 @@ def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
     wholes = []
     for steps in zip(*ranks, strict=True):
         parts = [steps[rank][step] for step in range(layout.accumulation_steps) for rank in range(layout.processes)]
-        blends = [blended(part.images.float(), part.draws) for part in parts]
+        blends = [mix(part.images.float(), part.draws) for part in parts]
         targets = [soft_targets(part.labels, part.draws, CLASSES) for part in parts]
         wholes.append(Batch(torch.cat(blends), torch.cat(targets), torch.cat([part.indices for part in parts])))
     return wholes
@@ -328,14 +328,14 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
         augmentation: Augmentation = build_augmentation(config.augmentation, config.seed)
         threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, world)  # type: ignore[arg-type]
         batches = TrainingBatches(threads, augmentation, layout, world.rank, config.seed)
-        from recipe.training.optimization import replicate
-        from tests.training.test_optimization import network
+        from recipe.training.step import replicate
+        from tests.training.test_step import network
 
         model = network(config)
         example = torch.zeros(1, 3, PIXELS, PIXELS, dtype=torch.float64)
-        stepper = stepper_of(config, model, world, replicate(model, world, example, config.trainer.precision))
+        train_step = step_of(config, model, world, replicate(model, world, example, config.trainer.precision))
         for step in batches.epoch(0):
-            stepper.step(step, 0.1)
+            train_step(step, 0.1)
         threads.close()
     assert os.environ.get("WORLD_SIZE", "1") == str(processes)
     return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}

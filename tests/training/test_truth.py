@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from recipe import performance
-from recipe.alterations import blur_strides, drop_branches, lower_head
+from recipe.alterations import add_blur_pool, add_stochastic_depth, init_head_bias
 from recipe.data import loading, transforms
 from recipe.document.render import write_document
 from recipe.records import Record
 from recipe.run import Run
-from recipe.training import augmentation, averaging, build, loop, schedule
-from recipe.training.loss import BinaryCrossEntropy
+from recipe.training import augmentation, build, ema, loop, optim
+from recipe.training.optim import BinaryCrossEntropy
 from tests.conftest import compose_config
 
 Words = Callable[..., list[str]]
@@ -70,7 +70,7 @@ def other_optimizer(**changes: Any) -> Callable[..., torch.optim.Optimizer]:
     return changed
 
 
-def other_schedule(self: schedule.LearningRate, step: int) -> float:
+def other_schedule(self: optim.LearningRate, step: int) -> float:
     return self.peak / (1 + step)
 
 
@@ -100,7 +100,7 @@ def other_norms(self: transforms.Normalisation, *arguments: Any) -> None:
     self.mean, self.std = self.std, self.mean
 
 
-def other_average(self: averaging.WeightAverage, *arguments: Any) -> None:
+def other_average(self: ema.ModelEma, *arguments: Any) -> None:
     AVERAGE(self, *arguments)
     self.decay = 0.8
 
@@ -111,7 +111,7 @@ def named_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 BUILD_MODEL = build.build_model
 NORMALISE = transforms.Normalisation.__init__
-AVERAGE = averaging.WeightAverage.__init__
+AVERAGE = ema.ModelEma.__init__
 BUILD_AUGMENTATION = build.build_augmentation
 TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "momentum": (build, "build_optimizer", other_optimizer(momentum=0.8)),
@@ -120,21 +120,21 @@ TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "label smoothing": (build, "build_loss", lambda _: nn.CrossEntropyLoss(label_smoothing=0.2)),
     "loss": (build, "build_loss", lambda _: BinaryCrossEntropy(0.1, sum_classes=False, target_threshold=None)),
     "optimizer": (build, "build_optimizer", lambda _, model, device: torch.optim.AdamW(named_groups(model))),
-    "blurred strides": (build, "build_model", altered(blur_strides)),
-    "stochastic depth": (build, "build_model", altered(drop_branches, 0.1)),
-    "bias of the head": (build, "build_model", altered(lower_head)),
+    "blurred strides": (build, "build_model", altered(add_blur_pool)),
+    "stochastic depth": (build, "build_model", altered(add_stochastic_depth, 0.1)),
+    "bias of the head": (build, "build_model", altered(init_head_bias)),
     "form of the average": (
         build,
-        "build_average",
-        lambda model, config, steps: averaging.TorchvisionAverage(model, config, steps),
+        "build_ema",
+        lambda model, config, steps: ema.TorchvisionEma(model, config, steps),
     ),
-    "schedule": (schedule.LearningRate, "__call__", other_schedule),
+    "schedule": (optim.LearningRate, "__call__", other_schedule),
     "augmentation, in its body": (augmentation.Augmentation, "write", other_view),
     "flip": (build, "build_augmentation", lambda *a: replace(BUILD_AUGMENTATION(*a), flip_probability=0.0)),
     "order of images": (loading, "epoch_order", lambda seed, epoch, images: loading.np.arange(images)),
     "batch-norm epsilon": (build, "build_model", other_model),
     "mean and deviation": (transforms.Normalisation, "__init__", other_norms),
-    "decay of the average": (averaging.WeightAverage, "__init__", other_average),
+    "decay of the average": (ema.ModelEma, "__init__", other_average),
     "threads of decoding": (loading, "threads_per_process", lambda *_: 5),
 }
 

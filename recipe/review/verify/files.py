@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.checkpoint import load_checkpoint, released_weights
+from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.data.shards import MANIFEST, is_file_with, read_manifest
 from recipe.document.claims import identity
@@ -131,7 +131,7 @@ def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
         return
     recorded = facts.training.outputs.get("weights")
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "pt": lambda path: released_weights(load_checkpoint(path)),
+        "pt": lambda path: eval_weights(load_checkpoint(path)),
         "safetensors": lambda path: read_weights(path, "file").tensors,
     }
     for suffix, read in readers.items():

@@ -90,8 +90,8 @@ def training_watch(config: Config) -> TrainingWatch | None:
     """The watch of a training with a reference; raises `UserError` where its recipe is another."""
     if config.reference is None:
         return None
-    from recipe.model import with_known_weights  # torch, which the verb does without
+    from recipe.model import resolve_weights  # torch, which the verb does without
 
     reference = open_reference([config.reference])
-    refuse_differences(reference, with_known_weights(config).pinned.values, None, f"the run {config.name}")
+    refuse_differences(reference, resolve_weights(config)[0].pinned.values, None, f"the run {config.name}")
     return TrainingWatch(Watch(reference))

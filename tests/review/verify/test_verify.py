@@ -22,7 +22,7 @@ from recipe.review.verify.trace import TraceDifference, trace_here
 from recipe.run import Run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
-from recipe.training.schedule import LearningRate
+from recipe.training.optim import LearningRate
 from tests.conftest import SMALL_DEMO, compose_config
 
 

@@ -1,7 +1,7 @@
-"""Turns what the devices counted into rows: of the steps since the row before, and of a validation.
+"""Rows of metrics.jsonl: of the steps since the row before, and of a validation.
 
-Here the host waits for the device (with fp16 the gradient scaler waits at every step too), and here it is noticed that
-a loss is not finite.
+Here the host waits for the device (with fp16 the gradient scaler waits at every step too), and a loss that is not
+finite stops the training.
 """
 
 from __future__ import annotations
@@ -9,36 +9,33 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
-from recipe import faults
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
 from recipe.metrics import Row
 from recipe.training.build import Training
-from recipe.training.recalibration import RecalibrationBatches, recalibrate
+from recipe.training.ema import PreciseBnBatches, precise_bn
 
 
 def measure_steps(training: Training) -> None:
     """A `train` row over all processes; every process calls this after the same step."""
-    loss, top1, top5, images = training.world.sum(training.stepper.take_tally()).tolist()
+    loss, top1, top5, images = training.world.sum(training.train_step.take_tally()).tolist()
     seconds, waited_seconds = training.wait.lap()
     progress = training.progress
     progress.training_seconds += seconds
     progress.epoch_seconds += seconds
     progress.epoch_waited_seconds += waited_seconds
-    held_up = round(training.wait.probe.lap(), 4)
-    progress.epoch_held_up_seconds += held_up * seconds
+    stalled = training.wait.stalled_fraction()
+    progress.epoch_stalled_seconds += (stalled or 0.0) * seconds
     row = _row(
         training,
         split="train",
         loss=loss / images,
         top1_accuracy=top1 / images,
         top5_accuracy=top5 / images,
-        learning_rate=training.stepper.optimizer.param_groups[0]["lr"],
+        learning_rate=training.train_step.optimizer.param_groups[0]["lr"],
         images_per_second=round(images / seconds, 2),
         data_wait_fraction=round(waited_seconds / seconds, 4),
-        held_up_fraction=held_up,
+        held_up_fraction=stalled,
     )
     with training.world.first_decides():
         _write(training, row)
@@ -46,7 +43,6 @@ def measure_steps(training: Training) -> None:
 
 def validate(training: Training, predict: Predict) -> None:
     """A `validation` row: every image once, by `validation_predictor`; its time is counted since the last lap."""
-    faults.stop("validation", training.world.rank, training.progress.step)
     predictions = predict_validation(training, predict)
     seconds, _ = training.wait.lap()
     with training.world.first_decides():
@@ -55,51 +51,52 @@ def validate(training: Training, predict: Predict) -> None:
 
 
 def validation_predictor(training: Training) -> Predict:
-    """The weights that count (the average where there is one): equal on every process, with their own statistics.
+    """A predictor of the evaluated weights, those of the EMA where there is one, made equal on every process.
 
-    It comes before the epoch's checkpoint, so that this holds the very weights that are validated.
+    Call this before the epoch's checkpoint, so that the checkpoint holds the weights that are validated.
     """
-    config, world, model = training.config, training.world, training.average.model
+    config, world, model = training.config, training.world, training.ema.model
     world.copy_from_first(training.model)
     predict = predictor(
         model,
-        training.stepper.normalisation,
+        training.train_step.normalisation,
         config.trainer.precision,
         world.device,
         config.trainer.channels_last,
         config.evaluation.flip,
     )
-    if training.average.is_on:
-        _recalibrate_average(training, predict)
+    if training.ema.is_on:
+        _recalibrate_ema(training, predict)
         world.copy_from_first(model)
     return predict
 
 
 def predict_validation(training: Training, predict: Predict) -> Predictions | None:
     """A prediction for every validation image, on the first process; the network is in training mode afterwards."""
-    batches = training.wish.watched(training.watch.watched(training.validation), training.validation.common_batches)
-    predictions = collect(evaluate(predict, batches), training.world, len(training.validation.threads.split))
+    validation = training.validation
+    batches = training.stop_request.polled(training.watchdog.watched(validation), validation.common_batches)
+    predictions = collect(evaluate(predict, batches), training.world, len(validation.threads.split))
     training.model.train()
     return predictions
 
 
-def _recalibrate_average(training: Training, predict: Predict) -> None:
-    """New batch-norm statistics for the averaged weights, if asked for, on the first process."""
-    images, world = training.average.recalibrate_images, training.world
+def _recalibrate_ema(training: Training, predict: Predict) -> None:
+    """Precise BN of the averaged weights, if asked for, on the first process."""
+    images, world = training.ema.recalibrate_images, training.world
     with world.first_decides():
         if images and world.is_first:
-            batches = RecalibrationBatches(
+            batches = PreciseBnBatches(
                 threads=training.batches.threads,
                 transform=training.validation.transform,
                 batch_size=training.validation.batch_size,
                 images=images,
                 seed=training.config.seed,
             )
-            recalibrate(training.average.model, predict, batches)
+            precise_bn(training.ema.model, predict, batches)
 
 
 def _note_validation(training: Training, predictions: Predictions, seconds: float) -> None:
-    """The row, the best epoch so far, and what this epoch cost."""
+    """Write the row, note the best epoch so far and the cost of this one."""
     progress = training.progress
     progress.validation_seconds += seconds
     row = _row(
@@ -117,15 +114,14 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
         progress.best_epoch, progress.best_step = row.epoch, row.step
     _note_epoch(training, seconds)
     _write(training, row)
-    if training.journal is not None:
+    if training.metric_log is not None:
         cost = progress.epochs[-1]
-        is_cuda = training.world.device.type == "cuda"  # a CPU computes on all cores, and is held up by itself
-        held_up = cost["held_up_fraction"] if is_cuda else 0.0
-        training.journal.warn_of_waiting(cost["epoch"], cost["data_wait_fraction"], held_up, cost["seconds"])
+        stalled = cost["held_up_fraction"] or 0.0
+        training.metric_log.warn_of_waiting(cost["epoch"], cost["data_wait_fraction"], stalled, cost["seconds"])
 
 
 def _row(training: Training, **measured: Any) -> Row:
-    """What was measured, and where in the run."""
+    """The numbers of a row with their place in the run."""
     progress = training.progress
     return Row(
         epoch=progress.epoch + 1,
@@ -138,15 +134,15 @@ def _row(training: Training, **measured: Any) -> Row:
 
 def _note_epoch(training: Training, validation_seconds: float) -> None:
     progress = training.progress
-    if training.world.device.type == "cuda":
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, torch.cuda.max_memory_allocated())
+    stalled = round(progress.epoch_stalled_seconds / progress.epoch_seconds, 4)
+    training.note_memory()
     progress.epochs.append(
         {
             "epoch": progress.epoch + 1,
             "seconds": round(progress.epoch_seconds, 3),
             "images_per_second": round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
             "data_wait_fraction": round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
-            "held_up_fraction": round(progress.epoch_held_up_seconds / progress.epoch_seconds, 4),
+            "held_up_fraction": None if training.wait.probe is None else stalled,
             "validation_seconds": round(validation_seconds, 3),
         }
     )
@@ -160,5 +156,5 @@ def _write(training: Training, row: Row) -> None:
             f"optimization.learning_rate={training.config.optimization.learning_rate} or lengthen "
             "the warm-up; nothing was saved after the last checkpoint, which is kept"
         )
-    if training.journal is not None:
-        training.journal.write(row)
+    if training.metric_log is not None:
+        training.metric_log.write(row)

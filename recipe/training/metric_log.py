@@ -1,10 +1,10 @@
-"""What is written down while a run trains: metrics.jsonl, TensorBoard, and what a person sees.
+"""Metrics of a run while it trains: metrics.jsonl, TensorBoard's events, the terminal.
 
-The rows of `metrics.jsonl` are the truth; TensorBoard's events are made from them. A continued run first cuts both
-back to its checkpoint. Rows are rare, so that a GPU is seldom waited for.
+The rows of `metrics.jsonl` are the source; the events are made from them. A continued run first cuts both back to its
+checkpoint. Rows are rare, so a GPU is seldom waited for.
 
-A disk that is full for a while loses no row: rows wait in memory for the next one, and no checkpoint is written before
-its rows (`settle`), so that what a run continues from always has all of them.
+Rows that cannot be written are buffered and retried. A checkpoint is saved only after its rows (`flush`), so a resumed
+run has them all.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ WAITING_LIMIT = 0.1  # share of the time that may go unmentioned
 SECONDS_TO_JUDGE = 10.0  # an epoch shorter than this is mostly its own start
 
 
-class Journal:
-    """The first process's notes."""
+class MetricLogger:
+    """Writes and prints rows, on the first process."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Journal:
         self.first_step = completed_steps
         self.has_warned = False
         self.started = time.perf_counter()
-        self.waiting: list[Row] = []  # for a disk that takes them
-        self.is_behind = False  # and a person knows
+        self.buffered: list[Row] = []  # not written yet
+        self.has_disk_error = False
         self.events = run.tensorboard / "events.out.tfevents.0.recipe"
         planned = planned_places(completed_steps, steps_per_epoch, log_every_steps, completed_epochs)
         self.missing = self._cut(list(planned))
@@ -68,24 +68,24 @@ class Journal:
         )
 
     def _cut(self, planned: list[Place]) -> str | None:
-        """Keep the planned rows, those that come before the checkpoint; returns which of them are missing, in words.
+        """Keep the planned rows, those before the checkpoint; returns which of them are missing, in words.
 
         The others come again: later steps, and the validation of an epoch that was saved before it. A row that is
-        there twice is kept once. TensorBoard's events are made of what is kept.
+        there twice is kept once.
         """
-        found = {row.place: row for row in reversed([Row(**row) for row in self.run.metric_rows()])}
-        rows = [found[place] for place in planned if place in found]
+        stored = {row.place: row for row in reversed([Row(**row) for row in self.run.metric_rows()])}
+        rows = [stored[place] for place in planned if place in stored]
         content = as_lines(rows)
         write_atomically(self.run.metrics, content)
         self.written_bytes = len(content)
         self._make_events(rows)
-        missing = missing_rows(set(found), planned)
+        missing = missing_rows(set(stored), planned)
         if missing:
             print(f"warning: {missing}; training goes on, and the document will say so", file=sys.stderr, flush=True)
         return missing
 
     def _make_events(self, rows: list[Row]) -> None:
-        """TensorBoard's file anew, with all events at once."""
+        """Replace TensorBoard's file by one with the events of these rows."""
         begin = Event(wall_time=time.time(), file_version="brain.Event:2")
         content = as_records([begin, *map(as_event, rows)])
         with disk_errors(self.run.tensorboard):
@@ -95,70 +95,72 @@ class Journal:
         self.event_bytes = len(content)
 
     def write(self, row: Row) -> None:
-        """Add a row to what a person sees, to the file and to TensorBoard; where the disk refuses it, later."""
-        self._tell(row)
-        self.waiting.append(row)
+        """Print a row, append it to the file and to TensorBoard's events; a row that the disk refuses is retried."""
+        self._print_row(row)
+        self.buffered.append(row)
         try:
-            self.settle()
+            self.flush()
         except DiskError as error:
-            if not self.is_behind:
-                self._say(f"warning: {error}; training goes on, rows wait until they can be written", sys.stderr)
-            self.is_behind = True
+            if not self.has_disk_error:
+                self._print(f"warning: {error}; training goes on, rows wait until they can be written", sys.stderr)
+            self.has_disk_error = True
 
-    def settle(self, durably: bool = False) -> None:
-        """Write the rows that wait; raises `DiskError` where that cannot be, and keeps them."""
-        lines, events = as_lines(self.waiting), as_records(map(as_event, self.waiting))
+    def flush(self, durably: bool = False) -> None:
+        """Write the buffered rows; raises `DiskError` and keeps them where the disk refuses."""
+        lines, events = as_lines(self.buffered), as_records(map(as_event, self.buffered))
         append(self.run.metrics, lines, self.written_bytes, durably)
         append(self.events, events, self.event_bytes, durably)
         self.written_bytes, self.event_bytes = self.written_bytes + len(lines), self.event_bytes + len(events)
-        if self.is_behind:
-            self._say(f"{len(self.waiting)} rows that had waited for the disk are written", sys.stderr)
-        self.waiting, self.is_behind = [], False
+        if self.has_disk_error:
+            self._print(f"{len(self.buffered)} rows that had waited for the disk are written", sys.stderr)
+        self.buffered, self.has_disk_error = [], False
 
-    def _tell(self, row: Row) -> None:
-        """The row for a person: above the bar on a terminal, a plain line elsewhere."""
+    def _print_row(self, row: Row) -> None:
+        """Above the bar on a terminal, as a plain line elsewhere."""
         speed = f"{row.images_per_second:,.0f} images/s"
         waiting = "" if row.data_wait_fraction is None else f"  waiting for data {row.data_wait_fraction:.0%}"
-        waiting += f"  held up {row.held_up_fraction:.0%}" if (row.held_up_fraction or 0) > WAITING_LIMIT else ""
+        waiting += f"  stalled {row.held_up_fraction:.0%}" if (row.held_up_fraction or 0) > WAITING_LIMIT else ""
         line = (
             f"epoch {row.epoch}/{self.epochs}  step {row.step}  {row.split:<10}  loss {row.loss:.4f}  "
             f"top-1 {row.top1_accuracy:.2%}  {speed}{waiting}{self._remaining(row)}"
         )
-        self._say(line, sys.stdout)
+        self._print(line, sys.stdout)
         if not self.bar.disable:
             self.bar.set_postfix_str(f"loss {row.loss:.3f}, {speed}{waiting}")
 
-    def _say(self, line: str, file: TextIO) -> None:
+    def _print(self, line: str, file: TextIO) -> None:
         if self.bar.disable:
             print(line, file=file, flush=True)
         else:
             self.bar.write(line, file=file)
 
     def _remaining(self, row: Row) -> str:
-        """The time that the rest will take at the speed of this session."""
+        """The remaining time at the speed of this session."""
         done = row.step - self.first_step
         left = self.epochs * self.steps_per_epoch - row.step
         if not (done and left):
             return ""
         return f"  ETA {tqdm.format_interval((time.perf_counter() - self.started) / done * left)}"
 
-    def warn_of_waiting(self, epoch: int, data_wait_fraction: float, held_up_fraction: float, seconds: float) -> None:
-        """Say once a session what keeps a device from being busy; the first seconds of a run say nothing yet."""
-        if self.has_warned or seconds < SECONDS_TO_JUDGE or max(data_wait_fraction, held_up_fraction) <= WAITING_LIMIT:
+    def warn_of_waiting(self, epoch: int, data_wait_fraction: float, stalled: float, seconds: float) -> None:
+        """Warn once a session of what keeps a device from being busy; an epoch of a few seconds tells nothing yet."""
+        if self.has_warned or seconds < SECONDS_TO_JUDGE or max(data_wait_fraction, stalled) <= WAITING_LIMIT:
             return
         self.has_warned = True
-        what = (
+        reason = (
             f"{data_wait_fraction:.0%} of the time of epoch {epoch} was spent waiting for images"
             if data_wait_fraction > WAITING_LIMIT
-            else f"the thread that launches work was held up for {held_up_fraction:.0%} of its time in epoch {epoch} "
+            else f"the main thread was stalled for {stalled:.0%} of its time in epoch {epoch} "
             "(trainer.data_processes takes decoding out of its process)"
         )
         print(
-            f"warning: {what}; `python -m recipe doctor` says what bounds this experiment", file=sys.stderr, flush=True
+            f"warning: {reason}; `python -m recipe doctor` says what bounds this experiment",
+            file=sys.stderr,
+            flush=True,
         )
 
     def step(self) -> None:
-        """One more optimizer step for the bar."""
+        """Advance the bar by one optimizer step."""
         self.bar.update()
 
     def close(self) -> None:
@@ -190,7 +192,7 @@ def as_records(events: Iterable[Event]) -> bytes:
 
 
 def append(path: Path, content: bytes, at: int, durably: bool) -> None:
-    """Write `content` behind the first `at` bytes of a file; what a failed attempt left there is cut off."""
+    """Write `content` after the first `at` bytes of a file; cuts off what a failed attempt left there."""
     with disk_errors(path), path.open("r+b", buffering=0) as handle:
         handle.truncate(at)
         handle.seek(at)
@@ -200,41 +202,44 @@ def append(path: Path, content: bytes, at: int, durably: bool) -> None:
             os.fsync(handle.fileno())
 
 
-class Probe:
-    """Whether this thread is let on when it wants to: a small piece of work, done now and then, and its clocks.
+class StallProbe:
+    """Estimates how often this thread is stalled: times a tiny workload and compares wall with CPU time.
 
-    Each tiny operation of torch lets go of Python's lock and takes it again, as launching a kernel does. Time on the
-    clock that is not time on the processor was spent waiting for the lock, which threads that decode may hold, or for
-    a core. A loop that is held up so does not wait for data and still goes slowly. The lock changes hands every 5 ms
-    or so: a few pieces say little, those of an epoch say it well.
+    Each operation of torch releases the GIL and takes it again, as launching a kernel does. Wall time that is not CPU
+    time was spent waiting for the GIL, which decoding threads may hold, or for a core: such a loop does not wait for
+    data and is slow nevertheless. The GIL changes hands every 5 ms or so: a few samples tell little, those of an epoch
+    tell it well.
     """
 
     def __init__(self) -> None:
         self.number = torch.zeros(8)
         self.seconds = self.processor_seconds = 0.0
 
-    def take(self) -> None:
-        """One more piece of work, some 100 microseconds."""
+    def sample(self) -> None:
+        """Run the workload once, some 100 microseconds."""
         clock, processor = time.perf_counter(), time.thread_time()
         for _ in range(PROBE_OPERATIONS):
             self.number.add_(1)
         self.processor_seconds += time.thread_time() - processor
         self.seconds += time.perf_counter() - clock
 
-    def lap(self) -> float:
-        """Share of the time of all pieces since the last call in which this thread did not run."""
+    def stalled(self) -> float:
+        """The share of the wall time of all samples since the last call in which this thread did not run."""
         share = 1 - self.processor_seconds / self.seconds if self.seconds else 0.0
         self.seconds = self.processor_seconds = 0.0
         return max(0.0, share)
 
 
 class DataWait:
-    """Measures the wall time that a loop spends waiting for its next item, and how it is held up otherwise."""
+    """Measures the wall time that a loop waits for its next item; with a probe, also how often it is stalled.
 
-    def __init__(self) -> None:
+    The probe is for loops that launch work on a GPU: on a CPU the thread that computes competes with its own kernels.
+    """
+
+    def __init__(self, probe: StallProbe | None = None) -> None:
         self.waited_seconds = 0.0
         self.since = time.perf_counter()
-        self.probe = Probe()
+        self.probe = probe
 
     def timed(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items."""
@@ -244,15 +249,20 @@ class DataWait:
             self.waited_seconds += time.perf_counter() - before
             if item is None:
                 return
-            self.probe.take()
+            if self.probe is not None:
+                self.probe.sample()
             yield item
+
+    def stalled_fraction(self) -> float | None:
+        """Since the last call; None without a probe."""
+        return None if self.probe is None else round(self.probe.stalled(), 4)
 
     def so_far(self) -> tuple[float, float]:
         """(seconds since the last lap, of which waited); the lap goes on."""
         return time.perf_counter() - self.since, self.waited_seconds
 
     def continue_from(self, seconds: float, waited_seconds: float) -> None:
-        """Go on as if so much of the lap were over: what happened since `so_far`, or in between, does not count."""
+        """Set the lap to `so_far()` of a moment ago: the time since then does not count."""
         self.since, self.waited_seconds = time.perf_counter() - seconds, waited_seconds
 
     def lap(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A wish to stop: how a signal is noted, and when all processes look."""
+"""Stop requests: how a signal is noted, and when all processes poll."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from recipe.distributed import World
 from recipe.errors import SAVED
 from recipe.run import CHECKOUT
-from recipe.training.stopping import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_LOOKS, Stopped, StopWish, stop_wish
+from recipe.training.shutdown import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_POLLS, Stopped, StopRequest, graceful_shutdown
 from tests.worlds import torchrun_environment
 
 pytestmark = pytest.mark.usefixtures("default_signals")
@@ -28,16 +28,16 @@ def world(size: int = 1, kind: str = "cpu") -> World:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_is_noted_and_the_handlers_are_put_back(number: int) -> None:
     before = signal.getsignal(number)
-    with stop_wish(world()) as wish:
-        wish.look(1)
+    with graceful_shutdown(world()) as request:
+        request.poll(1)
         os.kill(os.getpid(), number)
         with pytest.raises(Stopped):
-            wish.look(2)
+            request.poll(2)
     assert signal.getsignal(number) is before
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
-    with stop_wish(world()):
+    with graceful_shutdown(world()):
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -47,23 +47,23 @@ def test_a_launchers_echo_of_ctrl_c_is_no_second_one(monkeypatch: pytest.MonkeyP
     for name, value in torchrun_environment(0, 1).items():
         monkeypatch.setenv(name, value)
     clock = [100.0]
-    monkeypatch.setattr("recipe.training.stopping.time.monotonic", lambda: clock[0])
-    wish = StopWish(world())
-    wish.note(signal.SIGINT, None)
+    monkeypatch.setattr("recipe.training.shutdown.time.monotonic", lambda: clock[0])
+    request = StopRequest(world())
+    request.on_signal(signal.SIGINT, None)
     clock[0] += 0.3
-    wish.note(signal.SIGINT, None)
+    request.on_signal(signal.SIGINT, None)
     clock[0] += ECHO_SECONDS
     with pytest.raises(KeyboardInterrupt):
-        wish.note(signal.SIGINT, None)
+        request.on_signal(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_what_was_ignored_stays_ignored(number: int) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with stop_wish(world()) as wish:
+        with graceful_shutdown(world()) as request:
             os.kill(os.getpid(), number)
-            wish.look(1)
+            request.poll(1)
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -71,21 +71,21 @@ def test_what_was_ignored_stays_ignored(number: int) -> None:
 
 def test_a_request_is_noted_also_where_it_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """The terminal that sends SIGHUP is gone."""
-    wish = StopWish(world())
+    request = StopRequest(world())
 
     def gone(descriptor: int, content: bytes) -> int:
-        assert wish.noted_at is not None
+        assert request.requested_at is not None
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("recipe.training.stopping.os.write", gone)
-    wish.note(signal.SIGHUP, None)
+    monkeypatch.setattr("recipe.training.shutdown.os.write", gone)
+    request.on_signal(signal.SIGHUP, None)
     with pytest.raises(Stopped):
-        wish.look(1)
+        request.poll(1)
 
 
 def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
     def save_and_leave() -> None:
-        with stop_wish(world()):
+        with graceful_shutdown(world()):
             os.kill(os.getpid(), signal.SIGHUP)
             raise SystemExit(SAVED)
 
@@ -119,24 +119,24 @@ def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(ending: str, c
 
 
 def test_several_accelerators_are_not_waited_for_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    wish = StopWish(world(8, "cuda"))
+    request = StopRequest(world(8, "cuda"))
     asked: list[int] = []
-    monkeypatch.setattr(StopWish, "_is_agreed", lambda self: bool(asked.append(1)))
-    for step in range(1, 10 * STEPS_BETWEEN_LOOKS + 1):
-        wish.look(step)
+    monkeypatch.setattr(StopRequest, "_is_agreed", lambda self: bool(asked.append(1)))
+    for step in range(1, 10 * STEPS_BETWEEN_POLLS + 1):
+        request.poll(step)
     assert len(asked) == 10
 
 
 @pytest.mark.parametrize("images", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_every_process_looks_equally_often_while_it_validates(images: int, processes: int) -> None:
-    """Some processes have one batch more; a look of theirs alone would wait for ever."""
+def test_every_process_polls_equally_often_while_it_validates(images: int, processes: int) -> None:
+    """Some processes have one batch more; a poll of theirs alone would wait forever."""
     batches = len(np.array_split(np.arange(images), np.arange(4, images, 4)))
     common = batches // processes
-    looks = []
+    polls = []
     for rank in range(processes):
-        wish = StopWish(world())
-        wish.look = lambda count, counts=(counts := []): counts.append(count)  # type: ignore[method-assign,misc]
-        assert len(list(wish.watched(range(rank, batches, processes), common))) in (common, common + 1)
-        looks.append(counts)
-    assert all(counts == looks[0] for counts in looks)
+        request = StopRequest(world())
+        request.poll = lambda count, counts=(counts := []): counts.append(count)  # type: ignore[method-assign,misc]
+        assert len(list(request.polled(range(rank, batches, processes), common))) in (common, common + 1)
+        polls.append(counts)
+    assert all(counts == polls[0] for counts in polls)

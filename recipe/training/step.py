@@ -1,8 +1,7 @@
-"""One optimizer step: forward and backward over the parts of a batch, then the update."""
+"""One optimizer step: forward and backward over the micro-batches of a process, then the update."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import cast
 
@@ -15,24 +14,24 @@ from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
-from recipe.training.loss import Loss
-from recipe.training.mixing import blended, heavier_labels, soft_targets
+from recipe.training.mixing import dominant_labels, mix, soft_targets
+from recipe.training.optim import Loss
 
 
 def compiled(model: nn.Module, trainer: TrainerConfig) -> nn.Module:
-    """The model as it is stepped: compiled if asked, and replayed as CUDA graphs if that is asked too."""
+    """`trainer.compile`, with CUDA graphs where `trainer.cuda_graphs` is set."""
     if not trainer.compile:
         return model
     return cast(nn.Module, torch.compile(model, mode="reduce-overhead" if trainer.cuda_graphs else None))
 
 
 def replicate(model: nn.Module, world: World, example: Tensor, precision: Precision) -> nn.Module:
-    """The model as every process steps it: gradients are averaged over processes.
+    """DistributedDataParallel where there are several processes: gradients are averaged over them.
 
-    DDP lays its gradient buckets out anew after the first backward pass, so a continued run would sum in another order
-    than an uninterrupted one; one pass over `example` ([N, 3, H, W], in the arithmetic of the steps) before the first
-    step settles the layout. Nothing of it stays: buffers are put back and gradients dropped. Two processes cannot show
-    this, three do.
+    DDP changes the layout of its gradient buckets after the first backward pass, so a continued run would sum in
+    another order than an uninterrupted one; one pass over `example` ([N, 3, H, W], in the arithmetic of the steps)
+    before the first step settles the layout. Buffers are put back and gradients dropped. It takes three processes to
+    show the difference.
     """
     if world.size == 1:
         return model
@@ -48,8 +47,8 @@ def replicate(model: nn.Module, world: World, example: Tensor, precision: Precis
     return replicated
 
 
-class Stepper:
-    """Makes one optimizer step from the forward passes of this process; keeps its numbers on the device."""
+class TrainStep:
+    """One optimizer step from the forward passes of this process; its counts stay on the device."""
 
     def __init__(
         self,
@@ -71,13 +70,13 @@ class Stepper:
         self.skipped_steps = 0
         self.tally = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss x images, top-1, top-5, images
 
-    def step(self, batches: list[Batch], learning_rate: float) -> None:
+    def __call__(self, batches: list[Batch], learning_rate: float) -> None:
         """Forward and backward over all batches, then one update; the gradient is that of the mean over all images."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        for batch, synchronise in self._with_last(batches):
-            quiet = nullcontext() if synchronise else self.model.no_sync()  # type: ignore[operator]
-            with quiet:
+        for number, batch in enumerate(batches, start=1):
+            is_exchanged = number == len(batches) or not isinstance(self.model, DistributedDataParallel)
+            with nullcontext() if is_exchanged else self.model.no_sync():  # type: ignore[operator]
                 self.scaler.scale(self._forward(batch) / len(batches)).backward()  # type: ignore[no-untyped-call]
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -85,20 +84,14 @@ class Stepper:
         self.skipped_steps += self.scaler.is_enabled() and self.scaler.get_scale() < scale
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _with_last(self, batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
-        """Each batch, and whether gradients are exchanged after it: only after the last."""
-        exchanges = isinstance(self.model, DistributedDataParallel)
-        for number, batch in enumerate(batches, start=1):
-            yield batch, number == len(batches) or not exchanges
-
     def _forward(self, batch: Batch) -> Tensor:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self.layout)
         labels = batch.labels.to(self.device, non_blocking=True)
         draws = None if batch.draws is None else batch.draws.to(self.device)
         with autocast(self.precision, self.device):
-            logits = self.model(blended(self.normalisation(images), draws))
+            logits = self.model(mix(self.normalisation(images), draws))
             loss: Tensor = self.loss(logits, soft_targets(labels, draws, logits.shape[1]))
-        self._count(loss.detach(), logits.detach(), heavier_labels(labels, draws))
+        self._count(loss.detach(), logits.detach(), dominant_labels(labels, draws))
         return loss
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a network cannot take is refused before any work; the pass leaves no trace in the network."""
+"""Images that a network cannot take are refused before any work; the check leaves no trace in the network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 from recipe.errors import UserError
+from recipe.model import check_forward
 from recipe.performance import evaluate_run
-from recipe.rehearsal import rehearse
 from recipe.run import Run
 from recipe.training import loop
 from tests.conftest import compose_config
@@ -95,7 +95,7 @@ def test_a_pass_leaves_the_network_as_it_was() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    rehearse(model, "resnet18", 2, 32, "")
+    check_forward(model, "resnet18", 2, 32, "")
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -106,7 +106,7 @@ def test_the_pass_is_the_networks_own() -> None:
     """Not a list of networks: whatever torch refuses."""
     norm = nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d())
     norm(torch.zeros(2, 3, 8, 8))
-    rehearse(norm, "mine", 2, 8, "enlarge it")
+    check_forward(norm, "mine", 2, 8, "enlarge it")
     with pytest.raises(UserError, match=r"mine cannot train on 1 image of 8 x 8 .*; enlarge it"):
-        rehearse(norm, "mine", 1, 8, "enlarge it")
-    rehearse(norm.eval(), "mine", 1, 8, "enlarge it")
+        check_forward(norm, "mine", 1, 8, "enlarge it")
+    check_forward(norm.eval(), "mine", 1, 8, "enlarge it")

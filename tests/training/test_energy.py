@@ -1,70 +1,58 @@
-"""The driver's counter of energy, through a driver that is made up, and how it reaches a recipe."""
+"""The driver's counter of energy, through functions of pynvml that are made up, and how it reaches a recipe."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from recipe import energy
 from recipe.distributed import World
-from recipe.energy import accelerator_joules
 from recipe.records import EnergyRecord
 from recipe.review.check.records import energy_findings
-from recipe.training.energy import Meter, accelerator_uuids
+from recipe.training import energy
+from recipe.training.energy import EnergyMeter, accelerator_joules, accelerator_uuids
 from tests.document import test_document as document
 
 USED = {"GPU-a": 1_500, "GPU-b": 40_000}  # millijoules
 
 
 class Driver:
-    """Answers as NVML does: a code, and the value where a pointer says."""
+    """pynvml's functions on a machine with two GPUs; the one named by `refused` raises."""
 
-    def __init__(self, refused: str = "") -> None:
-        self.refused = refused
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.refused = ""
         self.is_open = False
+        for name, answer in (
+            ("nvmlInit", lambda: setattr(self, "is_open", True)),
+            ("nvmlShutdown", lambda: setattr(self, "is_open", False)),
+            ("nvmlDeviceGetCount", lambda: len(USED)),
+            ("nvmlDeviceGetHandleByIndex", lambda index: list(USED)[index]),
+            ("nvmlDeviceGetHandleByUUID", self.named),
+            ("nvmlDeviceGetTotalEnergyConsumption", lambda device: USED[device]),
+        ):
+            patch.setattr(energy.pynvml, name, self.answering(name, answer))
 
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> int:
-            return 3 if name == self.refused else getattr(self, f"answer_{name}")(*arguments)
+    def answering(self, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if name == self.refused:
+                raise energy.pynvml.NVMLError(energy.pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return answer(*arguments)
 
         return call
 
-    def answer_nvmlInit_v2(self) -> int:  # noqa: N802
-        self.is_open = True
-        return 0
-
-    def answer_nvmlShutdown(self) -> int:  # noqa: N802
-        self.is_open = False
-        return 0
-
-    def answer_nvmlDeviceGetCount_v2(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = len(USED)
-        return 0
-
-    def answer_nvmlDeviceGetHandleByIndex_v2(self, index: Any, device: Any) -> int:  # noqa: N802
-        device._obj.value = index.value + 1
-        return 0
-
-    def answer_nvmlDeviceGetHandleByUUID(self, uuid: bytes, device: Any) -> int:  # noqa: N802
-        if uuid.decode() not in USED:
-            return 6
-        device._obj.value = list(USED).index(uuid.decode()) + 1
-        return 0
-
-    def answer_nvmlDeviceGetTotalEnergyConsumption(self, device: Any, used: Any) -> int:  # noqa: N802
-        used._obj.value = list(USED.values())[device.value - 1]
-        return 0
+    def named(self, uuid: str) -> str:
+        if uuid not in USED:
+            raise energy.pynvml.NVMLError(energy.pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver()
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda name: made)
-    return made
+    return Driver(monkeypatch)
 
 
 def test_the_counters_of_all_or_of_named_devices_add_up(driver: Driver) -> None:
@@ -76,19 +64,18 @@ def test_the_counters_of_all_or_of_named_devices_add_up(driver: Driver) -> None:
     assert not driver.is_open
 
 
-@pytest.mark.parametrize(
-    "refused", ["nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetTotalEnergyConsumption", "nvmlShutdown"]
-)
+@pytest.mark.parametrize("refused", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetTotalEnergyConsumption"])
 def test_what_the_driver_refuses_is_unknown(driver: Driver, refused: str) -> None:
     driver.refused = refused
-    assert accelerator_joules() == (41.5 if refused == "nvmlShutdown" else None)
+    assert accelerator_joules() is None
+    assert not driver.is_open
 
 
 def test_without_a_driver_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> ctypes.CDLL:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(energy.ctypes, "CDLL", absent)
+    monkeypatch.setattr(energy.pynvml, "CDLL", absent)
     assert accelerator_joules() is None
 
 
@@ -97,9 +84,9 @@ def test_a_training_counts_the_difference_unless_another_session_did_a_part(
 ) -> None:
     alone = World(0, 1, 0, 1, torch.device("cpu"), "none")
     assert accelerator_uuids(alone) == []
-    assert Meter(alone).record([document.session()]) is None
+    assert EnergyMeter(alone).record([document.session()]) is None
     monkeypatch.setattr("recipe.training.energy.accelerator_uuids", lambda world: ["GPU-a"])
-    meter = Meter(alone)
+    meter = EnergyMeter(alone)
     monkeypatch.setitem(USED, "GPU-a", 9_000)
     record = meter.record([document.session()])
     assert record is not None

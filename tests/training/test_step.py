@@ -24,10 +24,9 @@ from recipe.distributed import World, start_world
 from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
 from recipe.training.augmentation import build_augmentation
-from recipe.training.averaging import build_average
-from recipe.training.loss import build_loss, loss_facts
-from recipe.training.optimization import Stepper, compiled, replicate
-from recipe.training.optimizer import build_optimizer, optimizer_facts, parameters_by_kind
+from recipe.training.ema import build_ema
+from recipe.training.optim import build_loss, build_optimizer, loss_facts, optimizer_facts, parameters_by_kind
+from recipe.training.step import TrainStep, compiled, replicate
 from tests.conftest import compose_config
 from tests.worlds import run_world
 
@@ -57,8 +56,8 @@ class NormalisationIn(Normalisation):
         return super().__call__(images).to(self.dtype)
 
 
-def stepper_of(config: Config, model: nn.Module, world: World = ALONE, stepped: nn.Module | None = None) -> Stepper:
-    return Stepper(
+def step_of(config: Config, model: nn.Module, world: World = ALONE, stepped: nn.Module | None = None) -> TrainStep:
+    return TrainStep(
         stepped or model,
         build_optimizer(config.optimization, model, CPU),
         build_loss(config.optimization),
@@ -88,10 +87,10 @@ def parts_of(batch: Batch, layout: BatchLayout, rank: int = 0) -> list[Batch]:
     ]
 
 
-def trained(stepper: Stepper, layout: BatchLayout, rank: int = 0) -> Stepper:
+def trained(train_step: TrainStep, layout: BatchLayout, rank: int = 0) -> TrainStep:
     for number, rate in enumerate(RATES):
-        stepper.step(parts_of(global_batch(number), layout, rank), rate)
-    return stepper
+        train_step(parts_of(global_batch(number), layout, rank), rate)
+    return train_step
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -222,21 +221,21 @@ def by_hand(config: OptimizationConfig, normalisation: Normalisation, model: nn.
 def test_steps_are_those_written_by_hand(accumulation: int, nesterov: str) -> None:
     config = configuration(f"optimization.nesterov={nesterov}", "optimization.label_smoothing=0.1")
     model = network(config)
-    stepper = trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, accumulation))
-    assert_close(weights(model), by_hand(config.optimization, stepper.normalisation, network(config)))
+    train_step = trained(step_of(config, model), BatchLayout(GLOBAL_BATCH, 1, accumulation))
+    assert_close(weights(model), by_hand(config.optimization, train_step.normalisation, network(config)))
 
 
 def test_four_accumulated_parts_are_one_batch(config: Config) -> None:
     models = [network(config), network(config)]
     for model, accumulation in zip(models, (1, 4), strict=True):
-        trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, accumulation))
+        trained(step_of(config, model), BatchLayout(GLOBAL_BATCH, 1, accumulation))
     assert_close(weights(models[1]), weights(models[0]))
     assert weights_sha256(models[0].state_dict()) != weights_sha256(network(config).state_dict())
 
 
 def test_no_gradient_is_left_for_the_next_step(config: Config) -> None:
     model = network(config)
-    trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 2))
+    trained(step_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 2))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -246,38 +245,38 @@ def test_the_given_learning_rate_is_the_one_that_is_applied() -> None:
     for rate in (0.01, 0.03):
         model = network(config)
         before = weights(model)
-        stepper = stepper_of(config, model)
-        stepper.step([global_batch()], rate)
-        assert [group["lr"] for group in stepper.optimizer.param_groups] == [rate, rate]
+        train_step = step_of(config, model)
+        train_step([global_batch()], rate)
+        assert [group["lr"] for group in train_step.optimizer.param_groups] == [rate, rate]
         moved.append({name: value - before[name] for name, value in weights(model).items()})
     assert_close(moved[1], {name: 3 * value for name, value in moved[0].items()})
 
 
 def test_the_tally_counts_losses_hits_and_images(config: Config) -> None:
     model = network(config, "batch")
-    stepper = stepper_of(config, model)
+    train_step = step_of(config, model)
     oracle = copy.deepcopy(model).train()
     loss = hits = best_five = 0.0
     batch = global_batch()
     for part in parts_of(batch, BatchLayout(GLOBAL_BATCH, 1, 3)):
-        logits = oracle(stepper.normalisation(part.images)).detach()
+        logits = oracle(train_step.normalisation(part.images)).detach()
         loss += 8 * float(
             functional.cross_entropy(logits, part.labels, label_smoothing=config.optimization.label_smoothing)
         )
         ranks = (logits > logits.gather(1, part.labels[:, None])).sum(dim=1)
         hits, best_five = hits + int((ranks < 1).sum()), best_five + int((ranks < 5).sum())
-    stepper.step(parts_of(batch, BatchLayout(GLOBAL_BATCH, 1, 3)), 0.1)
-    found = stepper.take_tally().tolist()
+    train_step(parts_of(batch, BatchLayout(GLOBAL_BATCH, 1, 3)), 0.1)
+    found = train_step.take_tally().tolist()
     assert found[0] == pytest.approx(loss, rel=1e-5)
     assert found[1:] == [hits, best_five, GLOBAL_BATCH]
-    assert stepper.take_tally().tolist() == [0, 0, 0, 0]
+    assert train_step.take_tally().tolist() == [0, 0, 0, 0]
 
 
 def test_with_fewer_than_five_classes_the_tally_still_counts(config: Config) -> None:
-    stepper = stepper_of(config, build_model(config.model, 3, 0).double())
+    train_step = step_of(config, build_model(config.model, 3, 0).double())
     batch = global_batch()
-    stepper.step([batch._replace(labels=batch.labels % 3)], 0.1)
-    assert stepper.take_tally()[2:].tolist() == [GLOBAL_BATCH, GLOBAL_BATCH]
+    train_step([batch._replace(labels=batch.labels % 3)], 0.1)
+    assert train_step.take_tally()[2:].tolist() == [GLOBAL_BATCH, GLOBAL_BATCH]
 
 
 # ---- mixed precision --------------------------------------------------------------------------------
@@ -288,9 +287,9 @@ def movement(config: Config, precision: str) -> Tensor:
     config = replace(config, trainer=replace(config.trainer, precision=Precision(precision)))
     model = network(config, "batch").float()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    stepper = stepper_of(config, model)
-    stepper.step([global_batch()], 0.1)
-    assert stepper.skipped_steps == 0
+    train_step = step_of(config, model)
+    train_step([global_batch()], 0.1)
+    assert train_step.skipped_steps == 0
     assert all(parameter.dtype is torch.float32 for parameter in model.parameters())
     return nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
@@ -307,25 +306,25 @@ def test_an_overflow_in_fp16_skips_the_step_and_counts_it(config: Config) -> Non
     """T23: nothing moves, the scale is lowered, and the record will say how many steps were skipped."""
     config = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
     model = network(config).float()
-    stepper = stepper_of(config, model)
-    assert stepper.scaler.is_enabled()
+    train_step = step_of(config, model)
+    assert train_step.scaler.is_enabled()
     before = weights(model)
-    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    stepper.step([global_batch()], 0.1)
-    assert stepper.skipped_steps == 1
+    train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    train_step([global_batch()], 0.1)
+    assert train_step.skipped_steps == 1
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
-    assert stepper.scaler.get_scale() == 2.0**59
-    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    stepper.step([global_batch()], 0.1)
-    assert stepper.skipped_steps == 1
+    assert train_step.scaler.get_scale() == 2.0**59
+    train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    train_step([global_batch()], 0.1)
+    assert train_step.skipped_steps == 1
     assert any(not torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
 def test_only_fp16_scales_gradients(config: Config) -> None:
     for precision in Precision:
         trainer = replace(config.trainer, precision=precision)
-        stepper = stepper_of(replace(config, trainer=trainer), network(config))
-        assert stepper.scaler.is_enabled() is (precision is Precision.fp16)
+        train_step = step_of(replace(config, trainer=trainer), network(config))
+        assert train_step.scaler.is_enabled() is (precision is Precision.fp16)
 
 
 # ---- several processes ------------------------------------------------------------------------------
@@ -361,8 +360,8 @@ def _checks_of_training(config: Config, world: World) -> dict[str, Any]:
             model = network(config, norm, seed=world.rank)  # only the first process's initial weights may count
             example = torch.zeros(layout.images_per_forward, 3, 16, 16, dtype=torch.float64)
             stepped = replicate(model, world, example, Precision.fp32)
-            stepper = trained(stepper_of(config, model, world, stepped), layout, world.rank)
-            tally = world.sum(stepper.take_tally()).tolist()
+            train_step = trained(step_of(config, model, world, stepped), layout, world.rank)
+            tally = world.sum(train_step.take_tally()).tolist()
             trainable = weights_sha256(dict(model.named_parameters()))
             buffers = weights_sha256(dict(model.named_buffers()))
             world.copy_from_first(model)
@@ -399,7 +398,7 @@ def test_any_number_of_processes_reaches_the_weights_of_one(
 ) -> None:
     """T21, where no batch norm sees the size of a part; the counts of all processes add up to one process's."""
     model = network(config)
-    alone = trained(stepper_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 1))
+    alone = trained(step_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 1))
     tally = alone.take_tally().tolist()
     for ranks in two_and_three.values():
         found = ranks[0][f"none-{accumulation}"]
@@ -501,16 +500,16 @@ def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
     """A proxy on a CPU: over accumulated steps with counting and averaging the host reads nothing back."""
     config = configuration(*overrides)
     model = network(config, "batch").float()
-    stepper, average = stepper_of(config, model), build_average(model, config.optimization, 1)
+    train_step, average = step_of(config, model), build_ema(model, config.optimization, 1)
     augmentation = build_augmentation(config.augmentation, 0)
     indices = np.arange(GLOBAL_BATCH)
     draws = augmentation.draws(0, 0, 0, indices, np.zeros(GLOBAL_BATCH, np.int64))
     batch = global_batch()._replace(draws=draws)
-    stepper.step([batch], 0.1)  # the optimizer makes its state
+    train_step([batch], 0.1)  # the optimizer makes its state
 
     def work() -> None:
         for step in (1, 2):
-            stepper.step([batch, batch], 0.1)
+            train_step([batch, batch], 0.1)
             average.update(step)
 
     assert waits_of(work) == []

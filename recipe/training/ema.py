@@ -1,0 +1,203 @@
+"""The exponential moving average (EMA) of weights and buffers, which validation and evaluation then see.
+
+The decay warms up with the number of updates, min(decay, (1 + n) / (10 + n)), since a fixed one would keep the random
+initial weights for many epochs. torchvision's form copies the weights during the warm-up of the learning rate instead.
+
+Precise BN: the average of batch-norm statistics is not what the averaged weights produce (Izmailov et al., arXiv
+1803.05407, whose `update_bn` torch has), so they can be estimated on training images before every validation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from recipe.alterations import DropPathBatchNorm2d
+from recipe.config.schema import AveragingConfig, AveragingForm, OptimizationConfig
+from recipe.data.loading import Batch, Decoding, evaluation_orders
+from recipe.data.transforms import EvaluationTransform
+from recipe.errors import UserError
+from recipe.evaluation import Predict
+from recipe.records import Setting
+
+PRECISE_BN_STREAM = 8  # keeps this choice of images apart from other draws
+
+
+class ModelEma:
+    """Follows a model from the outside; with a decay of 0 it is the model itself."""
+
+    def __init__(self, model: nn.Module, config: AveragingConfig) -> None:
+        self.decay = config.decay
+        self.every_steps = config.every_steps
+        self.recalibrate_images = config.recalibrate_images
+        self.updates = 0
+        self.is_on = config.decay > 0
+        self.followed = model
+        self.model = copy.deepcopy(model).requires_grad_(False) if self.is_on else model
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the model after optimizer step `step` (counted from 1), at every `every_steps`-th."""
+        if not self.is_on or not self.is_due(step):
+            return
+        decay = self.decay_now()
+        self.updates += 1
+        averages, currents = _tensors(self.model), _tensors(self.followed)
+        floating = [pair for pair in zip(averages, currents, strict=True) if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floating], [current for _, current in floating], 1 - decay)
+        for average, current in zip(averages, currents, strict=True):
+            if not average.is_floating_point():
+                average.copy_(current)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the average moves after this step."""
+        return step % self.every_steps == 0
+
+    def decay_now(self) -> float:
+        """The weight of the old average in the next update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    def state(self) -> dict[str, Any] | None:
+        """For a checkpoint; None when off."""
+        return {"updates": self.updates, "model": self.model.state_dict()} if self.is_on else None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Continue from `state()`."""
+        if state is not None:
+            self.updates = state["updates"]
+            self.model.load_state_dict(state["model"])
+
+    def facts(self) -> dict[str, Setting]:
+        """The live settings, for the record."""
+        if not self.is_on:
+            return {"kind": "none"}
+        facts: dict[str, Setting] = {
+            "kind": "exponential moving average of parameters and buffers",
+            "decay": self.decay,
+            "warm_up": "min(decay, (1 + n) / (10 + n)) at update n",
+            "every_steps": self.every_steps,
+            "updates": self.updates,
+        }
+        if self.recalibrate_images:
+            facts["batch_norm_recalibrated_on_training_images"] = self.recalibrate_images
+        return facts
+
+
+class TorchvisionEma(ModelEma):
+    """As references/classification of torchvision has it, which trained `IMAGENET1K_V2`.
+
+    The weight of the new model, 1 - decay, is multiplied by batch size x every_steps / epochs; updates come after the
+    first step of an epoch and every `every_steps` from there; during the warm-up, and at the first update after it, the
+    average is a copy.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizationConfig, steps_per_epoch: int) -> None:
+        super().__init__(model, config.averaging)
+        new_weight = (1 - self.decay) * config.batch_size * self.every_steps / config.epochs
+        self.asked_decay, self.decay = self.decay, 1 - min(1.0, new_weight)
+        self.steps_per_epoch, self.warmup_epochs = steps_per_epoch, config.warmup_epochs
+
+    def update(self, step: int) -> None:
+        """Move; copy as long as the learning rate warms up."""
+        super().update(step)
+        if (step - 1) // self.steps_per_epoch < self.warmup_epochs:
+            self.updates = 0
+
+    def is_due(self, step: int) -> bool:
+        """Counted within the epoch, from its first step."""
+        return (step - 1) % self.steps_per_epoch % self.every_steps == 0
+
+    def decay_now(self) -> float:
+        """The first update is a copy."""
+        return self.decay if self.updates else 0.0
+
+    def facts(self) -> dict[str, Setting]:
+        """With the decay that is applied and the one that was asked for."""
+        if not self.is_on:
+            return super().facts()
+        start = f"copies while epoch < {self.warmup_epochs:g}, counted from 0, and at the first update after that"
+        return super().facts() | {"warm_up": start, "decay_before_rescaling": self.asked_decay}
+
+
+def build_ema(model: nn.Module, config: OptimizationConfig, steps_per_epoch: int) -> ModelEma:
+    if config.averaging.form is AveragingForm.torchvision:
+        return TorchvisionEma(model, config, steps_per_epoch)
+    return ModelEma(model, config.averaging)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return list(model.state_dict().values())
+
+
+# ---- precise BN --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreciseBnBatches:
+    """`images` training images, seen as evaluation sees its own, in batches of one size; an incomplete one is left out.
+
+    The images are a choice of the seed alone, and the first process alone reads them: the statistics are the same on
+    any number of processes.
+    """
+
+    threads: Decoding
+    transform: EvaluationTransform
+    batch_size: int
+    images: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.threads.batches(evaluation_orders(self.parts(), self.transform))
+
+    def parts(self) -> list[NDArray[np.int64]]:
+        """The indices of each batch."""
+        generator = np.random.default_rng((PRECISE_BN_STREAM, self.seed))
+        chosen = generator.permutation(len(self.threads.split))[: self.images]
+        size = min(self.batch_size, len(chosen))
+        return list(chosen[: len(chosen) // size * size].reshape(-1, size))
+
+
+def precise_bn(model: nn.Module, predict: Predict, batches: Iterable[Batch]) -> None:
+    """Replace all running statistics by the mean of those of the batches, each batch with the same weight.
+
+    `predict` runs `model`, which is in evaluation mode and stays there: no dropout, no stochastic depth.
+    """
+    with _estimating(batch_norms(model)):
+        for batch in batches:
+            predict(batch.images)
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """All batch norms; raises `UserError` for a network without one."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UserError("optimization.averaging.recalibrate_images must be 0 for a network without batch norm")
+    return norms
+
+
+@contextmanager
+def _estimating(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Norms drop their statistics and take the plain mean of the batches (torch's momentum of None)."""
+    before = [(norm.momentum, getattr(norm, "drop_probability", 0.0)) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+        if isinstance(norm, DropPathBatchNorm2d):
+            norm.drop_probability = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, drop_probability) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+            if isinstance(norm, DropPathBatchNorm2d):
+                norm.drop_probability = drop_probability
