@@ -58,8 +58,8 @@ def record_of(
         description=to_dict(data.description),
         data_set=data.name,
         layout=raw.layout,
-        raw_path=shown(Path(data.raw_dir or "."), "$RAW_DIR"),
-        processed_path=shown(Path(data.directory), f"$DATA_DIR/{data.name}"),
+        raw_path=path_or_variable(Path(data.raw_dir or "."), "$RAW_DIR"),
+        processed_path=path_or_variable(Path(data.directory), f"$DATA_DIR/{data.name}"),
         expectation=data.expect.value,
         is_ilsvrc2012=data.expect is Expectation.ilsvrc2012 and not any(split.rejected for split in merged.values()),
         archives=archives,
@@ -158,7 +158,7 @@ def jpeg_library() -> str:
     return f"{name} {version}"
 
 
-def shown(path: Path, outside: str) -> str:
-    """A path as records may show it: relative to the checkout, or a name that stands for it."""
+def path_or_variable(path: Path, variable: str) -> str:
+    """A path as records may show it: relative to the checkout, or outside of it a variable."""
     absolute = path.absolute()
-    return printable(str(absolute.relative_to(CHECKOUT))) if absolute.is_relative_to(CHECKOUT) else outside
+    return printable(str(absolute.relative_to(CHECKOUT))) if absolute.is_relative_to(CHECKOUT) else variable

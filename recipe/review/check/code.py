@@ -27,7 +27,6 @@ from recipe.run import Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
 MODULES = ("recipe.demonstration",)
 REPRODUCE = ["-m", "recipe", "reproduce"]
@@ -193,4 +192,5 @@ def is_known(word: str, keys: set[str]) -> bool:
     if found is None or not (found["equals"] or found["sign"] == "~"):
         return False
     key = found["key"]
-    return key == "experiment" or key in GROUPS or key in keys or key.startswith(("hydra.", "hydra/"))
+    is_setting = any(f"{name}.".startswith(f"{key}.") for name in keys)  # or a group of them
+    return is_setting or key == "experiment" or key.startswith(("hydra.", "hydra/"))

@@ -14,8 +14,8 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.config.schema import Config, config_from_pinned, invalid
-from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
+from recipe.review.findings import shorten
 
 LONGEST_LIST = 1000
 LONGEST_TEXT = 20_000
@@ -188,5 +188,4 @@ def shown(value: Any, most: int = SHOWN_LETTERS) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_NUMBER:
         return "a huge number"
-    line = on_one_line(str(value))
-    return line if len(line) <= most else f"{line[:most]}..."
+    return shorten(value, most)
