@@ -6,8 +6,9 @@ from omegaconf import DictConfig
 from recipe.config.compose import evaluation_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
+from recipe.files import display_path, portable_path
 from recipe.performance import evaluate_run
-from recipe.run import Run, recorded_path, shown_path
+from recipe.run import Run
 from recipe.weights import published_config
 
 
@@ -22,13 +23,13 @@ def main(composed: DictConfig) -> None:
         check_document(run)
         record = launch(evaluate_run, config)
         if record is not None:  # the first process
-            write_document(run, recorded_path(config.run_dir))
+            write_document(run, portable_path(config.run_dir))
             for within, correct in ((1, record.correct_top1), (5, record.correct_top5)):
                 share = f"{correct / record.images:.2%} ({correct} of {record.images})"
                 published = record.published.get(f"top{within}_accuracy")
                 beside = "" if published is None else f"; published {published:.3%}"
                 print(f"top-{within} {share}, {record.protocol.name}{beside}")
-            print(f"wrote {shown_path(run.document)}")
+            print(f"wrote {display_path(run.document)}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import hydra
 from omegaconf import DictConfig
 
 from recipe.config.compose import job_config, one_job, run_command
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
+from recipe.data.manifest import copy_record
 from recipe.document.render import check_document, write_document
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path, portable_path
 from recipe.launcher import launched
-from recipe.run import Run, append_to_journal, recorded_path, shown_path
+from recipe.preprocessing.pipeline import preprocess
+from recipe.run import Run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -25,10 +27,10 @@ def main(composed: DictConfig) -> None:
         check_document(run)
         append_to_journal(run, "preprocess", "started", name=config.name)
         record = preprocess(config, launch)
-        bring_record(run, Path(config.data.directory), record)
+        copy_record(run, Path(config.data.directory), record)
         append_to_journal(run, "preprocess", "ended", manifest=record.outputs["manifest"])
-        write_document(run, recorded_path(config.run_dir))
-        print(f"wrote {shown_path(run.document)}")
+        write_document(run, portable_path(config.run_dir))
+        print(f"wrote {display_path(run.document)}")
         print(f"manifest_sha256 {record.outputs['manifest']}")
 
 

@@ -5,8 +5,9 @@ from omegaconf import DictConfig
 
 from recipe.config.compose import one_job, run_command, stage_config
 from recipe.document.render import check_document, write_document
+from recipe.files import display_path, portable_path
 from recipe.inference.serialization import serialize_run
-from recipe.run import Run, recorded_path, shown_path
+from recipe.run import Run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -17,14 +18,14 @@ def main(_composed: DictConfig) -> None:
         run = Run(config.run_dir)
         check_document(run)
         record = serialize_run(config)
-        write_document(run, recorded_path(config.run_dir))
+        write_document(run, portable_path(config.run_dir))
         for entry in record.variants:
             print(
                 f"{entry.variant}: top-1 {entry.correct_top1 / record.images:.2%} (eager "
                 f"{record.eager_correct_top1 / record.images:.2%}), {entry.flips} of {record.images} images change "
                 f"their class, logits within {entry.relative_logit_error:.1e} of the largest; {entry.file}"
             )
-        print(f"wrote {shown_path(run.document)}")
+        print(f"wrote {display_path(run.document)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 from recipe.config.compose import job_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
+from recipe.files import display_path, portable_path
 from recipe.review.watch.command import training_watch
-from recipe.run import Run, recorded_path, shown_path
+from recipe.run import Run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
 
@@ -25,8 +26,8 @@ def main(composed: DictConfig) -> None:
         record = launch(partial(train, after_validation=training_watch(config)), config)
         if record is not None:  # the first process
             leave_fingerprint(run, config, record)
-            write_document(run, recorded_path(config.run_dir))
-            print(f"finished after {record.schedule.steps} steps; wrote {shown_path(run.document)}")
+            write_document(run, portable_path(config.run_dir))
+            print(f"finished after {record.schedule.steps} steps; wrote {display_path(run.document)}")
             print(f"weights_sha256 {record.outputs['weights']}")
 
 

@@ -22,8 +22,7 @@ from scipy import stats
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from recipe.document.claims import columns  # noqa: E402
-from recipe.document.dynamics import joined_rows  # noqa: E402
+from recipe.metrics import EPOCH_FIELDS  # noqa: E402
 from recipe.review.watch.statistics import ALPHA, WATCHED_METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -95,7 +94,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def compact(line: dict[str, Any]) -> dict[str, Any]:
     """One run with its epochs as columns instead of its rows."""
-    values = columns(joined_rows(line["rows"]))
+    rows = [row for row in line["rows"] if row["split"] == "validation"]
+    values = {name: [row[EPOCH_FIELDS[name]] for row in rows] for name in WATCHED_METRICS}
     kept = {name: line[name] for name in ("fault", "seed", "recipe_id", "weights_sha256", "processor_seconds")}
     return kept | {name: [float(f"{value:.{DIGITS}g}") for value in values[name]] for name in WATCHED_METRICS}
 

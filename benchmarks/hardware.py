@@ -167,7 +167,7 @@ def recipe_parts(
     timing = ["timing.seconds_per_cell=0.2", "timing.batch_sizes=[1]"] if is_small else []
     notebook = ["-m", "recipe.demonstration", f"run_dir={shown}", data_word(words), *timing]
     yield Part("latency", notebook, (f"evaluate-{first}",))
-    dynamics = ["-m", "recipe", "watch", "--against", *runs.values(), "--save", f"{work}/dynamics.json"]
+    dynamics = ["-m", "recipe", "watch", "--against", *runs.values(), "--save", f"{work}/seeds.json"]
     yield Part("dynamics", dynamics, evaluated)
     publish = ["-m", "recipe", "publish", shown, "--output", output]
     yield Part("publish", [*publish, *(["--seeds", *(runs[seed] for seed in others)] if others else [])], evaluated)

@@ -70,8 +70,8 @@ def composed(*words: str) -> Any:
 
 def prepare(images: Path, work: Path, wanted: int) -> dict[str, int]:
     """Shards and plain folders of both kinds of images, FFCV's files where it is installed; returns bytes on disk."""
-    from recipe.data.processing import preprocess
     from recipe.data.shards import open_split
+    from recipe.preprocessing.pipeline import preprocess
 
     sources = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     copies = -(-wanted // len(sources))

@@ -235,7 +235,7 @@ def fingerprint(name: str) -> bytes:
 
 def with_pictures(pictures: dict[str, str]) -> dict[str, str]:
     """Let the demo take these instead of drawing; with none, keep what it draws."""
-    from recipe.data import demo
+    from recipe.preprocessing import demo
 
     draw = demo.jpeg
 

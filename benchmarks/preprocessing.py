@@ -91,7 +91,7 @@ def ours(way: str, tree: Path, target: Path, workers: int) -> Any:
     from hydra import compose, initialize_config_dir
 
     from recipe.config.compose import to_config
-    from recipe.data.processing import preprocess
+    from recipe.preprocessing.pipeline import preprocess
 
     words = ["data=folder", f"data.raw_dir={tree}", f"data.directory={target}", f"data.name={way}"]
     words += [f"data.images_per_shard={CHUNK}", f"data.processes={workers}", f"data.quality={QUALITY}"]

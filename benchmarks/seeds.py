@@ -156,7 +156,7 @@ def prepare(images: Path, place: Place) -> None:
         shutil.rmtree(place.root / f"{name}-raw", ignore_errors=True)
         subset(images, place.root / f"{name}-raw", wrong)
         with inside(place.root):
-            from recipe.data.processing import preprocess
+            from recipe.preprocessing.pipeline import preprocess
 
             preprocess(configuration((), place.root, name))
 

@@ -45,10 +45,11 @@ from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.environment import shown_argument, versions
 from recipe.evaluation import predictor
+from recipe.files import CHECKOUT, write_atomically
 from recipe.inference.timing import clock_facts, machine_name
 from recipe.model import build_model
 from recipe.provenance import commit, tree_state
-from recipe.run import CHECKOUT, now, write_atomically
+from recipe.records import now
 from recipe.training.optim import build_loss, build_optimizer
 from recipe.training.step import TrainStep, compiled
 

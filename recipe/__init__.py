@@ -6,10 +6,11 @@ ground floor, importable without torch
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
     config         schema (settings with their bounds), compose (Hydra -> Config), identity (hashes)
-    files          files and names that may come from a stranger
+    files          atomic writing, locks, reading files of others, paths as text
     metrics        the rows of metrics.jsonl
-    records        what each stage leaves behind: frozen records <-> JSON
-    run            the known files of a run directory; atomic writes
+    records        the results of every stage: frozen structs <-> JSON, and the table of them
+    run            the known files of a run directory
+    experiment_log one line for each stage started and ended
     environment    the command line, versions, environment variables and machine of a stage
     provenance     its commit, tree state and patch; the hash of the source
 ground floor, torch
@@ -19,10 +20,10 @@ ground floor, torch
     weights        pretrained weights: files of other training scripts, torchvision's
     model          ResNet-50 and its sources, finished here
 chapters
-    data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
-                   system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
-                   processing, reporting, progress; adoption;
-                   decoding, transforms, interface, loading; worker, processes: the same in other processes
+    data           shards -> batches: images and integrity (checks of one image, which preprocessing shares), manifest,
+                   shards, decoding, transforms, loading; worker, processes; progress
+    preprocessing  raw images -> shards: pipeline, sources, ilsvrc, imagenet (facts), folders, archives, listing,
+                   shard_writer, sharing, summary; painting, demo: the drawn set
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
@@ -30,9 +31,9 @@ chapters
     training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
                    watchdog, metrics, metric_log, energy, record; fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
-    document       facts, blocks, dynamics, claims, latency, commands, experiment_log, formatting, figures, render: from
-                   records to pages, without torch; model_card, published_folder, publish: a run as a folder to
-                   commit, and the table of those
+    document       run_data, blocks, curves, recipe_json, latency, commands, experiment_log, formatting, figures,
+                   render: from records to pages, without torch; model_card, published_folder, publish: a run as a
+                   folder to commit, and the table of those
     review         opening: a recipe that a reader points at; reading: its records, one by one; outputs: its files,
                    measured again; findings. A folder for each verb: check/ (checklist, presence, page, records,
                    document, code, files), verify/ (files: the chain; trace; code: the verb drift), diff/ (inputs,

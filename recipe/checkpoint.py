@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from recipe.errors import DiskError, UserError
-from recipe.files import WEIGHTS_BYTES_MAX, opened, read_file
+from recipe.files import WEIGHTS_BYTES_MAX, display_path, opened, read_file, write_atomically
 from recipe.records import Interface
-from recipe.run import shown_path, write_atomically
 
 State = dict[str, Any]
-FORMAT = "checkpoint/1"
+FORMAT = "checkpoint/2"
 CHECKSUMS_BYTES_MAX = 2**20
 ZIP = b"PK\x03\x04"
 REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]{1,100})")  # in torch's words
@@ -51,7 +50,7 @@ class Entries(msgspec.Struct):
     config_sha256: str
     interface: dict[str, Any]
     manifest_sha256: str
-    circumstances: dict[str, Any]
+    determinism_context: dict[str, Any]
     progress: Position
     model: dict[str, Any]
     average: dict[str, Any] | None
@@ -82,7 +81,7 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
 
 def load_checkpoint(path: Path) -> State:
     """Read and verify one checkpoint; raises `UserError` that names what is wrong with it."""
-    where = shown_path(path)
+    where = display_path(path)
     if not path.exists():
         raise UserError(f"{where} does not exist")
     if not _checksum_file(path).exists():
@@ -159,7 +158,7 @@ def newest_checkpoint(directory: Path) -> State | None:
     damaged = sorted(path.name.removesuffix(".corrupt") for path in directory.glob("step-????????.pt.corrupt"))
     if damaged:
         raise UserError(
-            f"no valid checkpoint is left in {shown_path(directory)} (damaged: {', '.join(damaged)}); "
+            f"no valid checkpoint is left in {display_path(directory)} (damaged: {', '.join(damaged)}); "
             "trainer.restart=true moves this run aside and starts over"
         )
     return None

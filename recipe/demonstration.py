@@ -20,13 +20,15 @@ import numpy as np
 
 from recipe.config.compose import stage_config_from_overrides
 from recipe.config.schema import Config, Precision, Variant
-from recipe.data.adoption import adopt_data_set, require_same_data_set
+from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
 from recipe.environment import shown_argument
 from recipe.errors import DiskError, UserError, one_clear_sentence
+from recipe.experiment_log import append_to_journal
+from recipe.files import CHECKOUT, display_path, portable_path, redact_paths, write_atomically
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import load_evaluated
 from recipe.inference.onnx_file import OnnxModel
@@ -34,7 +36,7 @@ from recipe.inference.pictures import bytes_of, pixels_of
 from recipe.inference.timing import measure_timing
 from recipe.provenance import Stage
 from recipe.records import ClassifiedPicture, Guess, InferenceRecord, TimingRecord
-from recipe.run import CHECKOUT, Run, append_to_journal, recorded_path, shown_path, without_paths, write_atomically
+from recipe.run import Run
 
 NOTEBOOK = CHECKOUT / "inference.ipynb"
 PARAMETERS = "parameters"  # tag of the cell that names the run
@@ -73,7 +75,7 @@ class Demonstration:
             if isinstance(model, OnnxModel) and model.metadata.weights_sha256 != self.checkpoint.weights_sha256:
                 raise UserError(
                     f"{path.name} holds other weights than those that were evaluated: "
-                    f"run `python serialize.py run_dir={shlex.quote(shown_path(self.run.directory))}` again"
+                    f"run `python serialize.py run_dir={shlex.quote(display_path(self.run.directory))}` again"
                 )
         return classifiers
 
@@ -86,7 +88,7 @@ class Demonstration:
         return "\n".join(
             [
                 f"{self.config.name}: {self.config.model.name} trained on {self.config.data.name}, in "
-                f"{shown_path(self.run.directory)}",
+                f"{display_path(self.run.directory)}",
                 f"top-1 {evaluation.correct_top1 / evaluation.images:.2%} ({evaluation.correct_top1} of "
                 f"{evaluation.images} validation images, {evaluation.protocol.name})",
                 f"files: {', '.join(self.classifiers)}; computed on {device}",
@@ -132,8 +134,8 @@ class Demonstration:
 
     def _validation_split(self) -> Split:
         data = self.config.data
-        _, manifest_hash = adopt_data_set(data)
-        require_same_data_set(self.checkpoint.where, self.checkpoint.manifest_sha256, manifest_hash, data)
+        _, manifest_hash = open_dataset(data)
+        check_same_dataset(self.checkpoint.where, self.checkpoint.manifest_sha256, manifest_hash, data)
         return open_split(data.directory, "val")
 
     def measure_latency(self, picture: Path) -> TimingRecord:
@@ -164,7 +166,7 @@ class Demonstration:
             )
         )
         append_to_journal(self.run, "inference", "ended")
-        write_document(self.run, recorded_path(self.config.run_dir))
+        write_document(self.run, portable_path(self.config.run_dir))
         return self.run.document
 
 
@@ -193,7 +195,7 @@ def main(words: list[str]) -> None:
         notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
         executed = execute(with_words(notebook, words))
         write_atomically(run.notebook, nbformat.writes(executed).encode())  # type: ignore[no-untyped-call]
-        print(f"wrote {shown_path(run.notebook)} and {shown_path(run.document)}")
+        print(f"wrote {display_path(run.notebook)} and {display_path(run.document)}")
 
 
 def with_words(notebook: Any, words: list[str]) -> Any:
@@ -238,12 +240,12 @@ def without_places(notebook: Any) -> Any:
     """The executed notebook without paths of this machine."""
     for cell in notebook.cells:
         if PARAMETERS in cell.metadata.get("tags", []):
-            cell.source = without_paths(cell.source)
+            cell.source = redact_paths(cell.source)
         for output in cell.get("outputs", []):
             if "text" in output:
-                output.text = without_paths(output.text)
+                output.text = redact_paths(output.text)
             if "text/plain" in output.get("data", {}):
-                output.data["text/plain"] = without_paths(output.data["text/plain"])
+                output.data["text/plain"] = redact_paths(output.data["text/plain"])
     return notebook
 
 

@@ -33,9 +33,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from recipe.config.schema import Accelerator, Config, Precision, TrainerConfig
 from recipe.environment import machine, usable_cores
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
+from recipe.files import display_path
 from recipe.launcher import launched
 from recipe.records import Hardware, Setting
-from recipe.run import Run, shown_path
+from recipe.run import Run
 from recipe.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
 from recipe.streams import protect_streams
 
@@ -113,10 +114,10 @@ def _started_worker(worker: Callable[[Config], Result], config: Config, saved: P
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except UserError as error:
-        _leave_reason(str(error))
+        leave_reason(str(error))
         raise SystemExit(error.exit_code) from None
     except Exception:
-        _leave_reason(_traceback_of_rank())
+        leave_reason(_traceback_of_rank())
         raise SystemExit(1) from None
 
 
@@ -129,7 +130,7 @@ def _traceback_of_rank() -> str:
     return f"rank {os.environ.get('RANK', 0)} failed:\n{traceback.format_exc()}"
 
 
-def _leave_reason(message: str) -> None:
+def leave_reason(message: str) -> None:
     """Write the elastic engine's error file; it reports the earliest of all processes."""
     file = os.environ.get(ERROR_FILE)
     if file is not None:
@@ -140,7 +141,7 @@ def _leave_reason(message: str) -> None:
 def _stacks(run: Run, started: float) -> str:
     """Where to look after a hang: NCCL ends a process that waited in vain before it could say so itself."""
     new = [path for path in run.hangs.glob("*.txt") if path.stat().st_size and path.stat().st_mtime >= started]
-    return f"where the processes stood is in {shown_path(run.hangs)}; " if new else ""
+    return f"where the processes stood is in {display_path(run.hangs)}; " if new else ""
 
 
 def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError:
@@ -301,7 +302,7 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
         raise
     except BaseException as error:
         if isinstance(error, Exception):  # before leaving the group, which breaks the others
-            _leave_reason(str(error) if isinstance(error, UserError) else _traceback_of_rank())
+            leave_reason(str(error) if isinstance(error, UserError) else _traceback_of_rank())
         _leave_group(world, has_failed=True)
         raise
     _leave_group(world, has_failed=False)
@@ -309,27 +310,45 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
 
 def _join(world: World, timeout: timedelta) -> None:
     """Find the other processes; where we launched them ourselves, note that they have met."""
-    _meet(world, timeout)
+    _meet(world.backend, timeout, world.device if world.device.type == "cuda" else None)
     if BEGUN_FILE in os.environ:
         Path(os.environ[BEGUN_FILE]).touch()
 
 
-def _meet(world: World, timeout: timedelta) -> None:
+def join(timeout: timedelta) -> dist.Store:  # type: ignore[name-defined]
+    """Join the other processes by gloo alone, without a device; returns a store for messages between them.
+
+    Raises `UserError` where they cannot be reached.
+    """
+    _end_with_launcher()
+    _refuse_stale_addresses()
+    try:
+        _meet("gloo", timeout)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes of this launch cannot reach each other ({str(error).splitlines()[0]}); where the name of a "
+            "node does not lead to its network address, name its interface in GLOO_SOCKET_IFNAME"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"messages{attempt}", store)  # type: ignore[attr-defined]
+
+
+def _meet(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
     """Find the other processes through the launcher's store, apart from what those of an earlier attempt left there.
 
     The store of torch 2.15 outlives a restart and hands out the addresses of the dead (pytorch#167288).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    device = world.device if world.device.type == "cuda" else None
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(world.backend, timeout=timeout, device_id=device)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept = dist.TCPStore(address, port, world.size, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    kept = dist.TCPStore(address, port, size, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     store = dist.PrefixStore(f"attempt{attempt}", kept)  # type: ignore[attr-defined]
-    dist.init_process_group(
-        world.backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 
 def _refuse_stale_addresses() -> None:

@@ -24,7 +24,8 @@ from recipe.config.schema import Config
 from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
 from recipe.data.loading import Batch, derive_layout, naming
-from recipe.data.shards import Split, open_split, read_manifest
+from recipe.data.manifest import read_manifest
+from recipe.data.shards import Split, open_split
 from recipe.data.transforms import Normalisation, empty_image
 from recipe.distributed import World, memory_format, processes_per_node, start_world
 from recipe.document.formatting import duration

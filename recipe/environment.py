@@ -11,9 +11,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from recipe.files import ELSEWHERE, is_elsewhere, portable_path, printable, redact_paths
 from recipe.launcher import launched
 from recipe.records import Hardware
-from recipe.run import ELSEWHERE, is_elsewhere, printable, recorded_path, without_paths
 
 PACKAGES = (
     *("torch", "torchvision", "nvidia-nvimgcodec-cu13", "pillow", "simplejpeg"),
@@ -77,12 +77,12 @@ def shown_argument(argument: str, before: str = "") -> str:
     if not equals:
         key, value = before, argument
     place = PLACES.get(key.lstrip("+"))
-    is_outside = value.startswith("~") or is_elsewhere(recorded_path(value.strip("'\"")))
+    is_outside = value.startswith("~") or is_elsewhere(portable_path(value.strip("'\"")))
     if place and is_outside:
         return f'{key}="{place}"' if equals else f'"{place}"'
     if equals and is_outside:
         return shlex.quote(f"{key}={ELSEWHERE}/{Path(value).name}")
-    return shlex.quote(without_paths(argument))
+    return shlex.quote(redact_paths(argument))
 
 
 def versions() -> dict[str, str]:
@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
 def variables() -> dict[str, str]:
     """The environment variables of the allow list; no other one is ever recorded."""
     names = (name for name in sorted(os.environ) if name in VARIABLES or name.startswith(VARIABLE_PREFIXES))
-    return {printable(name): printable(without_paths(os.environ[name])) for name in names}
+    return {printable(name): printable(redact_paths(os.environ[name])) for name in names}
 
 
 def processor_name() -> str:

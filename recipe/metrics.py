@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl: what one holds, how they are read, which ones a training writes, and which are missing."""
+"""metrics.jsonl: its rows, reading them, and finding those that are missing."""
 
 from __future__ import annotations
 
@@ -22,36 +22,49 @@ Split = Literal["train", "validation"]
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
 
-    split: Split  # train: since the row before; validation: all of the set
+    split: Split  # train: since the row before; validation: all of the set, at the end of an epoch
     epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     step: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     images_seen: Count
     loss: Number
     top1_accuracy: Number
     top5_accuracy: Number
-    learning_rate: Number | None
+    learning_rate: Number  # of the last step
     images_per_second: Number
     data_wait_fraction: Number | None
     seconds: Number  # of training, validation included, since the run began
     held_up_fraction: Number | None = None  # of the main thread, beside a GPU; `recipe.training.metric_log.StallProbe`
+    train_loss: Number | None = None  # of validation rows: these three are means over the training images of the epoch
+    train_top1_accuracy: Number | None = None
+    train_top5_accuracy: Number | None = None
 
     @property
     def place(self) -> Place:
         return Place(self.split, self.epoch, self.step)
 
 
-class Place(NamedTuple):
-    """What identifies a row within its run."""
+EPOCH_FIELDS = {  # of `recipe.records.Epoch` -> of the validation row that ends the epoch
+    "epoch": "epoch",
+    "learning_rate": "learning_rate",
+    "train_loss": "train_loss",
+    "train_top1": "train_top1_accuracy",
+    "train_top5": "train_top5_accuracy",
+    "validation_loss": "loss",
+    "validation_top1": "top1_accuracy",
+    "validation_top5": "top5_accuracy",
+}
 
+
+class Place(NamedTuple):
     split: Split
     epoch: int
     step: int
 
 
 def read_rows(lines: BinaryIO, where: str) -> Iterator[Row]:
-    """The rows of an open file, in order; an unfinished last line (a killed run) is left out.
+    """The rows of an open file, in order, without an unfinished last line (of a killed run).
 
-    Raises `UserError` with the number of the first line that is not a row; `where` names the file.
+    Raises `UserError` with the number of the first line that is not a row; `where` is the name of the file.
     """
     for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW_BYTES), b""), start=1):
         is_complete = line.endswith(b"\n")
@@ -74,7 +87,7 @@ def _row(line: bytes, is_complete: bool, where: str) -> Row:
 
 
 def planned_places(steps: int, steps_per_epoch: int, log_every_steps: int, validated_epochs: int) -> Iterator[Place]:
-    """The rows of the first `steps` steps, in order: within an epoch, at its end, and of its validation."""
+    """The places of all rows of the first `steps` steps, in order."""
     for epoch in range(1, (steps - 1) // steps_per_epoch + 2):
         first = (epoch - 1) * steps_per_epoch
         batches = chain(range(log_every_steps, steps_per_epoch, log_every_steps), (steps_per_epoch,))
@@ -84,12 +97,12 @@ def planned_places(steps: int, steps_per_epoch: int, log_every_steps: int, valid
             yield Place("validation", epoch, first + steps_per_epoch)
 
 
-def missing_rows(found: set[Place], planned: Iterable[Place]) -> str | None:
-    """Which of the planned rows are not found, in words: "3 rows are missing from metrics.jsonl (steps 3 to 9)"."""
-    count, gaps = 0, []  # the first and the last step of neighbours
+def missing_rows(present: set[Place], planned: Iterable[Place]) -> str | None:
+    """A sentence about the planned rows that are absent: "3 rows are missing from metrics.jsonl (steps 3 to 9)"."""
+    count, gaps = 0, []  # (first, last) step of each gap
     is_open = False
     for place in planned:
-        if place in found:
+        if place in present:
             is_open = False
             continue
         if not is_open:
@@ -98,7 +111,7 @@ def missing_rows(found: set[Place], planned: Iterable[Place]) -> str | None:
         count, is_open = count + 1, True
     if not gaps:
         return None
-    shown = [f"step {first}" if first == last else f"steps {first} to {last}" for first, last in gaps[:GAPS_SHOWN]]
+    ranges = [f"step {first}" if first == last else f"steps {first} to {last}" for first, last in gaps[:GAPS_SHOWN]]
     more = [f"{len(gaps) - GAPS_SHOWN} more gaps"] if len(gaps) > GAPS_SHOWN else []
     rows = "1 row is" if count == 1 else f"{count:,} rows are"
-    return f"{rows} missing from metrics.jsonl ({', '.join(shown + more)})"
+    return f"{rows} missing from metrics.jsonl ({', '.join(ranges + more)})"

@@ -26,8 +26,8 @@ from recipe.checkpoint import State, eval_weights, interface_of
 from recipe.config.identity import canonical_json
 from recipe.config.schema import Config, ModelConfig
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.records import ModelFacts, Setting
-from recipe.run import shown_path
 from recipe.weights import GivenWeights, load_state, read_weights
 
 ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
@@ -179,7 +179,7 @@ def resolve_weights(config: Config) -> tuple[Config, GivenWeights | None]:
     digest = weights_sha256(weights.tensors)
     if expected not in (None, digest):
         raise UserError(
-            f"model.weights={shown_path(config.model.weights)} holds the weights {digest}, but the recipe "
+            f"model.weights={display_path(config.model.weights)} holds the weights {digest}, but the recipe "
             f"starts from {expected}"
         )
     return replace(config, model=replace(config.model, weights_sha256=digest)), weights

@@ -21,15 +21,15 @@ from tqdm import tqdm
 from recipe.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.config.schema import Backend, Config
-from recipe.data.adoption import adopt_data_set, require_same_data_set
-from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches
+from recipe.data.manifest import Manifest, check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
-from recipe.data.shards import Manifest, open_split
+from recipe.data.shards import open_split
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
     build_evaluation_transform,
+    transform_of,
 )
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
@@ -46,11 +46,13 @@ from recipe.evaluation import (
     require_finite,
     view_name,
 )
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path, write_atomically
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.model import build_model, check_forward, restored_model, weights_sha256
 from recipe.provenance import Stage
 from recipe.records import EvaluationRecord, Protocol, Setting, TrainingRecord
-from recipe.run import Run, append_to_journal, shown_path, write_atomically
+from recipe.run import Run
 from recipe.weights import GivenWeights, load_state, published_accuracy, published_weights
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
@@ -64,7 +66,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
         stage = Stage(run.directory) if world.is_first else None
         if stage is not None:
             append_to_journal(run, "evaluate", "started", name=config.name)
-        manifest, manifest_hash = adopt_data_set(config.data)
+        manifest, manifest_hash = open_dataset(config.data)
         evaluated = load_model(run, config, world, manifest, manifest_hash)
         run.predictions_file(evaluated.protocol)  # refuses an unusable name before the work
         measurement = _measure(config, world, evaluated)
@@ -118,7 +120,7 @@ def checkpoint_model(run: Run, config: Config, world: World, manifest_hash: str)
         return path.name, load_checkpoint(path)
 
     name, state = world.read_by_first(read)  # a training that goes on may save another one meanwhile
-    require_same_data_set(name, state["manifest_sha256"], manifest_hash, config.data)
+    check_same_dataset(name, state["manifest_sha256"], manifest_hash, config.data)
     is_average = state["average"] is not None
     predict, normalisation = _torch_predict(restored_model(state, name), config, world)
     transform = build_evaluation_transform(config.evaluation)
@@ -159,15 +161,15 @@ def onnx_model(run: Run, config: Config, manifest_hash: str) -> EvaluatedModel:
     """An exported model of the run, with the transform of its metadata."""
     variant = config.evaluation.variant
     path = run.onnx_file(variant.value)
-    where = shown_path(path)
+    where = display_path(path)
     if not path.exists():
         raise UserError(
-            f"{where} does not exist: make it with `python serialize.py run_dir={shown_path(run.directory)}`"
+            f"{where} does not exist: make it with `python serialize.py run_dir={display_path(run.directory)}`"
         )
     content = read_onnx(path, where)
     model = OnnxModel(content, where)
     metadata = model.metadata
-    require_same_data_set(where, metadata.manifest_sha256, manifest_hash, config.data)
+    check_same_dataset(where, metadata.manifest_sha256, manifest_hash, config.data)
     return EvaluatedModel(
         predict=model,
         transform=transform_of(metadata.interface, where),
@@ -221,8 +223,8 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
     files = checkpoint_files(run.checkpoints)
     if not files:
         raise UserError(
-            f"{shown_path(run.directory)} holds no checkpoint: run `python train.py "
-            f"run_dir={shown_path(run.directory)}` first"
+            f"{display_path(run.directory)} holds no checkpoint: run `python train.py "
+            f"run_dir={display_path(run.directory)}` first"
         )
     if name == "last":
         return files[-1]

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
 from recipe import environment
-from recipe.records import Hardware, Provenance, TreeState
-from recipe.run import CHECKOUT, disk_errors, now, printable, write_atomically
+from recipe.files import CHECKOUT, disk_errors, printable, write_atomically
+from recipe.records import Hardware, Provenance, TreeState, now
 
 SOURCES = ("recipe/**/*.py", "recipe/**/*.j2", "conf/**/*.yaml", "*.py", "constraints.txt")
 PATCHES = Path("records", "patches")  # in a stage's directory

@@ -1,15 +1,18 @@
-"""What each stage leaves behind: frozen, typed records <-> JSON.
+"""Records: the results of each stage as frozen, typed structs, stored as JSON.
 
-A record holds numbers with their units in their names; formatting happens in the document's template only. Every
-record carries its provenance and the hashes of what went in and came out, so that records form a chain
-raw images -> shards -> weights -> predictions -> metrics, in which a stale link is visible.
+Numbers have their units in their names and are formatted in the document's template only. The record of a stage holds
+its provenance and the hashes of its inputs and outputs, so that records form a chain raw images -> shards -> weights ->
+predictions -> metrics, in which a stale link is visible.
 
-Decoding validates: an unknown field, a missing one or a wrong type is refused (a record may come from a stranger).
+Decoding validates: an unknown field, a missing one or a wrong type is refused, since records are read from anybody.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -19,40 +22,37 @@ Setting = str | int | float | bool | None | list[Any] | dict[str, Any]  # any JS
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The base of everything that is written to JSON."""
+    """Base of everything that is stored as JSON."""
 
 
 class TreeState(Record, frozen=True, kw_only=True):
-    """The working tree: `clean`, `untracked` files only, `modified`, or why no commit names the code: `no git`,
-    `git refused`, `not a repository of ours`."""
+    """`clean`, `untracked`, `modified`; `no git`, `git refused` or `not a repository of ours` if no commit is known."""
 
     state: str
-    reason: str | None = None  # for which git refused, in its words
+    reason: str | None = None  # what git answered where it refused
     untracked: list[str] = []  # at most 50
     untracked_files: int = 0
-    patch_sha256: str | None = None  # of records/patches/<hash>.patch beside the record
+    patch_sha256: str | None = None  # of records/patches/<hash>.patch
 
 
 class Hardware(Record, frozen=True, kw_only=True):
-    """The machine of the first process; every node is taken to be alike."""
+    """The machine of rank 0; all nodes are assumed to be alike."""
 
     processor: str
     cores: int
     memory_gib: float
-    accelerator: str | None = None  # the device's own name, such as "NVIDIA H200"
-    accelerators: int = 0  # in this run, over all nodes
+    accelerator: str | None = None  # name of the device, such as "NVIDIA H200"
+    accelerators: int = 0  # used, over all nodes
     accelerator_memory_gib: float | None = None
     compute_capability: str | None = None
 
 
 class Provenance(Record, frozen=True, kw_only=True):
-    """Which code ran, by which command, when, for how long, on what."""
-
     command: str
     commit: str | None
     tree_at_start: TreeState
     tree_at_end: TreeState
-    source_sha256: str  # over the content of the code that can change a result, at the start of the stage
+    source_sha256: str  # of all code that can change a result, when the stage started
     source_sha256_at_end: str
     started: str  # ISO 8601, UTC
     seconds: float
@@ -62,39 +62,35 @@ class Provenance(Record, frozen=True, kw_only=True):
 
 
 class Archive(Record, frozen=True, kw_only=True):
-    """A raw file as it was found."""
-
     name: str
     bytes: int
     md5: str
     sha256: str
-    is_published_md5: bool | None  # None: nobody published one
+    is_published_md5: bool | None  # None: no published MD5 is known
 
 
-class Oddity(Record, frozen=True, kw_only=True):
-    """An image that was not taken as it was."""
+class UnusualImage(Record, frozen=True, kw_only=True):
+    """An image that was converted or rejected."""
 
     split: str
     key: str
-    what: str  # found
-    done: str  # about it
+    what: str  # is unusual
+    done: str  # "stored as ..." or "left out"
 
 
 class LeftOut(Record, frozen=True, kw_only=True):
-    """Files and folders that were found among the raw images and are not used."""
+    """Files and folders among the raw images that are not used."""
 
     count: int
-    examples: list[str]  # at most three, below the folder of the raw data
+    examples: list[str]  # at most three, relative to the raw data
 
 
 class SplitFacts(Record, frozen=True, kw_only=True):
-    """One split of a processed data set."""
-
     images: int
     classes: int
     images_per_class_min: int
     images_per_class_max: int
-    raw_sha256: str  # over sorted (key, label, sha256 of the original bytes): the same for tars and folders
+    raw_sha256: str  # of sorted (key, label, sha256 of the original bytes): equal for tars and folders
     shards: int
     shard_bytes: int
     width_percentiles: list[int]  # pixels at 0, 5, 50, 95 and 100 %
@@ -103,8 +99,6 @@ class SplitFacts(Record, frozen=True, kw_only=True):
 
 
 class LabelExample(Record, frozen=True, kw_only=True):
-    """One worked example of the label convention."""
-
     key: str
     index: int
     class_id: str
@@ -112,16 +106,16 @@ class LabelExample(Record, frozen=True, kw_only=True):
 
 
 class PreprocessingRecord(Record, frozen=True, kw_only=True):
-    """The Data chapter: what the raw images were and what was made of them."""
+    """The Data chapter."""
 
     format: str = "preprocessing/1"
-    config_sha256: str  # of the settings that shape the data set
+    config_sha256: str  # of the settings that change the data set
     provenance: Provenance
     inputs: dict[str, str]
     outputs: dict[str, str]
-    description: dict[str, Setting]  # what people declared about the data set
+    description: dict[str, Setting]  # as declared in the configuration
     data_set: str
-    layout: str  # how the raw files were found: official tars, class folders, Kaggle, ...
+    layout: str  # of the raw files: official tars, class folders, Kaggle, ...
     raw_path: str  # relative to the checkout, or $RAW_DIR
     processed_path: str
     expectation: str
@@ -132,48 +126,44 @@ class PreprocessingRecord(Record, frozen=True, kw_only=True):
     class_list_sha256: str
     label_convention: str
     label_examples: list[LabelExample]
-    validation_split: str  # how the validation set came to be
+    validation_split: str  # how the validation set was chosen
     shard_order: str
     stored_as: str
     odd_images: dict[str, int]  # kind -> count
-    odd_examples: list[Oddity]  # at most 20; the manifest lists all
-    rejected: list[Oddity]
-    left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without those that belong to an operating system
-    lost_images: dict[str, LeftOut] = {}  # class (or split) -> those of them that are named like images
+    odd_examples: list[UnusualImage]  # at most 20; the manifest lists all
+    rejected: list[UnusualImage]
+    left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without files of an operating system
+    lost_images: dict[str, LeftOut] = {}  # class (or split) -> unused files named like images
     decoded_with: str
     processes: int
     images_per_second: float
-    continued_shards: int  # found complete from an interrupted run of the same settings
+    continued_shards: int  # kept from an interrupted run with the same settings
 
 
 class ParameterGroup(Record, frozen=True, kw_only=True):
-    """One group of the live optimizer."""
-
     name: str
     tensors: int
     parameters: int
-    settings: dict[str, Setting]  # read back from optimizer.param_groups
+    settings: dict[str, Setting]  # of optimizer.param_groups
 
 
 class ModelFacts(Record, frozen=True, kw_only=True):
-    """The network as built."""
+    """The network, read back from the module."""
 
     name: str
     class_name: str
     classes: int
     parameters: int
-    architecture_sha256: str  # over module classes with their arguments, and tensor names, shapes and types
+    architecture_sha256: str  # of module classes with their arguments, and tensor names, shapes and types
     modules: dict[str, int]  # class -> count
     batch_norm: dict[str, Setting]
     zero_initialised_norms: int
-    alterations: dict[str, Setting] = {}  # blurred strides, stochastic depth, the bias of the head; empty: none
-    initial_weights: str  # "random, seed 0" or the hash of the given ones
+    alterations: dict[str, Setting] = {}  # blur pool, stochastic depth, bias of the head
+    initial_weights: str  # "random, seed 0", or the hash of given weights
     initial_weights_sha256: str
 
 
 class Schedule(Record, frozen=True, kw_only=True):
-    """The learning rate, evaluated at steps."""
-
     steps: int
     steps_per_epoch: int
     warmup_steps: int
@@ -181,28 +171,35 @@ class Schedule(Record, frozen=True, kw_only=True):
 
 
 class LoaderFacts(Record, frozen=True, kw_only=True):
-    """How batches are made, read back from the live loader."""
+    """The training loader, read back."""
 
     images_per_epoch: int
-    unique_images_per_epoch: int  # fewer where an epoch holds several copies of an image
-    images_left_out_per_epoch: int  # other ones in every epoch
+    unique_images_per_epoch: int  # fewer with repeated augmentation
+    images_left_out_per_epoch: int  # of the last, incomplete batch; different images in every epoch
     global_batch_size: int
     images_per_forward: int  # in one process
-    images_per_batch_norm: int
+    batch_norm_batch_size: int
     accumulation_steps: int
     decoder: str
-    threads_per_process: int  # that decode, in all, for each process that trains
+    threads_per_process: int  # decoding threads of each training process, its workers included
     first_indices: list[int]  # of epoch 0
-    order_sha256: str  # over the order of the first two epochs
-    order: str = "random"  # blocks: of shards, then of images within a few shards
-    loading_processes: int = 0  # of each process that trains; 0: it decodes in threads of its own
+    order_sha256: str  # of the order of images in the first two epochs
+    order: str = "random"  # or blocks: random shards, then random images within a few shards
+    loading_processes: int = 0  # workers of each training process; 0: it decodes in threads
 
 
 class Epoch(Record, frozen=True, kw_only=True):
-    """One epoch's cost, by the wall clock of the first process."""
+    """Metrics and cost of one epoch; seconds are by the wall clock of rank 0."""
 
     epoch: int  # counted from 1
-    seconds: float
+    learning_rate: float  # of its last step
+    train_loss: float  # these three: means over the augmented images of all its steps and processes
+    train_top1: float  # fractions, as all accuracies
+    train_top5: float
+    validation_loss: float
+    validation_top1: float
+    validation_top5: float
+    seconds: float  # of training
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
@@ -210,21 +207,21 @@ class Epoch(Record, frozen=True, kw_only=True):
 
 
 class Session(Record, frozen=True, kw_only=True):
-    """One uninterrupted stretch of training."""
+    """One uninterrupted part of a training."""
 
     started: str
     first_step: int
     processes: int
-    is_exact: bool | None  # None: the first session; else whether the continuation can be bit-exact
+    is_exact: bool | None  # whether the continuation can be bit-exact; None: the first session
     note: str
-    source: str  # the first digits of the hash of the code
-    images_per_batch_norm: int
+    source: str  # first digits of the hash of the code
+    batch_norm_batch_size: int
 
 
 class TrainingRecord(Record, frozen=True, kw_only=True):
-    """The Training chapter: what was trained, how, and how it went."""
+    """The Training chapter."""
 
-    format: str = "training/1"
+    format: str = "training/2"
     config_sha256: str
     recipe_id: str
     provenance: Provenance
@@ -237,9 +234,7 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     parameter_groups: list[ParameterGroup]
     schedule: Schedule
     augmentation: dict[str, Setting]
-    augmentation_sha256: (
-        str  # over the pixels that the live augmentation makes of fixed images, and over its draws for the device
-    )
+    augmentation_sha256: str  # of its pixels for fixed images, and of its draws for the device
     averaging: dict[str, Setting]
     loader: LoaderFacts
     precision: dict[str, Setting]
@@ -247,114 +242,87 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     backend: str
     sessions: list[Session]
     epochs: list[Epoch]
-    training_seconds: float  # all sessions, validation left out
+    training_seconds: float  # of all sessions, without validation
     validation_seconds: float
     images_seen: int
     peak_accelerator_memory_gib: float | None
     skipped_steps: int  # by the gradient scaler of fp16
     validation_protocol: str
-    final: dict[str, float]  # the last train and validation rows
     best_epoch: int
     selection: str
-    circumstances: dict[str, Setting] = {}  # what must be equal for another run to give the same bits
+    determinism_context: dict[str, Setting] = {}  # must be equal for another run to give the same bits
 
 
 class EnergyRecord(Record, frozen=True, kw_only=True):
-    """What the accelerators used from the first step of a training to the end of its last validation."""
+    """Energy of the accelerators from the first step of a training to the end of its last validation."""
 
     format: str = "energy/1"
-    inputs: dict[str, str]  # the weights that it was spent on
-    joules: float  # of the whole devices, by their driver's counter
-    seconds: float  # over which it was counted
+    inputs: dict[str, str]  # the trained weights
+    joules: float  # of all devices, by the driver's counter
+    seconds: float  # of counting
     accelerators: int
     counter: str
 
 
 class ProbeStep(Record, frozen=True, kw_only=True):
-    """One optimizer step of the canary."""
+    """One optimizer step of the fingerprint."""
 
-    step: int  # of the recipe's own schedule
+    step: int  # of the recipe's schedule
     epoch: int
     indices: list[int]  # of the images, in order, over all forward passes of the step
     learning_rate: float
-    images_mean: float  # of the normalised, mixed images that go into the network
+    images_mean: float  # of the normalised, mixed inputs of the network
     images_std: float
     loss: float
     gradient_norm: float
-    distances: dict[str, float]  # after the step, of each parameter group and of the moving average from their start
+    distances: dict[str, float]  # of each parameter group and of the moving average, from the start to after the step
 
 
 class EvaluationProbe(Record, frozen=True, kw_only=True):
-    """What the evaluation makes of a few validation images, through the weights that count."""
+    """Evaluation of a few validation images after the last step."""
 
     logits: list[float]  # of the first batch
-    labels: list[int]  # of all images, as are the lists below
+    labels: list[int]  # of all images, as the lists below
     losses: list[float]
-    margins: list[float]  # best logit less the second best
-    best_classes: int  # kept for each image
+    margins: list[float]  # best logit minus the second best
+    best_classes: int  # stored for each image
     correct: list[int]  # within 1, 2, ... 5
     loss: float
     accuracies: list[float]  # within 1 and 5
-    class_counts: list[tuple[int, int, int]]  # of each class: images, right within 1 and 5
+    class_counts: list[tuple[int, int, int]]  # of each class: images, correct within 1 and 5
 
 
 class Fingerprint(Record, frozen=True, kw_only=True):
-    """What this recipe's code does with a few images that it draws itself, in fp32 on one CPU thread.
+    """A short training of this recipe on a few drawn images, in fp32 on one CPU thread.
 
-    A stranger computes the same numbers in a minute, without the data and without a GPU, and so learns whether this
-    checkout still does what the recipe's did.
+    Another checkout computes the same numbers in a minute, without the data and without a GPU: equal numbers mean that
+    it trains as the recipe's code did.
     """
 
     format: str = "fingerprint/2"
     source_sha256: str
     versions: dict[str, str]
-    instructions: str  # of the processor, as torch uses them: they decide how pixels are rounded
+    instructions: str  # of the processor that torch uses; they decide how numbers are rounded
     architecture_sha256: str
     parameters: int
-    learning_rates: list[float]  # at 101 steps, evenly spread over the recipe's own schedule
+    learning_rates: list[float]  # at 101 steps, evenly spaced over the recipe's schedule
     parameter_groups: list[ParameterGroup]
     augmentation_sha256: str
     evaluation_sha256: str
     order_sha256: str
     facts: dict[str, Setting]  # of loss, averaging, augmentation, normalisation and evaluation, read back
     steps: list[ProbeStep]
-    training_counts: list[int]  # over all these steps: images, right within 1 and 5, steps that were skipped
+    training_counts: list[int]  # over all steps: images, correct within 1 and 5, skipped steps
     evaluation: EvaluationProbe
 
 
-class SeedDynamics(Record, frozen=True, kw_only=True):
-    """How one seed of a recipe went."""
-
-    seed: int
-    weights_sha256: str | None  # of what it ended with
-    source_sha256: str | None
-    images_per_batch_norm: int | None
-    raw_sha256: dict[str, str]  # of each split's original images
-    epochs: dict[str, list[int | float | None]]  # one column each: epoch, train_loss, train_top1, ...
-
-
-class Dynamics(Record, frozen=True, kw_only=True):
-    """How several seeds of one recipe went: what another run of it is judged by."""
-
-    format: str = "dynamics/1"
-    recipe_id: str
-    config: dict[str, Any]  # pinned, without the seed
-    steps_per_epoch: int
-    seeds: list[SeedDynamics]
-
-
 class ClassName(Record, frozen=True, kw_only=True):
-    """One class; its label is its place in the list."""
-
     id: str
     name: str
 
 
 class Interface(Record, frozen=True, kw_only=True):
-    """What somebody needs who has nothing but the weights: how pixels are made, and what the outputs mean.
-
-    It travels inside each checkpoint and each exported model.
-    """
+    """How the pixels of the model are made and what its outputs mean; stored in each checkpoint and exported file."""
 
     classes: list[ClassName]  # output k is the logit of class k
     label_convention: str
@@ -367,25 +335,23 @@ class Interface(Record, frozen=True, kw_only=True):
 
 
 class Protocol(Record, frozen=True, kw_only=True):
-    """How a metric was measured, read back from the live transform."""
+    """How a metric was measured, read back from the transform."""
 
     name: str
-    backend: str  # torch, or onnxruntime with the provider that computed
+    backend: str  # torch, or onnxruntime with its provider
     transform: dict[str, Setting]
-    transform_sha256: str  # over the pixels that it makes of a fixed image
+    transform_sha256: str  # of its pixels for a fixed image
     decoder: str
     precision: str
     arithmetic: dict[str, Setting]  # torch's own switches
     batch_size: int
     checkpoint: str
-    epochs_completed: int  # by these weights
-    epochs: int  # of the whole training
+    epochs_completed: int  # of these weights
+    epochs: int  # of the training
     weights: str  # "as trained" or "moving average"
 
 
 class ClassCounts(Record, frozen=True, kw_only=True):
-    """One row of the per-class table."""
-
     index: int
     class_id: str
     name: str
@@ -395,7 +361,7 @@ class ClassCounts(Record, frozen=True, kw_only=True):
 
 
 class EvaluationRecord(Record, frozen=True, kw_only=True):
-    """The Performance metrics section: integer counts over the whole validation set."""
+    """The Performance metrics section: integer counts over all validation images."""
 
     format: str = "evaluation/1"
     config_sha256: str
@@ -407,7 +373,7 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
     correct_top1: int
     correct_top5: int
     loss: float
-    published: dict[str, float]  # what others measured of these weights, as they published it; mostly empty
+    published: dict[str, float]  # metrics that others published of these weights
     per_class: list[ClassCounts]
     runs: int = 1
     processes: int
@@ -416,35 +382,35 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
 
 
 class Flip(Record, frozen=True, kw_only=True):
-    """An image that the exported model puts into another class than the eager one."""
+    """An image whose best class differs between the exported and the PyTorch model."""
 
     key: str
     label: int
     eager_class: int
     exported_class: int
-    eager_margin: float  # best logit less the second best, of the eager model
+    eager_margin: float  # best logit minus the second best, of the PyTorch model
 
 
 class VariantFacts(Record, frozen=True, kw_only=True):
-    """One exported file, and how it compares with the eager model on every validation image."""
+    """One exported file, compared with the PyTorch model on every validation image."""
 
     variant: str
     file: str
     bytes: int
     sha256: str
-    nodes: dict[str, int]  # operator -> count, as in the file
-    conversion: dict[str, Setting]  # how it was made from the fp32 graph
+    nodes: dict[str, int]  # operator -> count
+    conversion: dict[str, Setting]  # from the fp32 graph
     relative_logit_error: float  # largest difference of a logit / largest logit, over all images
-    limit: str  # what the gate allowed
+    limit: str  # of the comparison
     correct_top1: int
     correct_top5: int
     flips: int
-    flip_examples: list[Flip]  # those with the largest margin, at most 20; the predictions file holds all images
+    flip_examples: list[Flip]  # at most 20, the largest margins first; the predictions file holds all images
     images_per_second: float
 
 
 class SerializationRecord(Record, frozen=True, kw_only=True):
-    """The Serialization section: files that passed the gate, each compared with the eager model image by image."""
+    """The Serialization section: the exported files that passed the comparison."""
 
     format: str = "serialization/1"
     config_sha256: str
@@ -458,18 +424,16 @@ class SerializationRecord(Record, frozen=True, kw_only=True):
     opset: int
     input_shape: list[str]
     images: int
-    largest_logit: float  # of the eager model, absolute
-    eager_correct_top1: int  # fp32 on the CPU, the reference of the gate
+    largest_logit: float  # of the PyTorch model, absolute
+    eager_correct_top1: int  # of the PyTorch model in fp32 on the CPU, the reference
     eager_correct_top5: int
     eager_images_per_second: float
-    evaluated_correct_top1: int  # as the evaluation record has it
+    evaluated_correct_top1: int  # of the evaluation record
     variants: list[VariantFacts]
-    properties: list[str]  # names of the metadata inside each file
+    properties: list[str]  # names of the metadata in each file
 
 
 class Guess(Record, frozen=True, kw_only=True):
-    """One of the best classes for one image."""
-
     index: int
     class_id: str
     name: str
@@ -477,16 +441,16 @@ class Guess(Record, frozen=True, kw_only=True):
 
 
 class ClassifiedPicture(Record, frozen=True, kw_only=True):
-    """What each file of a model says about one picture."""
+    """One picture, classified by each file of the model."""
 
     picture: str
     sha256: str  # of its file
-    label: str | None  # the name of its class; None where the picture is not of the data set
+    label: str | None  # name of its class; None: not a picture of the data set
     guesses: dict[str, list[Guess]]  # file of the model -> the best classes, best first
 
 
 class InferenceRecord(Record, frozen=True, kw_only=True):
-    """The Inference / Code section: what the example notebook saw."""
+    """The Inference / Code section, written by the example notebook."""
 
     format: str = "inference/1"
     config_sha256: str
@@ -495,14 +459,14 @@ class InferenceRecord(Record, frozen=True, kw_only=True):
     outputs: dict[str, str]
     class_count: int
     label_convention: str
-    pictures: list[ClassifiedPicture]  # the given ones first, then samples of the validation set
+    pictures: list[ClassifiedPicture]  # given ones first, then samples of the validation set
 
 
-PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"  # what a latency is of
+PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"  # parts whose latency is measured
 
 
 class Latency(Record, frozen=True, kw_only=True):
-    """One cell of the timing table; a percentile that too few repeats support is absent."""
+    """One cell of the timing table; percentiles with too few repeats beyond them are None."""
 
     backend: str
     precision: str
@@ -513,41 +477,41 @@ class Latency(Record, frozen=True, kw_only=True):
     p90_milliseconds: float | None
     p99_milliseconds: float | None
     images_per_second: float  # at the median
-    noise: float  # relative difference of the medians of two interleaved halves: the same thing, measured twice
+    noise: float  # relative difference of the medians of two interleaved halves
     histogram_milliseconds: list[float]  # quantiles at 0, 2, ..., 100 %, for the figure
 
 
 class Absent(Record, frozen=True, kw_only=True):
-    """A backend that could not run, and why."""
+    """A backend that could not run."""
 
     backend: str
     reason: str
 
 
 class TimingRecord(Record, frozen=True, kw_only=True):
-    """The Timing information of one machine."""
+    """The Timing information section of one machine."""
 
     format: str = "timing/1"
     config_sha256: str
     settings: dict[str, Setting]
     provenance: Provenance
     inputs: dict[str, str]
-    machine: str  # names the file: a rerun on this machine replaces these rows only
+    machine: str  # name of the file, which a rerun on this machine replaces
     threads: int
-    image: str  # what preprocessing was measured on
+    image: str  # that preprocessing was measured on
     image_sha256: str
     image_pixels: list[int]  # width, height
     crop_pixels: int
     arithmetic: dict[str, Setting]  # torch's own switches
-    clock: dict[str, Setting]  # driver, clocks and power of the accelerator as they were
+    clock: dict[str, Setting]  # driver, clocks and power of the accelerator
     noise_floor: float  # median of the cells' noise
-    reference: str  # the backend that is what torchvision's users write
+    reference: str  # the backend that others are compared with: plain torchvision code
     cells: list[Latency]
     absent: list[Absent]
 
 
 class JudgedClaim(Record, frozen=True, kw_only=True):
-    """One claim of a recipe beside what a second run of it gave."""
+    """One claim of a recipe, compared with a second run of it."""
 
     claim: str
     level: str  # see recipe/review/reproduce/judge.py
@@ -557,87 +521,148 @@ class JudgedClaim(Record, frozen=True, kw_only=True):
 
 
 class ReproductionRecord(Record, frozen=True, kw_only=True):
-    """A recipe that was run again from its document alone, and each of its claims judged."""
+    """A second run of a recipe from its document alone, and the comparison of its claims."""
 
     format: str = "reproduction/1"
-    document_sha256: str  # of the file that was read: names what was reproduced
+    document_sha256: str  # of the file that was read
     name: str
     recipe_id: str
     config_sha256: str
     provenance: Provenance
-    machine: dict[str, Setting]  # processes, threads and the like, as they were chosen for this machine
-    checkout: list[str]  # how this checkout differs from the recipe's, in words
-    circumstances: list[str]  # and the circumstances of training
+    machine: dict[str, Setting]  # processes, threads and similar settings of this machine
+    checkout: list[str]  # differences between this checkout and the recipe's, in words
+    determinism_context: list[str]  # differences between the circumstances of the two trainings
     stages: list[str]  # that were run
     claims: list[JudgedClaim]
     verdict: str
 
 
 class JournalEntry(Record, frozen=True, kw_only=True):
-    """One stage of one run, as the journal of experiments has it."""
+    """One stage of one run in runs/journal.jsonl."""
 
-    time: str  # started
-    run: str  # numbered where several places have the same recorded path
+    time: str  # of its start
+    run: str  # recorded path, numbered where several folders have the same one
     stage: str
-    outcome: str  # ended, stopped, or that no end was written
-    step: int | None = None  # at which it was stopped
+    outcome: str  # ended, stopped, or no end was written
+    step: int | None = None  # of the stop
     top1_accuracy: float | None = None
     config_sha256: str | None = None
-    parent: str | None = None  # the run before it whose configuration differs
-    changed: list[str] = []  # from the parent's configuration, at most 20
+    parent: str | None = None  # newest run before it with another configuration
+    changed: list[str] = []  # settings that differ from the parent's, at most 20
     changes: int = 0
 
 
 class JournalRecord(Record, frozen=True, kw_only=True):
-    """The Journal section: all runs of this name, from runs/journal.jsonl as it stood when the document was written."""
+    """The Journal section: all runs of this name in runs/journal.jsonl when the document was written."""
 
     format: str = "journal/1"
     name: str
-    run_dir: str | None = None  # of this run, as the document's commands name it; None in older records
+    run_dir: str | None = None  # of this run in the document's commands; None in older records
     entries: list[JournalEntry]  # the newest 200
-    earlier_entries: int  # that are left out here
+    earlier_entries: int  # not in `entries`
     unreadable_lines: int
 
 
 class SeedRun(Record, frozen=True, kw_only=True):
-    """One of several runs of a recipe."""
-
     seed: int
-    weights_sha256: str
-    source_sha256: str
-    correct_top1: int
-    correct_top5: int
-    epochs: dict[str, list[float | None]]  # one list for each column of the dynamics
+    weights_sha256: str | None  # at the end of training
+    source_sha256: str | None
+    batch_norm_batch_size: int | None
+    raw_sha256: dict[str, str]  # split -> hash of its original images
+    epochs: dict[str, list[int | float | None]]  # one column each: epoch, train_loss, train_top1, ...
+
+
+class SeedCounts(Record, frozen=True, kw_only=True):
+    """Evaluation of several runs by one protocol; lists hold one number for each run."""
+
+    protocol: str
+    images: int
+    correct_top1: list[int]
+    correct_top5: list[int]
 
 
 class SeedsRecord(Record, frozen=True, kw_only=True):
-    """Runs with one recipe_id, which differ in their seed only: how far honest runs lie apart."""
+    """Runs of one recipe that differ in their seed only: the spread in the document, the reference of `watch`."""
 
-    format: str = "seeds/1"
+    format: str = "seeds/2"
     recipe_id: str
-    protocol: str
-    images: int
-    runs: list[SeedRun]  # by seed
+    config: dict[str, Any]  # pinned, without the seed
+    steps_per_epoch: int
+    runs: list[SeedRun]
+    evaluation: SeedCounts | None = None
 
 
 class PublicationRecord(Record, frozen=True, kw_only=True):
-    """What a published recipe says that its run does not."""
+    """The settings of `publish`."""
 
     format: str = "publication/1"
-    run_dir: str  # as commands name it
-    artefacts: str | None  # the address of weights and exported files
-    allowed: list[str]  # what would have been refused, and was allowed
+    run_dir: str  # in commands
+    artefacts: str | None  # address of weights and exported files
+    allowed: list[str]  # problems that a flag allowed
     metric_rows: int  # of the run
     metric_rows_kept: int
+
+
+StageRecord = (
+    PreprocessingRecord | TrainingRecord | EvaluationRecord | SerializationRecord | InferenceRecord | TimingRecord
+)
+STAGES = {  # name of a stage's record -> the script or module that writes it, in the order of the pipeline
+    "preprocessing": "preprocess.py",
+    "training": "train.py",
+    "evaluation": "evaluate.py",
+    "serialization": "serialize.py",
+    "inference": "recipe.demonstration",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """All records of a run, each in `records/<name>.json`; None where it was not written yet."""
+
+    preprocessing: PreprocessingRecord | None = None
+    training: TrainingRecord | None = None
+    energy: EnergyRecord | None = None
+    fingerprint: Fingerprint | None = None
+    evaluation: EvaluationRecord | None = None
+    other_evaluations: Sequence[EvaluationRecord] = ()  # evaluations/<protocol>.json: exported and published weights
+    serialization: SerializationRecord | None = None
+    inference: InferenceRecord | None = None
+    timing: Sequence[TimingRecord] = ()  # timing/<machine>.json
+    journal: JournalRecord | None = None
+    seeds: SeedsRecord | None = None
+    reproduction: ReproductionRecord | None = None
+    publication: PublicationRecord | None = None
+
+    def stages(self) -> Iterator[tuple[str, StageRecord]]:
+        """(file below records/ without its suffix, record) of each stage that ran, in the order of the pipeline."""
+        for name in STAGES:
+            if (record := getattr(self, name)) is not None:
+                yield name, record
+        yield from ((f"evaluations/{record.protocol.name}", record) for record in self.other_evaluations)
+        yield from ((f"timing/{record.machine}", record) for record in self.timing)
+
+
+def _types(are_lists: bool) -> dict[str, type[Record]]:
+    hints = get_type_hints(Records).items()
+    return {name: get_args(hint)[0] for name, hint in hints if (get_origin(hint) is Sequence) == are_lists}
+
+
+RECORDS = _types(are_lists=False)  # name -> type
+RECORD_LISTS = _types(are_lists=True)  # name -> type of each record of a folder
+
+
+def now() -> str:
+    """UTC, to the second, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def to_json(record: Record) -> bytes:
-    """The record as indented JSON with a final newline; equal records give equal bytes.
+    """Indented JSON with a final newline; equal records give equal bytes.
 
-    Raises `UserError` for a record that could not be read again: JSON has no number that is not finite, for one.
+    Raises `UserError` for a record that could not be read again, such as one with NaN.
     """
     content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
     from_json(content, type(record), f"the {type(record).__name__} that would be written")
@@ -645,7 +670,7 @@ def to_json(record: Record) -> bytes:
 
 
 def from_json(content: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
-    """Decode and validate; raises `UserError` that names the file and the field."""
+    """Decode and validate; raises `UserError` with `where` and the field."""
     try:
         record = msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

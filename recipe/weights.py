@@ -27,8 +27,7 @@ from torchvision.models import WeightsEnum
 from recipe.checkpoint import FORMAT, ZIP, eval_entry, is_plain, named_tensors, unpickled
 from recipe.config.schema import Config, Interpolation, Precision
 from recipe.errors import NonFiniteError, UserError
-from recipe.files import WEIGHTS_BYTES_MAX, opened
-from recipe.run import shown_path
+from recipe.files import WEIGHTS_BYTES_MAX, display_path, opened
 
 AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
 ENTRIES = (*AVERAGES, "state_dict", "model", "model_state_dict")
@@ -60,7 +59,7 @@ class GivenWeights:
 
 def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
     """Read a file of weights; raises `UserError` that names the setting `key`, the file and what is wrong with it."""
-    where = f"{key}={shown_path(path)}"
+    where = f"{key}={display_path(path)}"
     with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
         start, size = handle.read(9), handle.seek(0, 2)
         handle.seek(0)
@@ -256,13 +255,13 @@ def named_weights(model_name: str, asked: str | None) -> Any | None:
         return None
     if model_name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(
-            f"evaluation.weights={shown_path(asked)} does not exist, and torchvision has no weights of {model_name}"
+            f"evaluation.weights={display_path(asked)} does not exist, and torchvision has no weights of {model_name}"
         )
     known: type[WeightsEnum] = torchvision.models.get_model_weights(model_name)
     names = list(known.__members__)
     if asked not in names:
         raise UserError(
-            f"evaluation.weights={shown_path(asked)} is neither a file nor weights of {model_name}; torchvision "
+            f"evaluation.weights={display_path(asked)} is neither a file nor weights of {model_name}; torchvision "
             f"{torchvision.__version__} knows {', '.join(names)}"
         )
     return known[asked]

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from recipe.config.compose import to_config
 from recipe.config.schema import Config
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from recipe.signals import handlers_put_back
 
 SMALL_DEMO = ["data.train_images_per_class=9", "data.validation_images_per_class=4", "data.images_per_shard=40"]
@@ -69,7 +69,7 @@ def default_signals() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo data set, preprocessed once for the whole session."""
-    from recipe.data.processing import preprocess
+    from recipe.preprocessing.pipeline import preprocess
 
     directory = tmp_path_factory.mktemp("small") / "demo"
     preprocess(

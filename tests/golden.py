@@ -55,7 +55,7 @@ def documents(scratch: Path) -> dict[str, str]:
 
     run = complete_run(scratch / "demo", lambda path: weights_sha256(safetensors.torch.load_file(path)))
     pages = {}
-    for page in (run.document, run.twin):
+    for page in (run.document, run.json_file):
         text = page.read_text().replace(str(commit()), "COMMIT").replace(source_sha256(), "SOURCE")
         pages[page.name] = re.sub(r"(<!--.*?)\b[0-9a-f]{64}\b", r"\1HASH", text)
     return pages

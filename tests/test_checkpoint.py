@@ -36,7 +36,7 @@ def state_of(step: int) -> dict[str, Any]:
         "config_sha256": "0" * 64,
         "interface": {},
         "manifest_sha256": "1" * 64,
-        "circumstances": {},
+        "determinism_context": {},
         "scaler": {},
         "skipped_steps": 0,
         "progress": {"epoch": 1, "step": step, "best_step": 0, "epochs": [{"seconds": 1.5}]},
@@ -234,7 +234,7 @@ class Hostile:
 
 def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
     victim = tmp_path / "executed"
-    torch.save({"format": "checkpoint/1", "model": Hostile(victim)}, tmp_path / "hostile")
+    torch.save({"format": "checkpoint/2", "model": Hostile(victim)}, tmp_path / "hostile")
     for content in ((tmp_path / "hostile").read_bytes(), pickle.dumps(Hostile(victim), protocol=2)):
         with pytest.raises(UserError, match=r"is not a file of plain tensors: it holds an object of posix\.system"):
             load_checkpoint(with_checksum(tmp_path, content))
@@ -251,7 +251,7 @@ def test_a_file_of_something_else_with_a_right_checksum_is_one_sentence(content:
 @pytest.mark.parametrize("content", [[1], {"format": "checkpoint/0"}, {"model": {}}, torch.zeros(2)])
 def test_another_format_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other")
-    with pytest.raises(UserError, match="is not of format 'checkpoint/1'"):
+    with pytest.raises(UserError, match="is not of format 'checkpoint/2'"):
         load_checkpoint(with_checksum(tmp_path, (tmp_path / "other").read_bytes()))
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from recipe.errors import SAVED
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from tests.conftest import SMALL_DEMO
-from tests.data.layouts import jpeg, write_files
+from tests.preprocessing.layouts import jpeg, write_files
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -80,7 +80,7 @@ def test_what_the_network_cannot_take_is_refused_before_training(
 def test_one_image_in_a_forward_pass_is_fine_where_each_channel_keeps_two_values(smoke: Words) -> None:
     record = loop.train(compose_config(*smoke("trainer.max_images_per_process=1", "optimization.epochs=1")))
     assert record is not None
-    assert record.loader.images_per_batch_norm == 1
+    assert record.loader.batch_norm_batch_size == 1
 
 
 def test_an_evaluation_of_images_that_are_too_small_is_refused(smoke: Words) -> None:

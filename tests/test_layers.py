@@ -6,31 +6,33 @@ import sys
 
 import pytest
 
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [
     *("streams", "errors", "launcher", "signals", "config", "files", "metrics", "records", "run"),
-    *("environment", "provenance"),
+    *("experiment_log", "environment", "provenance"),
 ]
 ALLOWED = {
     "streams": [],
     "errors": ["streams"],
     "launcher": ["errors"],
     "signals": ["errors"],
-    "config": ["errors", "launcher", "streams", "run", "environment", "config"],
+    "config": ["errors", "launcher", "streams", "files", "experiment_log", "run", "environment", "config"],
     "files": ["errors"],
     "metrics": ["errors"],
     "records": ["errors"],
     "run": ["errors", "files", "metrics", "records"],
-    "environment": ["launcher", "records", "run"],
-    "provenance": ["environment", "records", "run"],
+    "experiment_log": ["files", "records", "run"],
+    "environment": ["files", "launcher", "records"],
+    "provenance": ["environment", "files", "records"],
     "distributed": GROUND,
     "alterations": GROUND,
     "weights": [*GROUND, "checkpoint"],
     "model": [*GROUND, "alterations", "checkpoint", "weights"],
     "checkpoint": GROUND,
     "data": [*GROUND, "distributed", "data"],
+    "preprocessing": [*GROUND, "distributed", "data", "preprocessing"],
     "evaluation": [*GROUND, "distributed", "model", "data"],
     "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
     "performance": [
@@ -46,6 +48,7 @@ ALLOWED = {
             "checkpoint",
             "weights",
             "data",
+            "preprocessing",
             "evaluation",
             "training",
         ),
@@ -61,6 +64,7 @@ ALLOWED = {
             "checkpoint",
             "weights",
             "data",
+            "preprocessing",
             "evaluation",
             "inference",
             "training",
@@ -70,7 +74,7 @@ ALLOWED = {
     "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
 }
 WITHOUT_TORCH = [
-    *(*GROUND, "config.schema", "config.compose", "document.render", "data.processing", "data.demo"),
+    *(*GROUND, "config.schema", "config.compose", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
     *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))

@@ -11,8 +11,10 @@ import pytest
 from recipe.__main__ import VERBS
 from recipe.demonstration import NOTEBOOK
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
+from recipe.files import CHECKOUT
 from recipe.inference.parity import ParityError
-from recipe.run import CHECKOUT, RECORD_FILES, Run
+from recipe.records import RECORDS
+from recipe.run import Run
 from tests.conftest import compose_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"]
@@ -120,8 +122,8 @@ def section_table() -> list[list[str]]:
 
 def test_the_section_table_names_scripts_code_configuration_and_records() -> None:
     run = Run("run")
-    left = {f"records/{name}" for name in RECORD_FILES.values()}
-    left |= {"records/timing"} | {path.name for path in (run.metrics, run.config, run.twin, run.document)}
+    left = {f"records/{name}.json" for name in RECORDS}
+    left |= {"records/timing"} | {path.name for path in (run.metrics, run.config, run.json_file, run.document)}
     rows = section_table()
     assert len(rows) >= 7
     for _, script, code, configuration, record in rows:

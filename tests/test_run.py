@@ -16,28 +16,24 @@ from typing import Any
 import pytest
 
 from recipe.errors import DiskError, UserError
+from recipe.experiment_log import append_to_journal
+from recipe.files import CHECKOUT, portable_path, redact_paths, write_atomically
 from recipe.records import (
+    RECORD_LISTS,
+    RECORDS,
+    STAGES,
     ClassCounts,
-    EnergyRecord,
     EvaluationRecord,
-    Fingerprint,
     Hardware,
-    InferenceRecord,
-    JournalRecord,
-    PreprocessingRecord,
     Protocol,
     Provenance,
-    PublicationRecord,
     Record,
-    ReproductionRecord,
-    SeedsRecord,
-    SerializationRecord,
     TrainingRecord,
     TreeState,
     from_json,
     to_json,
 )
-from recipe.run import CHECKOUT, RECORD_FILES, Run, append_to_journal, recorded_path, without_paths, write_atomically
+from recipe.run import Run
 
 
 def names(directory: Path) -> set[str]:
@@ -177,7 +173,7 @@ def test_old_runs_are_numbered_and_kept(tmp_path: Path) -> None:
         run = Run(tmp_path / "run")
         run.directory_exists()
         (run.directory / "what").write_text(str(number))
-        assert run.move_aside() == tmp_path / f"run.old-{number}"
+        assert run.archive() == tmp_path / f"run.old-{number}"
     assert names(tmp_path) == {"run.old-1", "run.old-2", "run.old-3"}
     assert [(tmp_path / f"run.old-{number}" / "what").read_text() for number in (1, 2, 3)] == ["1", "2", "3"]
 
@@ -185,7 +181,7 @@ def test_old_runs_are_numbered_and_kept(tmp_path: Path) -> None:
 def test_a_free_number_in_between_is_used_without_touching_others(tmp_path: Path) -> None:
     for name in ("run", "run.old-1", "run.old-3"):
         (tmp_path / name).mkdir()
-    assert Run(tmp_path / "run").move_aside().name == "run.old-2"
+    assert Run(tmp_path / "run").archive().name == "run.old-2"
     assert names(tmp_path) == {"run.old-1", "run.old-2", "run.old-3"}
 
 
@@ -200,10 +196,15 @@ def test_naming_a_run_creates_nothing(tmp_path: Path) -> None:
 # ---- metrics, journal and configuration -------------------------------------------------------------
 
 
+MEANS = ("loss", "top1_accuracy", "top5_accuracy")
+
+
 def metric_row(step: int) -> dict[str, Any]:
-    numbers = {name: step / 30 for name in ("loss", "top1_accuracy", "top5_accuracy", "images_per_second", "seconds")}
-    absent = dict.fromkeys(("learning_rate", "data_wait_fraction", "held_up_fraction"))
-    return {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step} | numbers | absent
+    numbers = {name: step / 30 for name in (*MEANS, "images_per_second", "seconds")}
+    absent = dict.fromkeys(("data_wait_fraction", "held_up_fraction", *(f"train_{name}" for name in MEANS)))
+    return (
+        {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step, "learning_rate": 0.1} | numbers | absent
+    )
 
 
 def test_an_unfinished_last_row_is_left_out(tmp_path: Path) -> None:
@@ -358,12 +359,16 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     assert stored["format"] == "evaluation/1"
 
 
-def test_every_stage_has_a_file_of_its_own() -> None:
-    stages = (PreprocessingRecord, TrainingRecord, EvaluationRecord, SerializationRecord, InferenceRecord)
-    kinds = (*stages, Fingerprint, JournalRecord, SeedsRecord, ReproductionRecord, PublicationRecord)
-    kinds = (*kinds, EnergyRecord)
-    assert {kind: RECORD_FILES[kind] for kind in kinds} == RECORD_FILES
-    assert len(set(RECORD_FILES.values())) == len(RECORD_FILES)
+def test_every_record_has_a_file_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert {run.record_file(kind).name for kind in RECORDS.values()} == {f"{name}.json" for name in RECORDS}
+    assert len(set(RECORDS.values())) == len(RECORDS)
+    assert set(STAGES) <= set(RECORDS)
+    assert {name for name, kind in RECORDS.items() if "provenance" in kind.__struct_fields__} == {
+        *STAGES,
+        "reproduction",  # of another run
+    }
+    assert set(RECORD_LISTS) <= set(vars(run))
 
 
 def changed(**changes: Any) -> bytes:
@@ -408,24 +413,24 @@ OUTSIDE = ["/home/alice/data/run", "/data/x", "/x", "/", "/home/alice/with space
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
-def test_a_recorded_path_is_never_absolute(path: str) -> None:
-    assert not recorded_path(path).startswith("/")
-    assert "/home" not in recorded_path(path)
+def test_a_portable_path_is_never_absolute(path: str) -> None:
+    assert not portable_path(path).startswith("/")
+    assert "/home" not in portable_path(path)
 
 
-def test_a_recorded_path_names_no_user() -> None:
+def test_a_portable_path_names_no_user() -> None:
     for path in ("/home/alice/run", "/Users/alice/run", "/home/alice/runs/x"):
-        assert "alice" not in recorded_path(path)
+        assert "alice" not in portable_path(path)
 
 
-def test_a_recorded_path_is_relative_to_the_checkout_or_to_here(
+def test_a_portable_path_is_relative_to_the_checkout_or_to_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert recorded_path(CHECKOUT / "runs" / "demo") == "runs/demo"
-    assert recorded_path(CHECKOUT) == "."
+    assert portable_path(CHECKOUT / "runs" / "demo") == "runs/demo"
+    assert portable_path(CHECKOUT) == "."
     monkeypatch.chdir(tmp_path)
-    assert recorded_path("runs/demo") == "runs/demo"
-    assert recorded_path(tmp_path / "a") == "a"
+    assert portable_path("runs/demo") == "runs/demo"
+    assert portable_path(tmp_path / "a") == "a"
 
 
 @pytest.mark.parametrize(
@@ -448,7 +453,7 @@ def test_a_recorded_path_is_relative_to_the_checkout_or_to_here(
     ],
 )
 def test_text_keeps_no_absolute_path(text: str) -> None:
-    cleaned = without_paths(text.format(path="/home/alice/data/ilsvrc"))
+    cleaned = redact_paths(text.format(path="/home/alice/data/ilsvrc"))
     assert "alice" not in cleaned
     assert "/home" not in cleaned
 
@@ -467,8 +472,8 @@ def test_text_keeps_no_absolute_path(text: str) -> None:
     ],
 )
 def test_text_without_absolute_paths_stays(text: str) -> None:
-    assert without_paths(text) == text
+    assert redact_paths(text) == text
 
 
 def test_paths_in_the_checkout_become_relative() -> None:
-    assert without_paths(f"python {CHECKOUT}/train.py run_dir={CHECKOUT}/runs/x") == "python train.py run_dir=runs/x"
+    assert redact_paths(f"python {CHECKOUT}/train.py run_dir={CHECKOUT}/runs/x") == "python train.py run_dir=runs/x"

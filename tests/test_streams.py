@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from recipe.streams import LossyFile, protect_streams
 
 WORK = """

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 
 TESTS = CHECKOUT / "tests"
 CITED = re.compile(r"`([\w/]+\.py)::(\w+)`")

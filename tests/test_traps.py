@@ -48,10 +48,11 @@ from recipe.document import figures
 from recipe.document.formatting import accuracy
 from recipe.document.render import write_document
 from recipe.errors import NonFiniteError
+from recipe.files import CHECKOUT
 from recipe.model import build_model
 from recipe.provenance import source_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from recipe.training import build, checkpointing, loop, metrics
 from recipe.training.augmentation import build_augmentation
 from recipe.training.optim import build_schedule
@@ -212,7 +213,7 @@ def test_one_accuracy_has_one_spelling_everywhere(proven: Proven) -> None:
     assert set(top_one) == {whole}
     last_row = re.findall(r"^\| 2 \|.*$", proven.block("dynamics"), re.MULTILINE)[-1]
     assert last_row.split("|")[6].strip() == percent
-    assert proven.training.final["validation_top1_accuracy"] == record.correct_top1 / record.images
+    assert proven.training.epochs[-1].validation_top1 == record.correct_top1 / record.images
 
 
 def test_images_evaluated_are_the_images_of_the_split(proven: Proven) -> None:
@@ -415,8 +416,9 @@ def test_the_figures_show_the_recorded_schedule_and_rows(proven: Proven) -> None
         proven.training, schedule=msgspec.structs.replace(proven.training.schedule, points=points)
     )
     assert figures.draw(other_schedule, proven.rows)["learning_rate.png"] != drawn["learning_rate.png"]
-    other_rows = [{**row, "top1_accuracy": row["top1_accuracy"] / 2, "loss": row["loss"] / 2} for row in proven.rows]
-    changed = figures.draw(proven.training, other_rows)
+    other_rows = [{**row, "loss": row["loss"] / 2} for row in proven.rows]
+    halved = [msgspec.structs.replace(epoch, train_top1=epoch.train_top1 / 2) for epoch in proven.training.epochs]
+    changed = figures.draw(msgspec.structs.replace(proven.training, epochs=halved), other_rows)
     assert {name for name in drawn if changed[name] != drawn[name]} == {"accuracy.png", "loss.png"}
 
 

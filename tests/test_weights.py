@@ -294,8 +294,8 @@ def test_tensors_that_no_network_computes_with_are_refused(
         (torch.zeros(3), "a Tensor"),
         ({f"k{n}": n for n in range(9)}, "a dictionary of k0, k1, k2 and 6 more"),
         (ARGUMENTS, "a Namespace"),
-        ({"format": "checkpoint/1", "model": 3}, "holds no dictionary of tensors as 'model'"),
-        ({"format": "checkpoint/1", "model": STATE, "average": 3}, "holds no dictionary of tensors as 'average'"),
+        ({"format": "checkpoint/2", "model": 3}, "holds no dictionary of tensors as 'model'"),
+        ({"format": "checkpoint/2", "model": STATE, "average": 3}, "holds no dictionary of tensors as 'average'"),
     ],
 )
 def test_another_structure_is_refused_with_what_is_there(content: Any, named: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def run_world(size: int, worker: Callable[..., Any], *arguments: Any) -> list[An
     """`worker(*arguments)` in `size` fresh processes; the results in the order of ranks."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_run, args=(rank, size, port, results, worker, arguments)) for rank in range(size)
     ]
@@ -54,7 +54,7 @@ def meet_elsewhere() -> None:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

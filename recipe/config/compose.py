@@ -33,8 +33,10 @@ from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.environment import remember_typed_words, typed_words
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
+from recipe.experiment_log import JOURNAL
+from recipe.files import CHECKOUT, disk_errors, display_path
 from recipe.launcher import launched, report_ignored
-from recipe.run import CHECKOUT, JOURNAL, Run, disk_errors, shown_path
+from recipe.run import Run
 from recipe.streams import protect_streams
 
 FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
@@ -247,8 +249,8 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
     stored = run.read_config()
     if stored is None:
         raise UserError(
-            f"{shown_path(run.directory)} holds no run: train it first, with `python train.py "
-            f"run_dir={shown_path(run.directory)}` and the experiment that you want"
+            f"{display_path(run.directory)} holds no run: train it first, with `python train.py "
+            f"run_dir={display_path(run.directory)}` and the experiment that you want"
         )
     words = _with_experiment(given, stored["name"])
     composed, pinned = flatten(_plain_values(compose("config", words))), flatten(stored)
@@ -268,7 +270,7 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
         config_from_pinned(stored)  # a missing value must not become today's default
     except UserError as error:
         raise UserError(
-            f"{shown_path(run.config)} does not fit this version of the code ({error}): "
+            f"{display_path(run.config)} does not fit this version of the code ({error}): "
             "use the commit that the run was trained with"
         ) from error
     kept = {key: value for key, value in pinned.items() if key not in mine}

@@ -1,13 +1,12 @@
-"""One image: is it sound, and in which bytes is it stored?
+"""Checks of one image, and the bytes in which it is stored.
 
-An image keeps its original bytes where every decoder reads them alike: a JPEG or PNG of 8-bit RGB or grey. Everything
-else (other formats, CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG with stray bytes) is decoded
-once, here, and stored as lossless RGB PNG, so that no decoder's opinion can change a result later. Of several frames
-the first one is taken. EXIF orientation is never applied: training on ImageNet never did, and 1 in 1,000 of its images
-carries one.
+An image keeps its original bytes where every decoder reads them alike: a JPEG or PNG of 8-bit RGB or grayscale.
+Everything else (other formats, CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG with stray bytes) is
+decoded here and stored as lossless RGB PNG, so that decoders cannot differ later. Of several frames the first one is
+taken. EXIF orientation is never applied: training on ImageNet never did, and 1 in 1,000 of its images carries one.
 
-Images come from strangers: the header is read first and pixels are capped, only the formats of `FORMATS` are tried, and
-a truncated file is an error, never a grey-filled picture.
+Images are not trusted: the header is read first and pixels are capped, only the formats of `FORMATS` are tried, and a
+truncated file is an error, never a picture filled with grey.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from PIL import Image, UnidentifiedImageError, features
 from recipe.config.schema import MAX_PIXELS
 from recipe.data.integrity import Flaw, clean_pixels, jpeg_flaw, png_flaw
 
-FORMATS = {  # Pillow's name -> everybody's; its other readers are not asked: that of EPS runs Ghostscript
+FORMATS = {  # Pillow's name -> the usual one; its other readers are not used: that of EPS runs Ghostscript
     "JPEG": "JPEG",
     "PNG": "PNG",
     "WEBP": "WebP",
@@ -55,9 +54,9 @@ COLOURS = {"RGB": "RGB", "L": "GRAY"}  # of a JPEG that keeps its bytes: Pillow'
 JPEG_SIDE_MAX = 65_500  # pixels that libjpeg writes
 ORIENTATION_TAG, BITS_TAG = 0x0112, 258
 PNG_BIT_DEPTH = 24  # byte of the file; libpng's colour type follows
-PNG_PLAIN_COLOUR_TYPES = (0, 2)  # grey, RGB
+PNG_PLAIN_COLOUR_TYPES = (0, 2)  # grayscale, RGB
 MODES_WITHOUT_WHITE = {"F": "floating-point samples", "I": "samples of 32 bits", "LAB": "CIELAB colours"}
-GREY = "grey"
+GREY = "grayscale"
 FILTER = "bilinear"  # what torchvision's references resize with, and two thirds of bicubic's time
 ROTATED = "EXIF orientation, not applied"
 ERRORS_DESCRIPTOR = 2
@@ -72,7 +71,7 @@ class RejectedImageError(Exception):
 
 
 class DamagedImageError(RejectedImageError):
-    """The bytes are not a sound image."""
+    """The bytes are damaged."""
 
     verdict = "is corrupt"
     way_out = "replace it"
@@ -86,18 +85,18 @@ class TooLargeImageError(RejectedImageError):
 
 @dataclass(frozen=True)
 class Rules:
-    """What the settings ask of one split's images."""
+    """How the images of one split are stored."""
 
-    keeps_png: bool  # files named .png are PNG files by right
+    keeps_png: bool  # files named .png keep their bytes
     resize_short_side: int | None  # pixels
     quality: int  # of the JPEG that a resized image becomes
     max_pixels: int = MAX_PIXELS
-    is_verified: bool = False  # the archive has its publisher's checksum: damage was published, and is kept
+    is_verified: bool = False  # the archive has the published checksum: damage was published, and is kept
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The bytes to store, and how they differ from those that came."""
+    """The bytes to store, and how they differ from the raw ones."""
 
     content: bytes
     extension: str  # the true format: jpg or png
@@ -105,8 +104,8 @@ class StoredImage:
     height: int
     is_grey: bool
     is_rotated: bool  # carries an EXIF orientation other than upright
-    oddity: str | None = None  # what was found, where it was not stored as it came
-    done: str = ""
+    unusual: str | None = None  # why the bytes were converted
+    done: str = ""  # "stored as ..."
 
 
 def store(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage:
@@ -136,23 +135,23 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
         flaw = None if pixels is not None else flaw_of(image, content)
         if flaw is not None and flaw.loses_pixels and not rules.is_verified:
             raise DamagedImageError(flaw.what)
-        oddity = odd_kind(image, content, is_named_png and rules.keeps_png)
+        unusual = unusual_kind(image, content, is_named_png and rules.keeps_png)
         if flaw is not None:
-            found = f"damaged {image.format}: {flaw.what}" if flaw.loses_pixels else flaw.what
-            oddity = found if oddity is None else f"{oddity}, {found}"
+            damage = f"damaged {image.format}: {flaw.what}" if flaw.loses_pixels else flaw.what
+            unusual = damage if unusual is None else f"{unusual}, {damage}"
         is_rotated = image.format != "TIFF" and orientation(image) not in (0, 1)  # Pillow turns a TIFF
         if rules.resize_short_side is not None and shrinks:
             return resized(
-                image if pixels is None else pixels, rules.resize_short_side, rules.quality, oddity, is_rotated
+                image if pixels is None else pixels, rules.resize_short_side, rules.quality, unusual, is_rotated
             )
-        if oddity is not None:
-            return as_png(image, oddity, is_rotated)
+        if unusual is not None:
+            return as_png(image, unusual, is_rotated)
         extension = "jpg" if image.format in JPEG_FORMATS else "png"
         return StoredImage(content, extension, *image.size, image.mode == "L", is_rotated)
 
 
 def pixels_of_clean_jpeg(image: Image.Image, content: bytes) -> Image.Image | None:
-    """The pixels of Pillow by the library that checks them, so that one decoding does both; None for what has flaws."""
+    """Pillow's pixels by the library that checks them, so that one decoding does both; None for a flawed JPEG."""
     if image.format not in JPEG_FORMATS or image.mode not in COLOURS:
         return None
     pixels = clean_pixels(content, COLOURS[image.mode])
@@ -160,13 +159,11 @@ def pixels_of_clean_jpeg(image: Image.Image, content: bytes) -> Image.Image | No
 
 
 def flaw_of(image: Image.Image, content: bytes) -> Flaw | None:
-    """What is wrong with a JPEG or PNG.
+    """The damage of a JPEG or PNG.
 
-    Other formats are left to their decoders, which refuse most damage; they pass over some in a JPEG or a fax inside a
-    TIFF, and over missing tiles of JPEG 2000.
-
-    Of a JPEG all is decoded that can be corrupt, every marker and every coefficient. What follows in a decoder (inverse
-    transform, upsampling, colours) is arithmetic that cannot fail.
+    Decoders of other formats refuse most damage themselves, but not all in a JPEG or a fax inside a TIFF, nor missing
+    tiles of JPEG 2000. Of a JPEG every marker and coefficient is decoded; the rest of a decoder (inverse transform,
+    upsampling, colours) is arithmetic that cannot fail.
     """
     if image.format == "PNG":
         flaw = png_flaw(content)
@@ -176,13 +173,13 @@ def flaw_of(image: Image.Image, content: bytes) -> Flaw | None:
     if image.format in JPEG_FORMATS:
         try:
             return jpeg_flaw(content)
-        except ValueError:  # sampled in a way that simplejpeg does not know, or not to be read at all
+        except ValueError:  # sampled in a way that simplejpeg does not know, or unreadable
             image.load()
     return None
 
 
 def lift_pillows_limit() -> None:
-    """For the process: where `max_pixels` is held to, Pillow's own limit of `MAX_PIXELS` would stand in its way."""
+    """Switch off Pillow's own limit of `MAX_PIXELS` in this process: `max_pixels` is checked instead."""
     Image.MAX_IMAGE_PIXELS = None
 
 
@@ -192,22 +189,22 @@ def too_large(what: str, max_pixels: int) -> TooLargeImageError:
 
 
 def can_shrink(image: Image.Image, short_side: int) -> bool:
-    """Whether an image is larger than asked for, and not so long that no JPEG holds it even then."""
+    """Whether an image is larger than `short_side`, and a JPEG can hold it after resizing."""
     short, long = sorted(image.size)
     return short > short_side and long * short_side / short <= JPEG_SIDE_MAX
 
 
 def format_of(head: bytes) -> str | None:
-    """The format that the first `SIGNATURE_BYTES` of a file say, None for no picture."""
+    """The format by the first `SIGNATURE_BYTES` of a file, None where they are not a picture's."""
     return next((form for sign, form in SIGNATURES if sign.match(head[:SIGNATURE_BYTES])), None)
 
 
-def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
-    """What is unusual about an image, by its header; None for one that keeps its bytes."""
+def unusual_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
+    """Why an image is converted, by its header; None for one that keeps its bytes."""
     if image.format in JPEG_FORMATS:
         return None if image.mode in ("RGB", "L") else f"{image.mode} JPEG"
     if image.format != "PNG":
-        return other_kind(image)
+        return unusual_format(image)
     depth, colour_type = content[PNG_BIT_DEPTH], content[PNG_BIT_DEPTH + 1]
     if image.mode == "P":
         return "PNG with a palette"
@@ -220,8 +217,8 @@ def odd_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
     return None if keeps_png else "PNG not named .png"
 
 
-def other_kind(image: Image.Image) -> str:
-    """A format other than JPEG and PNG, and what is lost when it becomes 8-bit RGB."""
+def unusual_format(image: Image.Image) -> str:
+    """A format other than JPEG and PNG, with the property that is lost in 8-bit RGB."""
     name = FORMATS[str(image.format)]
     bits = getattr(image, "tag_v2", {}).get(BITS_TAG, (8,))
     depth = 16 if image.mode.startswith("I;16") else max(bits)
@@ -240,38 +237,38 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 0 where there is none or it cannot be read."""
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 0))
-    except Exception:  # EXIF is free-form: a broken one is no reason to reject the picture
+    except Exception:  # EXIF is free-form: a damaged one does not make the picture damaged
         return 0
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, without profile or other metadata; 16-bit grey keeps its high byte."""
+    """8-bit RGB without metadata; 16-bit grayscale keeps its high byte."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     return without_metadata(image.convert("RGB"))
 
 
 def without_metadata(image: Image.Image) -> Image.Image:
-    """The same picture; Pillow would write its comment or profile into the new file."""
+    """The same picture without comment and profile, which Pillow would write into the new file."""
     image.info = {}
     return image
 
 
-def as_png(image: Image.Image, oddity: str, is_rotated: bool) -> StoredImage:
-    """The lossless stored form of an odd image."""
+def as_png(image: Image.Image, unusual: str, is_rotated: bool) -> StoredImage:
+    """The lossless stored form of an unusual image."""
     rgb = as_rgb(image)
-    return StoredImage(encoded(rgb, "PNG"), "png", rgb.width, rgb.height, False, is_rotated, oddity, AS_PNG)
+    return StoredImage(encoded(rgb, "PNG"), "png", rgb.width, rgb.height, False, is_rotated, unusual, AS_PNG)
 
 
-def resized(image: Image.Image, short_side: int, quality: int, oddity: str | None, is_rotated: bool) -> StoredImage:
-    """The stored form where a smaller one was asked for: `FILTER` with antialiasing, JPEG."""
-    plain = image if oddity is None else as_rgb(image)
+def resized(image: Image.Image, short_side: int, quality: int, unusual: str | None, is_rotated: bool) -> StoredImage:
+    """The stored form of `data.resize_short_side`: resized by `FILTER` with antialiasing, JPEG."""
+    plain = image if unusual is None else as_rgb(image)
     scale = short_side / min(plain.size)
     width, height = (max(short_side, round(side * scale)) for side in plain.size)
     small = without_metadata(plain.resize((width, height), Image.Resampling[FILTER.upper()]))
     content = encoded(small, "JPEG", quality=quality)
-    done = "" if oddity is None else "stored as resized RGB JPEG"
-    return StoredImage(content, "jpg", width, height, small.mode == "L", is_rotated, oddity, done)
+    done = "" if unusual is None else "stored as resized RGB JPEG"
+    return StoredImage(content, "jpg", width, height, small.mode == "L", is_rotated, unusual, done)
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -294,10 +291,7 @@ def reason(content: bytes, error: Exception) -> str:
 
 
 def silence_decoders() -> None:
-    """For a process of ours: Python's own words still go to stderr; those of C libraries do not.
-
-    libjpeg warns of a picture with stray bytes in it each time that it is shown: "extraneous bytes before marker".
-    """
+    """Keep Python's own messages on stderr, and drop those of C libraries: libjpeg warns of stray bytes."""
     sys.stderr = os.fdopen(os.dup(ERRORS_DESCRIPTOR), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, ERRORS_DESCRIPTOR)

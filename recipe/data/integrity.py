@@ -1,9 +1,9 @@
-"""Damage that decoders pass over in silence: is every pixel of a JPEG or PNG file there?
+"""Damage of JPEG and PNG files that decoders do not report: is every pixel in the file?
 
-libjpeg fills up what is missing and only warns; Pillow swallows the warnings, and does not count the rows of a PNG.
-simplejpeg hands on libjpeg-turbo's warnings, but only the first of an image: a harmless one is taken out of the bytes,
-in memory, until none is left or one that costs pixels. Damage that no decoder can see: changed bits that decode to
-other pixels, and what was lost before the file was written.
+libjpeg fills in missing pixels and only warns; Pillow drops the warnings, and does not count the rows of a PNG.
+simplejpeg reports libjpeg-turbo's warnings, but only the first of an image: the cause of a harmless one is removed from
+the bytes, in memory, until no warning is left or one that costs pixels. Not detectable: changed bits that decode to
+other pixels, and pixels that were lost before the file was written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ INFLATED_AT_ONCE = 1 << 20  # bytes
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a file."""
+    """The damage of a file."""
 
     what: str
     loses_pixels: bool
@@ -62,7 +62,7 @@ class Segment(NamedTuple):
 
 
 def jpeg_flaw(content: bytes) -> Flaw | None:
-    """The worst that libjpeg-turbo says of a JPEG; raises `ValueError` where it does not read this kind at all."""
+    """The worst warning of libjpeg-turbo; raises `ValueError` for a kind of JPEG that it does not read."""
     warning = warning_of(content)
     if warning is None:
         return None if has_all_scans(content) else Flaw("it is truncated (its last scans are missing)", True)
@@ -75,18 +75,18 @@ def jpeg_flaw(content: bytes) -> Flaw | None:
                 break
             start, end = stray_bytes(content, warning)
             if end - start > ZEROS_MAX and not any(content[start:end]):
-                return lost("zeros in the place of its end")  # a download that was cut short in a file made in advance
+                return pixel_loss("zeros in the place of its end")  # a download cut short in a preallocated file
             content = content[:start] + content[end:]
         if warning is None and has_all_scans(content):
             return Flaw(harmless, False)
         if STRAY.search(warning or ""):
-            return lost(f"stray bytes in more than {STRAY_PLACES_MAX} places")
+            return pixel_loss(f"stray bytes in more than {STRAY_PLACES_MAX} places")
     decode(content, strict=False)
-    return lost(warning or "its last scans are missing")
+    return pixel_loss(warning or "its last scans are missing")
 
 
-def lost(warning: str) -> Flaw:
-    """A warning that stands for pixels."""
+def pixel_loss(warning: str) -> Flaw:
+    """The flaw of a warning that costs pixels."""
     what = warning.removeprefix("Corrupt JPEG data: ")
     is_end = "premature end" in what.lower() or "missing" in what
     return Flaw(f"it is truncated ({what})" if is_end else f"its data are damaged ({what})", True)
@@ -102,7 +102,7 @@ def warning_of(content: bytes) -> str | None:
 
 
 def clean_pixels(content: bytes, colours: str) -> NDArray[np.uint8] | None:
-    """All pixels, uint8 [H, W, 3] or, of GRAY, [H, W, 1]; None where there is something to say about the JPEG."""
+    """All pixels, uint8 [H, W, 3] or, of GRAY, [H, W, 1]; None for a JPEG with any warning."""
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colours, strict=True)
     except ValueError:
@@ -111,7 +111,7 @@ def clean_pixels(content: bytes, colours: str) -> NDArray[np.uint8] | None:
 
 
 def decode(content: bytes, strict: bool) -> None:
-    """Every coefficient of every component, and an eighth of the pixels' size: what follows cannot fail."""
+    """Decode every coefficient of every component, to an eighth of the size: the rest of decoding cannot fail."""
     simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8, strict=strict)
 
 
@@ -139,7 +139,7 @@ def next_marker(content: bytes, position: int) -> int | None:
 
 
 def bare(content: bytes) -> bytes:
-    """The same scans with nothing that describes them, no bytes between segments, and an end."""
+    """The same scans without metadata and bytes between segments, with an end marker."""
     parts, end, is_scan, is_sequential = [], 0, False, False
     for segment in segments(content):
         if is_scan:
@@ -157,14 +157,14 @@ def bare(content: bytes) -> bytes:
 
 
 def stray_bytes(content: bytes, warning: str) -> tuple[int, int]:
-    """Where the stray bytes begin and end that the first warning of a JPEG is about; (0, 0) where that is unclear.
+    """The start and end of the stray bytes of the first warning of a JPEG; (0, 0) where they are not found.
 
-    The warning names the marker after them, and there may be many of that name: it is the first one up to which the
-    file has to be read for this warning to come.
+    The warning names the marker after them, of which there may be many: it is the first one up to which the file must
+    be read for this warning.
     """
-    found = STRAY.search(warning)
-    assert found is not None
-    count, marker = int(found[1]), int(found[2], 16)
+    match = STRAY.search(warning)
+    assert match is not None
+    count, marker = int(match[1]), int(match[2], 16)
     places = [match.start() for match in re.finditer(re.escape(bytes([0xFF, marker])), content)]
 
     def warns(place: int) -> bool:
@@ -180,7 +180,7 @@ def stray_bytes(content: bytes, warning: str) -> tuple[int, int]:
 
 
 def has_all_scans(content: bytes) -> bool:
-    """Whether each coefficient of each component comes to its last bit; libjpeg shows fewer without a word."""
+    """Whether each coefficient of each component has its last bit; libjpeg does not warn where scans are missing."""
     unsent: dict[int, list[int]] = {}  # component -> lowest bit that is still to come of each coefficient
     is_progressive = False
     for segment in segments(content):
@@ -195,7 +195,7 @@ def has_all_scans(content: bytes) -> bool:
                     lowest[first : last + 1] = [bits & 0x0F] * (last + 1 - first)
             if not any(map(any, unsent.values())):
                 return True
-    return not unsent  # another kind of frame, which is not looked into
+    return not unsent  # another kind of frame, which is not checked
 
 
 # ---- PNG --------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def png_flaw(content: bytes) -> Flaw | None:
 
 
 def bytes_of_rows(header: bytes) -> int:
-    """How many bytes the rows of a PNG have before compression, each with the byte that names its filter."""
+    """Bytes of the rows of a PNG before compression, each with the byte of its filter."""
     width, height, depth, colour_type, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
     total = 0
@@ -240,7 +240,7 @@ def bytes_of_rows(header: bytes) -> int:
 
 
 def inflated_bytes(inflate: zlib._Decompress, packed: bytes) -> int:
-    """How many bytes these become, of which never more than a few are kept."""
+    """Bytes after decompression, of which few are in memory at a time."""
     total = 0
     while packed and not inflate.eof:
         total += len(inflate.decompress(packed, INFLATED_AT_ONCE))

@@ -442,7 +442,7 @@ class TrainingBatches:
             images_left_out_per_epoch=self.images - unique,
             global_batch_size=self.layout.global_batch_size,
             images_per_forward=self.layout.images_per_forward,
-            images_per_batch_norm=self.layout.images_per_forward,
+            batch_norm_batch_size=self.layout.images_per_forward,
             accumulation_steps=self.layout.accumulation_steps,
             decoder=self.threads.decoder_name,
             threads_per_process=self.threads.threads,

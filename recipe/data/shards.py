@@ -1,6 +1,6 @@
 """The stored data set: tar shards that any reader opens, an index that finds an image at once, a manifest of it all.
 
-    data/<name>/manifest.json                 what is in it: counts, hashes, classes, everything that was not usual
+    data/<name>/manifest.json                 counts, hashes, classes, settings, images that were converted or skipped
     data/<name>/train-00000.tar ...           <key>.jpg or .png, then <key>.cls with the label, as WebDataset has it
     data/<name>/train.index.npy               shard, offset, bytes, label, width, height of each image
     data/<name>/train.keys.npy                its key
@@ -8,28 +8,25 @@
 
 The same raw images and settings give the same bytes of all of these on any machine with the same Pillow: no clock, no
 path, no user. Bytes are read with `os.pread`, not through a memory map: slicing a cold map page-faults with the GIL
-held, and a read that fails says so where a map ends the process.
+held, and a failing disk raises an error here where a map ends the process.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import resource
-import tarfile
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recipe.data.manifest import Manifest, Shard, read_manifest
 from recipe.errors import UserError
-from recipe.records import ClassName, Oddity, Record, Setting, from_json
-from recipe.run import disk_errors, shown_path, temporary_sibling
+from recipe.files import display_path
 
 SPLITS = ("train", "val")
 INDEX = np.dtype(
@@ -42,137 +39,7 @@ INDEX = np.dtype(
         ("height", "<u4"),
     ]
 )
-MANIFEST = "manifest.json"
-TAR_RECORD_BYTES = tarfile.RECORDSIZE
-EMPTY = tarfile.TarInfo().tobuf()  # the header of no name and no size; bytes 148 to 154 are its sum in octal
-EMPTY_CHECKSUM = int(EMPTY[148:154], 8)
 OTHER_OPEN_FILES = 512  # beside shards: libraries, sockets, pipes, logs
-
-
-class Shard(Record, frozen=True, kw_only=True):
-    """One tar file."""
-
-    name: str
-    images: int
-    bytes: int
-    sha256: str
-
-
-class ManifestSplit(Record, frozen=True, kw_only=True):
-    """One split: its shards in order, and the hashes of its index files."""
-
-    images: int
-    index_sha256: str
-    keys_sha256: str
-    shards: list[Shard]
-    grey_images: list[str]  # keys of images that decoders turn into RGB
-    rotated_images: list[str]  # keys of those whose EXIF orientation is not applied
-
-
-class Manifest(Record, frozen=True, kw_only=True):
-    """The data set's identity: its hash is what training checks and records."""
-
-    format: str = "manifest/1"
-    name: str
-    settings: dict[str, Setting]  # all that shaped the bytes
-    listing_sha256: str  # of the raw images' names, labels and sizes
-    is_ilsvrc2012: bool
-    label_convention: str
-    classes: list[ClassName]
-    splits: dict[str, ManifestSplit]
-    oddities: list[Oddity]
-    rejected: list[Oddity]
-
-
-# ---- writing ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an image's bytes lie in its shard."""
-
-    offset: int
-    bytes: int
-
-
-class ShardWriter:
-    """Writes one tar of equal bytes for equal images, hashing as it goes."""
-
-    def __init__(self, handle: io.BufferedWriter) -> None:
-        self.handle = handle
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-
-    def add(self, key: str, extension: str, content: bytes, label: int) -> Place:
-        """Append an image and its label."""
-        place = self.member(f"{key}.{extension}", content)
-        self.member(f"{key}.cls", str(label).encode("ascii"))
-        return place
-
-    def member(self, name: str, content: bytes) -> Place:
-        """One regular file, of nobody and at time 0."""
-        self.write(tar_header(name, len(content)))
-        place = Place(self.bytes, len(content))
-        self.write(content)
-        self.write(bytes(-len(content) % tarfile.BLOCKSIZE))
-        return place
-
-    def close(self) -> None:
-        """The end-of-archive blocks, filled up as tar does, and everything on the disk."""
-        self.write(bytes(2 * tarfile.BLOCKSIZE))
-        self.write(bytes(-self.bytes % TAR_RECORD_BYTES))
-        self.handle.flush()
-        os.fsync(self.handle.fileno())
-
-    def write(self, content: bytes) -> None:
-        """Append raw bytes."""
-        self.handle.write(content)
-        self.sha256.update(content)
-        self.bytes += len(content)
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """What tarfile writes, byte for byte, in a tenth of its time; plain ustar unless a long name needs a pax header."""
-    if len(name) > tarfile.LENGTH_NAME or not name.isascii():
-        header = tarfile.TarInfo(name)
-        header.size = size
-        return header.tobuf(tarfile.PAX_FORMAT)
-    named, sized = name.encode(), b"%011o" % size
-    checksum = EMPTY_CHECKSUM + sum(named) + sum(sized) - 11 * ord("0")
-    return b"%b%b%b\0%b%06o%b" % (
-        named.ljust(tarfile.LENGTH_NAME, b"\0"),
-        EMPTY[100:124],
-        sized,
-        EMPTY[136:148],
-        checksum,
-        EMPTY[154:],
-    )
-
-
-def write_shard(path: Path, images: Iterable[tuple[str, str, bytes, int]]) -> tuple[Shard, list[Place]]:
-    """Write (key, extension, content, label) of each image under a temporary name, then give it its own."""
-    with disk_errors(path), temporary_sibling(path) as temporary:
-        with temporary.open("wb") as handle:
-            writer = ShardWriter(handle)
-            places = [writer.add(*image) for image in images]
-            writer.close()
-        temporary.replace(path)
-    return Shard(name=path.name, images=len(places), bytes=writer.bytes, sha256=writer.sha256.hexdigest()), places
-
-
-def shard_name(split: str, number: int) -> str:
-    """`train-00000.tar`."""
-    return f"{split}-{number:05d}.tar"
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """The array as a .npy file."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, allow_pickle=False)
-    return stream.getvalue()
-
-
-# ---- reading ----------------------------------------------------------------------------------------
 
 
 class Split:
@@ -254,29 +121,6 @@ def mapped(path: Path) -> NDArray[Any]:
     return array
 
 
-def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of the data set in `directory`; says how to make one where there is none."""
-    path = Path(directory) / MANIFEST
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"there is no preprocessed data set in {shown_path(directory)}; "
-            "make it with `python preprocess.py experiment=...` and the same experiment, "
-            "or name its folder with data.directory="
-        ) from None
-    try:
-        return from_json(content, Manifest, shown_path(path))
-    except UserError as error:
-        raise UserError(f"{error}; delete that file and run `python preprocess.py` again") from error
-
-
-def manifest_sha256(directory: str | Path) -> str:
-    """The identity of a data set, as records name it."""
-    read_manifest(directory)
-    return hashlib.sha256((Path(directory) / MANIFEST).read_bytes()).hexdigest()
-
-
 def open_split(directory: str | Path, name: str) -> Split:
     """A split of the data set in `directory`, after a look at the size of each of its files."""
     directory = Path(directory)
@@ -307,12 +151,12 @@ def problems(directory: Path, manifest: Manifest, name: str) -> Iterator[str]:
     split = manifest.splits[name]
     for file, sha256 in ((f"{name}.index.npy", split.index_sha256), (f"{name}.keys.npy", split.keys_sha256)):
         if not is_file_with(directory / file, sha256):
-            yield f"{shown_path(directory / file)} is missing or differs from the manifest"
+            yield f"{display_path(directory / file)} is missing or differs from the manifest"
     for shard in split.shards:
         found = size_of(directory / shard.name)
         if found != shard.bytes:
             what = "is missing" if found is None else f"has {found:,} bytes instead of {shard.bytes:,}"
-            yield f"{shown_path(directory / shard.name)} {what}"
+            yield f"{display_path(directory / shard.name)} {what}"
 
 
 def size_of(path: Path) -> int | None:

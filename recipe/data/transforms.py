@@ -19,7 +19,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from recipe.config.schema import EvaluationConfig, Interpolation
-from recipe.records import Setting
+from recipe.data.manifest import Manifest
+from recipe.errors import UserError
+from recipe.records import Interface, Setting
 
 INTERPOLATIONS = {
     Interpolation.bilinear: InterpolationMode.BILINEAR,
@@ -30,6 +32,7 @@ RESAMPLING = {
     InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
 }
 FILTER_RADIUS = {InterpolationMode.BILINEAR: 1, InterpolationMode.BICUBIC: 2}  # pixels of the coarser grid
+PIXELS_LIMIT = 4096  # no network of this project sees more; the interface in a file could ask for any size
 RESIZED_BYTES_MAX = 64_000_000  # of a resized image that is made for its centre
 
 
@@ -190,3 +193,39 @@ def pixels_sha256(images: list[Tensor]) -> str:
         digest.update(str(list(image.shape)).encode())
         digest.update(image.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- with the weights: the `Interface` of a checkpoint or an exported file ---------------------------
+
+
+def interface_from(transform: EvaluationTransform, normalisation: Normalisation, manifest: Manifest) -> Interface:
+    """What travels with weights: whoever has only a checkpoint makes the pixels of the evaluation that measured it."""
+    mean_and_std = normalisation.values()
+    return Interface(
+        classes=manifest.classes,
+        label_convention=manifest.label_convention,
+        resize_pixels=transform.resize_pixels,
+        crop_pixels=transform.crop_pixels,
+        interpolation=transform.interpolation.value,
+        antialias=transform.antialias,
+        mean=mean_and_std["mean"],
+        std=mean_and_std["std"],
+    )
+
+
+def transform_of(interface: Interface, where: str) -> EvaluationTransform:
+    """The evaluation view that the interface describes; raises `UserError` for an impossible one."""
+    known = {mode.value: mode for mode in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)}
+    is_sound = 1 <= interface.crop_pixels <= interface.resize_pixels <= PIXELS_LIMIT
+    colours = (*interface.mean, *interface.std)
+    is_sound &= len(interface.mean) == len(interface.std) == 3 and all(map(math.isfinite, colours))
+    is_sound &= all(deviation > 0 for deviation in interface.std)
+    if not is_sound or interface.interpolation not in known or not interface.classes:
+        raise UserError(
+            f"{where} describes a view that cannot be: a short side of {interface.resize_pixels} pixels, a crop of "
+            f"{interface.crop_pixels}, {interface.interpolation}, {len(interface.classes)} classes, "
+            f"mean {interface.mean[:4]}, std {interface.std[:4]}"
+        )
+    return EvaluationTransform(
+        interface.resize_pixels, interface.crop_pixels, known[interface.interpolation], interface.antialias
+    )

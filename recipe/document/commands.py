@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.environment import PLACES
+from recipe.files import CHECKOUT, is_elsewhere
 from recipe.records import Provenance
-from recipe.run import CHECKOUT, is_elsewhere
 
 SHELL_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # with its quotes
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
@@ -17,7 +17,7 @@ DATA_DIRECTORY = re.compile(
 )
 
 
-def again(facts: Facts) -> list[str]:
+def again(facts: RunData) -> list[str]:
     """A shell script that clones the code, sets it up and runs the stages as recorded.
 
     It checks out other code wherever a stage ran on other code than the stage before it.
@@ -46,12 +46,12 @@ def checkout_commands(provenance: Provenance) -> list[str]:
     return [*lines, setup]
 
 
-def to_preprocess(facts: Facts) -> str:
+def to_preprocess(facts: RunData) -> str:
     """The command that fills the Data chapter."""
     return f"python preprocess.py {experiment(facts)}"
 
 
-def to_train(facts: Facts) -> str:
+def to_train(facts: RunData) -> str:
     """The command that fills the Training chapter, with the words of preprocess.py if the experiment has no file."""
     if facts.config is None and facts.preprocessing is not None and not (EXPERIMENTS / f"{facts.name}.yaml").exists():
         _, _, given = facts.preprocessing.provenance.command.partition("preprocess.py ")
@@ -60,34 +60,34 @@ def to_train(facts: Facts) -> str:
     return f"python train.py {experiment(facts)}"
 
 
-def to_evaluate(facts: Facts) -> str:
+def to_evaluate(facts: RunData) -> str:
     """The command that fills the performance metrics; the run's pinned configuration has all other settings."""
     return f"python evaluate.py {places(facts)}"
 
 
-def to_serialize(facts: Facts) -> str:
+def to_serialize(facts: RunData) -> str:
     """The command that fills the Serialization section."""
     return f"python serialize.py {places(facts)}"
 
 
-def to_infer(facts: Facts) -> str:
+def to_infer(facts: RunData) -> str:
     """The command that fills Inference / Code and adds this machine to the timing information."""
     return f"python -m recipe.demonstration {places(facts)}"
 
 
-def experiment(facts: Facts) -> str:
+def experiment(facts: RunData) -> str:
     """The arguments that name this run; without its directory where that is the default."""
     usual = facts.run_dir == f"runs/{facts.name}"
     return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" {run_dir(facts)}")
 
 
-def places(facts: Facts) -> str:
+def places(facts: RunData) -> str:
     """The arguments of a stage after training: the run's directory, and the data directory where it was given."""
     given = DATA_DIRECTORY.search(facts.training.provenance.command) if facts.training else None
     return " ".join([run_dir(facts), *([given[0]] if given else [])])
 
 
-def run_dir(facts: Facts) -> str:
+def run_dir(facts: RunData) -> str:
     """The argument that names this run's directory; one outside the checkout is a variable."""
     if is_elsewhere(facts.run_dir):
         return f'run_dir="{PLACES["run_dir"]}"'

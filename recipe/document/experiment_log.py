@@ -17,9 +17,10 @@ from msgspec.structs import replace
 
 from recipe.config.identity import differences
 from recipe.errors import UserError
-from recipe.files import opened
+from recipe.experiment_log import JOURNAL, place_of
+from recipe.files import is_elsewhere, opened, portable_path
 from recipe.records import JournalEntry, JournalRecord
-from recipe.run import JOURNAL, Run, is_elsewhere, place_of, recorded_path
+from recipe.run import Run
 
 BYTES_READ_MAX = 16 * 2**20  # from the end of the log
 ENTRIES_MAX = 200
@@ -69,7 +70,7 @@ def update_log_record(run: Run, shown_run_dir: str) -> None:
     """
     config = run.read_config()
     name = str(config["name"]) if config else None
-    record = read_log(JOURNAL, name, recorded_path(run.directory), place_of(run.directory))
+    record = read_log(JOURNAL, name, portable_path(run.directory), place_of(run.directory))
     if not record.entries:
         record = run.read(JournalRecord) or record
     run.write(replace(record, run_dir=shown_run_dir))

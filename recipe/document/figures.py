@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from recipe.document.dynamics import MetricRow, Points, epoch_rows, evenly, figure_names, points
+from recipe.document.curves import MetricRow, Points, evenly, figure_names, points
 from recipe.document.formatting import percent
 from recipe.document.latency import latency_file, machine_title, single_pictures
 from recipe.records import ClassifiedPicture, InferenceRecord, TimingRecord, TrainingRecord
@@ -86,11 +86,12 @@ def sheet_png(pictures: Sequence[ClassifiedPicture], pixels: Sequence[NDArray[np
 
 def draw_accuracy(figure: Figure, training: TrainingRecord, metrics: Sequence[MetricRow]) -> None:
     axes = tidy(figure.add_subplot(), "epoch", "accuracy (%)")
-    train = [(row.epoch, 100 * row.train_top1) for row in epoch_rows(training, metrics) if row.train_top1 is not None]
+    train, top1, top5 = (
+        [(epoch.epoch, 100 * getattr(epoch, name)) for epoch in training.epochs]
+        for name in ("train_top1", "validation_top1", "validation_top5")
+    )
     line(axes, train, TRAIN, "train top-1 (augmented images, mean of the epoch)", "o-")
-    top1 = scaled(points(metrics, "validation", "epoch", "top1_accuracy"), 100)
     line(axes, top1, VALIDATION, "validation top-1", "o-")
-    top5 = scaled(points(metrics, "validation", "epoch", "top5_accuracy"), 100)
     line(axes, top5, VALIDATION, "validation top-5", "--")
     result = percent(top1[-1][1] / 100)
     axes.annotate(result, top1[-1], (0, 6), textcoords="offset points", ha="right", color=VALIDATION)

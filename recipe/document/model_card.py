@@ -14,9 +14,9 @@ import yaml
 
 from recipe.document import blocks
 from recipe.document.blocks import Block, Prose
-from recipe.document.facts import Facts
 from recipe.document.formatting import on_one_line
 from recipe.document.render import generated_blocks
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 
 LICENCE = "mit"  # of this project, as the Hub spells it
@@ -25,7 +25,7 @@ CARD_END = "# recipe:end card"
 FENCE = "---"
 
 
-def readme(facts: Facts, licence: str, run_document: str, published: str | None) -> str:
+def readme(facts: RunData, licence: str, run_document: str, published: str | None) -> str:
     """The file's text; `run_document` is the run's document, `published` the existing README.md.
 
     Raises `UserError` where a generated part of either was edited by hand.
@@ -42,7 +42,7 @@ def readme(facts: Facts, licence: str, run_document: str, published: str | None)
 # ---- front matter -------------------------------------------------------------------------------------
 
 
-def card(facts: Facts, licence: str) -> dict[str, Any]:
+def card(facts: RunData, licence: str) -> dict[str, Any]:
     """The metadata of the model card, with the Hub's index of results."""
     assert facts.preprocessing is not None, "a published recipe has its data"
     assert facts.training is not None, "a published recipe was trained"
@@ -59,7 +59,7 @@ def card(facts: Facts, licence: str) -> dict[str, Any]:
     return values
 
 
-def result(facts: Facts) -> dict[str, Any]:
+def result(facts: RunData) -> dict[str, Any]:
     """The evaluation for the Hub's index of results; values are fractions."""
     evaluation, data = facts.evaluation, facts.preprocessing
     assert evaluation is not None, "a published recipe was evaluated"

@@ -14,9 +14,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from recipe.config.schema import NAME
-from recipe.document.claims import columns
-from recipe.document.dynamics import epoch_rows
-from recipe.document.facts import STALE, Facts, gather, sections
 from recipe.document.formatting import without_commit
 from recipe.document.model_card import LICENCE
 from recipe.document.published_folder import (
@@ -25,16 +22,18 @@ from recipe.document.published_folder import (
     FinishedRun,
     fill,
     page_with_table,
-    provenances,
     replaced_folder,
     thinned,
     with_table,
 )
+from recipe.document.recipe_json import columns
 from recipe.document.render import check_document
+from recipe.document.run_data import STALE, RunData, load, sections
 from recipe.errors import UserError
+from recipe.files import display_path, portable_path, write_atomically
 from recipe.provenance import NoCommitError, modified_files
-from recipe.records import PublicationRecord, SeedRun, SeedsRecord, TrainingRecord
-from recipe.run import Run, recorded_path, shown_path, write_atomically
+from recipe.records import PublicationRecord, SeedCounts, SeedRun, SeedsRecord, TrainingRecord
+from recipe.run import Run
 
 NOT_SOURCE = (str(RECIPES), README)  # changed by publishing itself
 LONGEST_ADDRESS = 2000
@@ -64,7 +63,7 @@ def answer(arguments: Namespace) -> int:
         allow_stale=arguments.allow_stale,
     )
     files = [path for path in output.rglob("*") if path.is_file()]
-    where = shown_path(output)
+    where = display_path(output)
     print(f"wrote {where}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1000:,.0f} kB")
     page = page_with_table(output)
     if page is not None:
@@ -108,7 +107,7 @@ def publish(
         metric_rows=len(rows),
         metric_rows_kept=len(thinned(rows)),
     )
-    records = [publication, *filter(None, [seeds_record(main, others, Run(output))])]
+    records = [publication, *filter(None, [published_seeds(main, others, Run(output))])]
     with replaced_folder(output) as folder:
         fill(folder, main, output, records, licence)
     if page is not None:
@@ -121,11 +120,11 @@ def publish(
 
 def finished_run(run: Run) -> FinishedRun:
     """Read a run; raises `UserError` where it is not finished, or where a generated block of its page was edited."""
-    where = shown_path(run.directory)
+    where = display_path(run.directory)
     if not run.records.is_dir():
         raise UserError(f"{where} holds no run")
     check_document(run)
-    facts = gather(run, recorded_path(run.directory))
+    facts = load(run, portable_path(run.directory))
     if facts.publication is not None:
         raise UserError(f"{where} is a published recipe already; give the run that it was made of")
     if facts.config is None or facts.training is None or facts.preprocessing is None:
@@ -144,9 +143,10 @@ def refuse_unless(is_allowed: bool, flag: str, problems: list[str]) -> list[str]
     return problems
 
 
-def stage_problems(facts: Facts) -> Iterator[str]:
+def stage_problems(facts: RunData) -> Iterator[str]:
     """Every stage whose code has no commit, or changed while it ran."""
-    for stage, provenance in provenances(facts):
+    for stage, record in facts.stages():
+        provenance = record.provenance
         states = (provenance.tree_at_start, provenance.tree_at_end)
         if any(state.state == "modified" or state.patch_sha256 for state in states):
             yield f"{stage} ran on a modified tree"
@@ -168,7 +168,7 @@ def tree_problems(outside: tuple[str, ...]) -> Iterator[str]:
         yield f"the working tree is modified now ({', '.join(modified[:3])}{', ...' if len(modified) > 3 else ''})"
 
 
-def stale_problems(facts: Facts) -> Iterator[str]:
+def stale_problems(facts: RunData) -> Iterator[str]:
     """Sections whose inputs have changed since."""
     for name, section in sections(facts).items():
         if section.state == STALE:
@@ -203,10 +203,10 @@ def require_own_folder(output: Path, main: FinishedRun) -> None:
     is_published = output.is_dir() and before.read(PublicationRecord) is not None
     training = before.read(TrainingRecord) if is_published else None
     if training is None:
-        raise UserError(f"{shown_path(output)} is there and holds no published recipe; give another --output")
+        raise UserError(f"{display_path(output)} is there and holds no published recipe; give another --output")
     if training.recipe_id != main.training.recipe_id:
         raise UserError(
-            f"{shown_path(output)} holds another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
+            f"{display_path(output)} holds another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
             f"{main.training.recipe_id[:16]}); give another --output"
         )
 
@@ -236,35 +236,45 @@ def seed_problems(main: FinishedRun, others: Sequence[FinishedRun]) -> Iterator[
             yield f"{other.where}: {problem}"
 
 
-def seeds_record(main: FinishedRun, others: Sequence[FinishedRun], published: Run) -> SeedsRecord | None:
-    """All runs of the recipe, `main` among them; where none are given, those that were published before."""
+def published_seeds(main: FinishedRun, others: Sequence[FinishedRun], published: Run) -> SeedsRecord | None:
+    """All runs of the recipe by seed, `main` among them; where none are given, those that were published before."""
     if not others:
         before = published.read(SeedsRecord)
-        if before is not None and seed_run(main) not in before.runs:
+        if before is not None and seeds_record([main]).runs[0] not in before.runs:
             raise UserError(
-                f"{shown_path(published.directory)} gives {len(before.runs)} seeds, and this run is none of them: name "
-                "them again with --seeds"
+                f"{display_path(published.directory)} gives {len(before.runs)} seeds, and this run is none of them: "
+                "name them again with --seeds"
             )
         return before
-    runs = sorted((seed_run(entry) for entry in (main, *others)), key=lambda run: run.seed)
-    seeds = [run.seed for run in runs]
+    entries = sorted((main, *others), key=lambda entry: entry.training.seed)
+    seeds = [entry.training.seed for entry in entries]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds: each run must have a seed of its own, found {', '.join(map(str, seeds))}")
+    return seeds_record(entries)
+
+
+def seeds_record(entries: Sequence[FinishedRun]) -> SeedsRecord:
+    """The record of these runs of one recipe."""
+    first = entries[0]
     return SeedsRecord(
-        recipe_id=main.training.recipe_id,
-        protocol=main.evaluation.protocol.name,
-        images=main.evaluation.images,
-        runs=runs,
-    )
-
-
-def seed_run(entry: FinishedRun) -> SeedRun:
-    """What a recipe keeps of one of its runs."""
-    return SeedRun(
-        seed=entry.training.seed,
-        weights_sha256=entry.evaluation.inputs["weights"],
-        source_sha256=entry.training.provenance.source_sha256,
-        correct_top1=entry.evaluation.correct_top1,
-        correct_top5=entry.evaluation.correct_top5,
-        epochs=columns(epoch_rows(entry.training, entry.facts.metrics)),
+        recipe_id=first.training.recipe_id,
+        config={key: value for key, value in (first.facts.config or {}).items() if key != "seed"},
+        steps_per_epoch=first.training.schedule.steps_per_epoch,
+        runs=[
+            SeedRun(
+                seed=entry.training.seed,
+                weights_sha256=entry.evaluation.inputs["weights"],
+                source_sha256=entry.training.provenance.source_sha256,
+                batch_norm_batch_size=entry.training.loader.batch_norm_batch_size,
+                raw_sha256={name: split.raw_sha256 for name, split in entry.data.splits.items()},
+                epochs=columns(entry.training.epochs),
+            )
+            for entry in entries
+        ],
+        evaluation=SeedCounts(
+            protocol=first.evaluation.protocol.name,
+            images=first.evaluation.images,
+            correct_top1=[entry.evaluation.correct_top1 for entry in entries],
+            correct_top5=[entry.evaluation.correct_top5 for entry in entries],
+        ),
     )

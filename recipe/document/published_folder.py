@@ -14,29 +14,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from recipe.document import blocks, figures
-from recipe.document.dynamics import MetricRow, train_weights, weighted_mean
-from recipe.document.facts import Facts, gather
+from recipe.document.curves import MetricRow
 from recipe.document.formatting import Markdown, accuracy, code, hardware, percent, table, text
 from recipe.document.model_card import readme
-from recipe.document.render import read_document, seeds_top1, twin
+from recipe.document.render import json_file, read_document, seeds_top1
+from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
+from recipe.files import disk_errors, display_path, write_atomically
 from recipe.records import (
+    RECORDS,
     EvaluationRecord,
     PreprocessingRecord,
-    Provenance,
     PublicationRecord,
     Record,
     TimingRecord,
     TrainingRecord,
     to_json,
 )
-from recipe.run import RECORD_FILES, Run, disk_errors, shown_path, write_atomically
+from recipe.run import Run
 
 README, RECIPES = "README.md", Path("recipes")
-METRIC_ROWS_MAX = 5000  # more are thinned: all validation rows, and one training row for each epoch
+METRIC_ROWS_MAX = 5000  # more are thinned
 FIGURE = re.compile(r"\]\((figures/[^)\s]+)\)")
 TABLE_BLOCK = "published_recipes"
 TABLE_HEAD = ("Recipe", "Data", "Top-1 (*measured*)", "Top-5 (*measured*)", "Runs", "Protocol", "Hardware", "Weights")
@@ -47,7 +47,7 @@ class FinishedRun:
     """A run with the records that a published recipe cannot do without."""
 
     run: Run
-    facts: Facts
+    facts: RunData
     data: PreprocessingRecord
     training: TrainingRecord
     evaluation: EvaluationRecord
@@ -55,18 +55,7 @@ class FinishedRun:
     @property
     def where(self) -> str:
         """The run's path for a person."""
-        return shown_path(self.run.directory)
-
-
-def provenances(facts: Facts) -> Iterator[tuple[str, Provenance]]:
-    """(stage, provenance) of each stage that ran."""
-    for stage in ("preprocessing", "training", "evaluation", "serialization", "inference"):
-        if (record := getattr(facts, stage)) is not None:
-            yield stage, record.provenance
-    for other in facts.other_evaluations:
-        yield f"evaluation {other.protocol.name}", other.provenance
-    for timing in facts.timing:
-        yield f"timing on {timing.machine}", timing.provenance
+        return display_path(self.run.directory)
 
 
 # ---- the folder -------------------------------------------------------------------------------------
@@ -103,7 +92,7 @@ def fill(folder: Path, main: FinishedRun, output: Path, records: Sequence[Record
     for record in records:
         copy.write(record)
     write_atomically(copy.metrics, metric_lines(thinned(main.facts.metrics)))
-    published = gather(copy, main.facts.run_dir)
+    published = load(copy, main.facts.run_dir)
     before = output / README
     page = readme(
         published,
@@ -112,17 +101,17 @@ def fill(folder: Path, main: FinishedRun, output: Path, records: Sequence[Record
         Run(output).content(before).decode() if before.exists() else None,
     )
     write_atomically(folder / README, page.encode())
-    write_atomically(copy.twin, twin(published))
+    write_atomically(copy.json_file, json_file(published))
     copy_figures(page, main, copy)
 
 
 def copy_records(main: FinishedRun, copy: Run) -> None:
     """The records, which were read and validated before, and the patches that they name."""
     run = main.run
-    sources = [run.records / name for name in RECORD_FILES.values()]
+    sources = [run.record_file(kind) for kind in RECORDS.values()]
     sources += [*run.timing.glob("*.json"), *run.other_evaluations.glob("*.json")]
-    for _, provenance in provenances(main.facts):
-        for state in (provenance.tree_at_start, provenance.tree_at_end):
+    for _, record in main.facts.stages():
+        for state in (record.provenance.tree_at_start, record.provenance.tree_at_end):
             if state.patch_sha256 is not None:
                 sources.append(run.patch_file(state.patch_sha256))
     for source in sources:
@@ -137,7 +126,7 @@ def copy_kept(output: Path, copy: Run, main: FinishedRun) -> None:
         target = copy.timing_file(record.machine)
         if record.inputs.get("weights") == main.evaluation.inputs.get("weights") and not target.exists():
             write_atomically(target, to_json(record))
-    generated = {README, before.config.name, before.metrics.name, before.twin.name, before.records.name}
+    generated = {README, before.config.name, before.metrics.name, before.json_file.name, before.records.name}
     for source in sorted(output.rglob("*")):
         name = source.relative_to(output)
         if source.is_file() and not source.is_symlink() and name.parts[0] not in generated:
@@ -157,32 +146,15 @@ def copy_figures(page: str, main: FinishedRun, copy: Run) -> None:
         elif source.exists():
             write_atomically(target, main.run.content(source))
         elif not target.is_file():
-            raise UserError(f"{shown_path(source)} is missing, and the page shows it: run the stage that makes it")
+            raise UserError(f"{display_path(source)} is missing, and the page shows it: run the stage that makes it")
 
 
 def thinned(rows: Sequence[MetricRow]) -> list[MetricRow]:
-    """The rows as they are; of very many, all of the validation and for each epoch the mean of the training's."""
+    """The rows; of more than `METRIC_ROWS_MAX` only the last of training and of validation in each epoch."""
     if len(rows) <= METRIC_ROWS_MAX:
         return list(rows)
-    weights = train_weights(rows)
-    by_epoch: dict[int, list[tuple[MetricRow, float]]] = {}
-    kept: list[MetricRow] = []
-    for position, row in enumerate(rows):
-        if row["split"] == "train":
-            by_epoch.setdefault(row["epoch"], []).append((row, weights[position]))
-            continue
-        if row["epoch"] in by_epoch:
-            kept.append(mean_row(by_epoch.pop(row["epoch"])))
-        kept.append(row)
-    return kept + [mean_row(rest) for rest in by_epoch.values()]
-
-
-def mean_row(rows: list[tuple[MetricRow, float]]) -> MetricRow:
-    """One row for the training rows of an epoch: means over its steps, all else as in the last one."""
-    row: dict[str, Any] = dict(rows[-1][0])
-    for key in ("loss", "top1_accuracy", "top5_accuracy"):
-        row[key] = weighted_mean(rows, key)
-    return row
+    last = {(row["epoch"], row["split"]): row for row in rows}
+    return list(last.values())
 
 
 def metric_lines(rows: Sequence[MetricRow]) -> bytes:
@@ -215,16 +187,16 @@ def published_folders(recipes: Path) -> list[Path]:
     folders = sorted(path for path in recipes.glob("*") if path.is_dir() and not path.name.startswith("."))
     for folder in folders:
         if Run(folder).read(PublicationRecord) is None:
-            raise UserError(f"{shown_path(folder)} holds no published recipe: publish it, or move it away")
+            raise UserError(f"{display_path(folder)} holds no published recipe: publish it, or move it away")
     return folders
 
 
 def table_row(folder: Path) -> tuple[str, ...]:
     """A recipe in one line, from its records."""
-    facts = gather(Run(folder), "")
+    facts = load(Run(folder), "")
     evaluation, training, data = facts.evaluation, facts.training, facts.preprocessing
     if evaluation is None or training is None or data is None or facts.publication is None:
-        raise UserError(f"{shown_path(folder)} lacks a record: publish it again")
+        raise UserError(f"{display_path(folder)} lacks a record: publish it again")
     artefacts, weights = facts.publication.artefacts, code(training.outputs["weights"][:12])
     return (
         f"[{text(facts.name)}]({RECIPES.name}/{folder.name}/{README})",
@@ -238,7 +210,7 @@ def table_row(folder: Path) -> tuple[str, ...]:
     )
 
 
-def runs_and_spread(facts: Facts) -> Markdown:
+def runs_and_spread(facts: RunData) -> Markdown:
     """How many runs there are, and how far they are apart."""
     top1 = seeds_top1(facts)
     if top1 is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,16 +17,17 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recipe.config.identity import flatten
-from recipe.document import blocks, commands, dynamics, formatting, latency
-from recipe.document.claims import as_json, identity
+from recipe.document import blocks, commands, curves, formatting, latency
 from recipe.document.experiment_log import update_log_record
-from recipe.document.facts import Facts, Section, gather, sections, source_changed
 from recipe.document.formatting import Markdown
+from recipe.document.recipe_json import as_json, identity
+from recipe.document.run_data import RunData, Section, load, sections, source_changed
 from recipe.errors import UserError
-from recipe.records import EvaluationRecord, PreprocessingRecord
-from recipe.run import Run, shown_path, write_atomically
+from recipe.files import display_path, write_atomically
+from recipe.records import RECORDS, EvaluationRecord, PreprocessingRecord
+from recipe.run import Run
 
-__all__ = ["Facts", "check_document", "render", "write_document"]
+__all__ = ["RunData", "check_document", "render", "write_document"]
 
 EPOCHS_SHOWN = 20
 ROWS_SHOWN = 20  # of lists that can be thousands long, such as the shards of ImageNet
@@ -44,7 +44,7 @@ class Declared(NamedTuple):
     kind: Markdown
 
 
-def render(facts: Facts, existing: str | None) -> str:
+def render(facts: RunData, existing: str | None) -> str:
     """The document with its generated blocks; all other text of `existing` is kept byte for byte.
 
     Raises `UserError` where a generated block of `existing` was edited by hand.
@@ -57,19 +57,19 @@ def write_document(run: Run, shown_run_dir: str) -> None:
     from recipe.document import figures  # importing matplotlib takes a second
 
     update_log_record(run, shown_run_dir)
-    facts = gather(run, shown_run_dir)
+    facts = load(run, shown_run_dir)
     document = render(facts, read_document(run))
     drawn = figures.draw(facts.training, facts.metrics)
     drawn |= figures.draw_inference(facts.inference, facts.timing)
     for name, content in drawn.items():
         write_atomically(run.figures / name, content)
-    write_atomically(run.twin, twin(facts))
+    write_atomically(run.json_file, json_file(facts))
     write_atomically(run.document, document.encode())
 
 
 def check_document(run: Run) -> None:
     """Raise before a stage the errors of `write_document`: edited blocks, unreadable records or rows."""
-    existing, facts = read_document(run), gather(run, shown_path(run.directory))
+    existing, facts = read_document(run), load(run, display_path(run.directory))
     if existing is not None and blocks.edited_blocks(blocks.split(existing)):
         render(facts, existing)
 
@@ -81,10 +81,10 @@ def read_document(run: Run) -> str | None:
     try:
         return run.content(run.document).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown_path(run.document)} is not UTF-8 text: {error}") from error
+        raise UserError(f"{display_path(run.document)} is not UTF-8 text: {error}") from error
 
 
-def generated_blocks(facts: Facts) -> dict[str, str]:
+def generated_blocks(facts: RunData) -> dict[str, str]:
     """Block id -> content, in the order of the template."""
     contents: dict[str, str] = {}
 
@@ -121,10 +121,10 @@ def environment() -> Environment:
     return templates
 
 
-def context(facts: Facts) -> dict[str, Any]:
+def context(facts: RunData) -> dict[str, Any]:
     """The variables of the templates."""
     training, evaluation = facts.training, facts.evaluation
-    rows = dynamics.epoch_rows(training, facts.metrics) if training else []
+    epochs = training.epochs if training else []
     return {
         "facts": facts,
         "title": title(facts),
@@ -139,12 +139,12 @@ def context(facts: Facts) -> dict[str, Any]:
         "commands": commands,
         "accuracy": formatting.accuracy,
         "ilsvrc2012_verdict": ilsvrc2012_verdict,
-        "epochs": rows,
-        "epochs_shown": dynamics.evenly(rows, EPOCHS_SHOWN),
-        "throughput": dynamics.throughput(training) if training else None,
+        "epochs": epochs,
+        "epochs_shown": curves.evenly(epochs, EPOCHS_SHOWN),
+        "throughput": curves.throughput(training) if training else None,
         "rows_shown": ROWS_SHOWN,
-        "schedule_rows": dynamics.schedule_rows(training.schedule) if training else [],
-        "figures": dynamics.figure_names(training, facts.metrics) if training else [],
+        "schedule_rows": curves.schedule_rows(training.schedule) if training else [],
+        "figures": curves.figure_names(training, facts.metrics) if training else [],
         "measured_latencies": latency.measured_rows(facts.timing),
         "published_latencies": latency.published_rows(facts.training.model.name if facts.training else ""),
         "latency_verdicts": latency.verdicts(facts.timing),
@@ -156,7 +156,7 @@ def context(facts: Facts) -> dict[str, Any]:
     }
 
 
-def title(facts: Facts) -> str:
+def title(facts: RunData) -> str:
     """The model and the data set, and whether it was verified to be ILSVRC2012."""
     values = flatten(facts.config or {})
     model = facts.training.model.name if facts.training else str(values.get("model.name", ""))
@@ -178,7 +178,7 @@ def ilsvrc2012_verdict(preprocessing: PreprocessingRecord) -> str:
     return "class list and counts match; this layout has no published hash of its content"
 
 
-def declared(facts: Facts, key: str) -> Declared:
+def declared(facts: RunData, key: str) -> Declared:
     """A `description` key."""
     value = descriptions(facts).get(key)
     if not isinstance(value, str) or not value.strip():
@@ -186,30 +186,31 @@ def declared(facts: Facts, key: str) -> Declared:
     return Declared(formatting.text(value), Markdown("*declared*"))
 
 
-def descriptions(facts: Facts) -> dict[str, Any]:
+def descriptions(facts: RunData) -> dict[str, Any]:
     """The declared values that training pinned; before training, those of the data set."""
     if facts.config is not None:
         return flatten(facts.config)
     return flatten({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
 
 
-def declared_items(facts: Facts, key: str) -> list[str]:
+def declared_items(facts: RunData, key: str) -> list[str]:
     """A `description` key that holds a list."""
     values = descriptions(facts).get(key)
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
-def papers(facts: Facts) -> list[str]:
+def papers(facts: RunData) -> list[str]:
     """The papers of the experiment, the model and the data set, without duplicates."""
     keys = ("description.papers", "model.description.papers", "data.description.papers")
     return list(dict.fromkeys(paper for key in keys for paper in declared_items(facts, key)))
 
 
-def seeds_top1(facts: Facts) -> tuple[int, float, float] | None:
+def seeds_top1(facts: RunData) -> tuple[int, float, float] | None:
     """(n, mean, standard deviation) of top-1 over the recipe's seeds; None where there is one run only."""
-    if facts.seeds is None or len(facts.seeds.runs) < 2:
+    counts = facts.seeds.evaluation if facts.seeds else None
+    if counts is None or len(counts.correct_top1) < 2:
         return None
-    shares = [run.correct_top1 / facts.seeds.images for run in facts.seeds.runs]
+    shares = [correct / counts.images for correct in counts.correct_top1]
     return len(shares), statistics.mean(shares), statistics.stdev(shares)
 
 
@@ -221,30 +222,17 @@ def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
     return {"Best five classes": ranked[:EXTREME_CLASSES], "Worst five classes": ranked[-EXTREME_CLASSES:]}
 
 
-def recipe_json(facts: Facts) -> Markdown:
+def recipe_json(facts: RunData) -> Markdown:
     """The JSON block, from which a program can run the recipe again and test its claims."""
     return Markdown(as_json(identity(facts)))
 
 
-def twin(facts: Facts) -> bytes:
+def json_file(facts: RunData) -> bytes:
     """The content of recipe.json, with sorted keys."""
-    records = {
-        "preprocessing": facts.preprocessing,
-        "training": facts.training,
-        "evaluation": facts.evaluation,
-        "serialization": facts.serialization,
-        "inference": facts.inference,
-        "fingerprint": facts.fingerprint,
-        "journal": facts.journal,
-        "seeds": facts.seeds,
-        "reproduction": facts.reproduction,
-        "publication": facts.publication,
-        "energy": facts.energy,
-    }
     content = {
         **identity(facts),
         "name": facts.name,
-        "records": {name: msgspec.to_builtins(record) for name, record in records.items()},
+        "records": {name: msgspec.to_builtins(getattr(facts, name)) for name in RECORDS},
         "timing": {record.machine: msgspec.to_builtins(record) for record in facts.timing},
         "metrics": metrics_summary(facts),
         "sections": {name: section_json(section) for name, section in sections(facts).items()},
@@ -252,14 +240,12 @@ def twin(facts: Facts) -> bytes:
     return msgspec.json.format(msgspec.json.encode(content, order="sorted"), indent=2) + b"\n"
 
 
-def metrics_summary(facts: Facts) -> dict[str, Any]:
+def metrics_summary(facts: RunData) -> dict[str, Any]:
     """The number of logged rows, the last ones and the epochs; all rows are in metrics.jsonl."""
     by_split = {split: [row for row in facts.metrics if row["split"] == split] for split in ("train", "validation")}
-    epochs = dynamics.epoch_rows(facts.training, facts.metrics) if facts.training else []
     return {
         "rows": len(facts.metrics),
         "last": {split: rows[-1] if rows else None for split, rows in by_split.items()},
-        "epochs": [asdict(row) for row in epochs],
     }
 
 

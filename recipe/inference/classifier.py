@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from recipe.config.schema import MAX_PIXELS
-from recipe.data.interface import transform_of
+from recipe.data.transforms import transform_of
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict
+from recipe.files import display_path
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.inference.pictures import Picture, pixels_of
 from recipe.records import Guess, Interface
-from recipe.run import shown_path
 
 ONNX_SUFFIX, CHECKPOINT_SUFFIX = ".onnx", ".pt"
 
@@ -56,7 +56,7 @@ class Classifier:
         checkpoints. A picture of more than `max_pixels` is refused.
         """
         path = Path(path)
-        where = shown_path(path)
+        where = display_path(path)
         if path.suffix == ONNX_SUFFIX:
             model = OnnxModel(read_onnx(path, where), where)
             return cls(model, model.metadata.interface, where, apply_orientation, max_pixels)
@@ -97,7 +97,7 @@ class Classifier:
         try:
             return self.transform(pixels)
         except (MemoryError, RuntimeError) as error:  # of torch: RuntimeError, also where memory cannot be had
-            where = shown_path(picture) if isinstance(picture, str | Path) else "the picture"
+            where = display_path(picture) if isinstance(picture, str | Path) else "the picture"
             width, height = pixels.shape[-1], pixels.shape[-2]
             raise UserError(f"{where}, {width} x {height} pixels, cannot be resized: {error}") from error
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from recipe.checkpoint import eval_weights, interface_of, load_checkpoint
 from recipe.errors import UserError
+from recipe.files import display_path
 from recipe.model import restored_model, weights_sha256
 from recipe.records import EvaluationRecord, Interface, TrainingRecord
-from recipe.run import Run, shown_path
+from recipe.run import Run
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Evaluated:
 
 def load_evaluated(run: Run) -> Evaluated:
     """Load the checkpoint of the evaluation record. Raises `UserError` with the command to run first, or again."""
-    here = shown_path(run.directory)
+    here = display_path(run.directory)
     training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
     if training is None:
         raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
@@ -38,7 +39,7 @@ def load_evaluated(run: Run) -> Evaluated:
             f"run `python evaluate.py run_dir={here}` first"
         )
     path = run.checkpoints / evaluation.protocol.checkpoint
-    where, state = shown_path(path), load_checkpoint(path)
+    where, state = display_path(path), load_checkpoint(path)
     weights = weights_sha256(eval_weights(state))
     if weights != evaluation.inputs.get("weights"):
         raise UserError(

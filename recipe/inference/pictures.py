@@ -28,8 +28,7 @@ from recipe.data.images import (
     reason,
 )
 from recipe.errors import UserError
-from recipe.files import read_file
-from recipe.run import shown_path
+from recipe.files import display_path, read_file
 
 PAPER = (255, 255, 255)  # what shows through where a picture is transparent
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor
@@ -76,7 +75,7 @@ def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple
     """A file's bytes, and what to call it."""
     if isinstance(picture, bytes):
         return picture, f"the picture of {len(picture)} bytes"
-    where = shown_path(picture)
+    where = display_path(picture)
     return read_file(Path(picture), where, FILE_BYTES_PER_PIXEL * max_pixels), where
 
 

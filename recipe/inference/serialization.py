@@ -22,15 +22,16 @@ from torch import Tensor
 
 from recipe.config.identity import to_dict
 from recipe.config.schema import Accelerator, Config, Precision, Variant
-from recipe.data.adoption import adopt_data_set, require_same_data_set
-from recipe.data.interface import transform_of
 from recipe.data.loading import EvaluationBatches, evaluation_orders
+from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
 from recipe.data.shards import Split, open_split
-from recipe.data.transforms import Normalisation, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform, transform_of
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
+from recipe.experiment_log import append_to_journal
+from recipe.files import CHECKOUT, display_path, write_atomically
 from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.export import (
     OPSET,
@@ -45,7 +46,7 @@ from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, Tr
 from recipe.inference.parity import Comparison, compare, limit_of, require_any_batch, require_parity
 from recipe.provenance import Stage
 from recipe.records import SerializationRecord, Setting, VariantFacts
-from recipe.run import CHECKOUT, Run, append_to_journal, shown_path, write_atomically
+from recipe.run import Run
 
 CALIBRATION_STREAM = 4  # keeps this choice of images apart from the order's and the augmentation's draws
 EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -81,14 +82,15 @@ def serialize_run(config: Config) -> SerializationRecord:
 def load_export(run: Run, config: Config) -> Export:
     """The checkpoint, evaluated by its own protocol. Raises `UserError` with the command to run first."""
     checkpoint = load_evaluated(run)
-    _, manifest_hash = adopt_data_set(config.data)
-    require_same_data_set(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
+    _, manifest_hash = open_dataset(config.data)
+    check_same_dataset(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
     _refuse_flip(checkpoint, run)
     measured, own = checkpoint.evaluation.protocol, transform_of(checkpoint.interface, checkpoint.where)
     if measured.transform_sha256 != own.fingerprint():
         raise UserError(
             f"{checkpoint.where} was evaluated by the protocol {measured.name}, but its own is {own.name}, which the "
-            f"exported model carries: run `python evaluate.py run_dir={shown_path(run.directory)}` without other values"
+            f"exported model carries: run `python evaluate.py run_dir={display_path(run.directory)}` without other "
+            "values"
         )
     return Export(run, config, checkpoint)
 
@@ -98,8 +100,8 @@ def _refuse_flip(checkpoint: Evaluated, run: Run) -> None:
     if "views" in checkpoint.evaluation.protocol.transform:
         raise UserError(
             f"{checkpoint.where} was evaluated by the protocol {checkpoint.evaluation.protocol.name}, which averages "
-            "two views of an image, but an export_variants model sees one: run "
-            f"`python evaluate.py run_dir={shown_path(run.directory)} evaluation.flip=false` first"
+            "two views of an image, but an exported model sees one: run "
+            f"`python evaluate.py run_dir={display_path(run.directory)} evaluation.flip=false` first"
         )
 
 

@@ -32,12 +32,13 @@ from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
+from recipe.files import display_path, redact_paths
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.provenance import Stage
 from recipe.records import BOTH, MODEL, PREPROCESSING, Absent, Hardware, Latency, Setting, TimingRecord
-from recipe.run import Run, shown_path, without_paths
+from recipe.run import Run
 
 TIMING_ROUNDS = 4  # even against odd rounds: the same quantity, measured twice
 WARMUP_CALLS = 3
@@ -218,7 +219,7 @@ def _onnxruntime(bench: Bench) -> Iterator[Cell]:
     for variant in Variant:
         path = bench.run.onnx_file(variant.value)
         if not path.exists():
-            here = shown_path(bench.run.directory)
+            here = display_path(bench.run.directory)
             missing = f"{path.name} is not there: `python serialize.py run_dir={here}` makes it"
             bench.absent.append(Absent(backend=f"onnxruntime, {variant.value}", reason=missing))
             continue
@@ -284,7 +285,7 @@ def _reason_not_to_run(cell: Cell) -> str | None:
         for _ in range(WARMUP_CALLS):
             cell.call()
     except Exception as error:  # a compiler that is missing, a provider without its libraries: anything can come
-        return without_paths(" ".join(str(error).split()) or type(error).__name__)[:300]
+        return redact_paths(" ".join(str(error).split()) or type(error).__name__)[:300]
     return None
 
 

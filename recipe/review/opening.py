@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.identity import config_sha256, recipe_id
-from recipe.document.claims import FORMAT
-from recipe.document.facts import Facts, gather
+from recipe.document.recipe_json import FORMAT
+from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
-from recipe.files import read_file
-from recipe.run import Run, recorded_path, shown_path
+from recipe.files import display_path, portable_path, read_file
+from recipe.run import Run
 
 DOCUMENT_NAMES = ("recipe.md", "README.md")  # of a run, of a published recipe
 LARGEST_DOCUMENT_BYTES = 16 * 2**20
@@ -40,13 +40,13 @@ class OpenedRecipe:
     @property
     def name(self) -> str:
         """The path for a person."""
-        return shown_path(self.path)
+        return display_path(self.path)
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunData:
         """The records beside the document; raises `UserError` where there are none."""
         if self.run is None:
             raise UserError(f"{self.name} is a document without records beside it; give the folder of the run")
-        return gather(self.run, recorded_path(self.run.directory))
+        return load(self.run, portable_path(self.run.directory))
 
     def required_block(self) -> dict[str, Any]:
         """The JSON block; raises `UserError` where the document has none."""
@@ -75,19 +75,19 @@ def open_recipe(path: str | Path) -> OpenedRecipe:
         folder, document = path.parent, path
         text = read_text(path)  # the reader may name a link, which leads where they want
     else:
-        raise UserError(f"{shown_path(path)} does not exist; give a run directory, a published recipe or a document")
+        raise UserError(f"{display_path(path)} does not exist; give a run directory, a published recipe or a document")
     run = Run(folder) if (folder / "records").is_dir() else None
     if text is None and run is None:
-        raise UserError(f"{shown_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
+        raise UserError(f"{display_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
     return OpenedRecipe(path, document, text, json_block(text) if text is not None else None, run)
 
 
 def read_text(path: Path, folder: Path | None = None) -> str:
     """A text file, line endings included; raises `UserError` for a large or binary file and a link out of `folder`."""
     try:
-        return read_file(path, shown_path(path), LARGEST_DOCUMENT_BYTES, folder).decode()
+        return read_file(path, display_path(path), LARGEST_DOCUMENT_BYTES, folder).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown_path(path)} is not UTF-8 text: {error}") from error
+        raise UserError(f"{display_path(path)} is not UTF-8 text: {error}") from error
 
 
 def json_block(document: str) -> dict[str, Any] | None:

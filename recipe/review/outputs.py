@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, is_inside, opened
 from recipe.records import ClassCounts
@@ -71,7 +71,7 @@ class CountedPredictions:
         return faults
 
 
-def counted_predictions(facts: Facts) -> Iterator[CountedPredictions]:
+def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
     """Every file of predictions that a record names."""
     for record in (facts.evaluation, *facts.other_evaluations):
         for file in record.outputs if record is not None else ():

@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from recipe.document.facts import Facts, gather
+from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
-from recipe.records import (
-    EnergyRecord,
-    EvaluationRecord,
-    Fingerprint,
-    InferenceRecord,
-    JournalRecord,
-    PreprocessingRecord,
-    SerializationRecord,
-    TimingRecord,
-    TrainingRecord,
-    from_json,
-)
+from recipe.files import portable_path
+from recipe.records import EnergyRecord, EvaluationRecord, SerializationRecord, TrainingRecord
 from recipe.review.findings import Finding, Level
-from recipe.run import RECORD_FILES, Run, recorded_path
+from recipe.run import Run
 
-Value = TypeVar("Value")
 LARGEST_INTEGER = 2**63
 
 
@@ -39,32 +27,11 @@ class RecordReader:
         self.run = run
         self.findings: list[Finding] = []
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunData:
         """The facts of all readable files; the others are None or empty."""
-        facts = self._facts_by_file()
-        if self.findings:
-            return facts
-        try:
-            return gather(self.run, recorded_path(self.run.directory))  # with whatever else a document is made of
-        except (UserError, OSError) as error:
-            self.findings.append(unreadable("records", str(error)))
-            return facts
+        return load(self.run, portable_path(self.run.directory), self._read)
 
-    def _facts_by_file(self) -> Facts:
-        run = self.run
-        config = self._read(run.config, run.read_config)
-        by_kind = {kind: self._read(run.records / name, partial(run.read, kind)) for kind, name in FILES}
-        return Facts(
-            name=str(config["name"]) if config else run.directory.absolute().name,
-            run_dir=recorded_path(run.directory),
-            config=config,
-            metrics=self._read(run.metrics, run.metric_rows) or [],
-            other_evaluations=self._read_all(run.other_evaluations, EvaluationRecord),
-            timing=self._read_all(run.timing, TimingRecord),
-            **{name: by_kind[kind] for kind, name in FACTS.items()},
-        )
-
-    def _read(self, path: Path, read: Callable[[], Value]) -> Value | None:
+    def _read(self, path: Path, read: Callable[[], Any]) -> Any:
         """One file; None where it is absent, or unreadable, which is a finding."""
         if not os.path.lexists(path):
             return None
@@ -76,28 +43,8 @@ class RecordReader:
             return None
         return value
 
-    def _read_all(self, folder: Path, kind: Any) -> list[Any]:
-        found = [self._read(path, partial(self._record, path, kind)) for path in sorted(folder.glob("*.json"))]
-        return [record for record in found if record is not None]
-
-    def _record(self, path: Path, kind: Any) -> Any:
-        return from_json(self.run.content(path), kind, self.name_of(path))
-
     def name_of(self, path: Path) -> str:
         return path.relative_to(self.run.directory).as_posix()
-
-
-FACTS: dict[Any, str] = {
-    PreprocessingRecord: "preprocessing",
-    TrainingRecord: "training",
-    EvaluationRecord: "evaluation",
-    SerializationRecord: "serialization",
-    InferenceRecord: "inference",
-    JournalRecord: "journal",
-    Fingerprint: "fingerprint",
-    EnergyRecord: "energy",
-}
-FILES = [(kind, RECORD_FILES[kind]) for kind in FACTS]
 
 
 def unreadable(place: str, why: str) -> Finding:

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from recipe.config.schema import Config
-from recipe.data.adoption import adopt_data_set
-from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.manifest import open_dataset
 from recipe.data.processes import open_decoding
 from recipe.data.shards import open_split
-from recipe.data.transforms import Normalisation, build_evaluation_transform
+from recipe.data.transforms import Normalisation, build_evaluation_transform, interface_from
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.environment import processor_name, versions
 from recipe.model import build_model, check_forward, model_facts
@@ -53,14 +52,11 @@ class Progress:
     epoch_seconds: float = 0.0  # of training, since the last completed epoch
     epoch_waited_seconds: float = 0.0  # of these, for data
     epoch_stalled_seconds: float = 0.0  # of these, as `StallProbe` estimates
+    epoch_tally: list[float] = field(default_factory=lambda: [0.0] * 4)  # up to the last row, as `TrainStep.tally` sums
     peak_memory_bytes: int = 0  # of the accelerator
     window: dict[str, Any] = field(default_factory=dict)  # since the last row: a tally per process, and seconds
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    sessions: list[dict[str, Any]] = field(default_factory=list)
-
-    def epoch_records(self) -> list[Epoch]:
-        """The cost of every epoch."""
-        return [Epoch(**epoch) for epoch in self.epochs]
+    epochs: list[Epoch] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
 
     def tally_of(self, world: World) -> list[float]:
         """The counts of this process since the last row; with another number of processes the first has them all."""
@@ -73,10 +69,6 @@ class Progress:
     def lap(self) -> tuple[float, float]:
         """(seconds since the last row, of which waited for data)."""
         return self.window.get("seconds", 0.0), self.window.get("waited_seconds", 0.0)
-
-    def session_records(self) -> list[Session]:
-        """Every uninterrupted stretch."""
-        return [Session(**session) for session in self.sessions]
 
 
 @dataclass
@@ -97,7 +89,7 @@ class Training:
     batches: TrainingBatches
     validation: EvaluationBatches
     interface: Interface
-    circumstances: dict[str, Any]  # equal in two sessions where the second continues the first bit by bit
+    determinism_context: dict[str, Any]  # equal in two sessions where the second continues the first bit by bit
     stop_request: StopRequest
     watchdog: Watchdog
     wait: DataWait
@@ -127,7 +119,7 @@ def build_training(
     `config` and the given initial `weights` are those of `resolve_weights`.
     """
     with world.first_decides():
-        manifest, manifest_hash = adopt_data_set(config.data, run if world.is_first else None)
+        manifest, manifest_hash = open_dataset(config.data, run if world.is_first else None)
     world.must_agree("the data set's manifest", manifest_hash)
     model = build_model(config.model, len(manifest.classes), config.seed, config.optimization.binary_head_bias, weights)
     facts = model_facts(model, config.model, len(manifest.classes))
@@ -160,7 +152,7 @@ def build_training(
             batches=batches,
             validation=validation,
             interface=interface_from(validation.transform, train_step.normalisation, manifest),
-            circumstances=_circumstances(config, world, batches),
+            determinism_context=_determinism_context(config, world, batches),
             stop_request=stop_request,
             watchdog=watchdog,
             wait=DataWait(StallProbe() if world.device.type == "cuda" else None),
@@ -212,7 +204,7 @@ def _replicated(model: nn.Module, config: Config, world: World, batches: Trainin
     return replicate(compiled(model, config.trainer), world, example, config.trainer.precision)
 
 
-def _circumstances(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
+def _determinism_context(config: Config, world: World, batches: TrainingBatches) -> dict[str, Any]:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     arithmetic = {name: value for name, value in os.environ.items() if name.startswith(CPU_ARITHMETIC)}
     return (

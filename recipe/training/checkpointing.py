@@ -14,18 +14,20 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import replace
 
 from recipe.checkpoint import State, checkpoint_files, newest_checkpoint, prune_checkpoints, save_checkpoint
 from recipe.config.identity import config_sha256, differences
 from recipe.config.schema import Config, OptimizerKind
 from recipe.errors import SAVED, DiskError, NonFiniteError, UserError, how_to_continue
-from recipe.records import TrainingRecord
-from recipe.run import Run, append_to_journal, now, shown_path
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path
+from recipe.records import Session, TrainingRecord, now
+from recipe.run import Run
 from recipe.training.build import Progress, Training
 from recipe.training.metric_log import MetricLogger
 
@@ -48,7 +50,7 @@ def pin(run: Run, config: Config) -> None:
     changed = differences(theirs, mine)
     if changed:
         raise UserError(
-            f"{shown_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
+            f"{display_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
             "give another run_dir, or trainer.restart=true to move that run aside"
         )
 
@@ -77,7 +79,7 @@ def check_space(training: Training) -> None:
     free = shutil.disk_usage(run.directory).free
     if free + sum(sizes) < count * size:
         raise DiskError(
-            f"the disk of {shown_path(run.directory)} has {free / 2**20:,.1f} MiB left, too little for {count} "
+            f"the disk of {display_path(run.directory)} has {free / 2**20:,.1f} MiB left, too little for {count} "
             f"checkpoints of {size / 2**20:,.1f} MiB (trainer.keep_checkpoints={trainer.keep_checkpoints}, the best "
             "one, one being written); free some space, keep fewer, or give a run_dir on another disk"
         )
@@ -105,7 +107,9 @@ def resumed(training: Training) -> Iterator[None]:
                 )
                 held.enter_context(closing(training.metric_log))
                 if training.metric_log.missing:
-                    progress.sessions[-1]["note"] += f"; {training.metric_log.missing}"
+                    session = progress.sessions[-1]
+                    note = f"{session.note}; {training.metric_log.missing}"
+                    progress.sessions[-1] = replace(session, note=note)
         yield
 
 
@@ -148,15 +152,15 @@ def restore(training: Training, state: State | None) -> None:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(
                 f"the entry {entry!r} of the checkpoint of step {state['progress']['step']} in "
-                f"{shown_path(training.run.directory)} does not fit this run ({type(error).__name__}); remove its file "
-                "to continue from the one before, or begin again with trainer.restart=true"
+                f"{display_path(training.run.directory)} does not fit this run ({type(error).__name__}); remove its "
+                "file to continue from the one before, or begin again with trainer.restart=true"
             ) from error
     train_step.skipped_steps = state["skipped_steps"]
     train_step.tally += train_step.tally.new_tensor(progress.tally_of(world))  # on its own device
-    before = state["circumstances"]
+    before = state["determinism_context"]
     changed = [
         f"{name} was {before.get(name)}, is {value}"
-        for name, value in training.circumstances.items()
+        for name, value in training.determinism_context.items()
         if before.get(name) != value
     ]
     if world.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
@@ -175,15 +179,15 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
 
 def _begin_session(training: Training, is_exact: bool | None, note: str) -> None:
     training.progress.sessions.append(
-        {
-            "started": now(),
-            "first_step": training.progress.step,
-            "processes": training.world.size,
-            "is_exact": is_exact,
-            "note": note,
-            "source": training.circumstances["the source"],
-            "images_per_batch_norm": training.circumstances["images per forward pass"],
-        }
+        Session(
+            started=now(),
+            first_step=training.progress.step,
+            processes=training.world.size,
+            is_exact=is_exact,
+            note=note,
+            source=training.determinism_context["the source"],
+            batch_norm_batch_size=training.determinism_context["images per forward pass"],
+        )
     )
 
 
@@ -232,7 +236,7 @@ def save_and_exit(training: Training) -> None:
 
 def _save_or_warn(training: Training, must_succeed: bool) -> None:
     if not training.run.config.exists():  # a new directory would hold a checkpoint alone
-        raise DiskError(f"{shown_path(training.run.directory)} has vanished; nothing more can be saved there")
+        raise DiskError(f"{display_path(training.run.directory)} has vanished; nothing more can be saved there")
     try:
         if training.metric_log is not None:
             training.metric_log.flush(durably=True)  # no checkpoint before its rows
@@ -264,8 +268,8 @@ def _save(training: Training) -> None:
         "config_sha256": pinned.config_sha256,
         "interface": msgspec.to_builtins(training.interface),
         "manifest_sha256": training.manifest_sha256,
-        "circumstances": training.circumstances,
-        "progress": asdict(progress),
+        "determinism_context": training.determinism_context,
+        "progress": msgspec.to_builtins(progress),
         "model": model,
         "average": training.ema.state(),
         "optimizer": train_step.optimizer.state_dict(),

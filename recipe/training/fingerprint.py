@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from recipe.config.identity import sha256_of
 from recipe.config.schema import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig
 from recipe.data.loading import BatchLayout, TrainingBatches
-from recipe.data.processing import preprocess
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
 from recipe.environment import versions
 from recipe.evaluation import class_table, protocol_name, view_name
 from recipe.model import build_model, model_facts
+from recipe.preprocessing.pipeline import preprocess
 from recipe.provenance import source_sha256
 from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run

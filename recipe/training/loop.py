@@ -19,10 +19,12 @@ from recipe.config.identity import flatten
 from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path
 from recipe.model import resolve_weights
 from recipe.provenance import Stage, source_sha256
 from recipe.records import TrainingRecord
-from recipe.run import Run, append_to_journal, shown_path
+from recipe.run import Run
 from recipe.training.build import Training, build_training
 from recipe.training.checkpointing import (
     check_space,
@@ -133,11 +135,12 @@ def _complete_epoch(training: Training) -> None:
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_stalled_seconds = 0.0
+    progress.epoch_tally = [0.0] * 4
     training.wait.lap()
 
 
 def _leave_record(training: Training, meter: EnergyMeter) -> TrainingRecord:
-    energy = meter.record(training.progress.session_records())
+    energy = meter.record(training.progress.sessions)
     if training.metric_log is not None:
         training.metric_log.flush(durably=True)  # the last validation comes after the last checkpoint
     keep, best_step = training.config.trainer.keep_checkpoints, training.progress.best_step
@@ -148,7 +151,15 @@ def _leave_record(training: Training, meter: EnergyMeter) -> TrainingRecord:
     training.run.write(record)
     if energy is not None:
         training.run.write(msgspec.structs.replace(energy, inputs={"weights": record.outputs["weights"]}))
-    append_to_journal(training.run, "train", "ended", config_sha256=record.config_sha256, **record.final)
+    append_to_journal(
+        training.run,
+        "train",
+        "ended",
+        config_sha256=record.config_sha256,
+        validation_loss=record.epochs[-1].validation_loss,
+        validation_top1_accuracy=record.epochs[-1].validation_top1,
+        validation_top5_accuracy=record.epochs[-1].validation_top5,
+    )
     return record
 
 
@@ -160,8 +171,7 @@ def _one_writer(config: Config, world: World) -> Iterator[Run]:
         with world.first_decides():
             if world.is_first:
                 if config.trainer.restart and run.config.exists():
-                    with run.lock():
-                        print(f"the old run is now {shown_path(run.move_aside())}", flush=True)
+                    print(f"the old run is now {display_path(run.archive())}", flush=True)
                 held.enter_context(run.lock())
                 pin(run, config)
         world.must_agree("the configuration", config.pinned.config_sha256)

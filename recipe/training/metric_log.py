@@ -26,8 +26,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from recipe.errors import DiskError
+from recipe.files import disk_errors, write_atomically
 from recipe.metrics import Place, Row, missing_rows, planned_places
-from recipe.run import Run, disk_errors, write_atomically
+from recipe.run import Run
 
 Item = TypeVar("Item")
 PROBE_OPERATIONS = 64

@@ -11,16 +11,19 @@ from typing import Any
 
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
-from recipe.metrics import Row
+from recipe.metrics import EPOCH_FIELDS, Row
+from recipe.records import Epoch
 from recipe.training.build import Training
 from recipe.training.ema import PreciseBnBatches, precise_bn
 
 
 def measure_steps(training: Training) -> None:
     """A `train` row over all processes; every process calls this after the same step."""
-    loss, top1, top5, images = training.world.sum(training.train_step.take_tally()).tolist()
+    tally = training.world.sum(training.train_step.take_tally()).tolist()
+    loss, top1, top5, images = tally
     seconds, waited_seconds = training.wait.lap()
     progress = training.progress
+    progress.epoch_tally = [total + more for total, more in zip(progress.epoch_tally, tally, strict=True)]
     progress.training_seconds += seconds
     progress.epoch_seconds += seconds
     progress.epoch_waited_seconds += waited_seconds
@@ -32,7 +35,6 @@ def measure_steps(training: Training) -> None:
         loss=loss / images,
         top1_accuracy=top1 / images,
         top5_accuracy=top5 / images,
-        learning_rate=training.train_step.optimizer.param_groups[0]["lr"],
         images_per_second=round(images / seconds, 2),
         data_wait_fraction=round(waited_seconds / seconds, 4),
         held_up_fraction=stalled,
@@ -99,25 +101,28 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
     """Write the row, note the best epoch so far and the cost of this one."""
     progress = training.progress
     progress.validation_seconds += seconds
+    loss, top1, top5, images = progress.epoch_tally
     row = _row(
         training,
         split="validation",
         loss=predictions.loss,
         top1_accuracy=predictions.accuracy(1),
         top5_accuracy=predictions.accuracy(5),
-        learning_rate=None,
         images_per_second=round(predictions.images / seconds, 2),
         data_wait_fraction=None,
+        train_loss=loss / images,
+        train_top1_accuracy=top1 / images,
+        train_top5_accuracy=top5 / images,
     )
     if row.top1_accuracy > progress.best_top1_accuracy:
         progress.best_top1_accuracy = row.top1_accuracy
         progress.best_epoch, progress.best_step = row.epoch, row.step
-    _note_epoch(training, seconds)
+    epoch = _epoch(training, row, seconds)
+    progress.epochs.append(epoch)
     _write(training, row)
     if training.metric_log is not None:
-        cost = progress.epochs[-1]
-        stalled = cost["held_up_fraction"] or 0.0
-        training.metric_log.warn_of_waiting(cost["epoch"], cost["data_wait_fraction"], stalled, cost["seconds"])
+        stalled = epoch.held_up_fraction or 0.0
+        training.metric_log.warn_of_waiting(epoch.epoch, epoch.data_wait_fraction, stalled, epoch.seconds)
 
 
 def _row(training: Training, **measured: Any) -> Row:
@@ -127,24 +132,24 @@ def _row(training: Training, **measured: Any) -> Row:
         epoch=progress.epoch + 1,
         step=progress.step,
         images_seen=progress.images_seen,
+        learning_rate=training.train_step.optimizer.param_groups[0]["lr"],
         seconds=round(progress.training_seconds + progress.validation_seconds, 3),
         **measured,
     )
 
 
-def _note_epoch(training: Training, validation_seconds: float) -> None:
+def _epoch(training: Training, row: Row, validation_seconds: float) -> Epoch:
+    """The epoch that ends with this validation row."""
     progress = training.progress
     stalled = round(progress.epoch_stalled_seconds / progress.epoch_seconds, 4)
     training.note_memory()
-    progress.epochs.append(
-        {
-            "epoch": progress.epoch + 1,
-            "seconds": round(progress.epoch_seconds, 3),
-            "images_per_second": round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
-            "data_wait_fraction": round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
-            "held_up_fraction": None if training.wait.probe is None else stalled,
-            "validation_seconds": round(validation_seconds, 3),
-        }
+    return Epoch(
+        seconds=round(progress.epoch_seconds, 3),
+        images_per_second=round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
+        data_wait_fraction=round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
+        held_up_fraction=None if training.wait.probe is None else stalled,
+        validation_seconds=round(validation_seconds, 3),
+        **{name: getattr(row, field) for name, field in EPOCH_FIELDS.items()},
     )
 
 

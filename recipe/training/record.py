@@ -37,8 +37,8 @@ def training_record(training: Training) -> TrainingRecord:
         precision=_arithmetic(training),
         processes=world.size,
         backend=world.backend,
-        sessions=progress.session_records(),
-        epochs=progress.epoch_records(),
+        sessions=progress.sessions,
+        epochs=progress.epochs,
         training_seconds=round(progress.training_seconds, 3),
         validation_seconds=round(progress.validation_seconds, 3),
         images_seen=progress.images_seen,
@@ -47,10 +47,9 @@ def training_record(training: Training) -> TrainingRecord:
         validation_protocol=protocol_name(
             view_name(training.validation.transform, config.evaluation.flip), training.ema.is_on
         ),
-        final=_final(training),
         best_epoch=progress.best_epoch,
         selection="last: the weights after the final epoch",
-        circumstances=training.circumstances,
+        determinism_context=training.determinism_context,
     )
 
 
@@ -73,12 +72,3 @@ def _arithmetic(training: Training) -> dict[str, Setting]:
         "compiled": any(hasattr(module, "_orig_mod") for module in training.train_step.model.modules()),
         "gradient_scaler": training.train_step.scaler.is_enabled(),
     } | arithmetic_switches()
-
-
-def _final(training: Training) -> dict[str, float]:
-    """The numbers of the last rows."""
-    final: dict[str, float] = {}
-    for row in training.run.metric_rows():
-        for name in ("loss", "top1_accuracy", "top5_accuracy"):
-            final[f"{row['split']}_{name}"] = row[name]
-    return final

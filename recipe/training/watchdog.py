@@ -23,7 +23,8 @@ from typing import IO, Any, Self, TypeVar
 
 from recipe.distributed import World
 from recipe.errors import HangError, UserError, how_to_continue
-from recipe.run import Run, shown_path
+from recipe.files import display_path
+from recipe.run import Run
 
 ALARM_SHARE = 0.8  # of the time-out: early enough to be written before the waiting processes end
 RESET_SHARE = 0.05  # of the time-out between two resets: setting an alarm starts a thread, 0.15 ms
@@ -56,7 +57,7 @@ class Watchdog:
         if has_hung:
             raise HangError(
                 f"a process did not answer for trainer.timeout_seconds={self.timeout_seconds:g}; all stacks are in "
-                f"{shown_path(self.path.parent)}/rank-*.txt; {how_to_continue()}"
+                f"{display_path(self.path.parent)}/rank-*.txt; {how_to_continue()}"
             ) from error
 
     def progressed(self) -> None:
@@ -107,6 +108,7 @@ def _opened(path: Path) -> IO[Any] | None:
         return path.open("ab")
     except OSError as error:
         print(
-            f"warning: stacks of a hang will go to the terminal: {shown_path(path)}: {error.strerror}", file=sys.stderr
+            f"warning: stacks of a hang will go to the terminal: {display_path(path)}: {error.strerror}",
+            file=sys.stderr,
         )
         return None

@@ -28,7 +28,7 @@ from recipe.data.decoding import (
 )
 from recipe.data.images import ORIENTATION_TAG, store
 from tests.data import test_images as damages
-from tests.data.layouts import encoded
+from tests.preprocessing.layouts import encoded
 
 PILLOW = PillowDecoder()
 KINDS = {
@@ -308,7 +308,7 @@ print("said by Python", file=sys.stderr)
 @pytest.mark.parametrize("silenced", [True, False])
 def test_processes_that_decode_do_not_repeat_what_libjpeg_thinks_of_a_picture(silenced: bool) -> None:
     stray = jpeg(97, 131)[:-2] + bytes(13) + b"\xff\xd9"
-    assert store(stray, False, damages.KEEP).oddity == "stray bytes in a JPEG", "shards of today hold none"
+    assert store(stray, False, damages.KEEP).unusual == "stray bytes in a JPEG", "shards of today hold none"
     done = subprocess.run(
         [sys.executable, "-c", SILENCED.format(silenced=silenced)], input=stray, capture_output=True, check=True
     )

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from recipe.data.images import DamagedImageError, Rules, reason, store
-from tests.data.layouts import encoded, pixels
+from tests.preprocessing.layouts import encoded, pixels
 
 KEEP = Rules(keeps_png=False, resize_short_side=None, quality=90)
 KINDS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def verdict(content: bytes) -> str | None:
         stored = store(content, False, KEEP)
     except DamagedImageError as error:
         return str(error)
-    if stored.oddity is not None:
+    if stored.unusual is not None:
         return None
     assert stored.content == content
     return f"{'L' if stored.is_grey else 'RGB'} {(stored.width, stored.height)}"
@@ -104,7 +104,7 @@ def test_a_sound_image_is_described_as_it_came(size: tuple[int, int], channels: 
     stored = store(content, False, KEEP)
     assert (stored.content, stored.width, stored.height) == (content, *size)
     assert stored.is_grey == (channels == 1)
-    assert stored.oddity is None
+    assert stored.unusual is None
 
 
 METADATA: dict[str, Any] = {
@@ -139,4 +139,4 @@ def test_pixels_that_are_resized_are_pillows(kind: str) -> None:
     with Image.open(io.BytesIO(content)) as image:
         oracle = Image.fromarray(np.asarray(image)).resize((43, 30), Image.Resampling.BILINEAR)
     stored = store(content, False, Rules(keeps_png=False, resize_short_side=30, quality=90))
-    assert (stored.oddity, stored.content) == (None, encoded(oracle, quality=90))
+    assert (stored.unusual, stored.content) == (None, encoded(oracle, quality=90))

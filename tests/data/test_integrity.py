@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from recipe.config.schema import Corrupt, Source
-from recipe.data import processing
 from recipe.data.images import DamagedImageError, Rules, store
-from recipe.data.processing import preprocess
-from recipe.data.shards import open_split, read_manifest
+from recipe.data.manifest import read_manifest
+from recipe.data.shards import open_split
 from recipe.errors import UserError
-from tests.data.layouts import config, encoded, jpeg, train_images, write_files, write_official
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.archives import digests
+from recipe.preprocessing.pipeline import preprocess
+from tests.preprocessing.layouts import config, encoded, jpeg, train_images, write_files, write_official
 
 KEEP = Rules(keeps_png=True, resize_short_side=None, quality=90)
 END, ADOBE_OF_NOBODY = b"\xff\xd9", b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\x07"
@@ -143,7 +145,7 @@ HARMLESS = {
 def test_a_jpeg_that_lost_nothing_is_stored_and_recorded(case: str, capfd: pytest.CaptureFixture[str]) -> None:
     content, what = HARMLESS[case]
     stored = store(content, False, KEEP)
-    assert (stored.oddity, stored.done) == (what, "stored as lossless RGB PNG")
+    assert (stored.unusual, stored.done) == (what, "stored as lossless RGB PNG")
     with Image.open(io.BytesIO(stored.content)) as now, Image.open(io.BytesIO(content)) as before:
         assert np.array_equal(np.asarray(now), np.asarray(before))
     assert capfd.readouterr().err == ""
@@ -261,13 +263,13 @@ def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
     with pytest.raises(UserError, match=r"n02085620_7 in .* is corrupt: it is truncated"):
         preprocess(config(raw, tmp_path / "unknown"))
     name = "ILSVRC2012_img_train.tar"
-    (archive,) = processing.digests([raw / name], {}, tmp_path / "cache")
-    monkeypatch.setitem(processing.imagenet.PUBLISHED_MD5, name, archive.md5)
+    (archive,) = digests([raw / name], {}, tmp_path / "cache")
+    monkeypatch.setitem(imagenet.PUBLISHED_MD5, name, archive.md5)
     record = preprocess(config(raw, tmp_path / "out"))
     assert record.rejected == []
     found = "damaged JPEG: it is truncated (premature end of data segment)"
     assert record.odd_images == {found: 1}
-    assert [oddity.key for oddity in read_manifest(tmp_path / "out").oddities] == ["n02085620_7"]
+    assert [image.key for image in read_manifest(tmp_path / "out").converted] == ["n02085620_7"]
     (tmp_path / "out" / "train-00001.tar").unlink()
     preprocess(config(raw, tmp_path / "out"))  # the repair knows it too
     split = open_split(tmp_path / "out", "train")

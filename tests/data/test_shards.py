@@ -15,21 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe.data.shards import (
-    INDEX,
-    Manifest,
-    ManifestSplit,
-    Shard,
-    manifest_sha256,
-    npy_bytes,
-    open_split,
-    read_manifest,
-    tar_header,
-    write_shard,
-)
+from recipe.data.manifest import Manifest, ManifestSplit, Shard, manifest_sha256, read_manifest
+from recipe.data.shards import INDEX, open_split
 from recipe.errors import DiskError, UserError
+from recipe.files import CHECKOUT
+from recipe.preprocessing.shard_writer import npy_bytes, tar_header, write_shard
 from recipe.records import to_json
-from recipe.run import CHECKOUT
 
 NAMES = ("a.jpg", "x" * 99, "x" * 100, "x" * 101, "cat/" + "y" * 150, "cat/a%2Epng.cls", "~!}.png")
 LIMITED = """
@@ -77,7 +68,7 @@ def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)
         label_convention="",
         classes=[],
         splits={"train": split},
-        oddities=[],
+        converted=[],
         rejected=[],
     )
     (directory / "manifest.json").write_bytes(to_json(manifest))

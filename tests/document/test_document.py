@@ -15,9 +15,11 @@ import pytest
 
 from recipe.config import identity as configuration
 from recipe.document import figures, render
-from recipe.document.facts import Facts, sections
-from recipe.document.render import check_document, generated_blocks, twin, write_document
+from recipe.document.render import check_document, generated_blocks, json_file, write_document
+from recipe.document.run_data import RunData, sections
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
+from recipe.metrics import EPOCH_FIELDS
 from recipe.records import (
     Archive,
     ClassCounts,
@@ -28,7 +30,6 @@ from recipe.records import (
     LeftOut,
     LoaderFacts,
     ModelFacts,
-    Oddity,
     ParameterGroup,
     PreprocessingRecord,
     Protocol,
@@ -38,8 +39,9 @@ from recipe.records import (
     SplitFacts,
     TrainingRecord,
     TreeState,
+    UnusualImage,
 )
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 
 COMMIT = "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
 CONFIG: dict[str, Any] = {
@@ -60,7 +62,7 @@ CONFIG: dict[str, Any] = {
         "expect": "nothing",
         "description": {
             "summary": "Drawn textures and shapes of 12 classes, for seeing the whole pipeline work in minutes",
-            "origin": "Drawn by recipe/data/demo.py; no photograph and no person in it",
+            "origin": "Drawn by recipe/preprocessing/demo.py; no photograph and no person in it",
             "licence": "That of this project (MIT)",
             "access": "Nothing is downloaded; preprocess.py draws it",
             "labels": "One label an image, the class that was drawn",
@@ -81,6 +83,7 @@ CONFIG: dict[str, Any] = {
     "optimization": {"epochs": 8, "batch_size": 32, "learning_rate": 0.1},
 }
 EPOCHS, STEPS_PER_EPOCH = 8, 37
+LOGGED = (20, STEPS_PER_EPOCH)  # steps of an epoch that end a train row
 
 
 def sha(text: str) -> str:
@@ -153,7 +156,9 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
         "shard_order": "shuffled with seed 0",
         "stored_as": "original JPEG bytes",
         "odd_images": {"CMYK": 1, "grey": 6},
-        "odd_examples": [Oddity(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")],
+        "odd_examples": [
+            UnusualImage(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")
+        ],
         "rejected": [],
         "decoded_with": "Pillow 13",
         "processes": 2,
@@ -164,7 +169,7 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
 
 
 def session(**changes: Any) -> Session:
-    known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "images_per_batch_norm": 32}
+    known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "batch_norm_batch_size": 32}
     return Session(started="2026-11-23T21:00:00Z", first_step=0, processes=1, **(known | changes))
 
 
@@ -223,7 +228,7 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
             images_left_out_per_epoch=16,
             global_batch_size=32,
             images_per_forward=32,
-            images_per_batch_norm=32,
+            batch_norm_batch_size=32,
             accumulation_steps=1,
             decoder="nvimgcodec",
             threads_per_process=2,
@@ -234,27 +239,31 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
         "processes": 1,
         "backend": "none",
         "sessions": [session()],
-        "epochs": [
-            Epoch(
-                epoch=epoch,
-                seconds=24.1 if epoch > 1 else 28.7,
-                images_per_second=49.2 if epoch > 1 else 41.3,
-                data_wait_fraction=0.021 if epoch > 1 else 0.064,
-                validation_seconds=2.4,
-            )
-            for epoch in range(1, EPOCHS + 1)
-        ],
+        "epochs": epoch_records(),
         "training_seconds": 197.4,
         "validation_seconds": 19.2,
         "images_seen": EPOCHS * 1184,
         "peak_accelerator_memory_gib": None,
         "skipped_steps": 0,
         "validation_protocol": "top1-resize72-crop64-bilinear",
-        "final": {"validation_top1_accuracy": 0.8979},
         "best_epoch": 8,
         "selection": "the last checkpoint",
     }
     return TrainingRecord(**{**values, **changes})
+
+
+def epoch_records(epochs: int = EPOCHS) -> list[Epoch]:
+    """What the validation rows say of each epoch, and what it cost; the first one is cold."""
+    return [
+        Epoch(
+            seconds=24.1 if at > 0 else 28.7,
+            images_per_second=49.2 if at > 0 else 41.3,
+            data_wait_fraction=0.021 if at > 0 else 0.064,
+            validation_seconds=2.4,
+            **{name: row[field] for name, field in EPOCH_FIELDS.items()},
+        )
+        for at, row in enumerate(row for row in metric_rows(epochs) if row["split"] == "validation")
+    ]
 
 
 def learning_rate(step: int) -> float:
@@ -325,7 +334,7 @@ def evaluation_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Evalua
 def metric_rows(epochs: int = EPOCHS) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for epoch in range(1, epochs + 1):
-        for step in (20, STEPS_PER_EPOCH):
+        for step in LOGGED:
             done = (epoch - 1) * STEPS_PER_EPOCH + step
             progress = done / (epochs * STEPS_PER_EPOCH)
             rows.append(
@@ -352,16 +361,23 @@ def metric_rows(epochs: int = EPOCHS) -> list[dict[str, Any]]:
                 "loss": 2.4 - 1.5 * (epoch / epochs) ** 0.5,
                 "top1_accuracy": 0.1 + 0.7979 * (epoch / epochs) ** 0.7,
                 "top5_accuracy": 0.99,
-                "learning_rate": None,
+                "learning_rate": rows[-1]["learning_rate"],
                 "images_per_second": 199.0,
                 "data_wait_fraction": None,
                 "seconds": 27.4 * epoch,
+                **{f"train_{name}": mean_of(rows[-2:], name) for name in ("loss", "top1_accuracy", "top5_accuracy")},
             }
         )
     return rows
 
 
-def facts(**changes: Any) -> Facts:
+def mean_of(rows: list[dict[str, Any]], name: str) -> float:
+    """The mean over the steps of an epoch, from its train rows."""
+    steps = [LOGGED[0], LOGGED[1] - LOGGED[0]]
+    return sum(row[name] * count for row, count in zip(rows, steps, strict=True)) / sum(steps)
+
+
+def facts(**changes: Any) -> RunData:
     values: dict[str, Any] = {
         "name": "demo",
         "run_dir": "runs/demo",
@@ -371,7 +387,7 @@ def facts(**changes: Any) -> Facts:
         "evaluation": evaluation_record(),
         "metrics": metric_rows(),
     }
-    return Facts(**{**values, **changes})
+    return RunData(**{**values, **changes})
 
 
 def document(existing: str | None = None, **changes: Any) -> str:
@@ -385,7 +401,7 @@ def section(text: str, block_id: str) -> str:
     return found[0]
 
 
-def changed_blocks(before: Facts, after: Facts) -> set[str]:
+def changed_blocks(before: RunData, after: RunData) -> set[str]:
     old, new = generated_blocks(before), generated_blocks(after)
     return {block_id for block_id in new if old[block_id] != new[block_id]}
 
@@ -556,11 +572,7 @@ def test_the_json_block_claims_what_the_records_hold() -> None:
 
 
 def test_many_epochs_are_thinned_out_and_said_so() -> None:
-    epochs = [
-        Epoch(epoch=epoch, seconds=1.0, images_per_second=5.0, data_wait_fraction=0.0, validation_seconds=1.0)
-        for epoch in range(1, 91)
-    ]
-    text = section(document(training=training_record(epochs=epochs), metrics=metric_rows(90)), "dynamics")
+    text = section(document(training=training_record(epochs=epoch_records(90)), metrics=metric_rows(90)), "dynamics")
     rows = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
     assert len(rows) == 20
     assert (rows[0], rows[-1]) == ("1", "90")
@@ -569,7 +581,9 @@ def test_many_epochs_are_thinned_out_and_said_so() -> None:
 
 def test_long_lists_are_cut_and_said_so() -> None:
     shards = {"manifest": sha("manifest")} | {f"train-{number:06d}.tar": sha(str(number)) for number in range(1282)}
-    rejected = [Oddity(split="train", key=f"n{number}", what="truncated", done="left out") for number in range(30)]
+    rejected = [
+        UnusualImage(split="train", key=f"n{number}", what="truncated", done="left out") for number in range(30)
+    ]
     record = preprocessing_record(outputs=shards, rejected=rejected)
     text = section(document(preprocessing=record), "processing_methods")
     assert text.count("| SHA-256 of ") == 20
@@ -696,7 +710,7 @@ def test_a_stage_that_ran_again_changes_its_own_blocks_only(change: dict[str, An
 
 def test_equal_inputs_give_equal_bytes() -> None:
     assert document() == document()
-    assert twin(facts()) == twin(facts())
+    assert json_file(facts()) == json_file(facts())
     assert document(existing=document()) == document()
 
 
@@ -726,7 +740,7 @@ def test_hostile_words_stay_words() -> None:
             odd_images={HOSTILE: 1},
             raw_path=HOSTILE,
             outputs={"manifest": sha("manifest"), HOSTILE: HOSTILE},
-            rejected=[Oddity(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],
+            rejected=[UnusualImage(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],
             left_out={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
             lost_images={HOSTILE: LeftOut(count=1, examples=[HOSTILE])},
         ),
@@ -786,20 +800,20 @@ def test_written_files(tmp_path: Path) -> None:
     drawn = sorted(path.name for path in run.figures.iterdir())
     assert drawn == ["accuracy.png", "learning_rate.png", "loss.png", "throughput.png"]
     assert sorted(re.findall(r"\]\(figures/(.*?)\)", text)) == drawn
-    for content in (text, run.twin.read_text()):
+    for content in (text, run.json_file.read_text()):
         assert str(CHECKOUT) not in content
         assert str(tmp_path) not in content
 
 
 def test_the_twin_holds_the_same_facts() -> None:
-    values = json.loads(twin(facts()))
+    values = json.loads(json_file(facts()))
     assert values["format"] == "recipe/1"
     assert values["config"] == CONFIG
     assert msgspec.convert(values["records"]["training"], TrainingRecord) == training_record()
     assert values["sections"]["performance_metrics"] == {"state": "present", "reasons": []}
     assert values["sections"]["serialization"]["state"] == "not measured"
     assert list(values) == sorted(values)
-    assert values["metrics"]["epochs"][-1]["validation_top1"] == pytest.approx(0.8979)
+    assert values["metrics"]["last"]["validation"]["top1_accuracy"] == pytest.approx(0.8979)
 
 
 def test_what_people_wrote_survives_further_stages(tmp_path: Path) -> None:
@@ -883,15 +897,18 @@ def test_figures_do_not_follow_the_users_style(tmp_path: Path) -> None:
     assert printed[0] == printed[1]
 
 
-def test_rows_with_holes_are_drawn_as_far_as_they_go() -> None:
+def test_rows_with_holes_are_drawn_as_far_as_they_go_and_change_no_epoch() -> None:
     empty = [
         {**row, **dict.fromkeys(("loss", "top1_accuracy", "top5_accuracy", "data_wait_fraction"))}
         for row in metric_rows()
     ]
-    assert set(figures.draw(training_record(), empty)) == {"learning_rate.png", "throughput.png"}
-    assert figures.draw(training_record(), []).keys() == {"learning_rate.png"}
+    assert set(figures.draw(training_record(), empty)) == {"accuracy.png", "learning_rate.png", "throughput.png"}
+    assert figures.draw(training_record(), []).keys() == {"accuracy.png", "learning_rate.png"}
     assert figures.draw(None, []) == {}
-    assert "| 1 | 0.0973 | – | – | – | – | – | 41.3 | 6.40 % | 28.7 |" in document(metrics=empty)
+    row = "| 1 | 0.0973 | 2.0153 | 27.94 % | 1.8697 | 28.61 % | 99.00 % | 41.3 | 6.40 % | 28.7 |"
+    assert row in document()
+    assert row in document(metrics=empty)
+    assert row in document(metrics=[])
 
 
 def test_the_commands_are_a_shell_script() -> None:

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from recipe.document import latency
-from recipe.document.facts import sections
 from recipe.document.figures import draw_inference
 from recipe.document.formatting import latency as as_text
-from recipe.document.render import generated_blocks, twin
+from recipe.document.render import generated_blocks, json_file
+from recipe.document.run_data import sections
 from recipe.records import Absent, ClassifiedPicture, Guess, Hardware, InferenceRecord, Latency, TimingRecord
 from tests.document.test_document import facts as facts_of_a_run
 from tests.document.test_document import provenance, sha
@@ -140,7 +140,7 @@ def test_each_machine_has_a_figure_with_equal_bytes_for_equal_records() -> None:
 
 
 def test_the_twin_holds_the_records_by_machine() -> None:
-    content = msgspec.json.decode(twin(replace(facts_of_a_run(), timing=(timing(),))))
+    content = msgspec.json.decode(json_file(replace(facts_of_a_run(), timing=(timing(),))))
     assert content["timing"]["nvidia-h200"]["cells"][1]["p50_milliseconds"] == 8.0
     assert content["sections"]["timing_information"] == {"state": "present", "reasons": []}
 

@@ -17,16 +17,17 @@ from recipe.__main__ import main
 from recipe.document import figures, published_folder
 from recipe.document import publish as publishing
 from recipe.document.blocks import Block, split
-from recipe.document.facts import gather
 from recipe.document.model_card import CARD_END
 from recipe.document.publish import publish
 from recipe.document.published_folder import RECIPES, thinned, with_table
 from recipe.document.render import render, write_document
+from recipe.document.run_data import load
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import GIT_REFUSED, NoCommitError
 from recipe.records import PublicationRecord, SeedsRecord, TreeState
 from recipe.review.opening import contradictions, open_recipe
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from tests.document.test_document import (
     CONFIG,
     assert_tables_are_even,
@@ -114,7 +115,7 @@ def test_every_link_of_the_page_works_from_its_folder(run: Run) -> None:
 
 def test_a_published_recipe_says_what_its_run_says(run: Run) -> None:
     folder = publish(run)
-    published, facts = gather(Run(folder), "elsewhere"), gather(run, "runs/demo")
+    published, facts = load(Run(folder), "elsewhere"), load(run, "runs/demo")
     assert dataclasses.replace(published, publication=None, run_dir=facts.run_dir) == facts
     subject = open_recipe(folder)
     assert subject.document_path == folder / "README.md"
@@ -373,7 +374,7 @@ def test_a_failure_in_the_middle_changes_nothing(run: Run, monkeypatch: pytest.M
     folder = publish(run)
     before = tree(folder)
     run.write(evaluation_record(correct_top5=470))
-    for name in ("twin", "copy_figures"):
+    for name in ("json_file", "copy_figures"):
         with monkeypatch.context() as patch:
             patch.setattr(published_folder, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -392,7 +393,7 @@ def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.Mo
     assert Counter(row["split"] for row in kept) == {"train": 8, "validation": 8}
     folder = publish(run)
     assert f"Of the run's {len(rows)} rows it holds 16" in page(folder)
-    whole, thin = (gather(Run(at), "x") for at in (run.directory, folder))
+    whole, thin = (load(Run(at), "x") for at in (run.directory, folder))
     assert [row for row in whole.metrics if row["split"] == "validation"] == [
         row for row in thin.metrics if row["split"] == "validation"
     ]
@@ -402,7 +403,8 @@ def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.Mo
 
 
 def seed_run(directory: Path, seed: int, correct: int) -> Run:
-    config = {**CONFIG, "seed": seed}
+    schedule = {"schedule": "cosine", "warmup_epochs": 1.0, "step_epochs": []}
+    config = {**CONFIG, "seed": seed, "optimization": CONFIG["optimization"] | schedule}
     run = Run(directory)
     run.write_config(config)
     weights = sha(f"weights {seed}")
@@ -427,7 +429,9 @@ def test_seeds_give_n_mean_and_spread(tmp_path: Path) -> None:
     folder = publish(runs[0], seeds=runs[1:])
     record = Run(folder).read(SeedsRecord)
     assert record is not None
-    assert [(run.seed, run.correct_top1) for run in record.runs] == [(1, 436), (2, 442), (3, 430)]
+    assert record.evaluation is not None
+    assert [run.seed for run in record.runs] == [1, 2, 3]
+    assert record.evaluation.correct_top1 == [436, 442, 430]
     assert "top-1 over n = 3 seeds: mean 90.83 %, standard deviation 1.25 %" in page(folder)  # 6 of 480
     assert open_recipe(folder).required_block()["claims"]["seeds"]["correct_top1"] == [436, 442, 430]
     publish(runs[0])

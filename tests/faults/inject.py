@@ -41,7 +41,7 @@ if __name__ == "__main__":
 import pytest  # noqa: E402
 import torch.distributed  # noqa: E402
 
-from recipe import run  # noqa: E402
+from recipe import files  # noqa: E402
 from recipe.training import loop  # noqa: E402
 
 VARIABLE = "FAULT"
@@ -77,7 +77,7 @@ def inject(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "build_training", beginning)
     patch.setattr(loop, "take_step", stepping)
     patch.setattr(loop, "validate", validating)
-    patch.setattr(run, "temporary_sibling", naming(run.temporary_sibling))
+    patch.setattr(files, "temporary_sibling", naming(files.temporary_sibling))
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def stop(place: str, rank: int, step: int) -> None:
 
 
 def naming(temporary_sibling: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """`recipe.run.temporary_sibling` whose n-th file ends the process before it is renamed."""
+    """`recipe.files.temporary_sibling` whose n-th file ends the process before it is renamed."""
     numbers = itertools.count()
 
     class Unnamed(PosixPath):

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from recipe.run import CHECKOUT, Run
+from recipe.files import CHECKOUT
+from recipe.run import Run
 from tests.conftest import SMALL_DEMO
 
 OURS = (sys.executable,)

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from recipe.config.schema import Config, Corrupt
 from recipe.data.decoding import Picture, PillowDecoder, UndecodableError
-from recipe.data.processing import preprocess
-from recipe.data.shards import open_split, read_manifest
+from recipe.data.manifest import read_manifest
+from recipe.data.shards import open_split
 from recipe.distributed import launch
 from recipe.errors import UserError, WorkerError
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import TrainingRecord
 from recipe.training import loop
 from tests.conftest import compose_config
-from tests.data.layouts import config, encoded, jpeg, pixels, train_images, write_files, write_official
-from tests.data.test_processing import jpeg_header_of
+from tests.preprocessing.layouts import config, encoded, jpeg, pixels, train_images, write_files, write_official
+from tests.preprocessing.test_pipeline import jpeg_header_of
 
 Words = Callable[..., list[str]]
 VICTIM = 57
@@ -37,7 +38,7 @@ def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Pat
     }
     odd = {
         "n02085620_11": (encoded(pixels("b"), "PNG"), "PNG not named .png"),
-        "n02085620_12": (encoded(pixels("c", channels=1)), "grey"),
+        "n02085620_12": (encoded(pixels("c", channels=1)), "grayscale"),
         "n02085620_13": (encoded(pixels("d").convert("CMYK")), "CMYK JPEG"),
     }
     images = train_images() | {key: content for key, (content, _) in (damaged | odd).items()}
@@ -167,7 +168,7 @@ def test_f12_preprocessing_names_an_image_that_does_not_fit_into_memory(
     def store(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("recipe.data.packing.store", store)
+    monkeypatch.setattr("recipe.preprocessing.shard_writer.store", store)
     raw = write_official(tmp_path / "raw")
     with pytest.raises(
         UserError, match=r"not enough memory to decode n\d+_\d+ in .*img_train.tar .*fewer data.processes"

@@ -78,7 +78,7 @@ def test_f09_three_failures_in_a_row_stop_and_keep_what_was_saved(
 def row(step: int) -> Row:
     numbers = {name: 0.5 for name in ("loss", "top1_accuracy", "top5_accuracy", "images_per_second", "seconds")}
     return Row(
-        split="train", epoch=1, step=step, images_seen=step, learning_rate=None, data_wait_fraction=None, **numbers
+        split="train", epoch=1, step=step, images_seen=step, learning_rate=0.1, data_wait_fraction=None, **numbers
     )
 
 

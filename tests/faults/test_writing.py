@@ -14,8 +14,9 @@ import msgspec
 import pytest
 
 from recipe.document.render import write_document
+from recipe.files import CHECKOUT
 from recipe.records import TrainingRecord
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from recipe.training import loop
 from tests.conftest import compose_config
 from tests.faults.launched import COMMON, finish, start
@@ -57,7 +58,7 @@ def documented(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def files_of(run: Run) -> dict[str, bytes]:
-    return {str(path.relative_to(run.directory)): path.read_bytes() for path in (run.document, run.twin)}
+    return {str(path.relative_to(run.directory)): path.read_bytes() for path in (run.document, run.json_file)}
 
 
 @pytest.mark.slow
@@ -67,7 +68,7 @@ def test_f19_a_kill_at_any_file_leaves_each_whole_and_the_next_time_is_as_the_fi
     """The worst moment of each: its content is there, its name is not."""
     shutil.copytree(documented / "x", tmp_path / "x")
     run = Run(tmp_path / "x")
-    before, count = files_of(run), len(list(run.figures.iterdir())) + 3  # journal, twin, page
+    before, count = files_of(run), len(list(run.figures.iterdir())) + 3  # journal, recipe.json, page
     program = [sys.executable, "-c", KILL_AT_EACH_FILE, str(count)]
     subprocess.run(program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True)
     after = files_of(run)

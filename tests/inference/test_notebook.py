@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from recipe.config.schema import Config
-from recipe.data.shards import open_split, read_manifest
+from recipe.data.manifest import read_manifest
+from recipe.data.shards import open_split
 from recipe.demonstration import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
+from recipe.files import CHECKOUT
 from recipe.inference.classifier import Classifier
 from recipe.records import ClassifiedPicture, EvaluationRecord, InferenceRecord, SerializationRecord, TimingRecord
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 
 QUICK = ["timing.seconds_per_cell=0.04", "timing.batch_sizes=[1,2]", "timing.backends=[eager,onnxruntime]"]
 

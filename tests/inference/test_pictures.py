@@ -14,7 +14,7 @@ from PIL import Image
 from recipe.data.decoding import PillowDecoder, decoded
 from recipe.errors import UserError
 from recipe.inference.pictures import pixels_of
-from tests.data.layouts import pixels
+from tests.preprocessing.layouts import pixels
 
 ORIENTATION = 0x0112
 

@@ -21,6 +21,7 @@ from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config.schema import Backend, Config, Variant
 from recipe.distributed import start_world
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.inference import export, serialization
 from recipe.inference.classifier import Classifier
 from recipe.inference.onnx_file import OnnxModel
@@ -30,7 +31,7 @@ from recipe.inference.timing import REPEATS_BEYOND, machine_name, measure_timing
 from recipe.model import restored_model
 from recipe.performance import evaluate_run
 from recipe.records import EvaluationRecord, Hardware, Interface, SerializationRecord
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config
 

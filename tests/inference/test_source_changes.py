@@ -12,17 +12,18 @@ import pytest
 
 from recipe import provenance
 from recipe.config.schema import Config, TimedBackend, Variant
-from recipe.data.processing import preprocess
 from recipe.demonstration import Demonstration
 from recipe.distributed import start_world
 from recipe.document import figures
-from recipe.document.facts import source_changed
 from recipe.document.render import generated_blocks
+from recipe.document.run_data import source_changed
+from recipe.files import CHECKOUT
 from recipe.inference.serialization import serialize_run
 from recipe.inference.timing import measure_timing
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import InferenceRecord, Provenance
-from recipe.run import CHECKOUT, Run
+from recipe.run import Run
 from recipe.training.loop import train
 from tests.conftest import compose_config
 from tests.document.test_document import facts

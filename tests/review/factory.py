@@ -13,11 +13,12 @@ import numpy as np
 import safetensors.numpy
 
 from recipe.document.blocks import content_sha256
-from recipe.document.claims import as_json
+from recipe.document.recipe_json import as_json
 from recipe.document.render import write_document
+from recipe.files import write_atomically
 from recipe.provenance import commit, source_sha256
 from recipe.records import ClassCounts, InferenceRecord, Provenance, SerializationRecord, VariantFacts
-from recipe.run import Run, write_atomically
+from recipe.run import Run
 from tests.document import test_document as document
 from tests.document import test_latency
 

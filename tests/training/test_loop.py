@@ -16,6 +16,7 @@ from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict, Predictions
+from recipe.metrics import EPOCH_FIELDS
 from recipe.model import weights_sha256
 from recipe.performance import evaluate_run
 from recipe.records import PreprocessingRecord, TrainingRecord
@@ -145,13 +146,16 @@ def test_a_validation_that_fails_costs_no_training(
     assert (progress["epoch"], progress["batch"], progress["step"]) == (epoch - 1, 4, 4 * epoch)  # type: ignore[index]
     record = train(cut)
     assert [session.first_step for session in record.sessions] == [0, 4 * epoch]
-    assert (record.outputs, record.final, record.best_epoch, record.images_seen) == (
+    assert (record.outputs, record.best_epoch, record.images_seen) == (
         uninterrupted.outputs,
-        uninterrupted.final,
         uninterrupted.best_epoch,
         uninterrupted.images_seen,
     )
-    assert [cost.epoch for cost in record.epochs] == [1, 2, 3]
+    assert [epoch.epoch for epoch in record.epochs] == [1, 2, 3]
+    for name in EPOCH_FIELDS:
+        assert [getattr(epoch, name) for epoch in record.epochs] == [
+            getattr(epoch, name) for epoch in uninterrupted.epochs
+        ]
     assert measured_rows(cut) == measured_rows(whole)
     for part in ("model", "average", "optimizer"):
         assert_same_tensors(last_state(whole)[part], last_state(cut)[part])
@@ -202,7 +206,7 @@ def test_before_the_first_validation_there_is_no_best_epoch(smoke: Words, monkey
     monkeypatch.setattr(loop, "validate", failing_validation)
     with pytest.raises(Killed):
         train(smoke())
-    with pytest.raises(UserError, match=r"evaluation\.checkpoint=best cannot be yet"):
+    with pytest.raises(UserError, match=r"evaluation\.checkpoint=best does not exist yet"):
         evaluate_run(compose_config(*smoke("evaluation.checkpoint=best")))
 
 
@@ -288,7 +292,9 @@ def test_a_run_killed_before_its_record_gets_one(smoke: Words) -> None:
     run = Run(compose_config(*smoke()).run_dir)
     (run.records / "training.json").unlink()
     before, again = measured_rows(smoke()), train(smoke())
-    assert (again.outputs, again.final, again.best_epoch) == (record.outputs, record.final, record.best_epoch)
+    assert (again.outputs, again.best_epoch) == (record.outputs, record.best_epoch)
+    for name in EPOCH_FIELDS:
+        assert [getattr(epoch, name) for epoch in again.epochs] == [getattr(epoch, name) for epoch in record.epochs]
     assert measured_rows(smoke()) == before
 
 
@@ -353,7 +359,7 @@ def test_given_weights_are_named_by_their_content(smoke: Words, tmp_path: Path) 
 
 def test_accumulation_is_recorded_and_reaches_the_same_sizes(smoke: Words) -> None:
     loader = train(smoke("trainer.max_images_per_process=8")).loader
-    assert (loader.global_batch_size, loader.accumulation_steps, loader.images_per_batch_norm) == (24, 3, 8)
+    assert (loader.global_batch_size, loader.accumulation_steps, loader.batch_norm_batch_size) == (24, 3, 8)
 
 
 def test_a_network_with_dropout_continues_exactly_too(smoke: Words, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from recipe.distributed import World
 from recipe.errors import SAVED
-from recipe.run import CHECKOUT
+from recipe.files import CHECKOUT
 from recipe.training.shutdown import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_POLLS, Stopped, StopRequest, graceful_shutdown
 from tests.worlds import torchrun_environment
 

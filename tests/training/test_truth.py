@@ -34,7 +34,6 @@ VOLATILE = {
     "epochs",
     "training_seconds",
     "validation_seconds",
-    "final",
     "evaluation_seconds",
     "images_per_second",
     "best_epoch",

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import re
 import shlex
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,40 +17,31 @@ from typing import Any
 import recipe.provenance
 from recipe.config.identity import flatten
 from recipe.config.schema import schema_keys
-from recipe.document.facts import Facts, source_changed
+from recipe.document.run_data import RunData, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, sha256_of_sources, source_sha256
-from recipe.records import Provenance
+from recipe.records import STAGES, Provenance
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.run import Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
-MODULES = ("recipe.demonstration",)
+SCRIPTS = tuple(program for program in STAGES.values() if program.endswith(".py"))
+MODULES = tuple(program for program in STAGES.values() if program not in SCRIPTS)
 REPRODUCE = ["-m", "recipe", "reproduce"]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equals>=)?")
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
 
 
-def stages(facts: Facts) -> Iterator[tuple[str, Provenance]]:
-    """(file of the record, provenance) of every stage that ran."""
-    for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
-        record = getattr(facts, name)
-        if record is not None:
-            yield f"records/{name}.json", record.provenance
-    for timing in facts.timing:
-        yield f"records/timing/{timing.machine}.json", timing.provenance
-
-
 # Which code ran
 
 
-def code_findings(facts: Facts, run: Run) -> list[Finding]:
+def code_findings(facts: RunData, run: Run) -> list[Finding]:
     """For every stage: the same code from start to end, identified by a commit, a patch or at least its hash."""
     findings: list[Finding] = []
-    for record, provenance in stages(facts):
-        place, source = f"{record}, provenance", provenance.source_sha256
+    for name, record in facts.stages():
+        place, provenance = f"records/{name}.json, provenance", record.provenance
+        source = provenance.source_sha256
         if source_changed(provenance):
             what = "the source changed during the stage, so that the code of its result is not known"
             findings.append(Finding(Level.resolvable, place, what, "run the stage again; do not edit code meanwhile"))
@@ -139,13 +129,18 @@ def is_source(name: str) -> bool:
 # What its commands say
 
 
-def command_findings(facts: Facts, config: dict[str, Any] | None) -> list[Finding]:
+def command_findings(facts: RunData, config: dict[str, Any] | None) -> list[Finding]:
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
     keys = {*schema_keys(), *flatten(config or {})}
     return [
-        Finding(Level.resolvable, f"{place}, provenance.command", what, "run the stage again, by a command that works")
-        for place, provenance in stages(facts)
-        for what in command_faults(provenance.command, keys)
+        Finding(
+            Level.resolvable,
+            f"records/{name}.json, provenance.command",
+            what,
+            "run the stage again, by a command that works",
+        )
+        for name, record in facts.stages()
+        for what in command_faults(record.provenance.command, keys)
     ]
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.review.check.code import code_findings
 from recipe.review.check.document import document_findings, edit_findings, output_findings
@@ -101,7 +101,7 @@ def check(recipe: OpenedRecipe, executes: bool = False) -> CheckReport:
 def _check(recipe: OpenedRecipe, page: Page | None, executes: bool) -> CheckReport:
     levels = [Level.present, Level.well_formed, Level.resolvable, *([Level.executed] if executes else [])]
     report = CheckReport(recipe.name, levels)
-    facts: Facts | None = None
+    facts: RunData | None = None
     unreadable: set[str] = set()
     if recipe.run is None:
         what = "no records beside the document: its claims were compared with nothing but each other"

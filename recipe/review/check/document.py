@@ -12,12 +12,12 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.document.blocks import difference
-from recipe.document.claims import as_json, identity
-from recipe.document.facts import Facts
+from recipe.document.recipe_json import as_json, identity
 from recipe.document.render import generated_blocks
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.records import Record
-from recipe.review.check.code import command_findings, source_sha256_here, stages
+from recipe.records import RECORDS, Record
+from recipe.review.check.code import command_findings, source_sha256_here
 from recipe.review.check.page import Page
 from recipe.review.check.records import config_findings
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
@@ -33,20 +33,11 @@ RECORD_OF_CLAIM = {
     "evaluation": "evaluation",
     "serialization": "serialization",
 }
-RECORD_NAMES = (
-    "preprocessing",
-    "training",
-    "evaluation",
-    "serialization",
-    "inference",
-    "fingerprint",
-    "energy",
-)
 RENDER = "run a stage of this run again: it writes the document from the records"
 RESTORE = "take the file from version control, or run its stage again"
 
 
-def document_findings(page: Page, recipe: OpenedRecipe, facts: Facts | None, unreadable: set[str]) -> list[Finding]:
+def document_findings(page: Page, recipe: OpenedRecipe, facts: RunData | None, unreadable: set[str]) -> list[Finding]:
     """The JSON block, recipe.json, the generated blocks and the links, against the records where they are there.
 
     `unreadable` holds the records that were already reported.
@@ -79,7 +70,7 @@ def edit_findings(page: Page) -> list[Finding]:
 
 
 def json_block_findings(
-    name: str, block: dict[str, Any], run: Run | None, facts: Facts | None, unreadable: set[str]
+    name: str, block: dict[str, Any], run: Run | None, facts: RunData | None, unreadable: set[str]
 ) -> list[Finding]:
     """The block against its own hashes, config.yaml, the records and recipe.json."""
     try:
@@ -96,7 +87,7 @@ def json_block_findings(
     return findings + claim_differences(name, block, facts, unreadable) + recipe_json_findings(run, block, facts)
 
 
-def claim_differences(name: str, block: dict[str, Any], facts: Facts, unreadable: set[str]) -> list[Finding]:
+def claim_differences(name: str, block: dict[str, Any], facts: RunData, unreadable: set[str]) -> list[Finding]:
     """Claims of the JSON block that the records do not give, and records that it does not mention."""
     expected = json.loads(as_json(identity(facts)))
     claims, findings = dict_or_empty(block.get("claims")), []
@@ -119,38 +110,38 @@ def claim_differences(name: str, block: dict[str, Any], facts: Facts, unreadable
     return findings
 
 
-def with_records(block: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+def with_records(block: Mapping[str, Any], facts: RunData) -> dict[str, Any]:
     """The block without the claims whose records are not there."""
     claims = {
         claim: value
         for claim, value in dict_or_empty(block.get("claims")).items()
         if claim not in RECORD_OF_CLAIM or getattr(facts, RECORD_OF_CLAIM[claim]) is not None
     }
-    of_training = ("code", "circumstances") if facts.training is None else ()
+    of_training = ("code", "determinism_context") if facts.training is None else ()
     of_fingerprint = ("fingerprint",) if facts.fingerprint is None else ()
     rest = {key: value for key, value in block.items() if key not in (*of_training, *of_fingerprint)}
     return rest | {"claims": claims}
 
 
-def recipe_json_findings(run: Run, block: dict[str, Any], facts: Facts) -> list[Finding]:
+def recipe_json_findings(run: Run, block: dict[str, Any], facts: RunData) -> list[Finding]:
     """What recipe.json says otherwise than the document and the records."""
-    if not os.path.lexists(run.twin):
+    if not os.path.lexists(run.json_file):
         return []
     try:
-        values = json.loads(run.content(run.twin))
+        values = json.loads(run.content(run.json_file))
         if not isinstance(values, dict):
             raise UserError("it is not a JSON object")
     except (UserError, ValueError, RecursionError) as error:
-        return [Finding(Level.well_formed, run.twin.name, f"it cannot be read: {error}", RENDER)]
+        return [Finding(Level.well_formed, run.json_file.name, f"it cannot be read: {error}", RENDER)]
     changed = [key for key in block if values.get(key) != block[key]]
     for name, value in dict_or_empty(values.get("records")).items():
-        record = getattr(facts, name, None) if name in RECORD_NAMES else None
+        record = getattr(facts, name, None) if name in RECORDS else None
         if record is not None and not is_same_record(value, record):
             changed.append(f"records.{name}")
     if not changed:
         return []
     what = f"it differs from the document or the records in {first_few(changed)}"
-    return [Finding(Level.resolvable, run.twin.name, what, RENDER)]
+    return [Finding(Level.resolvable, run.json_file.name, what, RENDER)]
 
 
 def is_same_record(value: Any, record: Record) -> bool:
@@ -164,7 +155,7 @@ def is_same_record(value: Any, record: Record) -> bool:
 # Generated blocks
 
 
-def generated_block_findings(page: Page, facts: Facts) -> list[Finding]:
+def generated_block_findings(page: Page, facts: RunData) -> list[Finding]:
     """Blocks that were not edited, but are not what the records give.
 
     Another version of the template gives other words from equal records, so that a difference is a finding only where
@@ -193,9 +184,9 @@ def first_change(found: str, generated: str) -> str:
     return "; ".join(shorten(line, 160) for line in first if line)
 
 
-def written_by(facts: Facts) -> str | None:
+def written_by(facts: RunData) -> str | None:
     """The source hash of the code that ran the newest stage, which wrote the document after it."""
-    ran = [provenance for _, provenance in stages(facts)]
+    ran = [record.provenance for _, record in facts.stages()]
     return max(ran, key=lambda one: one.started).source_sha256_at_end if ran else None
 
 
@@ -230,7 +221,7 @@ def absent_files(place: str, names: list[str]) -> list[Finding]:
     return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
 
 
-def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
+def output_findings(facts: RunData, run: Run, level: Level) -> list[Finding]:
     """Recorded files whose SHA-256 is another; exported models, which are large, at the level *executed* only."""
     findings, absent = [], []
     for record, name, digest in recorded_outputs(facts):
@@ -247,15 +238,9 @@ def output_findings(facts: Facts, run: Run, level: Level) -> list[Finding]:
     return findings + absent_files("recorded outputs", absent)
 
 
-def recorded_outputs(facts: Facts) -> Iterator[tuple[str, str, str]]:
+def recorded_outputs(facts: RunData) -> Iterator[tuple[str, str, str]]:
     """(record, file, SHA-256) of every output that is a file of the recipe."""
-    records = {
-        "evaluation.json": facts.evaluation,
-        "serialization.json": facts.serialization,
-        "inference.json": facts.inference,
-        **{f"evaluations/{other.protocol.name}.json": other for other in facts.other_evaluations},
-    }
-    for name, record in records.items():
-        for file, digest in (record.outputs if record is not None else {}).items():
+    for name, record in facts.stages():
+        for file, digest in getattr(record, "outputs", {}).items():
             if "/" in file:
-                yield name, file, digest
+                yield f"{name}.json", file, digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.files import WEIGHTS_BYTES_MAX
 from recipe.review.check.document import output_findings
@@ -16,7 +16,7 @@ from recipe.run import Run
 AGAIN = "take the file from where the run was made, or run its stage again"
 
 
-def executed_findings(facts: Facts, run: Run) -> list[Finding]:
+def executed_findings(facts: RunData, run: Run) -> list[Finding]:
     """Everything that is cheap to measure again."""
     return [
         *output_findings(facts, run, Level.executed),
@@ -40,7 +40,7 @@ def checkpoint_findings(run: Run) -> Iterator[Finding]:
             yield Finding(Level.executed, f"checkpoints/{path.name}", fault, AGAIN)
 
 
-def weights_findings(facts: Facts, run: Run) -> Iterator[Finding]:
+def weights_findings(facts: RunData, run: Run) -> Iterator[Finding]:
     """Released weights that are not those that training ended with."""
     from recipe.model import weights_sha256  # loads torch
     from recipe.weights import read_weights
@@ -64,7 +64,7 @@ def weights_findings(facts: Facts, run: Run) -> Iterator[Finding]:
         yield Finding(Level.executed, f"checkpoints/{path.name}", what, AGAIN)
 
 
-def prediction_findings(facts: Facts, run: Run) -> Iterator[Finding]:
+def prediction_findings(facts: RunData, run: Run) -> Iterator[Finding]:
     """Counts of records that are others in the predictions of every image."""
     absent = []
     for counted in counted_predictions(facts):
@@ -84,7 +84,7 @@ def prediction_findings(facts: Facts, run: Run) -> Iterator[Finding]:
         yield Finding(Level.executed, "predictions", what, kind=Kind.cannot_tell)
 
 
-def figure_findings(facts: Facts, run: Run) -> list[Finding]:
+def figure_findings(facts: RunData, run: Run) -> list[Finding]:
     """Figures that are others when drawn again from the records."""
     from recipe.document import figures
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
 from recipe.config.identity import config_sha256, differences, flatten, recipe_id
-from recipe.document.facts import STALE, Facts, sections
-from recipe.metrics import Place, missing_rows, planned_places
+from recipe.document.curves import MetricRow
+from recipe.document.run_data import STALE, RunData, sections
+from recipe.metrics import EPOCH_FIELDS, Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.check.code import SHA256
 from recipe.review.check.presence import HEADINGS
 from recipe.review.findings import Finding, Level, first_few
 
-RECORDS = ("preprocessing", "training", "evaluation", "serialization", "inference")
 MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
 SECTIONS = HEADINGS | {
     "inference_code": "Inference / Code",
@@ -47,13 +46,13 @@ class Sum:
         return Finding(Level.resolvable, f"records/{self.record}.json, {self.name}", what, mend)
 
 
-def record_findings(facts: Facts) -> list[Finding]:
+def record_findings(facts: RunData) -> list[Finding]:
     """Sums that do not add up, texts that are not hashes, stale sections, lost rows, other weights."""
     wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + final_findings(facts) + energy_findings(facts)
+    return wrong + hash_findings(facts) + stale_findings(facts) + log_findings(facts) + energy_findings(facts)
 
 
-def sums(facts: Facts) -> Iterator[Sum]:
+def sums(facts: RunData) -> Iterator[Sum]:
     """Every equation between the records."""
     if facts.preprocessing:
         yield from data_sums(facts.preprocessing)
@@ -139,12 +138,11 @@ def timing_sums(record: TimingRecord) -> Iterator[Sum]:
             yield Sum(f"timing/{record.machine}", field, low, "a higher percentile", high, is_bound=True)
 
 
-def hash_findings(facts: Facts) -> list[Finding]:
+def hash_findings(facts: RunData) -> list[Finding]:
     """Hashes of inputs and outputs that are not SHA-256, and a recipe_id of another configuration."""
     findings = []
-    for name in RECORDS:
-        record = getattr(facts, name)
-        hashes = {**record.inputs, **record.outputs} if record is not None else {}
+    for name, record in facts.stages():
+        hashes = {**record.inputs, **getattr(record, "outputs", {})}
         wrong = [key for key, value in hashes.items() if not SHA256.fullmatch(value)]
         if wrong:
             place = f"records/{name}.json, inputs and outputs"
@@ -159,7 +157,7 @@ def hash_findings(facts: Facts) -> list[Finding]:
 MEND_CONFIG = "put config.yaml back as training pinned it: change nothing in it, train another run instead"
 
 
-def stale_findings(facts: Facts) -> list[Finding]:
+def stale_findings(facts: RunData) -> list[Finding]:
     """Stale sections: one finding for each reason, with all of its sections."""
     reasons: dict[str, list[str]] = {}
     for name, section in sections(facts).items():
@@ -173,32 +171,40 @@ def stale_findings(facts: Facts) -> list[Finding]:
     return findings
 
 
-def final_findings(facts: Facts) -> list[Finding]:
-    """Rows that are missing from metrics.jsonl, and last numbers of the training record that are not the last row's."""
+def log_findings(facts: RunData) -> list[Finding]:
+    """Rows that are missing from metrics.jsonl, and epochs of the training record that are not those of their rows."""
     if facts.training is None:
         return []
-    found = []
+    findings = []
     missing = missing_rows({Place(row["split"], row["epoch"], row["step"]) for row in facts.metrics}, promised(facts))
     if missing:
-        found.append(
+        findings.append(
             Finding(Level.resolvable, "metrics.jsonl", missing, "take the file from version control or a copy")
         )
-    last = {row["split"]: row for row in facts.metrics}
-    for name in ("loss", "top1_accuracy", "top5_accuracy"):
-        recorded, logged = facts.training.final.get(f"validation_{name}"), last.get("validation", {}).get(name)
-        if recorded is not None and logged is not None and not math.isclose(recorded, logged, rel_tol=1e-9):
-            place = f"records/training.json, final.validation_{name}"
-            what = f"it is {recorded:.6g}, the last row of metrics.jsonl has {logged:.6g}"
-            found.append(Finding(Level.resolvable, place, what, "take both files from version control"))
-    steps = last["train"]["step"] if "train" in last else facts.training.schedule.steps
+    findings += epoch_findings(facts.training, facts.metrics)
+    steps = max(
+        (row["step"] for row in facts.metrics if row["split"] == "train"), default=facts.training.schedule.steps
+    )
     if steps != facts.training.schedule.steps:
         what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
-        found.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
-    return found
+        findings.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
+    return findings
 
 
-def promised(facts: Facts) -> Iterator[Place]:
-    """The rows that are to be there; a published recipe may keep one train row an epoch, with the mean of its steps."""
+def epoch_findings(training: TrainingRecord, metrics: Sequence[MetricRow]) -> Iterator[Finding]:
+    """The recorded epochs and the validation rows that ended them hold the same numbers."""
+    ends = {row["epoch"]: row for row in metrics if row["split"] == "validation"}
+    for epoch in training.epochs:
+        row = ends.get(epoch.epoch, {})
+        changed = [name for name, field in EPOCH_FIELDS.items() if row and row.get(field) != getattr(epoch, name)]
+        if changed:
+            what = f"{first_few(changed)} are not those of its validation row in metrics.jsonl"
+            place = f"records/training.json, epochs, {epoch.epoch}"
+            yield Finding(Level.resolvable, place, what, "take both files from version control")
+
+
+def promised(facts: RunData) -> Iterator[Place]:
+    """The rows that are to be there; a published recipe may keep one train row an epoch."""
     assert facts.training is not None, "the caller looked"
     schedule, publication = facts.training.schedule, facts.publication
     every = flatten(facts.config or {}).get("trainer.log_every_steps")
@@ -209,7 +215,7 @@ def promised(facts: Facts) -> Iterator[Place]:
     return islice(planned, MOST_ROWS)
 
 
-def energy_findings(facts: Facts) -> list[Finding]:
+def energy_findings(facts: RunData) -> list[Finding]:
     """The recorded energy belongs to the weights that training left."""
     if facts.energy is None or facts.training is None:
         return []
@@ -219,7 +225,7 @@ def energy_findings(facts: Facts) -> list[Finding]:
     return [Finding(Level.resolvable, "records/energy.json, inputs", what, "remove it, or train again")]
 
 
-def config_findings(name: str, config: dict[str, Any], facts: Facts) -> list[Finding]:
+def config_findings(name: str, config: dict[str, Any], facts: RunData) -> list[Finding]:
     """The document's configuration is that of config.yaml."""
     if facts.config is None or config_sha256(facts.config) == config_sha256(config):
         return []

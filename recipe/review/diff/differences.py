@@ -109,7 +109,7 @@ def derived_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
     if not (before and after):
         return
     for key, name, note in (
-        ("images_per_batch_norm", "images per batch norm", "each process normalises by its own images only"),
+        ("batch_norm_batch_size", "images per batch norm", "each process normalises by its own images only"),
         ("images_seen", "images seen", ""),
     ):
         if before.get(key) != after.get(key):
@@ -177,7 +177,7 @@ def live_settings(record: TrainingRecord) -> dict[str, Any]:
 
 def circumstance_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
     """Hardware, versions, processes and threads; the code has a line of its own."""
-    before, after = (dict_or_empty(one.block.get("circumstances")) for one in (a, b))
+    before, after = (dict_or_empty(one.block.get("determinism_context")) for one in (a, b))
     if not (before and after):
         before, after = (
             {key: one.claims("training").get(key) for key in ("processes", "accelerator")} for one in (a, b)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from recipe.config.identity import flatten
-from recipe.document.claims import identity
+from recipe.document.recipe_json import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.review.findings import LINE_LENGTH_MAX, shorten

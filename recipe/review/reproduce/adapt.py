@@ -69,7 +69,7 @@ def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
 
 def _recorded_count(recipe: Recipe, name: str, most: int, notes: list[str]) -> int | None:
     """A recorded circumstance, if it is a number from 1 to `most`; else None, and a note."""
-    value = recipe.circumstances.get(name)
+    value = recipe.determinism_context.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
         return value
     notes.append(f"{name}: {shown(value)} there, which cannot be set here (1 to {most})")
@@ -126,7 +126,7 @@ def _machine(recipe: Recipe) -> list[str]:
         "the processor": processor_name(),
         "its instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    return changed_words(recipe.circumstances, here)
+    return changed_words(recipe.determinism_context, here)
 
 
 def changed_words(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

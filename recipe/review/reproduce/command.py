@@ -17,17 +17,18 @@ import torchvision
 from torchvision.models import list_models
 
 from recipe.config.schema import Config, Source
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
-from recipe.data.shards import manifest_sha256
+from recipe.data.manifest import copy_record, manifest_sha256
 from recipe.distributed import launch
-from recipe.document.facts import gather
 from recipe.document.render import write_document
+from recipe.document.run_data import load
 from recipe.environment import machine
 from recipe.errors import UserError
+from recipe.experiment_log import append_to_journal
+from recipe.files import display_path, portable_path, write_atomically
 from recipe.inference.serialization import serialize_run
 from recipe.launcher import launched
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.provenance import Stage
 from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe
@@ -35,7 +36,7 @@ from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, chang
 from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict
 from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
 from recipe.review.reproduce.report import reproduction_page
-from recipe.run import Run, append_to_journal, recorded_path, shown_path, write_atomically
+from recipe.run import Run
 from recipe.training.loop import train
 
 STAGES = ("preprocess", "train", "evaluate", "serialize")
@@ -65,7 +66,7 @@ def answer(arguments: Namespace) -> int:
     record = run_plan(plan)
     for claim in record.claims:
         print(f"{claim.level:<24}  {claim.claim}: {shown(claim.why, 300)}")
-    print(f"wrote {shown_path(plan.run_dir / REPORT)}")
+    print(f"wrote {display_path(plan.run_dir / REPORT)}")
     print(shown(record.verdict, 500))
     return 1 if any(claim.level == DIFFERS for claim in record.claims) else 0
 
@@ -134,10 +135,12 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
     if not document_hash.is_file() or document_hash.read_text(errors="replace").strip() != digest:
         if run_dir.is_dir() and not any(run_dir.iterdir()):
             return run_dir
-        raise UserError(f"{shown_path(run_dir)} is not a reproduction of this document; give a new folder as --run-dir")
+        raise UserError(
+            f"{display_path(run_dir)} is not a reproduction of this document; give a new folder as --run-dir"
+        )
     if Run(run_dir).read(ReproductionRecord) is not None:
         raise UserError(
-            f"{shown_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
+            f"{display_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
             "again, give a new folder as --run-dir"
         )
     return run_dir
@@ -169,11 +172,12 @@ def chosen_data(
         except (UserError, OSError):
             is_the_recipes = False
         if is_the_recipes:
-            return directory, None, f"{shown_path(directory)} has the recipe's manifest"
+            return directory, None, f"{display_path(directory)} has the recipe's manifest"
     if "preprocess" not in stages:
         raise UserError(
             f"no data set with the manifest {claimed.manifest_sha256[:16]} is at hand (looked in "
-            f"{', '.join(shown_path(directory) for directory in known)}): give --data-dir, or the stage preprocess too"
+            f"{', '.join(display_path(directory) for directory in known)}): give --data-dir, or the stage "
+            "preprocess too"
         )
     if arguments.raw_dir is None and config.data.source is not Source.demo:
         expected = ", ".join(
@@ -185,8 +189,8 @@ def chosen_data(
             "of the raw data as --raw-dir, or the preprocessed data set as --data-dir"
         )
     raw_dir = Path(arguments.raw_dir) if arguments.raw_dir else run_dir / "raw"
-    words = "drawn" if arguments.raw_dir is None else f"from {shown_path(raw_dir)}"
-    return known[0], raw_dir, f"{words}, into {shown_path(known[0])}"
+    words = "drawn" if arguments.raw_dir is None else f"from {display_path(raw_dir)}"
+    return known[0], raw_dir, f"{words}, into {display_path(known[0])}"
 
 
 def chosen_weights(asked: str | None, config: Config) -> str | None:
@@ -203,13 +207,13 @@ def chosen_weights(asked: str | None, config: Config) -> str | None:
 def _show(plan: ReproductionPlan) -> None:
     """Print the plan, for a decision."""
     recipe = plan.recipe
-    print(f"document     {shown_path(plan.document)}, SHA-256 {plan.document_sha256}")
+    print(f"document     {display_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
     epochs, batch_size = plan.config.optimization.epochs, plan.config.optimization.batch_size
     work = f"{epochs} epochs, batches of {batch_size} images of {plan.config.augmentation.crop_pixels} pixels"
     print(f"stages       {', '.join(plan.stages)}; {work}")
     print(f"data         {plan.data}")
-    print(f"run_dir      {shown_path(plan.run_dir)}")
+    print(f"run_dir      {display_path(plan.run_dir)}")
     print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.adapted.machine.items()))
     for heading, lines in (
         ("not as it was there", plan.adapted.notes),
@@ -243,11 +247,11 @@ def run_plan(plan: ReproductionPlan) -> ReproductionRecord:
         print(f"--- {name}", flush=True)
         run_stage(name, plan, run)
         if name != plan.stages[-1]:
-            write_document(run, recorded_path(run.directory))
+            write_document(run, portable_path(run.directory))
     record = judge_run(plan, run, stage)
     write_atomically(run.directory / REPORT, reproduction_page(record).encode())
     run.write(record)
-    write_document(run, recorded_path(run.directory))
+    write_document(run, portable_path(run.directory))
     return record
 
 
@@ -269,7 +273,7 @@ def _preprocess(plan: ReproductionPlan, run: Run) -> None:
         return
     append_to_journal(run, "preprocess", "started", name=config.name)
     record = preprocess(config)
-    bring_record(run, Path(config.data.directory), record)
+    copy_record(run, Path(config.data.directory), record)
     append_to_journal(run, "preprocess", "ended", name=config.name, manifest=record.outputs["manifest"])
     for name, split in claimed_data(plan.recipe).splits.items():
         found = record.splits.get(name)
@@ -283,9 +287,9 @@ def _preprocess(plan: ReproductionPlan, run: Run) -> None:
 
 def judge_run(plan: ReproductionPlan, run: Run, stage: Stage) -> ReproductionRecord:
     """The records of the run beside the claims of the recipe."""
-    facts = gather(run, recorded_path(run.directory))
+    facts = load(run, portable_path(run.directory))
     training = facts.training
-    changed = changed_words(plan.recipe.circumstances, training.circumstances) if training else []
+    changed = changed_words(plan.recipe.determinism_context, training.determinism_context) if training else []
     claims = judge_claims(plan.recipe, facts, changed)
     return ReproductionRecord(
         document_sha256=plan.document_sha256,
@@ -295,7 +299,7 @@ def judge_run(plan: ReproductionPlan, run: Run, stage: Stage) -> ReproductionRec
         provenance=stage.finish(training.provenance.hardware if training else machine()),
         machine=plan.adapted.machine,
         checkout=plan.differences,
-        circumstances=changed,
+        determinism_context=changed,
         stages=plan.stages,
         claims=claims,
         verdict=overall_verdict(claims),

@@ -21,8 +21,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-from recipe.document.dynamics import epoch_rows
-from recipe.document.facts import Facts
+from recipe.document.run_data import RunData
 from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.parse import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
@@ -41,7 +40,7 @@ MOST_OTHER_IMAGES = 10_000  # equal evaluations differ by one image in so many, 
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class DeterminismContext:
     """The differences of the circumstances of two trainings, in words."""
 
     changed: list[str]
@@ -60,14 +59,14 @@ class Circumstances:
         return "; ".join(reasons)
 
 
-def judge_claims(recipe: Recipe, facts: Facts, changed: list[str]) -> list[JudgedClaim]:
+def judge_claims(recipe: Recipe, facts: RunData, changed: list[str]) -> list[JudgedClaim]:
     """Every claim of the recipe beside the records of the second run; `changed`: how their circumstances differ."""
     claims = recipe.claims
     judged = list(judge_data(claims, facts))
     if claims.training is not None and facts.training is not None:
-        circumstances = Circumstances(changed, is_deterministic(claims.training, facts.training))
-        judged += judge_training(claims.training, facts, facts.training, circumstances)
-        judged += judge_evaluation(claims, facts, circumstances)
+        context = DeterminismContext(changed, is_deterministic(claims.training, facts.training))
+        judged += judge_training(claims.training, facts.training, context)
+        judged += judge_evaluation(claims, facts, context)
         judged += judge_exports(claims, facts)
     for stage in ("data", "training", "evaluation", "serialization"):
         record = facts.preprocessing if stage == "data" else getattr(facts, stage)
@@ -89,15 +88,15 @@ def same_bits(claim: str, claimed: Setting, found: Setting, why_else: str) -> Ju
     return JudgedClaim(claim=claim, level=level, claimed=claimed, found=found, why=why)
 
 
-def rounded_bits(claim: str, claimed: str, found: str, circumstances: Circumstances) -> JudgedClaim:
+def rounded_bits(claim: str, claimed: str, found: str, context: DeterminismContext) -> JudgedClaim:
     """A claim whose last digits depend on the processor and on versions."""
-    if claimed == found or not circumstances.changed:
-        return same_bits(claim, claimed, found, "in equal circumstances: the code does something else")
-    why = f"other last digits are possible, since {circumstances.why_not}"
+    if claimed == found or not context.changed:
+        return same_bits(claim, claimed, found, "in equal determinism_context: the code does something else")
+    why = f"other last digits are possible, since {context.why_not}"
     return JudgedClaim(claim=claim, level=CANNOT_TELL, claimed=claimed, found=found, why=why)
 
 
-def judge_data(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def judge_data(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
     """The images, their classes and the shards."""
     claimed, data = claims.data, facts.preprocessing
     if claimed is None or data is None:
@@ -112,7 +111,7 @@ def judge_data(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
 
 
 def judge_training(
-    claimed: ClaimedTraining, facts: Facts, training: TrainingRecord, circumstances: Circumstances
+    claimed: ClaimedTraining, training: TrainingRecord, context: DeterminismContext
 ) -> Iterator[JudgedClaim]:
     """The start of the training, its first epoch and its weights."""
     loader, schedule = training.loader, training.schedule
@@ -122,39 +121,37 @@ def judge_training(
         ("order of the images, first two epochs", claimed.order_sha256, loader.order_sha256),
         ("optimizer steps", claimed.steps, schedule.steps),
         ("images seen", claimed.images_seen, training.images_seen),
-        ("images per batch norm", claimed.images_per_batch_norm, loader.images_per_batch_norm),
+        ("images per batch norm", claimed.batch_norm_batch_size, loader.batch_norm_batch_size),
     ):
         yield same_bits(name, theirs, ours, "counts and names do not depend on the machine")
     for name, theirs, ours in (
         ("initial weights", claimed.initial_weights_sha256, training.model.initial_weights_sha256),
         ("augmentation of a fixed image", claimed.augmentation_sha256, training.augmentation_sha256),
     ):
-        yield rounded_bits(name, theirs, ours, circumstances)
-    yield first_epoch(claimed, facts, training)
-    yield weights(claimed, training, circumstances)
+        yield rounded_bits(name, theirs, ours, context)
+    yield first_epoch(claimed, training)
+    yield weights(claimed, training, context)
 
 
-def first_epoch(claimed: ClaimedTraining, facts: Facts, training: TrainingRecord) -> JudgedClaim:
+def first_epoch(claimed: ClaimedTraining, training: TrainingRecord) -> JudgedClaim:
     """Learning rate and mean train loss of the first epoch: whether the same thing was done."""
-    row = epoch_rows(training, facts.metrics)[0]
     names = ("learning_rate", "train_loss")
     theirs = {name: (claimed.epochs.get(name) or [None])[0] for name in names}
-    ours = {name: getattr(row, name) for name in names}
+    ours = {name: getattr(training.epochs[0], name) for name in names}
     level, why = near(theirs, ours)
     claim = "first epoch: learning rate, mean train loss"
     return JudgedClaim(claim=claim, level=level, claimed=dict(theirs), found=dict(ours), why=why)
 
 
-def near(theirs: dict[str, float | None], ours: dict[str, float | None]) -> tuple[str, str]:
+def near(theirs: dict[str, float | None], ours: dict[str, float]) -> tuple[str, str]:
     """Level and reason for the numbers of the first epoch."""
-    if theirs == ours and None not in theirs.values():
+    if theirs == ours:
         return BIT_EXACT, "equal to the last digit"
     apart = {}
     for name, value in theirs.items():
-        mine = ours[name]
-        if value is None or mine is None:
-            return CANNOT_TELL, "one of the two has no logged rows of it"
-        apart[name] = abs(value - mine) / max(abs(value), abs(mine), 1e-30)
+        if value is None:
+            return CANNOT_TELL, f"the recipe does not say its {name}"
+        apart[name] = abs(value - ours[name]) / max(abs(value), abs(ours[name]), 1e-30)
     is_near = apart["learning_rate"] <= LEARNING_RATE_TOLERANCE and apart["train_loss"] <= FIRST_EPOCH_TOLERANCE
     why = (
         f"they differ by {apart['learning_rate']:.1e} and {apart['train_loss']:.1e} of their value; allowed are "
@@ -163,19 +160,19 @@ def near(theirs: dict[str, float | None], ours: dict[str, float | None]) -> tupl
     return (NUMERICALLY_EQUAL if is_near else DIFFERS), why
 
 
-def weights(claimed: ClaimedTraining, training: TrainingRecord, circumstances: Circumstances) -> JudgedClaim:
+def weights(claimed: ClaimedTraining, training: TrainingRecord, context: DeterminismContext) -> JudgedClaim:
     """The trained weights."""
     theirs, ours = claimed.weights_sha256, training.outputs.get("weights")
     if theirs == ours:
         level, why = BIT_EXACT, "the same hash"
-    elif circumstances.promise_equal_bits:
+    elif context.promise_equal_bits:
         level, why = DIFFERS, "every circumstance is equal and the algorithms are deterministic: bits must be equal"
     else:
-        level, why = CANNOT_TELL, f"other bits are expected, since {circumstances.why_not}"
+        level, why = CANNOT_TELL, f"other bits are expected, since {context.why_not}"
     return JudgedClaim(claim="trained weights", level=level, claimed=theirs, found=ours, why=why)
 
 
-def judge_evaluation(claims: Claims, facts: Facts, circumstances: Circumstances) -> Iterator[JudgedClaim]:
+def judge_evaluation(claims: Claims, facts: RunData, context: DeterminismContext) -> Iterator[JudgedClaim]:
     """Top-1 and top-5 as counts."""
     claimed, evaluation = claims.evaluation, facts.evaluation
     if claimed is None or evaluation is None:
@@ -183,7 +180,7 @@ def judge_evaluation(claims: Claims, facts: Facts, circumstances: Circumstances)
     for name in ("correct_top1", "correct_top5"):
         theirs, ours = getattr(claimed, name), getattr(evaluation, name)
         level, why = judge_counts(claims, evaluation, theirs, ours, is_top1=name == "correct_top1")
-        if level == CANNOT_TELL and circumstances.promise_equal_bits:
+        if level == CANNOT_TELL and context.promise_equal_bits:
             why = f"{why}; its weights differ where they must not"
         yield JudgedClaim(
             claim=f"{name.replace('correct_top', 'top-')} of {claimed.images:,} images",
@@ -241,7 +238,7 @@ def against_seeds(seeds: ClaimedSeeds, images: int, ours: int) -> tuple[str, str
     return (CONSISTENT if abs(ours / images - centre) <= reach else DIFFERS), why
 
 
-def judge_exports(claims: Claims, facts: Facts) -> Iterator[JudgedClaim]:
+def judge_exports(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
     """Each exported file: the same bytes, or the same answers."""
     if claims.serialization is None or facts.serialization is None:
         return

@@ -55,13 +55,12 @@ class ClaimedTraining(msgspec.Struct, frozen=True, kw_only=True):
     steps: Count
     steps_per_epoch: Count
     images_seen: Count
-    images_per_batch_norm: Count
+    batch_norm_batch_size: Count
     processes: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_NUMBER)]
     accelerator: Word | None
     is_exact: bool
     weights_sha256: Sha256
     epochs: dict[Word, list[float | None]]
-    final: dict[Word, float]
 
 
 class ClaimedEvaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,13 +118,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     recipe_id: Sha256
     code: ClaimedCode
     claims: Claims
-    circumstances: dict[Word, Word | int | float | bool | None]
+    determinism_context: dict[Word, Word | int | float | bool | None]
 
 
 def parse_recipe(identity: Mapping[str, Any]) -> Recipe:
     """The claims by type; raises `UserError` that names what is missing or of a wrong type."""
     values = {name: identity.get(name) for name in Recipe.__struct_fields__}
-    for stage in ("code", "circumstances"):
+    for stage in ("code", "determinism_context"):
         if values[stage] is None:
             raise UserError(f"the recipe has no {stage}: nothing was trained yet")
     try:

@@ -38,7 +38,7 @@ def reproduction_page(record: ReproductionRecord) -> str:
         "## How this checkout differs from the recipe's",
         bullets(record.checkout),
         "## How the circumstances of training differ",
-        bullets(record.circumstances),
+        bullets(record.determinism_context),
     ]
     return "\n\n".join(sections) + "\n"
 

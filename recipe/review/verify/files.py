@@ -16,17 +16,18 @@ import msgspec
 
 from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.config.identity import config_sha256
-from recipe.data.shards import MANIFEST, is_file_with, read_manifest
-from recipe.document.claims import identity
-from recipe.document.facts import Facts
+from recipe.data.manifest import MANIFEST, read_manifest
+from recipe.data.shards import is_file_with
+from recipe.document.recipe_json import identity
+from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.files import WEIGHTS_BYTES_MAX
+from recipe.files import WEIGHTS_BYTES_MAX, display_path
 from recipe.model import weights_sha256
 from recipe.records import PreprocessingRecord
 from recipe.review.opening import OpenedRecipe
 from recipe.review.outputs import counted_predictions, file_fault, path_inside
 from recipe.review.reading import RecordReader
-from recipe.run import Run, shown_path
+from recipe.run import Run
 from recipe.weights import read_weights
 
 HOLDS, BROKEN, NOT_HERE = "holds", "BROKEN", "not here"
@@ -98,10 +99,10 @@ def file_link(name: str, folder: Path | None, file: str, digest: str) -> Link:
         return Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
     if is_file_with(path, digest):
         return Link(name, HOLDS, f"SHA-256 {digest[:16]}")
-    return Link(name, BROKEN, f"{shown_path(path)} is not the file with SHA-256 {digest[:16]} that the record names")
+    return Link(name, BROKEN, f"{display_path(path)} is not the file with SHA-256 {digest[:16]} that the record names")
 
 
-def record_links(facts: Facts) -> Iterator[Link]:
+def record_links(facts: RunData) -> Iterator[Link]:
     """Each stage read what the stage before it wrote; config.yaml is the configuration of the training."""
     manifest = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
     weights = set(facts.training.outputs.values()) if facts.training else set()
@@ -125,7 +126,7 @@ def equal_link(name: str, digest: str | None, written: set[str]) -> Link:
     return Link(name, BROKEN, f"{str(digest)[:16]}, but written was {', '.join(sorted(one[:16] for one in written))}")
 
 
-def checkpoint_links(run: Run, facts: Facts) -> Iterator[Link]:
+def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
     """The weights of the last checkpoint and of the file for release, by the hash of their tensors."""
     if facts.training is None:
         return
@@ -166,7 +167,7 @@ def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
             yield Link(name, HOLDS, f"SHA-256 {digest[:16]}")
 
 
-def metric_links(run: Run, facts: Facts) -> Iterator[Link]:
+def metric_links(run: Run, facts: RunData) -> Iterator[Link]:
     """The counts of each record: over its classes, and counted again in the predictions that are here."""
     wrong = set()
     for record in filter(None, (facts.evaluation, *facts.other_evaluations)):
@@ -184,10 +185,10 @@ def metric_links(run: Run, facts: Facts) -> Iterator[Link]:
         try:
             faults = counted.faults(path)
         except UserError as error:
-            yield Link(name, BROKEN, f"{shown_path(path)}: {error}")
+            yield Link(name, BROKEN, f"{display_path(path)}: {error}")
             continue
         if faults:
-            yield Link(name, BROKEN, f"{shown_path(path)}: {'; '.join(faults)}")
+            yield Link(name, BROKEN, f"{display_path(path)}: {'; '.join(faults)}")
         else:
             counts = f"{counted.correct_top1} and {counted.correct_top5} of {counted.images}"
             yield Link(name, HOLDS, f"{counts}, counted in {path.name}")

@@ -2,7 +2,7 @@
 
 The run is compared with seeds of the same recipe at every epoch that it has completed. Exit codes: 0 ON TRACK, 1 OFF
 TRACK, 3 CANNOT TELL, 2 where the two cannot be compared. `--save FILE` writes the epochs of these seeds, no means, into
-one file, which `--against` and `reference=` read; beside a document it is called `dynamics.json`.
+one file, which `--against` and `reference=` read, as `records/seeds.json` of a published recipe.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 
 from recipe.config.schema import Config
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
 from recipe.records import to_json
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.watch.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
 from recipe.review.watch.report import Watch, as_json_line, as_text, in_short
 from recipe.review.watch.statistics import ALPHA, OFF_TRACK, ON_TRACK
-from recipe.run import Run, shown_path, write_atomically
+from recipe.run import Run
 
 EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}
 
@@ -32,7 +33,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="RECIPE",
-        help="seeds of the same recipe: runs, published recipes, files of dynamics",
+        help="seeds of the same recipe: runs, published recipes, seeds.json files",
     )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write these seeds into one file, .json")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"family-wise error, default {ALPHA}")
@@ -51,10 +52,10 @@ def answer(arguments: argparse.Namespace) -> int:
     watch = Watch(open_reference(arguments.against), arguments.alpha)
     if arguments.save is not None:
         if arguments.save.suffix != ".json":
-            raise UserError(f"--save {arguments.save} cannot be: the name of a file of dynamics ends in .json")
+            raise UserError(f"--save {arguments.save} cannot be: its name must end in .json")
         write_atomically(arguments.save, to_json(watch.reference))
         if not arguments.json:
-            print(f"wrote {shown_path(arguments.save)}: {len(watch.reference.seeds)} seeds")
+            print(f"wrote {display_path(arguments.save)}: {len(watch.reference.runs)} seeds")
     if arguments.run is None:
         return 0
     epochs, printed_epoch = len(phases_of(watch.reference)), -1

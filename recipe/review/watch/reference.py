@@ -1,7 +1,7 @@
-"""The reference of `watch` and the run that is judged by it, read from records, documents and files of dynamics.
+"""The reference of `watch` and the run that is judged by it, read from records, documents and seeds.json files.
 
-A reference is a finished run, a published recipe or a file of dynamics (several seeds of one recipe). Runs that differ
-in a setting that can change the dynamics are refused, with the setting.
+A reference is a finished run, a published recipe or a `seeds.json` (several seeds of one recipe). Runs that differ in a
+setting that can change the training are refused, with the setting.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 import msgspec
 
 from recipe.config.identity import NOT_TRAINING, differences, flatten, recipe_id
-from recipe.document.claims import columns, identity
-from recipe.document.dynamics import MetricRow, joined_rows
-from recipe.document.facts import gather
+from recipe.document.curves import MetricRow
 from recipe.document.formatting import on_one_line
+from recipe.document.recipe_json import DYNAMICS, identity
+from recipe.document.run_data import load
 from recipe.errors import UserError
-from recipe.records import Dynamics, PreprocessingRecord, SeedDynamics, SeedsRecord, TrainingRecord, from_json
+from recipe.files import display_path
+from recipe.metrics import EPOCH_FIELDS
+from recipe.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
 from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
 from recipe.review.watch.statistics import WATCHED_METRICS, phases
-from recipe.run import Run, shown_path
+from recipe.run import Run
 
-DYNAMICS_FILE = "dynamics.json"  # beside the document
 MOST_EPOCHS = 100_000
 
 
@@ -45,73 +46,42 @@ class Watched:
     name: str
     config: Mapping[str, Any]
     steps_per_epoch: int | None  # unknown until its first epoch is over
-    seed: SeedDynamics
+    seed: SeedRun
 
 
-def open_reference(paths: Sequence[str | Path]) -> Dynamics:
+def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
     """All seeds under the paths, each once; raises `UserError` where they are not of one recipe and one data set."""
     first, *others = [_open_seeds(Path(path)) for path in paths]
-    seeds = list(first.seeds)
+    runs = list(first.runs)
     for path, other in zip(paths[1:], others, strict=True):
-        refuse_differences(first, other.config, other.steps_per_epoch, shown_path(path))
-        seeds += other.seeds
-    for seed in seeds[1:]:
-        _refuse_other_data(seeds[0], seed, f"reference seed {seed.seed}")
-    return msgspec.structs.replace(first, seeds=_without_repeats(seeds))
+        refuse_differences(first, other.config, other.steps_per_epoch, display_path(path))
+        runs += other.runs
+    for run in runs[1:]:
+        _refuse_other_data(runs[0], run, f"reference seed {run.seed}")
+    return msgspec.structs.replace(first, runs=_without_repeats(runs), evaluation=None)
 
 
-def _open_seeds(path: Path) -> Dynamics:
-    """A file of dynamics; or the seed of a recipe, those published with it, and those of a file of dynamics beside."""
+def _open_seeds(path: Path) -> SeedsRecord:
+    """A seeds.json; or the seed of a recipe and those that were published with it."""
     if path.suffix == ".json" and path.is_file():
-        return _checked(_read_dynamics(path), shown_path(path))
+        return _checked(from_json(read_text(path).encode(), SeedsRecord, display_path(path)), display_path(path))
     recipe = open_recipe(path)
     own = _seed_of(recipe)
-    seeds = own.seeds + _published_seeds(recipe, own)
-    file = (path if path.is_dir() else path.parent) / DYNAMICS_FILE
-    if file.is_file():
-        beside = _read_dynamics(file)
-        refuse_differences(own, beside.config, beside.steps_per_epoch, shown_path(file))
-        seeds += beside.seeds
-    return _checked(msgspec.structs.replace(own, seeds=_without_repeats(seeds)), recipe.name)
-
-
-def _published_seeds(recipe: OpenedRecipe, own: Dynamics) -> list[SeedDynamics]:
-    """The other seeds that were published with a recipe, on the same data, as `publish` saw to."""
     published = recipe.run.read(SeedsRecord) if recipe.run is not None else None
     if published is None:
-        return []
-    if published.recipe_id != own.recipe_id:
-        raise UserError(f"the seeds in the records of {recipe.name} are of another recipe")
-    return [
-        SeedDynamics(
-            seed=run.seed,
-            weights_sha256=run.weights_sha256,
-            source_sha256=run.source_sha256,
-            images_per_batch_norm=None,
-            raw_sha256=own.seeds[0].raw_sha256,
-            epochs={name: list(values) for name, values in run.epochs.items()},
-        )
-        for run in published.runs
-    ]
+        return _checked(own, recipe.name)
+    where = f"records/seeds.json of {recipe.name}"
+    refuse_differences(own, _checked(published, where).config, published.steps_per_epoch, where)
+    runs = _without_repeats([*own.runs, *published.runs])
+    return _checked(msgspec.structs.replace(own, runs=runs), recipe.name)
 
 
-def _read_dynamics(path: Path) -> Dynamics:
-    dynamics = from_json(read_text(path).encode(), Dynamics, shown_path(path))
-    computed = recipe_id(dynamics.config)
-    if dynamics.recipe_id != computed:
-        raise UserError(
-            f"{shown_path(path)} calls itself recipe {on_one_line(dynamics.recipe_id)[:16]}, but its configuration is "
-            f"that of {computed[:16]}: it was edited"
-        )
-    return dynamics
-
-
-def _seed_of(recipe: OpenedRecipe) -> Dynamics:
+def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
     """The one seed of a document, or of a run without one; raises `UserError` where no training was finished."""
     block = recipe.block
     if block is None:
         assert recipe.run is not None, "a recipe has a document or records"
-        block = identity(gather(recipe.run, recipe.name))
+        block = identity(load(recipe.run, recipe.name))
     claims, config = dict_or_empty(block.get("claims")), block.get("config")
     training, seed = claims.get("training"), dict_or_empty(config).get("seed")
     if not isinstance(training, dict) or not isinstance(config, dict):
@@ -121,37 +91,43 @@ def _seed_of(recipe: OpenedRecipe) -> Dynamics:
         "seed": seed if isinstance(seed, int) else 0,
         "weights_sha256": training.get("weights_sha256"),
         "source_sha256": dict_or_empty(block.get("code")).get("source_sha256"),
-        "images_per_batch_norm": training.get("images_per_batch_norm"),
+        "batch_norm_batch_size": training.get("batch_norm_batch_size"),
         "raw_sha256": {name: split.get("raw_sha256") for name, split in splits.items() if isinstance(split, dict)},
         "epochs": training.get("epochs"),
     }
     try:
-        dynamics = msgspec.convert(values, SeedDynamics)
+        run = msgspec.convert(values, SeedRun)
     except msgspec.ValidationError as error:
         raise UserError(f"the document's claims about training cannot be read: {error}") from error
-    return Dynamics(
+    return SeedsRecord(
         recipe_id=recipe_id(config),
         config={key: value for key, value in config.items() if key != "seed"},
         steps_per_epoch=training.get("steps_per_epoch"),  # type: ignore[arg-type]  # checked by the caller
-        seeds=[dynamics],
+        runs=[run],
     )
 
 
-def _checked(dynamics: Dynamics, where: str) -> Dynamics:
-    """The dynamics; raises `UserError` unless every seed has every epoch, in plain numbers."""
-    epochs, steps = schedule_of(dynamics.config, where).epochs, dynamics.steps_per_epoch
+def _checked(record: SeedsRecord, where: str) -> SeedsRecord:
+    """The record; raises `UserError` unless it is of its configuration and every seed has every epoch, in numbers."""
+    computed = recipe_id(record.config)
+    if record.recipe_id != computed:
+        raise UserError(
+            f"{where} calls itself recipe {on_one_line(record.recipe_id)[:16]}, but its configuration is that of "
+            f"{computed[:16]}: it was edited"
+        )
+    epochs, steps = schedule_of(record.config, where).epochs, record.steps_per_epoch
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(steps))}")
-    if not dynamics.seeds:
+    if not record.runs:
         raise UserError(f"{where} holds no seed")
-    for seed in dynamics.seeds:
-        if seed.epochs.get("epoch") != list(range(1, epochs + 1)):
-            raise UserError(f"seed {seed.seed} of {where} does not hold each of its {epochs} epochs once, in order")
+    for run in record.runs:
+        if run.epochs.get("epoch") != list(range(1, epochs + 1)):
+            raise UserError(f"seed {run.seed} of {where} does not hold each of its {epochs} epochs once, in order")
         for name in WATCHED_METRICS:
-            values = seed.epochs.get(name, [])
+            values = run.epochs.get(name, [])
             if len(values) != epochs or not all(is_exact_number(value) for value in values):
-                raise UserError(f"seed {seed.seed} of {where} has no number for {name} in one of its {epochs} epochs")
-    return dynamics
+                raise UserError(f"seed {run.seed} of {where} has no number for {name} in one of its {epochs} epochs")
+    return record
 
 
 def is_exact_number(value: Any) -> bool:
@@ -174,15 +150,17 @@ def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
     return settings
 
 
-def phases_of(reference: Dynamics) -> list[int]:
+def phases_of(reference: SeedsRecord) -> list[int]:
     """The phase of the schedule of every epoch."""
     settings = schedule_of(reference.config, "the reference")
     falls = settings.step_epochs if settings.schedule == "step" else []
     return phases(settings.epochs, [settings.warmup_epochs, *falls])
 
 
-def refuse_differences(reference: Dynamics, config: Mapping[str, Any], steps_per_epoch: int | None, where: str) -> None:
-    """Raise `UserError` with every difference that can change the dynamics."""
+def refuse_differences(
+    reference: SeedsRecord, config: Mapping[str, Any], steps_per_epoch: int | None, where: str
+) -> None:
+    """Raise `UserError` with every difference that can change the training."""
     changed = differences(what_matters(reference.config), what_matters(config))
     if changed:
         shown = "; ".join(on_one_line(line) for line in changed)
@@ -199,13 +177,13 @@ def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
 
 
-def refuse_other_data(reference: Dynamics, watched: Watched) -> None:
+def refuse_other_data(reference: SeedsRecord, watched: Watched) -> None:
     """Raise `UserError` where the raw images have other hashes."""
-    for seed in reference.seeds:
+    for seed in reference.runs:
         _refuse_other_data(seed, watched.seed, watched.name)
 
 
-def _refuse_other_data(first: SeedDynamics, second: SeedDynamics, where: str) -> None:
+def _refuse_other_data(first: SeedRun, second: SeedRun, where: str) -> None:
     for split in first.raw_sha256.keys() & second.raw_sha256.keys():
         ours, theirs = first.raw_sha256[split], second.raw_sha256[split]
         if ours != theirs:
@@ -215,16 +193,16 @@ def _refuse_other_data(first: SeedDynamics, second: SeedDynamics, where: str) ->
             )
 
 
-def _without_repeats(seeds: Sequence[SeedDynamics]) -> list[SeedDynamics]:
+def _without_repeats(seeds: Sequence[SeedRun]) -> list[SeedRun]:
     """Each run once: a copy would make the spread look smaller than it is."""
-    kept: list[SeedDynamics] = []
+    kept: list[SeedRun] = []
     for seed in seeds:
         if not any(same_run(seed, other) for other in kept):
             kept.append(seed)
     return kept
 
 
-def same_run(first: SeedDynamics, second: SeedDynamics) -> bool:
+def same_run(first: SeedRun, second: SeedRun) -> bool:
     """Whether all values that both have are equal, as those of two seeds never are; hashes can be edited."""
     shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
     pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in WATCHED_METRICS for at in shared]
@@ -238,36 +216,35 @@ def open_watched(path: str | Path) -> Watched:
     if path.is_dir() and run.metrics.exists():
         return watched_run(run)
     recipe = open_recipe(path)
-    dynamics = _checked(_seed_of(recipe), recipe.name)
-    return Watched(recipe.name, dynamics.config, dynamics.steps_per_epoch, dynamics.seeds[0])
+    own = _checked(_seed_of(recipe), recipe.name)
+    return Watched(recipe.name, own.config, own.steps_per_epoch, own.runs[0])
 
 
 def watched_run(run: Run) -> Watched:
     """A run from its own files, also while it trains; an epoch counts when it was validated."""
-    name, config = shown_path(run.directory), run.read_config()
+    name, config = display_path(run.directory), run.read_config()
     if config is None:
         raise UserError(f"{name} has no config.yaml: nothing was trained there")
     rows, steps_per_epoch = _completed(run.metric_rows(), schedule_of(config, name).epochs, name)
     training, data = run.read(TrainingRecord), run.read(PreprocessingRecord)
-    seed = SeedDynamics(
+    seed = SeedRun(
         seed=int(config["seed"]),
         weights_sha256=training.outputs.get("weights") if training else None,
         source_sha256=training.provenance.source_sha256 if training else None,
-        images_per_batch_norm=training.loader.images_per_batch_norm if training else None,
+        batch_norm_batch_size=training.loader.batch_norm_batch_size if training else None,
         raw_sha256={split: facts.raw_sha256 for split, facts in data.splits.items()} if data else {},
-        epochs=columns(joined_rows(rows)),
+        epochs={name: [row[EPOCH_FIELDS[name]] for row in rows] for name in DYNAMICS},
     )
     return Watched(name, config, steps_per_epoch, seed)
 
 
 def _completed(rows: Sequence[MetricRow], epochs: int, where: str) -> tuple[list[MetricRow], int | None]:
-    """The rows of the epochs that are over, and how many steps one has."""
+    """The validation rows, each the end of an epoch, and the number of steps of an epoch."""
     beyond = max((row["epoch"] for row in rows), default=0)
     if beyond > epochs:
         raise UserError(f"{where} has a row of metrics of epoch {beyond}; its training has {epochs}")
-    validated = {row["epoch"]: row["step"] for row in rows if row["split"] == "validation"}
-    lengths = {step / epoch for epoch, step in validated.items()}
+    validated = [row for row in rows if row["split"] == "validation"]
+    lengths = {row["step"] / row["epoch"] for row in validated}
     if len(lengths) > 1:
         raise UserError(f"the epochs of {where} have different numbers of steps: {sorted(lengths)}")
-    length = round(lengths.pop()) if lengths else None
-    return [row for row in rows if row["epoch"] in validated], length
+    return validated, round(lengths.pop()) if lengths else None

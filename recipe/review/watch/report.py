@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recipe.document.formatting import on_one_line
-from recipe.records import Dynamics
+from recipe.records import SeedsRecord
 from recipe.review.watch.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
 from recipe.review.watch.statistics import (
     ALPHA,
@@ -30,7 +30,7 @@ from recipe.review.watch.statistics import (
 class Watch:
     """A reference and the family-wise error with which runs are judged by it."""
 
-    reference: Dynamics
+    reference: SeedsRecord
     alpha: float = ALPHA
 
     def judge(self, watched: Watched) -> Judgement:
@@ -39,11 +39,11 @@ class Watch:
         refuse_other_data(self.reference, watched)
         phases = phases_of(self.reference)
         seeds = {
-            name: np.array([seed.epochs[name] for seed in self.reference.seeds], np.float64) for name in WATCHED_METRICS
+            name: np.array([seed.epochs[name] for seed in self.reference.runs], np.float64) for name in WATCHED_METRICS
         }
         run = {name: by_epoch(watched.seed.epochs, name, len(phases)) for name in WATCHED_METRICS}
         judgement = judge(Seeds(seeds, phases), run, self.alpha)
-        for seed in self.reference.seeds:
+        for seed in self.reference.runs:
             if same_run(seed, watched.seed):
                 reason = f"every value so far is that of reference seed {seed.seed}, digit by digit"
                 return Judgement(ON_TRACK, reason, judgement.epoch, judgement.comparisons, judgement.bands)
@@ -63,7 +63,7 @@ def as_text(watch: Watch, watched: Watched, judgement: Judgement) -> str:
     epochs, metrics = len(phases_of(watch.reference)), len(judgement.bands)
     lines = [
         f"{judgement.verdict}: {on_one_line(watched.name)}, epoch {judgement.epoch} of {epochs}; {judgement.reason}",
-        f"  reference: recipe {watch.reference.recipe_id[:12]}, n = {len(watch.reference.seeds)}",
+        f"  reference: recipe {watch.reference.recipe_id[:12]}, n = {len(watch.reference.runs)}",
         *(f"  {deviation_line(deviation)}" for deviation in judgement.since),
     ]
     at = judgement.epoch - 1
@@ -107,8 +107,8 @@ def deviation_line(deviation: Deviation) -> str:
 def notes(watch: Watch, watched: Watched) -> list[str]:
     """Differences that no setting shows."""
     lines = []
-    images, seeds = watched.seed.images_per_batch_norm, watch.reference.seeds
-    others = sorted({seed.images_per_batch_norm for seed in seeds if seed.images_per_batch_norm not in (None, images)})
+    images, seeds = watched.seed.batch_norm_batch_size, watch.reference.runs
+    others = sorted({seed.batch_norm_batch_size for seed in seeds if seed.batch_norm_batch_size not in (None, images)})
     if images is not None and others:
         lines.append(
             f"batch norm sees {images} images at a time in the run, {', '.join(map(str, others))} in the reference: no "
@@ -127,7 +127,7 @@ def as_json_line(watch: Watch, watched: Watched, judgement: Judgement) -> str:
         "reason": judgement.reason,
         "run": watched.name,
         "recipe_id": watch.reference.recipe_id,
-        "seeds": len(watch.reference.seeds),
+        "seeds": len(watch.reference.runs),
         "epoch": judgement.epoch,
         "epochs": len(phases_of(watch.reference)),
         "family_wise_error": watch.alpha,

@@ -15,12 +15,13 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.document.render import write_document
+from recipe.files import CHECKOUT, portable_path
 from recipe.provenance import commit
 from recipe.review.check import code as sources
 from recipe.review.check.command import check
 from recipe.review.findings import Finding, Kind, Level
 from recipe.review.opening import open_recipe
-from recipe.run import CHECKOUT, Run, recorded_path
+from recipe.run import Run
 from tests.review.factory import (
     CORRECT,
     CORRECT_TOP5,
@@ -129,7 +130,7 @@ def test_an_untouched_run_is_without_finding_wherever_it_is(
     run.document.unlink()
     if is_outside:
         monkeypatch.chdir(tmp_path_factory.mktemp("away"))
-    write_document(run, recorded_path(run.directory))
+    write_document(run, portable_path(run.directory))
     word = 'run_dir="$RUN_DIR"' if is_outside else "run_dir=demo"
     assert f"Not measured yet: run `python serialize.py {word}`" in run.document.read_text()
     path = MOVES[move](run.directory, tmp_path_factory.mktemp("elsewhere") / "other name")
@@ -140,26 +141,26 @@ def test_an_untouched_run_is_without_finding_wherever_it_is(
 
 
 def test_a_data_set_without_a_training_is_without_finding_where_it_is_moved(run: Run, tmp_path: Path) -> None:
-    for path in (run.config, run.metrics, run.document, run.twin):
+    for path in (run.config, run.metrics, run.document, run.json_file):
         path.unlink()
     for path in run.records.iterdir():
         if path.name not in ("preprocessing.json", "journal.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_document(run, recorded_path(run.directory))
+    write_document(run, portable_path(run.directory))
     moved = run.directory.rename(tmp_path / "moved")
     assert not [one for one in findings(Run(moved)) if "not what the records give" in one.what]
 
 
 def test_a_twin_of_an_older_version_may_lack_a_field_that_has_a_default(run: Run) -> None:
-    twin = json.loads(run.twin.read_text())
+    values = json.loads(run.json_file.read_text())
     for record in ("training", "evaluation"):
         for state in ("tree_at_start", "tree_at_end"):
-            del twin["records"][record]["provenance"][state]["reason"]
-    run.twin.write_text(json.dumps(twin))
+            del values["records"][record]["provenance"][state]["reason"]
+    run.json_file.write_text(json.dumps(values))
     assert not of_kind(findings(run))
-    del twin["records"]["training"]["provenance"]["commit"]
-    twin["records"]["evaluation"]["provenance"]["tree_at_end"]["state"] = "clean enough"
-    run.twin.write_text(json.dumps(twin))
+    del values["records"]["training"]["provenance"]["commit"]
+    values["records"]["evaluation"]["provenance"]["tree_at_end"]["state"] = "clean enough"
+    run.json_file.write_text(json.dumps(values))
     [found] = of_kind(findings(run))
     assert "records.training" in found.what
     assert "records.evaluation" in found.what
@@ -190,6 +191,12 @@ def last_row(run: Run) -> None:
     lines = run.metrics.read_text().splitlines()
     row = json.loads(lines[-1]) | {"top1_accuracy": 0.9}
     run.metrics.write_text("\n".join([*lines[:-1], json.dumps(row), ""]))
+
+
+def row_of_epoch_3(run: Run) -> None:
+    lines = run.metrics.read_text().splitlines()
+    lines[8] = json.dumps(json.loads(lines[8]) | {"train_top1_accuracy": 0.9})
+    run.metrics.write_text("\n".join([*lines, ""]))
 
 
 def lost_rows(first: int, last: int) -> Callable[[Run], None]:
@@ -266,7 +273,9 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
         rf"{JSON}$",
     ),
     "recipe.json changed": (
-        lambda run: run.twin.write_text(run.twin.read_text().replace('"correct_top1": 431', '"correct_top1": 432')),
+        lambda run: run.json_file.write_text(
+            run.json_file.read_text().replace('"correct_top1": 431', '"correct_top1": 432')
+        ),
         Level.resolvable,
         r"^recipe\.json",
     ),
@@ -322,10 +331,16 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
         Level.well_formed,
         r"metrics\.jsonl",
     ),
+    "the mean of an epoch": (
+        lambda run: change_record(run, "training.json", set_at("epochs", 2, "train_loss", value=0.5)),
+        Level.resolvable,
+        r"records/training\.json, epochs, 3",
+    ),
+    "a row of an epoch in the middle": (row_of_epoch_3, Level.resolvable, r"records/training\.json, epochs, 3"),
     "rows lost in the middle": (lost_rows(3, 5), Level.resolvable, r"metrics\.jsonl"),
     "one row lost": (lost_rows(1, 2), Level.resolvable, r"metrics\.jsonl"),
     "all rows lost": (lambda run: run.metrics.unlink(), Level.resolvable, r"metrics\.jsonl"),
-    "the last row changed": (last_row, Level.resolvable, r"final\.validation_top1_accuracy"),
+    "the last row changed": (last_row, Level.resolvable, r"records/training\.json, epochs, 8"),
     "an evaluation of other weights": (
         evaluation("inputs", "weights", value="0" * 64),
         Level.resolvable,
@@ -549,7 +564,7 @@ def test_a_hostile_document_cannot_steer_the_terminal(run: Run, capsys: pytest.C
 
 def test_a_document_of_nothing_but_brackets_stops_with_a_sentence(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     deep = "[" * 100_000 + "]" * 100_000
-    run.twin.write_text(deep)
+    run.json_file.write_text(deep)
     (run.records / "evaluation.json").write_text(deep)
     run.document.write_text(f"```json\n{deep}\n```\n" + run.document.read_text())
     assert main(["check", str(run.directory)]) == 1

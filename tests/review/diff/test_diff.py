@@ -75,8 +75,8 @@ def test_learning_rate_comes_first_and_is_said_per_image(side: Comparable) -> No
 
 def test_what_batch_norm_sees_is_named_first_though_the_configurations_are_equal(side: Comparable) -> None:
     """A batch of 256 on 8 processes and on 1."""
-    eight = altered(side, ("claims.training.images_per_batch_norm", 32), ("claims.training.processes", 8))
-    one = altered(side, ("claims.training.images_per_batch_norm", 256), ("claims.training.processes", 1))
+    eight = altered(side, ("claims.training.batch_norm_batch_size", 32), ("claims.training.processes", 8))
+    one = altered(side, ("claims.training.batch_norm_batch_size", 256), ("claims.training.processes", 1))
     report = compare_recipes(eight, one)
     assert (first(report), report.differences[0].before, report.differences[0].after) == (
         "images per batch norm",
@@ -247,7 +247,7 @@ def test_runs_and_documents_alone_give_the_same_answer(
     alone = tmp_path / "alone.md"
     shutil.copy(run.document, alone)
     assert main(["diff", str(whole), str(alone)]) == 0
-    change_record(run, "training.json", set_at("loader", "images_per_batch_norm", value=4))
+    change_record(run, "training.json", set_at("loader", "batch_norm_batch_size", value=4))
     capsys.readouterr()
     assert main(["diff", str(alone), str(run.directory), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -268,7 +268,7 @@ def test_what_is_no_recipe_is_refused_in_one_sentence(
 
 @pytest.mark.parametrize("value", [None, [], "x", {"epochs": 3}, {"epochs": {"learning_rate": ["a", {}]}}, 10**400])
 def test_a_hostile_block_gives_no_traceback(side: Comparable, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ("claims.training", "claims.evaluation", "claims", "circumstances", "code", "fingerprint", "config")
+    keys = ("claims.training", "claims.evaluation", "claims", "determinism_context", "code", "fingerprint", "config")
     for key in (*keys, "config.optimization.learning_rate", "claims.evaluation.correct_top1"):
         hostile = Comparable("B\x1b[2J", altered(side, (key, value)).block, None)
         printed = "\n".join(compare_recipes(side, hostile).lines())

@@ -20,15 +20,15 @@ import pytest
 from recipe.__main__ import main
 from recipe.config.identity import RUNTIME_KEYS, config_sha256, flatten, recipe_id
 from recipe.config.schema import Config
-from recipe.document.claims import as_json
+from recipe.document.recipe_json import as_json
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.provenance import source_sha256
 from recipe.review.opening import json_block
 from recipe.review.reproduce import adapt as fitting
 from recipe.review.reproduce import command as reproduce
 from recipe.review.reproduce.command import DOCUMENT_HASH_FILE, plan_reproduction
 from recipe.review.reproduce.parse import parse_config, parse_recipe
-from recipe.run import CHECKOUT
 from tests.conftest import compose_config
 from tests.document.test_document import evaluation_record, facts, preprocessing_record, training_record
 
@@ -52,14 +52,14 @@ def smoke_config() -> dict[str, Any]:
 @pytest.fixture
 def block(smoke_config: dict[str, Any]) -> dict[str, Any]:
     """The JSON block of an honest recipe of this checkout."""
-    from recipe.document.claims import identity
+    from recipe.document.recipe_json import identity
 
-    circumstances = {"the number of processes": 1, "images per forward pass": 32, "CPU threads": 1}
+    determinism_context = {"the number of processes": 1, "images per forward pass": 32, "CPU threads": 1}
     found = identity(
         facts(
             config=smoke_config,
             preprocessing=preprocessing_record(),
-            training=training_record(smoke_config, circumstances=circumstances),
+            training=training_record(smoke_config, determinism_context=determinism_context),
             evaluation=evaluation_record(smoke_config),
         )
     )
@@ -128,7 +128,7 @@ def test_nothing_is_run_imported_or_fetched(block: dict[str, Any], monkeypatch: 
     ):
         monkeypatch.setattr(module, name, never)
     block["code"]["commit"] = "$(touch pwned); git checkout evil"
-    block["circumstances"]["torch"] = "2.0; pip install evil"
+    block["determinism_context"]["torch"] = "2.0; pip install evil"
     text = document(block) + "\n```bash\ntouch pwned\n```\n\n    touch pwned\n"
     plan_of(text)
     assert not Path("pwned").exists()
@@ -254,7 +254,7 @@ def test_no_text_of_it_moves_the_terminal(block: dict[str, Any], capsys: pytest.
 
 
 def test_keys_of_it_do_not_either(block: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    for place in ((), ("config",), ("circumstances",), ("claims",), ("claims", "data", "splits")):
+    for place in ((), ("config",), ("determinism_context",), ("claims",), ("claims", "data", "splits")):
         changed = copy.deepcopy(block)
         section = changed
         for key in place:
@@ -282,7 +282,7 @@ def test_the_plan_shows_what_the_work_costs(block: dict[str, Any], capsys: pytes
 @pytest.mark.parametrize("name", ["the number of processes", "images per forward pass", "CPU threads"])
 @pytest.mark.parametrize("value", [10**9, 0, -1, True, "8", 1.5, None])
 def test_processes_and_threads_have_caps_too(block: dict[str, Any], name: str, value: Any) -> None:
-    block["circumstances"][name] = value
+    block["determinism_context"][name] = value
     trainer = plan_of(document(block)).config.trainer
     assert trainer.gpus == 1
     assert trainer.max_images_per_process <= 4096
@@ -393,8 +393,8 @@ def test_hashes_are_those_of_the_configuration(block: dict[str, Any], name: str)
         ("claims.evaluation.protocol", "x" * 1000),
         ("claims", None),
         ("code", None),
-        ("circumstances", []),
-        ("circumstances.torch", {"a": 1}),
+        ("determinism_context", []),
+        ("determinism_context.torch", {"a": 1}),
     ],
 )
 def test_claims_are_checked_by_type_and_place(block: dict[str, Any], place: str, value: Any) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from recipe.document.claims import identity
-from recipe.document.facts import Facts
-from recipe.records import JudgedClaim, ReproductionRecord, SeedRun, SeedsRecord, from_json, to_json
+from recipe.document.recipe_json import identity
+from recipe.document.run_data import RunData
+from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedCounts, SeedRun, SeedsRecord, from_json, to_json
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.judge import (
     BIT_EXACT,
@@ -28,7 +29,6 @@ from tests.document.test_document import (
     assert_tables_are_even,
     evaluation_record,
     facts,
-    metric_rows,
     preprocessing_record,
     provenance,
     sha,
@@ -40,15 +40,15 @@ OTHER = ["CPU threads: 2 there, 1 here"]
 
 
 def recipe(**changes: Any) -> Recipe:
-    found = identity(facts(training=training_record(circumstances=CIRCUMSTANCES), **changes))
+    found = identity(facts(training=training_record(determinism_context=CIRCUMSTANCES), **changes))
     return parse_recipe(json.loads(json.dumps(found)))
 
 
-def levels(theirs: Recipe, ours: Facts, changed: list[str]) -> dict[str, str]:
+def levels(theirs: Recipe, ours: RunData, changed: list[str]) -> dict[str, str]:
     return {claim.claim: claim.level for claim in judge_claims(theirs, ours, changed)}
 
 
-def other_weights(**changes: Any) -> Facts:
+def other_weights(**changes: Any) -> RunData:
     """The same recipe, trained to other bits."""
     return facts(
         training=training_record(outputs={"weights": sha("other")}, **changes),
@@ -84,31 +84,40 @@ def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(determinist
     hardware = replace(provenance("x").hardware, accelerator="NVIDIA H200")
     ran = provenance("python train.py", hardware=hardware)
     theirs = parse_recipe(
-        json.loads(json.dumps(identity(facts(training=training_record(provenance=ran, circumstances=CIRCUMSTANCES)))))
+        json.loads(
+            json.dumps(identity(facts(training=training_record(provenance=ran, determinism_context=CIRCUMSTANCES))))
+        )
     )
     ours = other_weights(provenance=ran, precision={"deterministic_algorithms": deterministic})
     assert levels(theirs, ours, [])["trained weights"] == level
+
+
+def first_epoch_claim(change: Callable[[Epoch], Epoch]) -> JudgedClaim:
+    """The claim about the first epoch beside a run whose epochs were changed."""
+    ours = facts(training=training_record(epochs=[change(epoch) for epoch in training_record().epochs]))
+    [claim] = [claim for claim in judge_claims(recipe(), ours, OTHER) if "first epoch" in claim.claim]
+    return claim
 
 
 @pytest.mark.parametrize(
     ("factor", "level"), [(1.0, BIT_EXACT), (1.001, NUMERICALLY_EQUAL), (0.985, NUMERICALLY_EQUAL), (1.1, DIFFERS)]
 )
 def test_the_first_epoch_is_held_to_a_stated_tolerance(factor: float, level: str) -> None:
-    rows = [{**row, "loss": row["loss"] * factor} for row in metric_rows()]
-    [claim] = [claim for claim in judge_claims(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
+    claim = first_epoch_claim(lambda epoch: replace(epoch, train_loss=epoch.train_loss * factor))
     assert claim.level == level
     if level == NUMERICALLY_EQUAL:
         assert "allowed are 1e-09 and 0.02" in claim.why
 
 
 def test_another_learning_rate_is_no_rounding() -> None:
-    rows = [{**row, "learning_rate": row["learning_rate"] and row["learning_rate"] * 1.001} for row in metric_rows()]
-    [claim] = [claim for claim in judge_claims(recipe(), facts(metrics=rows), OTHER) if "first epoch" in claim.claim]
+    claim = first_epoch_claim(lambda epoch: replace(epoch, learning_rate=epoch.learning_rate * 1.001))
     assert claim.level == DIFFERS
 
 
-def test_without_rows_the_first_epoch_tells_nothing() -> None:
-    assert levels(recipe(), facts(metrics=[]), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
+def test_a_recipe_without_epochs_claims_nothing_of_the_first() -> None:
+    block = json.loads(json.dumps(identity(facts())))
+    block["claims"]["training"]["epochs"] = {}
+    assert levels(parse_recipe(block), facts(), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
 
 
 @pytest.mark.parametrize(("correct", "level"), [(431, EVALUATION_EQUAL), (430, EVALUATION_EQUAL), (429, DIFFERS)])
@@ -126,11 +135,17 @@ def test_another_protocol_cannot_be_compared() -> None:
 def seeds(*correct: int) -> SeedsRecord:
     runs = [
         SeedRun(
-            seed=at, weights_sha256=sha(str(at)), source_sha256=sha("s"), correct_top1=count, correct_top5=1, epochs={}
+            seed=at,
+            weights_sha256=sha(str(at)),
+            source_sha256=sha("s"),
+            batch_norm_batch_size=None,
+            raw_sha256={},
+            epochs={},
         )
-        for at, count in enumerate(correct)
+        for at in range(len(correct))
     ]
-    return SeedsRecord(recipe_id=sha("r"), protocol="p", images=480, runs=runs)
+    counts = SeedCounts(protocol="p", images=480, correct_top1=list(correct), correct_top5=[1] * len(correct))
+    return SeedsRecord(recipe_id=sha("r"), config={}, steps_per_epoch=37, runs=runs, evaluation=counts)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +212,7 @@ def test_the_report_is_whole_and_harmless() -> None:
         provenance=provenance("python -m recipe reproduce x.md --yes"),
         machine={"cpu_threads": None, "gpus": 1},
         checkout=[HOSTILE],
-        circumstances=[],
+        determinism_context=[],
         stages=["train"],
         claims=claims,
         verdict=overall_verdict(claims),

@@ -15,13 +15,13 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.config.schema import Config
-from recipe.data.adoption import bring_record
-from recipe.data.processing import preprocess
+from recipe.data.manifest import copy_record
 from recipe.document import figures
-from recipe.document.facts import gather
 from recipe.document.publish import publish
 from recipe.document.render import write_document
+from recipe.document.run_data import load
 from recipe.performance import evaluate_run
+from recipe.preprocessing.pipeline import preprocess
 from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce import command as reproduce
@@ -61,7 +61,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emit(config: Config) -> None:
     """What the three scripts do."""
     run = Run(config.run_dir)
-    bring_record(run, Path(config.data.directory), preprocess(config))
+    copy_record(run, Path(config.data.directory), preprocess(config))
     train(config)
     evaluate_run(config)
     write_document(run, config.run_dir)
@@ -90,7 +90,7 @@ def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple
     assert code == 0
     assert levels["trained weights"] == BIT_EXACT
     assert set(levels.values()) == {BIT_EXACT, EVALUATION_EQUAL}
-    assert found.circumstances == []
+    assert found.determinism_context == []
     assert found.machine["cpu_threads"] == 2
     training = run.read(TrainingRecord)
     assert training is not None
@@ -119,7 +119,7 @@ def test_a_run_can_be_published_and_reproduced_from_its_page(
     monkeypatch.chdir(reproduced[0].directory.parent.parent)
     run = Run(reproduced[0].directory.relative_to(Path.cwd()))
     folder = publish(run, tmp_path / "recipes" / "mine", allow_modified=True)
-    published, facts = gather(Run(folder), "x"), gather(run, str(run.directory))
+    published, facts = load(Run(folder), "x"), load(run, str(run.directory))
     assert replace(published, publication=None) == facts
     page = (folder / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", page) if "://" not in link]
@@ -163,7 +163,7 @@ def test_a_claim_that_is_not_true_is_found(
 
     def lie(block: dict) -> None:  # type: ignore[type-arg]
         block["claims"]["training"]["order_sha256"] = "0" * 64
-        block["circumstances"]["the processor"] = "another"
+        block["determinism_context"]["the processor"] = "another"
 
     path = altered(emitted, tmp_path, lie)
     data = reproduced[0].directory / "data"
@@ -179,7 +179,7 @@ def test_a_claim_that_is_not_true_is_found(
     assert levels["evaluation"] == CANNOT_TELL
     assert Run("again").read(EvaluationRecord) is None
     assert found.stages == ["train"]
-    assert found.circumstances[0].startswith("the processor: another there, ")
+    assert found.determinism_context[0].startswith("the processor: another there, ")
 
 
 def test_other_raw_images_stop_before_training(

@@ -14,9 +14,9 @@ import torch
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
 from recipe.config.compose import config_from_overrides
 from recipe.config.identity import flatten
+from recipe.files import CHECKOUT
 from recipe.records import Fingerprint, from_json
 from recipe.review.verify.trace import CHANGED, TOLERANCE, UNDECIDED, compare_traces
-from recipe.run import CHECKOUT
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
 

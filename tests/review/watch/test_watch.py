@@ -18,7 +18,7 @@ import pytest
 from recipe.__main__ import main
 from recipe.config.identity import recipe_id
 from recipe.errors import UserError
-from recipe.records import Dynamics, SeedDynamics, SeedRun, SeedsRecord, to_json
+from recipe.records import SeedRun, SeedsRecord, to_json
 from recipe.review.watch.command import TrainingWatch, training_watch
 from recipe.review.watch.reference import open_reference, watched_run
 from recipe.review.watch.statistics import OFF_TRACK, ON_TRACK, WATCHED_METRICS
@@ -49,31 +49,31 @@ def course(seed: int, spread: float = SPREAD, epochs: int = EPOCHS) -> Values:
     return {"epoch": list(range(1, epochs + 1)), **values}
 
 
-def seed_dynamics(seed: int, epochs: Values | None = None, **changes: Any) -> SeedDynamics:
+def seed_run(seed: int, epochs: Values | None = None, **changes: Any) -> SeedRun:
     values = {
         "seed": seed,
         "weights_sha256": f"{seed:064x}",
         "source_sha256": "a" * 64,
-        "images_per_batch_norm": 96,
+        "batch_norm_batch_size": 96,
         "raw_sha256": {"train": "b" * 64},
         "epochs": epochs or course(seed),
     }
-    return SeedDynamics(**{**values, **changes})
+    return SeedRun(**{**values, **changes})
 
 
-def dynamics(count: int, config: dict[str, Any] = CONFIG, **changes: Any) -> Dynamics:
+def seeds_record(count: int, config: dict[str, Any] = CONFIG, **changes: Any) -> SeedsRecord:
     plain = {key: value for key, value in config.items() if key != "seed"}
     values = {
         "recipe_id": recipe_id(plain),
         "config": plain,
         "steps_per_epoch": STEPS_PER_EPOCH,
-        "seeds": [seed_dynamics(seed) for seed in range(count)],
+        "runs": [seed_run(seed) for seed in range(count)],
     }
-    return Dynamics(**{**values, **changes})
+    return SeedsRecord(**{**values, **changes})
 
 
-def write_reference(count: int = 5, name: str = "dynamics.json", **changes: Any) -> str:
-    Path(name).write_bytes(to_json(dynamics(count, **changes)))
+def write_reference(count: int = 5, name: str = "seeds.json", **changes: Any) -> str:
+    Path(name).write_bytes(to_json(seeds_record(count, **changes)))
     return name
 
 
@@ -85,6 +85,7 @@ def metric_lines(values: Values, epoch: int) -> list[dict[str, Any]]:
         split: {"loss": values[f"{split}_loss"][epoch - 1], "top1_accuracy": values[f"{split}_top1"][epoch - 1]}
         for split in ("train", "validation")
     }
+    measured["validation"] |= {f"train_{name}": value for name, value in measured["train"].items()}
     return [{"split": split, "learning_rate": 0.1, **common, **row} for split, row in measured.items()]
 
 
@@ -139,7 +140,7 @@ def test_a_deviation_is_named_with_its_metric_its_epoch_and_its_size(capsys: pyt
     assert (deviation["metric"], deviation["epoch"]) == ("validation_loss", 3)
     assert deviation["value"] - deviation["mean"] == pytest.approx(0.5, abs=5 * SPREAD)
     assert 0 < deviation["limit"] < found["metrics"]["validation_loss"]["detectable"]
-    main(["watch", run, "--against", "dynamics.json"])
+    main(["watch", run, "--against", "seeds.json"])
     assert "validation_loss since epoch 3" in capsys.readouterr().out
 
 
@@ -159,17 +160,17 @@ def test_two_seeds_cannot_tell(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_that_was_counted_before_is_not_counted_again() -> None:
     documents = [write_document(seed, f"seed-{seed}") for seed in (1, 2)]
     copies = [write_document(1, f"copy-{number}", weights_sha256=f"{number:064x}") for number in range(3)]
-    assert len(open_reference([*documents, *copies]).seeds) == 2
+    assert len(open_reference([*documents, *copies]).runs) == 2
 
 
-def test_documents_and_dynamics_beside_them_make_one_reference(capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_and_published_seeds_make_one_reference(capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_document(0, "published")
-    write_reference(4, name="published/dynamics.json")  # seed 0 again, and three more
+    Run(folder).write(seeds_record(4))  # seed 0 again, and three more
     found = open_reference([folder])
-    assert sorted(seed.seed for seed in found.seeds) == [0, 1, 2, 3]
+    assert sorted(seed.seed for seed in found.runs) == [0, 1, 2, 3]
     assert main(["watch", "--against", folder, write_document(9, "other"), "--save", "all.json"]) == 0
     assert capsys.readouterr().out == "wrote all.json: 5 seeds\n"
-    assert open_reference(["all.json"]).seeds == open_reference([folder, "other"]).seeds
+    assert open_reference(["all.json"]).runs == open_reference([folder, "other"]).runs
     assert main(["watch", write_run(course(77)), "--against", "all.json", "--save", "again.json"]) == 0
     assert Path("again.json").read_bytes() == Path("all.json").read_bytes()
 
@@ -181,26 +182,13 @@ def test_neither_run_nor_file_and_a_file_of_another_name_are_refused(capsys: pyt
     assert not Path("dynamics.txt").exists()
 
 
-def test_seeds_that_were_published_with_a_recipe_are_its_reference() -> None:
+def test_published_seeds_must_be_of_the_recipe_beside_them() -> None:
     folder = write_document(0, "published")
-    runs = [
-        SeedRun(
-            seed=seed,
-            weights_sha256="d" * 64,
-            source_sha256="a" * 64,
-            correct_top1=1,
-            correct_top5=1,
-            epochs=course(seed),
-        )
-        for seed in range(4)
-    ]
-    plain = {key: value for key, value in CONFIG.items() if key != "seed"}
-    record = SeedsRecord(recipe_id=recipe_id(plain), protocol="resize", images=2, runs=runs)
-    run = Run(folder)
-    run.write(record)
-    assert sorted(seed.seed for seed in open_reference([folder]).seeds) == [0, 1, 2, 3]
-    run.write(msgspec.structs.replace(record, recipe_id="0" * 64))
-    with pytest.raises(UserError, match="another recipe"):
+    Run(folder).write(seeds_record(4, recipe_id="0" * 64))
+    with pytest.raises(UserError, match="it was edited"):
+        open_reference([folder])
+    Run(folder).write(seeds_record(4, config=configuration("optimization.learning_rate=0.3")))
+    with pytest.raises(UserError, match="whose recipe is another one: optimization"):
         open_reference([folder])
 
 
@@ -242,12 +230,12 @@ def test_other_step_counts_and_other_images_are_refused(capsys: pytest.CaptureFi
     run = write_run(course(77))
     error = refused(["watch", run, "--against", write_reference(steps_per_epoch=5)], capsys)
     assert "4 steps an epoch, the reference 5" in error
-    mixed = [seed_dynamics(1), seed_dynamics(2, raw_sha256={"train": "d" * 64})]
-    assert "saw other images" in refused(["watch", run, "--against", write_reference(seeds=mixed)], capsys)
+    mixed = [seed_run(1), seed_run(2, raw_sha256={"train": "d" * 64})]
+    assert "saw other images" in refused(["watch", run, "--against", write_reference(runs=mixed)], capsys)
 
 
 def test_other_batches_of_batch_norm_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_document(77, "published", images_per_batch_norm=32)
+    folder = write_document(77, "published", batch_norm_batch_size=32)
     main(["watch", folder, "--against", write_reference()])
     assert "batch norm sees 32 images at a time in the run, 96 in the reference" in capsys.readouterr().out
 
@@ -281,16 +269,16 @@ def test_impossible_words_are_refused(words: list[str], capsys: pytest.CaptureFi
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no seeds": lambda found: found["seeds"].clear(),
-    "text for a number": lambda found: found["seeds"][0]["epochs"]["train_loss"].__setitem__(0, "1.0"),
-    "a truth value": lambda found: found["seeds"][0]["epochs"]["train_loss"].__setitem__(0, True),
-    "a hole": lambda found: found["seeds"][0]["epochs"]["train_loss"].__setitem__(0, None),
-    "no float": lambda found: found["seeds"][0]["epochs"]["train_loss"].__setitem__(0, 10**400),
-    "a missing epoch": lambda found: found["seeds"][0]["epochs"]["train_loss"].pop(),
-    "a missing column": lambda found: found["seeds"][0]["epochs"].pop("validation_top1"),
-    "epochs out of order": lambda found: found["seeds"][0]["epochs"]["epoch"].reverse(),
+    "no seeds": lambda found: found["runs"].clear(),
+    "text for a number": lambda found: found["runs"][0]["epochs"]["train_loss"].__setitem__(0, "1.0"),
+    "a truth value": lambda found: found["runs"][0]["epochs"]["train_loss"].__setitem__(0, True),
+    "a hole": lambda found: found["runs"][0]["epochs"]["train_loss"].__setitem__(0, None),
+    "no float": lambda found: found["runs"][0]["epochs"]["train_loss"].__setitem__(0, 10**400),
+    "a missing epoch": lambda found: found["runs"][0]["epochs"]["train_loss"].pop(),
+    "a missing column": lambda found: found["runs"][0]["epochs"].pop("validation_top1"),
+    "epochs out of order": lambda found: found["runs"][0]["epochs"]["epoch"].reverse(),
     "no steps": lambda found: found.update(steps_per_epoch=0),
-    "another format": lambda found: found.update(format="dynamics/9"),
+    "another format": lambda found: found.update(format="seeds/9"),
     "an unknown field": lambda found: found.update(command="rm -r ."),
     "an edited configuration": lambda found: found["config"]["optimization"].update(learning_rate=9.0),
     "no configuration": lambda found: found.update(config={}, recipe_id=recipe_id({})),
@@ -299,20 +287,20 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_of_dynamics_is_refused_in_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(to_json(dynamics(4)))
+    found = json.loads(to_json(seeds_record(4)))
     HOSTILE[name](found)
     Path("bad.json").write_text(json.dumps(found))
     refused(["watch", write_run(course(77)), "--against", "bad.json"], capsys)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"NaN", b"[" * 100_000, b'{"format": "dynamics/1"}', b"{}"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"NaN", b"[" * 100_000, b'{"format": "seeds/2"}', b"{}"])
 def test_a_file_that_is_none_is_refused(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.json").write_bytes(content)
     refused(["watch", write_run(course(77)), "--against", "bad.json"], capsys)
 
 
 def test_deep_nesting_and_huge_trainings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    run, text = write_run(course(77)), to_json(dynamics(3)).decode()
+    run, text = write_run(course(77)), to_json(seeds_record(3)).decode()
     Path("bad.json").write_text(
         text.replace('"config": {', '"config": {"deep": ' + "[" * 50_000 + "]" * 50_000 + ",", 1)
     )
@@ -352,8 +340,8 @@ def reference_of(words: list[str], spread: float = SPREAD) -> str:
     """A reference of the recipe that `words` make; its seeds went as no real one does."""
     config = compose_config(*words).pinned.values
     values = [course(seed, spread, config["optimization"]["epochs"]) for seed in range(5)]
-    seeds = [seed_dynamics(at, own, raw_sha256={}) for at, own in enumerate(values)]
-    return str(Path(write_reference(config=config, seeds=seeds)).absolute())
+    seeds = [seed_run(at, own, raw_sha256={}) for at, own in enumerate(values)]
+    return str(Path(write_reference(config=config, runs=seeds)).absolute())
 
 
 def test_training_says_how_it_goes_and_ends_with_the_same_bits(
@@ -399,4 +387,4 @@ def test_a_real_run_tells_of_its_images_and_weights(smoke: Callable[..., list[st
     assert watched.seed.raw_sha256.keys() == {"train", "val"}
     assert watched.seed.epochs["epoch"] == [1]
     as_reference = open_reference([compose_config(*words).run_dir])  # from its records: no document was written
-    assert as_reference.seeds == [msgspec.structs.replace(watched.seed, seed=0)]
+    assert as_reference.runs == [msgspec.structs.replace(watched.seed, seed=0)]

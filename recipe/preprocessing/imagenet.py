@@ -1,7 +1,7 @@
-"""What is known about ILSVRC2012 from public sources: the yardstick that `data.expect=ilsvrc2012` holds raw data to.
+"""Public facts about ILSVRC2012, which `data.expect=ilsvrc2012` compares raw data with.
 
 Labels follow the sorted WNIDs: n01440764 (tench) is 0, n15075141 (toilet tissue) is 999. That is the order of
-torchvision's, timm's and everybody's published weights, and *not* the ILSVRC2012_ID of the devkit, which serves here
+torchvision's, timm's and all published weights, and *not* the ILSVRC2012_ID of the devkit, which serves here
 only to read the devkit's own ground truth.
 
 Sources: names and md5 sums from torchvision/datasets/imagenet.py (a test compares them with the installed one); counts
@@ -12,7 +12,7 @@ as its hash.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -34,17 +34,17 @@ WHERE_TO_GET = (
     "imagenet-object-localization-challenge"
 )
 
-# The first validation labels of Caffe's ilsvrc12 val.txt, which the field has used since 2013. They tell a right order
-# of classes from the devkit's own, and right ground truth from a shifted one, where counts cannot.
+# The first validation labels of Caffe's ilsvrc12 val.txt, which the field has used since 2013. Unlike counts, they
+# distinguish the order of the classes from the devkit's own, and the ground truth from a shifted one.
 FIRST_VALIDATION_LABELS = (65, 970, 230, 809, 516, 57)
 
-# Images that are not what their name says, as the field found them. Every file is looked at, so nothing depends on
-# this list; finding something else on ILSVRC2012 is said. PNG: tensorflow/tpu's imagenet_to_gcs.py, which also lists
+# Images that are not what their name says, as the field found them. Every file is checked, so nothing depends on this
+# list; a difference on ILSVRC2012 is printed. PNG: tensorflow/tpu's imagenet_to_gcs.py, which also lists
 # the 22 CMYK training images. The one CMYK image of the validation set: pytorch/vision#6538.
 KNOWN_PNG = ("n02105855_2933",)
 KNOWN_CMYK_VALIDATION = ("ILSVRC2012_val_00019877",)
 KNOWN_CMYK_TRAINING_IMAGES = 22
-KNOWN_WARNINGS = ("stray bytes", "unknown Adobe code")  # of libjpeg, about images that it shows all the same
+KNOWN_WARNINGS = ("stray bytes", "unknown Adobe code")  # of libjpeg, about images without damage
 
 
 def class_list_sha256(class_ids: Sequence[str]) -> str:
@@ -53,28 +53,26 @@ def class_list_sha256(class_ids: Sequence[str]) -> str:
 
 
 def published_class_names(class_ids: Sequence[str]) -> dict[str, str]:
-    """WNID -> name from torchvision's published weights, if these are the 1000 classes; else nothing.
-
-    torchvision is imported here and not above: only images without a devkit beside them need it.
-    """
+    """WNID -> name from torchvision's published weights, if these are the 1000 classes; else empty."""
     if class_list_sha256(class_ids) != CLASS_LIST_SHA256:
         return {}
-    from torchvision.models import ResNet50_Weights
+    from torchvision.models import ResNet50_Weights  # imports torch, which images with a devkit do not need
 
     return dict(zip(class_ids, ResNet50_Weights.IMAGENET1K_V2.meta["categories"], strict=True))
 
 
-def surprises(found: Iterable[tuple[str, str, str]]) -> list[str]:
-    """How the odd images (split, key, kind) of a full ILSVRC2012 differ from what the field knows."""
-    odd = list(found)
-    png = sorted(key for _, key, kind in odd if kind.startswith("PNG"))
-    cmyk_validation = sorted(key for split, key, kind in odd if split == "val" and kind.startswith("CMYK"))
-    cmyk_training = sum(split == "train" and kind.startswith("CMYK") for split, _, kind in odd)
-    others = sorted(f"{key}: {kind}" for _, key, kind in odd if not kind.startswith(("PNG", "CMYK", *KNOWN_WARNINGS)))
+def unexpected(images: Sequence[tuple[str, str, str]]) -> list[str]:
+    """How the converted images (split, key, kind) of a full ILSVRC2012 differ from what the field knows."""
+    png = sorted(key for _, key, kind in images if kind.startswith("PNG"))
+    cmyk_validation = sorted(key for split, key, kind in images if split == "val" and kind.startswith("CMYK"))
+    cmyk_training = sum(split == "train" and kind.startswith("CMYK") for split, _, kind in images)
+    others = sorted(
+        f"{key}: {kind}" for _, key, kind in images if not kind.startswith(("PNG", "CMYK", *KNOWN_WARNINGS))
+    )
     expectations: list[tuple[str, object, object]] = [
         ("PNG files named .JPEG", png, list(KNOWN_PNG)),
         ("CMYK validation images", cmyk_validation, list(KNOWN_CMYK_VALIDATION)),
         ("CMYK training images", cmyk_training, KNOWN_CMYK_TRAINING_IMAGES),
-        ("images that are odd otherwise", others, []),
+        ("other converted images", others, []),
     ]
     return [f"{what}: found {here}, known are {known}" for what, here, known in expectations if here != known]

@@ -16,18 +16,16 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from recipe.config.schema import Expectation, Source
-from recipe.data import imagenet
-from recipe.data.archives import digests
-from recipe.data.expectation import require_ilsvrc2012, require_published_md5
-from recipe.data.folders import folder_keys
-from recipe.data.ilsvrc import read_devkit
-from recipe.data.listing import Raw, Rows, listing_sha256, loss_lines
-from recipe.data.look_alikes import look_alike_lines
-from recipe.data.packing import RawReader
-from recipe.data.processing import listing_line
-from recipe.data.raw import find_raw
 from recipe.errors import UserError
-from tests.data.layouts import (
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.archives import digests
+from recipe.preprocessing.folders import folder_keys, look_alike_lines
+from recipe.preprocessing.ilsvrc import check_ilsvrc2012, check_published_md5, read_devkit
+from recipe.preprocessing.listing import Raw, Rows, listing_sha256, loss_lines
+from recipe.preprocessing.pipeline import listing_line
+from recipe.preprocessing.shard_writer import RawReader
+from recipe.preprocessing.sources import find_raw
+from tests.preprocessing.layouts import (
     NAMES,
     VALIDATION_LABELS,
     WNIDS,
@@ -126,7 +124,7 @@ def test_no_raw_dir_says_what_to_give(tmp_path: Path) -> None:
 
 
 def test_an_absent_or_empty_raw_dir_says_what_is_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.raw_dir=.*nowhere is no folder.*image-net.org"):
+    with pytest.raises(UserError, match=r"data.raw_dir=.*nowhere is not a folder.*image-net.org"):
         find_raw(data_config(tmp_path / "nowhere", tmp_path / "out"))
     with pytest.raises(UserError, match=r"no training images in .*looked for ILSVRC2012_img_train.tar"):
         find_raw(data_config(tmp_path, tmp_path / "out"))
@@ -177,11 +175,11 @@ HOSTILE = {
     "climbs": (tarfile.TarInfo("../ILSVRC2012_val_00000002.JPEG"), b"x", r"'\.\./ILSVRC\S+ of \S+val.tar is not named"),
     "absolute": (tarfile.TarInfo(f"/{NEXT}"), b"x", "is not named"),
     "newline": (tarfile.TarInfo(f"{NEXT}\n"), b"x", "is not named"),
-    "symlink": (special(NEXT, tarfile.SYMTYPE, "/etc/passwd"), b"", "is no regular file"),
-    "hardlink": (special(NEXT, tarfile.LNKTYPE, "ILSVRC2012_val_00000001.JPEG"), b"", "is no regular file"),
-    "device": (special(NEXT, tarfile.CHRTYPE), b"", "is no regular file"),
-    "fifo": (special(NEXT, tarfile.FIFOTYPE), b"", "is no regular file"),
-    "folder": (special(NEXT, tarfile.DIRTYPE), b"", "is no regular file"),
+    "symlink": (special(NEXT, tarfile.SYMTYPE, "/etc/passwd"), b"", "is not a regular file"),
+    "hardlink": (special(NEXT, tarfile.LNKTYPE, "ILSVRC2012_val_00000001.JPEG"), b"", "is not a regular file"),
+    "device": (special(NEXT, tarfile.CHRTYPE), b"", "is not a regular file"),
+    "fifo": (special(NEXT, tarfile.FIFOTYPE), b"", "is not a regular file"),
+    "folder": (special(NEXT, tarfile.DIRTYPE), b"", "is not a regular file"),
     "duplicate": (tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG"), b"x", "is there twice"),
     "wrong name": (tarfile.TarInfo("n01440764_1.JPEG"), b"x", "is not named"),
     "large": (tarfile.TarInfo(NEXT), bytes(20_000_001), "has 20000001 bytes, more than the 20000000"),
@@ -403,7 +401,7 @@ def make_a_class_a_link_to_itself(root: Path) -> None:
     [
         (hide_images_one_level_deeper, r"a/more holds images inside a class folder; flatten it"),
         (hide_images_two_levels_deeper, r"a/batch 1/more holds images inside a class folder; flatten it"),
-        (leave_a_dangling_link, r"gone.jpg is named like an image but is no file"),
+        (leave_a_dangling_link, r"gone.jpg is named like an image but is not a file"),
         (put_an_image_beside_the_classes_of_train, r"train itself holds images, such as '1.jpg' \(1 in all\)"),
         (put_an_image_beside_the_classes_of_val, r"val itself holds images, such as 'flat.jpg'"),
         (
@@ -714,7 +712,7 @@ def fake_ilsvrc2012(monkeypatch: pytest.MonkeyPatch) -> Raw:
 
 
 def test_the_real_counts_classes_and_labels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_ilsvrc2012(fake_ilsvrc2012(monkeypatch))
+    check_ilsvrc2012(fake_ilsvrc2012(monkeypatch))
 
 
 def spoil_count(raw: Raw) -> None:
@@ -758,7 +756,7 @@ def test_each_violation_is_one_sentence_with_the_way_out(
     raw = fake_ilsvrc2012(monkeypatch)
     spoil(raw)
     with pytest.raises(UserError, match=f"{sentence}.*data.expect=nothing"):
-        require_ilsvrc2012(raw)
+        check_ilsvrc2012(raw)
 
 
 def test_md5_and_sha256_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -770,19 +768,20 @@ def test_md5_and_sha256_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     found = digests([path], {path.name: md5}, tmp_path / "cache.json")
     assert (found[0].md5, found[0].sha256) == (md5, hashlib.sha256(path.read_bytes()).hexdigest())
     assert found[0].is_published_md5 is True
-    require_published_md5(found, {path.name: md5})
-    monkeypatch.setattr("recipe.data.archives.md5_and_sha256", None)
+    check_published_md5(found)
+    monkeypatch.setattr("recipe.preprocessing.archives.md5_and_sha256", None)
     assert digests([path], {path.name: md5}, tmp_path / "cache.json") == found
     monkeypatch.undo()
+    monkeypatch.setitem(imagenet.PUBLISHED_MD5, path.name, md5)
     path.write_bytes(b"y" * 10_000_000)
     changed = digests([path], {path.name: md5}, tmp_path / "cache.json")
     with pytest.raises(UserError, match=rf"{path.name} has md5 {changed[0].md5}, published is {md5}.*expect=nothing"):
-        require_published_md5(changed, {path.name: md5})
+        check_published_md5(changed)
 
 
 def test_expectations_are_checked_before_archives_are_read(tmp_path: Path) -> None:
-    from recipe.data.processing import preprocess
-    from tests.data.layouts import config
+    from recipe.preprocessing.pipeline import preprocess
+    from tests.preprocessing.layouts import config
 
     write_devkit(write_official(tmp_path / "raw"))
     with pytest.raises(UserError, match=r"found 3 classes, ILSVRC2012 has 1000; with data.expect=nothing"):

@@ -1,7 +1,7 @@
-"""What a recipe claims, in the form in which a program can test it: the document's JSON block.
+"""The JSON block of the document: a recipe and its claims, for programs.
 
-Everything in it is copied from the records of the run; `recipe.review` compares it with what another machine, another
-checkout or another run gives.
+Everything in it is copied from the records of the run; `recipe.review` compares it with another machine, checkout or
+run.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from typing import Any
 import msgspec
 
 from recipe.config.identity import config_sha256, recipe_id
-from recipe.document.dynamics import EpochRow, epoch_rows
-from recipe.document.facts import Facts
-from recipe.records import EvaluationRecord, PreprocessingRecord, SeedsRecord, SerializationRecord, TrainingRecord
+from recipe.document.run_data import RunData
+from recipe.records import (
+    Epoch,
+    EvaluationRecord,
+    PreprocessingRecord,
+    SeedCounts,
+    SeedsRecord,
+    SerializationRecord,
+    TrainingRecord,
+)
 
 FORMAT = "recipe/1"
 DYNAMICS = (
@@ -26,7 +33,7 @@ DYNAMICS = (
 PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")  # a string holds no line break as it is, only \n
 
 
-def identity(facts: Facts) -> dict[str, Any]:
+def identity(facts: RunData) -> dict[str, Any]:
     """The pinned configuration with its hashes, and every claim; nulls where nothing was run yet."""
     training = facts.training
     return {
@@ -35,13 +42,15 @@ def identity(facts: Facts) -> dict[str, Any]:
         "config_sha256": config_sha256(facts.config) if facts.config else None,
         "recipe_id": recipe_id(facts.config) if facts.config else None,
         "code": code(training) if training else None,
-        "circumstances": training.circumstances if training else None,
+        "determinism_context": training.determinism_context if training else None,
         "claims": {
             "data": data_claims(facts.preprocessing) if facts.preprocessing else None,
-            "training": training_claims(facts, training) if training else None,
+            "training": training_claims(training) if training else None,
             "evaluation": evaluation_claims(facts.evaluation) if facts.evaluation else None,
             "serialization": serialization_claims(facts.serialization) if facts.serialization else None,
-            "seeds": seeds_claims(facts.seeds) if facts.seeds else None,
+            "seeds": seeds_claims(facts.seeds, facts.seeds.evaluation)
+            if facts.seeds and facts.seeds.evaluation
+            else None,
         },
         "fingerprint": msgspec.to_builtins(facts.fingerprint) if facts.fingerprint else None,
     }
@@ -54,7 +63,7 @@ def as_json(values: dict[str, Any]) -> str:
 
 
 def code(training: TrainingRecord) -> dict[str, Any]:
-    """Which code trained."""
+    """The code that trained."""
     provenance = training.provenance
     return {
         "command": provenance.command,
@@ -66,7 +75,7 @@ def code(training: TrainingRecord) -> dict[str, Any]:
 
 
 def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
-    """What the data were; `raw_sha256` is the same for every layout of the same images."""
+    """The data set; `raw_sha256` is equal for every layout of the same images."""
     return {
         "data_set": preprocessing.data_set,
         "manifest_sha256": preprocessing.outputs.get("manifest"),
@@ -79,8 +88,8 @@ def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
     }
 
 
-def training_claims(facts: Facts, training: TrainingRecord) -> dict[str, Any]:
-    """What training began with, did and left."""
+def training_claims(training: TrainingRecord) -> dict[str, Any]:
+    """The start, course and result of training."""
     return {
         "initial_weights_sha256": training.model.initial_weights_sha256,
         "architecture_sha256": training.model.architecture_sha256,
@@ -90,19 +99,18 @@ def training_claims(facts: Facts, training: TrainingRecord) -> dict[str, Any]:
         "steps": training.schedule.steps,
         "steps_per_epoch": training.schedule.steps_per_epoch,
         "images_seen": training.images_seen,
-        "images_per_batch_norm": training.loader.images_per_batch_norm,
+        "batch_norm_batch_size": training.loader.batch_norm_batch_size,
         "processes": training.processes,
         "accelerator": training.provenance.hardware.accelerator,
         "is_exact": all(session.is_exact is not False for session in training.sessions),
         "weights_sha256": training.outputs.get("weights"),
-        "epochs": columns(epoch_rows(training, facts.metrics)),
-        "final": training.final,
+        "epochs": columns(training.epochs),
     }
 
 
-def columns(rows: Sequence[EpochRow]) -> dict[str, list[Any]]:
-    """One list for each column: 600 epochs stay a few lines. How long an epoch took is a fact, but no claim."""
-    return {name: [getattr(row, name) for row in rows] for name in DYNAMICS}
+def columns(epochs: Sequence[Epoch]) -> dict[str, list[Any]]:
+    """One list for each column, so that 600 epochs stay a few lines; how long an epoch took is not a claim."""
+    return {name: [getattr(epoch, name) for epoch in epochs] for name in DYNAMICS}
 
 
 def evaluation_claims(evaluation: EvaluationRecord) -> dict[str, Any]:
@@ -133,12 +141,6 @@ def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
     }
 
 
-def seeds_claims(seeds: SeedsRecord) -> dict[str, Any]:
-    """Several runs of the recipe; their dynamics are in records/seeds.json."""
-    return {
-        "seeds": [run.seed for run in seeds.runs],
-        "protocol": seeds.protocol,
-        "images": seeds.images,
-        "correct_top1": [run.correct_top1 for run in seeds.runs],
-        "correct_top5": [run.correct_top5 for run in seeds.runs],
-    }
+def seeds_claims(seeds: SeedsRecord, evaluation: SeedCounts) -> dict[str, Any]:
+    """Several runs of the recipe; their epochs are in records/seeds.json."""
+    return {"seeds": [run.seed for run in seeds.runs], **msgspec.to_builtins(evaluation)}

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import savemat
 
-from recipe.data.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
-from recipe.data.painting import CLASS_NAMES, VERSION, jpeg
 from recipe.errors import UserError
-from recipe.run import shown_path, temporary_sibling
+from recipe.files import display_path, temporary_sibling
+from recipe.preprocessing.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
+from recipe.preprocessing.painting import CLASS_NAMES, VERSION, jpeg
 
 MARKER = "demo.json"
 DRAWING = b"being drawn"
@@ -137,7 +137,7 @@ def _refuse_real_data(directory: Path) -> None:
     present = [name for name in REAL_DATA if (directory / name).exists()]
     if present and not _is_ours(directory / MARKER):
         raise UserError(
-            f"data.raw_dir={shown_path(directory)} holds {present[0]}, which the demo did not draw and would "
+            f"data.raw_dir={display_path(directory)} holds {present[0]}, which the demo did not draw and would "
             "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name what it is "
             "for: experiment=resnet50_imagenet"
         )

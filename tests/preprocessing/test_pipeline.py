@@ -27,17 +27,18 @@ import webdataset
 from PIL import Image
 
 from recipe.config.schema import Corrupt, Decoder, Expectation, Source
-from recipe.data import packing, processing
 from recipe.data.decoding import build_decoder, decoded
-from recipe.data.demo import write_demo_archives
 from recipe.data.images import DamagedImageError, RejectedImageError, Rules, store
-from recipe.data.processing import preprocess
-from recipe.data.raw import find_raw
-from recipe.data.shards import open_split, read_manifest
+from recipe.data.manifest import read_manifest
+from recipe.data.shards import open_split
 from recipe.errors import DiskError, UserError
+from recipe.files import CHECKOUT
+from recipe.preprocessing import pipeline, shard_writer
+from recipe.preprocessing.demo import write_demo_archives
+from recipe.preprocessing.pipeline import preprocess
+from recipe.preprocessing.sources import find_raw
 from recipe.records import PreprocessingRecord
-from recipe.run import CHECKOUT
-from tests.data.layouts import (
+from tests.preprocessing.layouts import (
     VALIDATION_LABELS,
     WNIDS,
     config,
@@ -147,7 +148,7 @@ def test_no_path_host_or_user_is_written(finished: tuple[Path, PreprocessingReco
 
 
 def test_paths_inside_the_checkout_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipe.data.reporting.CHECKOUT", tmp_path)
+    monkeypatch.setattr("recipe.preprocessing.summary.CHECKOUT", tmp_path)
     record = preprocess(config(write_official(tmp_path / "data/raw"), tmp_path / "data/tiny"))
     assert (record.raw_path, record.processed_path) == ("data/raw", "data/tiny")
 
@@ -191,18 +192,18 @@ MODULES_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {checkout!r})
-from recipe.data import packing
-from recipe.data.processing import preprocess
-from recipe.data.raw import find_raw
-from tests.data.layouts import config
+from recipe.preprocessing import shard_writer
+from recipe.preprocessing.pipeline import preprocess
+from recipe.preprocessing.sources import find_raw
+from tests.preprocessing.layouts import config
 
-original = packing.store
+original = shard_writer.store
 
 def noting(*arguments):
     Path({seen!r}).write_text(" ".join(sys.modules))
     return original(*arguments)
 
-packing.store = noting
+shard_writer.store = noting
 if __name__ == "__main__":
     import torch
     preprocess(config({raw!r}, Path({out!r})))
@@ -217,7 +218,7 @@ def test_workers_import_no_torch(official: Path, tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
     modules = set(seen.read_text().split())
-    assert "recipe.data.packing" in modules
+    assert "recipe.preprocessing.shard_writer" in modules
     assert not {"torch", "torchvision", "nvidia"} & modules
 
 
@@ -227,28 +228,28 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {checkout!r})
-from recipe.data import packing, processing
-from recipe.data.processing import preprocess
-from recipe.data.raw import find_raw
+from recipe.preprocessing import pipeline, shard_writer
+from recipe.preprocessing.pipeline import preprocess
+from recipe.preprocessing.sources import find_raw
 from recipe.errors import one_clear_sentence
-from tests.data.layouts import config
+from tests.preprocessing.layouts import config
 
 out = Path({out!r})
-original = packing.store
+original = shard_writer.store
 
 def slow(*arguments):
     if len(list(out.glob(".recipe-work/*-*.json"))) >= {shards}:
         time.sleep({pause_seconds})
     return original(*arguments)
 
-packing.store = slow
-write_data_set = processing.write_data_set
+shard_writer.store = slow
+write_data_set = pipeline.write_data_set
 
 def late(*arguments):
     time.sleep({pause_seconds})  # the last shards may have been under way when the others were counted
     return write_data_set(*arguments)
 
-processing.write_data_set = late
+pipeline.write_data_set = late
 if __name__ == "__main__":
     with one_clear_sentence():
         preprocess(config({raw!r}, out, processes=2))
@@ -433,7 +434,7 @@ def test_no_wrong_shard_of_a_repair_gets_its_name(
         (out / name).unlink()
     raw = write_official(tmp_path / "raw", train={key: jpeg(key + "x") for key in train_images()})
     with monkeypatch.context() as patch:
-        patch.setattr(processing, "packed", interrupted_when_done)
+        patch.setattr(pipeline, "make_shards", interrupted_when_done)
         with pytest.raises(KeyboardInterrupt):
             preprocess(config(raw, out))
         assert not [name for name in lost if (out / name).exists()]
@@ -445,11 +446,11 @@ def test_no_wrong_shard_of_a_repair_gets_its_name(
 
 def interrupted_when_done(*arguments: Any) -> None:
     """Ctrl-C after the last shard was written."""
-    PACKED(*arguments)
+    MAKE_SHARDS(*arguments)
     raise KeyboardInterrupt
 
 
-PACKED = processing.packed
+MAKE_SHARDS = pipeline.make_shards
 
 
 def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_path: Path) -> None:
@@ -539,27 +540,28 @@ def test_the_note_goes_before_its_shard_is_written_anew(official: Path, tmp_path
     """Else the note of one plan could vouch for a shard that another one wrote before it died."""
     data = config(official, tmp_path / "out")
     preprocess(data)
-    place = processing.workplace(data.data, tmp_path / "out", find_raw(data.data))
-    task = processing.planned(data.data, find_raw(data.data), [])[0]
-    note = packing.note_path(tmp_path / "out", task)
+    place = pipeline.writer_settings(data.data, tmp_path / "out", find_raw(data.data))
+    task = pipeline.plan_shards(data.data, find_raw(data.data), [])[0]
+    note = shard_writer.note_path(tmp_path / "out", task)
     note.parent.mkdir()
     note.write_text("of another plan")
     seen: list[bool] = []
-    packer = packing.Packer(task, place, packing.RawReader(place.containers), Never(lambda: seen.append(note.exists())))
-    packer.pack()
+    maker = shard_writer.ShardMaker(
+        task, place, shard_writer.RawReader(place.containers), never(lambda: seen.append(note.exists()))
+    )
+    maker.make()
     assert seen
     assert not any(seen)
 
 
-class Never:
-    """An event that never comes; looks whenever it is asked."""
+def never(look: Callable[[], None]) -> Callable[[], bool]:
+    """Never asks to stop, and looks whenever it is called."""
 
-    def __init__(self, look: Callable[[], None]) -> None:
-        self.look = look
-
-    def is_set(self) -> bool:
-        self.look()
+    def must_stop() -> bool:
+        look()
         return False
+
+    return must_stop
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -575,7 +577,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_continues(
         full.symlink_to("/dev/full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processing, "remove_strays", lambda directory, wanted: fill(directory))
+        patch.setattr(pipeline, "remove_strays", lambda directory, wanted: fill(directory))
         with pytest.raises(DiskError, match=r"cannot write .*train.index.npy: No space left on device; free"):
             preprocess(config(official, out))
     record = preprocess(config(official, out))
@@ -585,13 +587,13 @@ def test_a_disk_that_fills_up_is_one_sentence_and_continues(
 
 def test_a_disk_error_of_a_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out/train-00000.tar").mkdir(parents=True)
-    (tmp_path / "out" / packing.WORK).mkdir()
+    (tmp_path / "out" / shard_writer.WORK).mkdir()
     with pytest.raises(DiskError, match=r"cannot write .*train-00000.tar: Is a directory"):
         preprocess(config(official, tmp_path / "out"))
 
 
 def test_a_second_writer_is_refused(official: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / packing.WORK).mkdir(parents=True)
+    (tmp_path / "out" / shard_writer.WORK).mkdir(parents=True)
     with (tmp_path / "out" / "lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="is being written by another process"):
@@ -599,7 +601,7 @@ def test_a_second_writer_is_refused(official: Path, tmp_path: Path) -> None:
 
 
 def test_missing_raw_files_create_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         preprocess(config(tmp_path / "nowhere", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -613,7 +615,7 @@ def test_a_directory_that_cannot_be_written(official: Path, tmp_path: Path) -> N
 def test_wrong_md5_stops_before_anything_is_packed(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processing, "require_ilsvrc2012", lambda raw: None)
+    monkeypatch.setattr(pipeline, "check_ilsvrc2012", lambda raw: None)
     with pytest.raises(UserError, match=r"ILSVRC2012_img_train.tar has md5 \w{32}, published is 1d675b47d978889d74"):
         preprocess(config(official, tmp_path / "out", expect=Expectation.ilsvrc2012))
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -665,7 +667,7 @@ def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
     raw = write_official(tmp_path / "raw", train=train_images() | odd, validation=validation)
     record = preprocess(config(raw, tmp_path / "out"))
     manifest = read_manifest(tmp_path / "out")
-    assert {(oddity.split, oddity.key): (oddity.what, oddity.done) for oddity in manifest.oddities} == {
+    assert {(image.split, image.key): (image.what, image.done) for image in manifest.converted} == {
         ("train", "n01440764_5"): ("CMYK JPEG", "stored as lossless RGB PNG"),
         ("train", "n02085620_5"): ("PNG not named .png", "stored as lossless RGB PNG"),
         ("val", "ILSVRC2012_val_00000003"): ("CMYK JPEG", "stored as lossless RGB PNG"),
@@ -673,7 +675,7 @@ def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
     assert record.odd_images == {
         "CMYK JPEG": 2,
         "PNG not named .png": 1,
-        "grey": 1,
+        "grayscale": 1,
         "EXIF orientation, not applied": 1,
     }
     split = open_split(tmp_path / "out", "train")
@@ -691,12 +693,12 @@ def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
 def test_no_jpeg_without_its_end_keeps_its_bytes(tail: bytes, progressive: bool) -> None:
     """Pillow reads some of these, other decoders do not."""
     whole = encoded(pixels("end", 200, 150), progressive=progressive)
-    assert store(whole + b"whatever follows", False, KEEP).oddity is None
+    assert store(whole + b"whatever follows", False, KEEP).unusual is None
     try:
         stored = store(whole.removesuffix(b"\xff\xd9") + tail, False, KEEP)
     except DamagedImageError:
         return
-    assert (stored.oddity, stored.extension) == ("JPEG without an end marker", "png")
+    assert (stored.unusual, stored.extension) == ("JPEG without an end marker", "png")
     for decoder in Decoder:
         assert np.array_equal(
             decoded(stored.content, build_decoder(decoder)).permute(1, 2, 0).numpy(), pixels_of(whole)
@@ -705,7 +707,7 @@ def test_no_jpeg_without_its_end_keeps_its_bytes(tail: bytes, progressive: bool)
 
 def test_a_jpeg_that_only_pillow_reads_is_stored_losslessly() -> None:
     content = encoded(pixels("end", 200, 150)).removesuffix(b"\xff\xd9") + b"\r\n\r\n\r\n"
-    assert store(content, False, KEEP).oddity == "JPEG without an end marker"
+    assert store(content, False, KEEP).unusual == "JPEG without an end marker"
 
 
 def pixels_of(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -733,7 +735,7 @@ def sixteen_bits() -> bytes:
 )
 def test_odd_png_files_of_folders_become_rgb(content: bytes, what: str) -> None:
     stored = store(content, True, KEEP_FOLDER)
-    assert (stored.oddity, stored.extension) == (what, "png")
+    assert (stored.unusual, stored.extension) == (what, "png")
     with Image.open(io.BytesIO(stored.content)) as image:
         assert (image.mode, image.info) == ("RGB", {})
     if what != "PNG of 16 bits":
@@ -750,8 +752,8 @@ def test_plain_png_files_keep_their_bytes_only_where_they_belong() -> None:
     for mode in ("RGB", "L"):
         content = encoded(pixels("a").convert(mode), "PNG")
         assert store(content, True, KEEP_FOLDER).content == content
-        assert store(content, False, KEEP_FOLDER).oddity == "PNG not named .png"
-        assert store(content, True, KEEP).oddity == "PNG not named .png"
+        assert store(content, False, KEEP_FOLDER).unusual == "PNG not named .png"
+        assert store(content, True, KEEP).unusual == "PNG not named .png"
     assert store(jpeg("a"), True, KEEP_FOLDER).content == jpeg("a")
 
 
@@ -817,7 +819,7 @@ def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> No
     validation = validation_images() | {"ILSVRC2012_val_00000001": png_header_of(20_000, 20_000)}
     raw = write_official(tmp_path / "raw", train=train_images() | bad, validation=validation)
     record = preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
-    assert [(oddity.split, oddity.key) for oddity in record.rejected] == [
+    assert [(image.split, image.key) for image in record.rejected] == [
         ("train", "n02085620_3"),
         ("train", "n02085620_4"),
         ("val", "ILSVRC2012_val_00000001"),
@@ -885,16 +887,16 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
 def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_official(tmp_path / "raw")
     data = config(raw, tmp_path, resize_short_side=16).data
-    plans = [task.plan_sha256 for task in processing.planned(data, find_raw(data), [])]
-    monkeypatch.setattr(processing, "FILTER", "bicubic")
-    assert not set(plans) & {task.plan_sha256 for task in processing.planned(data, find_raw(data), [])}
+    plans = [task.plan_sha256 for task in pipeline.plan_shards(data, find_raw(data), [])]
+    monkeypatch.setattr("recipe.data.manifest.FILTER", "bicubic")
+    assert not set(plans) & {task.plan_sha256 for task in pipeline.plan_shards(data, find_raw(data), [])}
 
 
 def test_an_odd_image_is_resized_too() -> None:
     content = encoded(pixels("c", 200, 100).convert("CMYK"))
     stored = store(content, False, Rules(keeps_png=False, resize_short_side=50, quality=90))
     assert (stored.width, stored.height, stored.extension) == (100, 50, "jpg")
-    assert (stored.oddity, stored.done) == ("CMYK JPEG", "stored as resized RGB JPEG")
+    assert (stored.unusual, stored.done) == ("CMYK JPEG", "stored as resized RGB JPEG")
 
 
 # ---- folders ----------------------------------------------------------------------------------------
@@ -996,4 +998,4 @@ def test_notes_of_other_code_are_ignored(official: Path, tmp_path: Path) -> None
     (tmp_path / "out/.recipe-work").mkdir(parents=True)
     (tmp_path / "out/.recipe-work/train-00000.json").write_text("{}")
     assert preprocess(config(official, tmp_path / "out")).continued_shards == 0
-    assert packing.WORK not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert shard_writer.WORK not in {path.name for path in (tmp_path / "out").iterdir()}

@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from torchvision.datasets import imagenet as torchvision_imagenet
 
-from recipe.data import imagenet
+from recipe.preprocessing import imagenet
 
 FIRST_AND_LAST = ("n01440764", "n15075141")
 
@@ -26,10 +26,10 @@ def test_names_need_the_full_list_of_classes() -> None:
 def test_the_known_odd_images_are_no_surprise() -> None:
     cmyk = [("train", f"n00000000_{number}", "CMYK JPEG") for number in range(22)]
     known = [*cmyk, ("val", "ILSVRC2012_val_00019877", "CMYK JPEG"), ("train", "n02105855_2933", "PNG not named .png")]
-    assert imagenet.surprises(known) == []
-    assert imagenet.surprises(known[1:]) == ["CMYK training images: found 21, known are 22"]
-    assert len(imagenet.surprises([])) == 3
+    assert imagenet.unexpected(known) == []
+    assert imagenet.unexpected(known[1:]) == ["CMYK training images: found 21, known are 22"]
+    assert len(imagenet.unexpected([])) == 3
     endless = ("val", "ILSVRC2012_val_00000001", "JPEG without an end marker")
-    assert imagenet.surprises([*known, endless]) == [
-        "images that are odd otherwise: found ['ILSVRC2012_val_00000001: JPEG without an end marker'], known are []"
+    assert imagenet.unexpected([*known, endless]) == [
+        "other converted images: found ['ILSVRC2012_val_00000001: JPEG without an end marker'], known are []"
     ]

@@ -17,13 +17,13 @@ from PIL import Image, features
 
 from recipe.config.schema import Corrupt, Source
 from recipe.data.images import RejectedImageError, Rules, store
-from recipe.data.processing import preprocess
 from recipe.data.shards import open_split
 from recipe.errors import UserError
+from recipe.files import CHECKOUT
 from recipe.inference.pictures import pixels_of
-from recipe.run import CHECKOUT
-from tests.data.layouts import config, encoded, jpeg, pixels, write_files
-from tests.data.test_processing import png_header_of
+from recipe.preprocessing.pipeline import preprocess
+from tests.preprocessing.layouts import config, encoded, jpeg, pixels, write_files
+from tests.preprocessing.test_pipeline import png_header_of
 
 KEEP = Rules(keeps_png=True, resize_short_side=None, quality=90)
 FORMATS = {"WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF", "GIF": "GIF", "AVIF": "AVIF", "JPEG2000": "JPEG 2000"}
@@ -43,7 +43,7 @@ def shown(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def test_a_picture_of_another_format_is_stored_losslessly(form: str) -> None:
     content = encoded(pixels("a"), form)
     stored = store(content, False, KEEP)
-    assert (stored.oddity, stored.done, stored.extension) == (FORMATS[form], "stored as lossless RGB PNG", "png")
+    assert (stored.unusual, stored.done, stored.extension) == (FORMATS[form], "stored as lossless RGB PNG", "png")
     assert np.array_equal(shown(stored.content), shown(content))
     small = store(content, False, Rules(keeps_png=True, resize_short_side=15, quality=90))
     assert (small.width, small.height, small.done) == (20, 15, "stored as resized RGB JPEG")
@@ -84,7 +84,7 @@ NAMED = {
 @pytest.mark.parametrize("what", NAMED)
 def test_what_is_lost_on_the_way_to_rgb_is_named(what: str) -> None:
     stored = store(NAMED[what], False, KEEP)
-    assert stored.oddity == what
+    assert stored.unusual == what
     if "16 bits" not in what:
         assert np.array_equal(shown(stored.content), shown(NAMED[what]))
     else:
@@ -93,7 +93,7 @@ def test_what_is_lost_on_the_way_to_rgb_is_named(what: str) -> None:
 
 def test_colours_of_16_bits_keep_their_high_byte() -> None:
     stored = store(tiff_of_16_bits(), False, KEEP)
-    assert stored.oddity == "TIFF of 16 bits"
+    assert stored.unusual == "TIFF of 16 bits"
     assert shown(stored.content).ravel().tolist() == [value * 3000 >> 8 for value in range(18)]
 
 
@@ -171,7 +171,7 @@ def test_a_folder_of_all_formats_is_trained_on(tmp_path: Path, capsys: pytest.Ca
         assert np.array_equal(shown(stored[key]), shown(content)), key
     assert record.odd_images == {"AVIF": 2, "BMP": 2, "GIF": 2, "JPEG 2000": 2, "TIFF": 2, "WebP": 2}
     said = capsys.readouterr().err
-    assert "converted: 12; left out: 0" in said
+    assert "converted: 12; skipped: 0" in said
 
 
 @pytest.mark.parametrize("name", ["nameless", "picture.webp", "picture.data"])
@@ -249,8 +249,8 @@ WITHOUT_DAMAGED = """
 import sys
 from pathlib import Path
 from recipe.config.schema import Corrupt, Source
-from recipe.data.processing import preprocess
-from tests.data.layouts import config
+from recipe.preprocessing.pipeline import preprocess
+from tests.preprocessing.layouts import config
 if __name__ == "__main__":
     preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, corrupt=Corrupt.skip))
 """
@@ -272,5 +272,5 @@ def test_libraries_below_pillow_print_nothing(tmp_path: Path) -> None:
         check=True,
         text=True,
     )
-    assert "left out: 1" in done.stderr
+    assert "skipped: 1" in done.stderr
     assert "JPEGLib" not in done.stderr

@@ -1,29 +1,25 @@
 """ILSVRC2012 in the layouts that people have: official archives, extracted folders, one of each, or Kaggle's packing.
 
 Labels are positions among the sorted WNIDs of the training set; keys are the names that images were published under.
+`data.expect=ilsvrc2012` checks classes, counts, labels and checksums.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
-from recipe.data import archives, imagenet
-from recipe.data.listing import (
-    Labeller,
-    Listing,
-    Raw,
-    class_folders,
-    list_class_folders,
-    position_of,
-    require_folder,
-)
 from recipe.errors import UserError
-from recipe.run import shown_path
+from recipe.files import display_path
+from recipe.preprocessing import archives, imagenet
+from recipe.preprocessing.folders import check_folder, class_folders, list_class_folders, position_of
+from recipe.preprocessing.listing import Labeller, Listing, Raw
+from recipe.records import Archive
 
 KAGGLE_IMAGES = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -45,7 +41,7 @@ def list_ilsvrc(raw_dir: Path) -> Raw:
     elif (raw_dir / "train").is_dir():
         raw.class_ids = list_class_folders(raw_dir / "train", train, ilsvrc_train_keys)
     else:
-        raise UserError(f"no training images in {shown_path(raw_dir)}: looked for {LOOKED_FOR}")
+        raise UserError(f"no training images in {display_path(raw_dir)}: looked for {LOOKED_FOR}")
     raw.rows["train"] = train.sorted_rows("the training set")
     validation = Listing(raw)
     needs_devkit = list_validation(raw_dir, raw.class_ids, validation)
@@ -56,24 +52,24 @@ def list_ilsvrc(raw_dir: Path) -> Raw:
     else:
         raw.class_names = imagenet.published_class_names(raw.class_ids)
     raw.archives = [path for path in (*tars, devkit) if path.is_file()]
-    found = ("official tar" if path.is_file() else "extracted folders" for path in tars)
-    raw.layout = "ILSVRC2012, " + " and ".join(f"{split}: {what}" for split, what in zip(raw.rows, found, strict=True))
+    kinds = ("official tar" if path.is_file() else "extracted folders" for path in tars)
+    raw.layout = "ILSVRC2012, " + " and ".join(f"{split}: {kind}" for split, kind in zip(raw.rows, kinds, strict=True))
     return raw
 
 
 def list_train_tar(path: Path, listing: Listing) -> list[str]:
     """The class tars inside the training tar; returns the sorted WNIDs."""
-    where = shown_path(path)
+    where = display_path(path)
     with path.open("rb") as handle:
         tars = archives.class_tars(handle, where)
         for label, (wnid, offset, size) in enumerate(tars):
             handle.seek(offset)
             inside = f"{wnid}.tar in {where}"
-            found = list(archives.members(handle, archives.TRAIN_IMAGE, archives.MEMBER_BYTES_MAX, inside))
-            for member in found:
+            members = list(archives.members(handle, archives.TRAIN_IMAGE, archives.MEMBER_BYTES_MAX, inside))
+            for member in members:
                 if not member.name.startswith(f"{wnid}_") or member.offset + member.size > offset + size:
                     raise UserError(f"the member {member.name}.JPEG does not belong into {inside}")
-            listing.add_members(path, found, lambda _, label=label: label)  # type: ignore[misc]
+            listing.add_members(path, members, lambda _, label=label: label)  # type: ignore[misc]
     return [tar.name for tar in tars]
 
 
@@ -83,11 +79,11 @@ def list_validation(raw_dir: Path, class_ids: list[str], listing: Listing) -> bo
     if tar.is_file():
         label_of = ground_truth(raw_dir, class_ids)
         with tar.open("rb") as handle:
-            found = archives.members(handle, archives.VALIDATION_IMAGE, archives.MEMBER_BYTES_MAX, shown_path(tar))
-            listing.add_members(tar, found, label_of)
+            members = archives.members(handle, archives.VALIDATION_IMAGE, archives.MEMBER_BYTES_MAX, display_path(tar))
+            listing.add_members(tar, members, label_of)
         return True
     if not folder.is_dir():
-        raise UserError(f"no validation images in {shown_path(raw_dir)}: looked for {LOOKED_FOR}")
+        raise UserError(f"no validation images in {display_path(raw_dir)}: looked for {LOOKED_FOR}")
     if class_folders(folder):
         list_class_folders(folder, listing, ilsvrc_validation_keys, class_ids)
         return False
@@ -113,7 +109,7 @@ def read_devkit(raw_dir: Path) -> tuple[dict[str, str], list[str]]:
     """WNID -> name of the leaf classes, and the WNID of each validation image in order.
 
     The table's order is that of ILSVRC2012_ID, which is not the order of the labels; inner nodes of WordNet (those with
-    children) are no classes.
+    children) are not classes.
     """
     table, truth = archives.devkit_files(raw_dir)
     try:
@@ -123,19 +119,19 @@ def read_devkit(raw_dir: Path) -> tuple[dict[str, str], list[str]]:
         wnid_of = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         return names, [wnid_of[int(line)] for line in truth.split()]
     except Exception as error:  # a damaged MATLAB file fails in many ways
-        raise UserError(f"the devkit in {shown_path(raw_dir)} cannot be understood ({error!r})") from error
+        raise UserError(f"the devkit in {display_path(raw_dir)} cannot be understood ({error!r})") from error
 
 
 def ilsvrc_train_keys(class_id: str, names: list[str]) -> dict[str, str]:
-    """Training images are called after their class."""
+    """The keys of training images, which begin with their class."""
     matched = {name: archives.TRAIN_IMAGE.fullmatch(name) for name in names}
-    return {name: found[1] for name, found in matched.items() if found and found[1].startswith(f"{class_id}_")}
+    return {name: match[1] for name, match in matched.items() if match and match[1].startswith(f"{class_id}_")}
 
 
 def ilsvrc_validation_keys(class_id: str, names: list[str]) -> dict[str, str]:
-    """Validation images are numbered."""
+    """The keys of validation images, which are numbered."""
     matched = {name: archives.VALIDATION_IMAGE.fullmatch(name) for name in names}
-    return {name: found[1] for name, found in matched.items() if found}
+    return {name: match[1] for name, match in matched.items() if match}
 
 
 # ---- Kaggle's packing of the same images ------------------------------------------------------------
@@ -155,7 +151,7 @@ def list_kaggle(raw_dir: Path) -> Raw:
             raise UserError(f"{key} has no line in {KAGGLE_LABELS}")
         return position_of(wnids[key], positions, key)
 
-    require_folder(raw_dir / KAGGLE_IMAGES / "val")
+    check_folder(raw_dir / KAGGLE_IMAGES / "val")
     validation.add_folder(raw_dir / KAGGLE_IMAGES / "val", "", ilsvrc_validation_keys, label_of)
     raw.rows["val"] = validation.sorted_rows("the validation set")
     raw.class_names = kaggle_names(raw_dir / KAGGLE_NAMES) or imagenet.published_class_names(raw.class_ids)
@@ -166,12 +162,12 @@ def list_kaggle(raw_dir: Path) -> Raw:
 def kaggle_labels(path: Path) -> dict[str, str]:
     """Validation key -> WNID; the column PredictionString is a WNID and a box, repeated."""
     if not path.is_file():
-        raise UserError(f"{shown_path(path)} is missing: it holds the labels of Kaggle's validation images")
+        raise UserError(f"{display_path(path)} is missing: it holds the labels of Kaggle's validation images")
     with path.open(newline="", encoding="utf-8") as handle:
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(handle)}
         except (KeyError, IndexError, AttributeError, ValueError, csv.Error) as error:
-            raise UserError(f"{shown_path(path)} is not Kaggle's table of labels ({error!r})") from error
+            raise UserError(f"{display_path(path)} is not Kaggle's table of labels ({error!r})") from error
 
 
 def kaggle_names(path: Path) -> dict[str, str]:
@@ -180,3 +176,43 @@ def kaggle_names(path: Path) -> dict[str, str]:
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return {wnid: name for wnid, _, name in (line.partition(" ") for line in lines)}
+
+
+# ---- data.expect=ilsvrc2012 -------------------------------------------------------------------------
+
+
+def check_ilsvrc2012(raw: Raw) -> None:
+    """Raise `UserError` unless classes, counts and the first validation labels are those of ILSVRC2012."""
+    way_out = "with data.expect=nothing it is accepted, and the recipe says that it is not ILSVRC2012"
+    if len(raw.class_ids) != imagenet.CLASSES:
+        raise UserError(f"found {len(raw.class_ids)} classes, ILSVRC2012 has {imagenet.CLASSES}; {way_out}")
+    if imagenet.class_list_sha256(raw.class_ids) != imagenet.CLASS_LIST_SHA256:
+        raise UserError(f"the {imagenet.CLASSES} classes are not those of ILSVRC2012, or not in their order; {way_out}")
+    for split, expected in imagenet.IMAGES.items():
+        if len(raw.rows[split]) != expected:
+            raise UserError(f"found {len(raw.rows[split]):,} {split} images, ILSVRC2012 has {expected:,}; {way_out}")
+    labels = raw.rows["val"]["label"]
+    counts = np.bincount(labels, minlength=imagenet.CLASSES)
+    wrong = np.flatnonzero(counts != imagenet.VALIDATION_IMAGES_PER_CLASS)
+    if len(wrong):
+        raise UserError(
+            f"class {raw.class_ids[wrong[0]]} has {counts[wrong[0]]} validation images, ILSVRC2012 has "
+            f"{imagenet.VALIDATION_IMAGES_PER_CLASS} in each; {way_out}"
+        )
+    first = tuple(labels[: len(imagenet.FIRST_VALIDATION_LABELS)].tolist())
+    if first != imagenet.FIRST_VALIDATION_LABELS:
+        raise UserError(
+            f"the first validation labels are {first}, of ILSVRC2012 {imagenet.FIRST_VALIDATION_LABELS}: "
+            f"the labels are mixed up; {way_out}"
+        )
+
+
+def check_published_md5(files: Iterable[Archive]) -> None:
+    """Raise `UserError` unless the archives have their published md5."""
+    for archive in files:
+        if archive.is_published_md5 is False:
+            published = imagenet.PUBLISHED_MD5[archive.name]
+            raise UserError(
+                f"{archive.name} has md5 {archive.md5}, published is {published}: a damaged or changed "
+                "archive; download it again, or accept it with data.expect=nothing, which the recipe will say"
+            )

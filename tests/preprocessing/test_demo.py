@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import imagenet
 
-from recipe.data import demo
 from recipe.errors import UserError
+from recipe.preprocessing import demo
 
 TRAIN_COUNT, VALIDATION_COUNT = 4, 3
 ARCHIVES = (demo.TRAIN_ARCHIVE, demo.VALIDATION_ARCHIVE, demo.DEVKIT_ARCHIVE)

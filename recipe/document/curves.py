@@ -1,7 +1,4 @@
-"""How training went, one row an epoch: joined from the logged rows and the training record.
-
-Rows are joined by number, never by position, and a value that was not logged stays absent.
-"""
+"""Training curves: speed, points of the schedule, and which figures there are to draw."""
 
 from __future__ import annotations
 
@@ -10,27 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from recipe.records import Epoch, Schedule, TrainingRecord
+from recipe.records import Schedule, TrainingRecord
 
 MetricRow = dict[str, Any]
 Points = Sequence[tuple[float, float]]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class EpochRow:
-    """One row of the table of dynamics."""
-
-    epoch: int
-    learning_rate: float | None  # of the last logged row of the epoch
-    train_loss: float | None
-    train_top1: float | None
-    validation_loss: float | None
-    validation_top1: float | None
-    validation_top5: float | None
-    images_per_second: float | None
-    data_wait_fraction: float | None
-    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -42,56 +23,6 @@ class Throughput:
     warm_images_per_second: float | None  # median
     data_wait_fraction: float  # median of the warm epochs, else of all
     held_up_fraction: float | None  # likewise
-
-
-def epoch_rows(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[EpochRow]:
-    """All epochs of a finished run in order."""
-    return joined_rows(metrics, training.epochs)
-
-
-def joined_rows(metrics: Sequence[MetricRow], epochs: Sequence[Epoch] = ()) -> list[EpochRow]:
-    """All epochs in order; what they cost is known only when a run has ended."""
-    costs = {epoch.epoch: epoch for epoch in epochs}
-    numbers = sorted({row["epoch"] for row in metrics} | costs.keys())
-    weights = train_weights(metrics)
-    return [epoch_row(number, metrics, weights, costs.get(number)) for number in numbers]
-
-
-def epoch_row(number: int, metrics: Sequence[MetricRow], weights: dict[int, float], cost: Epoch | None) -> EpochRow:
-    train = [(row, weights[at]) for at, row in enumerate(metrics) if row["epoch"] == number and row["split"] == "train"]
-    validation = last([row for row in metrics if row["epoch"] == number and row["split"] == "validation"])
-    return EpochRow(
-        epoch=number,
-        learning_rate=last([row for row, _ in train]).get("learning_rate"),
-        train_loss=weighted_mean(train, "loss"),
-        train_top1=weighted_mean(train, "top1_accuracy"),
-        validation_loss=validation.get("loss"),
-        validation_top1=validation.get("top1_accuracy"),
-        validation_top5=validation.get("top5_accuracy"),
-        images_per_second=cost.images_per_second if cost else None,
-        data_wait_fraction=cost.data_wait_fraction if cost else None,
-        seconds=cost.seconds if cost else None,
-    )
-
-
-def train_weights(metrics: Sequence[MetricRow]) -> dict[int, float]:
-    """Position of a train row -> the steps that it covers: those since the train row before it."""
-    weights, step_before = {}, 0
-    for position, row in enumerate(metrics):
-        if row["split"] == "train":
-            weights[position] = max(row["step"] - step_before, 0)
-            step_before = row["step"]
-    return weights
-
-
-def weighted_mean(rows: list[tuple[MetricRow, float]], key: str) -> float | None:
-    present = [(row[key], weight) for row, weight in rows if row.get(key) is not None]
-    total = sum(weight for _, weight in present)
-    return float(sum(value * weight for value, weight in present)) / total if total else None
-
-
-def last(rows: Sequence[MetricRow]) -> MetricRow:
-    return rows[-1] if rows else {}
 
 
 def throughput(training: TrainingRecord) -> Throughput | None:
@@ -134,7 +65,7 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
 def figure_names(training: TrainingRecord, metrics: Sequence[MetricRow]) -> list[str]:
     """The figures that have something to show; the document names these and no others."""
     has = {
-        "accuracy": bool(points(metrics, "validation", "epoch", "top1_accuracy")),
+        "accuracy": bool(training.epochs),
         "loss": bool(points(metrics, "validation", "epoch", "loss") or points(metrics, "train", "step", "loss")),
         "learning_rate": len(training.schedule.points) > 1,
         "throughput": bool(points(metrics, "train", "step", "images_per_second")),

@@ -1,8 +1,8 @@
-"""Reading archives that strangers packed: members are listed and read in place, never unpacked by their names.
+"""Untrusted archives: members are listed and read in place, never unpacked by their names.
 
 A tar can hold links, devices, names that climb out of a folder, and two members of one name. Only regular members with
-the names that ILSVRC2012 uses are taken, and anything else stops with a sentence that names it. What comes out is where
-each image's bytes lie (offset, size), so that worker processes read with `os.pread` and parse no tar.
+the names that ILSVRC2012 uses are accepted; anything else raises `UserError` with its name. Each image is listed with
+the offset and size of its bytes, so that worker processes read with `os.pread` and parse no tar.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from recipe.data import imagenet
 from recipe.data.progress import Progress
-from recipe.data.system_files import belongs_to_system
 from recipe.errors import UserError
+from recipe.files import display_path, write_atomically
+from recipe.preprocessing import imagenet
+from recipe.preprocessing.listing import belongs_to_system
 from recipe.records import Archive
-from recipe.run import shown_path, write_atomically
 
 MEMBER_BYTES_MAX = 20_000_000  # the largest image of ILSVRC2012 has about 16 MB
 CLASS_TAR_BYTES_MAX = 1_000_000_000  # the largest one has about 0.25 GB
@@ -36,7 +36,7 @@ DEVKIT_FILES = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
 
 
 class Member(NamedTuple):
-    """A regular member: the part of its name that the pattern caught, and where its bytes lie in the file."""
+    """A regular member: the part of its name that the pattern matched, and the place of its bytes in the file."""
 
     name: str
     offset: int
@@ -51,7 +51,7 @@ def class_tars(handle: IO[bytes], where: str) -> list[Member]:
 def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: str) -> Iterator[Member]:
     """The regular members of the tar that starts at the handle's position, all named as `pattern` says.
 
-    What an operating system has added (a Mac's tar holds `._name` before each file) is passed over unread.
+    Files of an operating system (a Mac's tar holds `._name` before each file) are passed over.
     """
     seen: set[str] = set()
     for member in tar_headers(handle, where):
@@ -60,7 +60,7 @@ def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: 
         matched = pattern.fullmatch(member.name)
         what = f"the member {member.name!r} of {where}"
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-            raise UserError(f"{what} is no regular file (a link, folder or device); refusing to read this archive")
+            raise UserError(f"{what} is not a regular file (a link, folder or device); refusing to read this archive")
         if matched is None:
             raise UserError(f"{what} is not named {pattern.pattern}; refusing to read this archive")
         if not 0 <= member.size <= bytes_max:
@@ -72,7 +72,7 @@ def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: 
 
 
 def tar_headers(handle: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
-    """All headers in order; a damaged or cut archive stops with its name."""
+    """All headers in order; raises `UserError` for a damaged or cut archive."""
     try:
         archive = tarfile.TarFile(fileobj=handle)
         while (member := archive.next()) is not None:
@@ -92,40 +92,40 @@ def devkit_files(raw_dir: Path) -> tuple[bytes, bytes]:
     """The contents of meta.mat and of the validation ground truth, from the devkit's archive or extracted folder."""
     archive, folder = raw_dir / imagenet.DEVKIT_ARCHIVE, raw_dir / imagenet.DEVKIT_FOLDER
     if archive.is_file():
-        found = devkit_members(archive)
+        files = devkit_members(archive)
     else:
-        found = {name: (folder / name).read_bytes() for name in DEVKIT_FILES if (folder / name).is_file()}
-    missing = [name for name in DEVKIT_FILES if name not in found]
+        files = {name: (folder / name).read_bytes() for name in DEVKIT_FILES if (folder / name).is_file()}
+    missing = [name for name in DEVKIT_FILES if name not in files]
     if missing:
         raise UserError(
             f"the devkit is needed for the labels of the validation images, but {missing[0]} was found neither in "
-            f"{imagenet.DEVKIT_ARCHIVE} nor in {imagenet.DEVKIT_FOLDER}/ in {shown_path(raw_dir)}; "
+            f"{imagenet.DEVKIT_ARCHIVE} nor in {imagenet.DEVKIT_FOLDER}/ in {display_path(raw_dir)}; "
             f"{imagenet.WHERE_TO_GET}"
         )
-    return found[DEVKIT_FILES[0]], found[DEVKIT_FILES[1]]
+    return files[DEVKIT_FILES[0]], files[DEVKIT_FILES[1]]
 
 
 def devkit_members(path: Path) -> dict[str, bytes]:
-    """The two files of the devkit that are needed, out of memory; all other members are left alone."""
-    where = shown_path(path)
+    """The two files of the devkit that are needed, unpacked in memory; other members are not read."""
+    where = display_path(path)
     try:
         with gzip.open(path) as packed:
             content = packed.read(DEVKIT_BYTES_MAX + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{where} is not a complete .tar.gz archive ({error}); copy or download it again") from error
     if len(content) > DEVKIT_BYTES_MAX:
-        raise UserError(f"{where} unpacks to more than {DEVKIT_BYTES_MAX} bytes; this is no ILSVRC2012 devkit")
+        raise UserError(f"{where} unpacks to more than {DEVKIT_BYTES_MAX} bytes; this is not the ILSVRC2012 devkit")
     wanted = {f"{imagenet.DEVKIT_FOLDER}/{name}": name for name in DEVKIT_FILES}
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     for member in tar_headers(io.BytesIO(content), where):
         name = wanted.get(member.name.removeprefix("./"))
         if name is not None and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse():
-            found[name] = content[member.offset_data : member.offset_data + member.size]
-    return found
+            files[name] = content[member.offset_data : member.offset_data + member.size]
+    return files
 
 
 def digests(paths: Sequence[Path], published_md5: Mapping[str, str], cache: Path) -> list[Archive]:
-    """Size, md5 and sha256 of each archive; read once, then remembered in `cache` by name, size and time of change."""
+    """Size, md5 and sha256 of each archive; read once, then kept in `cache` by name, size and time of change."""
     known: dict[str, tuple[str, str]] = json.loads(cache.read_bytes()) if cache.exists() else {}
     unread = sum(path.stat().st_size for path in paths if identity(path) not in known)
     with Progress("reading archives for their md5 and sha256", unread, "B", scale=1024) as progress:
@@ -137,9 +137,9 @@ def digests(paths: Sequence[Path], published_md5: Mapping[str, str], cache: Path
 
 
 def identity(path: Path) -> str:
-    """What stands for a file's content as long as nobody writes to it."""
-    facts = path.stat()
-    return f"{path.name} {facts.st_size} {facts.st_mtime_ns}"
+    """Stands for a file's content as long as the file is not written."""
+    status = path.stat()
+    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
 
 def md5_and_sha256(path: Path, report: Callable[[int], None]) -> tuple[str, str]:
