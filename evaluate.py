@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import measured_config, one_job, run_command
+from recipe.config.compose import evaluation_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.files import display_path, portable_path
@@ -16,7 +16,7 @@ from recipe.weights import published_config
 def main(composed: DictConfig) -> None:
     """Evaluate the run's checkpoint, an exported model or published weights, and add the metrics to the document."""
     with one_job():
-        config = measured_config(composed)
+        config = evaluation_config(composed)
         if config.evaluation.weights is not None:
             config = published_config(config)
         run = Run(config.run_dir)

@@ -5,7 +5,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import composed_config, one_job, run_command
+from recipe.config.compose import job_config, one_job, run_command
 from recipe.data.manifest import copy_record
 from recipe.document.render import check_document, write_document
 from recipe.experiment_log import append_to_journal
@@ -19,7 +19,7 @@ from recipe.run import Run
 def main(composed: DictConfig) -> None:
     """Preprocess the experiment's data set and begin its document."""
     with one_job():
-        config, launch = composed_config(composed), launched()
+        config, launch = job_config(composed), launched()
         if not launch.is_first:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
             preprocess(config, launch)
             return

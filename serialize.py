@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import one_job, pinned_config, run_command
+from recipe.config.compose import one_job, run_command, stage_config
 from recipe.document.render import check_document, write_document
 from recipe.files import display_path, portable_path
 from recipe.inference.serialization import serialize_run
@@ -14,7 +14,7 @@ from recipe.run import Run
 def main(_composed: DictConfig) -> None:
     """Export the variants, hold each to the eager model, and add the result to the run's document."""
     with one_job():
-        config = pinned_config(own_group="serialization")
+        config = stage_config(own_group="serialization")
         run = Run(config.run_dir)
         check_document(run)
         record = serialize_run(config)

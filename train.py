@@ -5,7 +5,7 @@ from functools import partial
 import hydra
 from omegaconf import DictConfig
 
-from recipe.composition import composed_config, one_job, run_command
+from recipe.config.compose import job_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
 from recipe.files import display_path, portable_path
@@ -19,7 +19,7 @@ from recipe.training.loop import train
 def main(composed: DictConfig) -> None:
     """Train the experiment, or continue it, and write its document."""
     with one_job():
-        config = composed_config(composed)
+        config = job_config(composed)
         run = Run(config.run_dir)
         if not config.trainer.restart:  # which moves the document aside as it is
             check_document(run)

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from recipe.config import Config, typed
+from recipe.config.compose import to_config
+from recipe.config.schema import Config
 from recipe.files import CHECKOUT
 from recipe.model import build_model
 
@@ -106,7 +107,7 @@ def ours(words: list[str], seed: int, place: Path) -> float:
 def plain(words: list[str], seed: int, place: Path) -> float:
     """Top-1 of the plain loop."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        config = typed(compose("config", words))
+        config = to_config(compose("config", words))
     torch.manual_seed(seed)
     random.seed(seed)
     torch.set_num_threads(config.trainer.cpu_threads or torch.get_num_threads())  # as the pipeline

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from recipe.composition import composed_outside  # noqa: E402
+from recipe.config.compose import config_from_overrides  # noqa: E402
 from recipe.data.decoding import PartialPicture  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
@@ -50,7 +50,7 @@ Patch = Callable[[ExitStack], None]
 
 def taken(words: tuple[str, ...], threads: int = 1) -> Fingerprint:
     """The fingerprint of these settings, by the code as it is now."""
-    return take_fingerprint(composed_outside(list(words)), STEPS_PER_EPOCH, CLASSES, threads)
+    return take_fingerprint(config_from_overrides(list(words)), STEPS_PER_EPOCH, CLASSES, threads)
 
 
 # ---- faults: changes of the code, while every setting stays as it is --------------------------------

@@ -62,10 +62,10 @@ def composed(*words: str) -> Any:
     """The configuration that these words give."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.config import typed
+    from recipe.config.compose import to_config
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        return typed(compose("config", list(words)))
+        return to_config(compose("config", list(words)))
 
 
 def prepare(images: Path, work: Path, wanted: int) -> dict[str, int]:
@@ -204,7 +204,7 @@ def same_decoder_loader(kind: str, work: Path, cores: int) -> Epochs:
     import torch
     from torchvision.transforms import v2
 
-    from recipe.config import Decoder
+    from recipe.config.schema import Decoder
     from recipe.data.decoding import build_decoder, decoded
     from recipe.data.shards import open_split
 

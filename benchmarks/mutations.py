@@ -226,11 +226,11 @@ class Clean:
 
 def fingerprint(name: str) -> bytes:
     """Of one recipe, by the code as it is imported now."""
-    from recipe.composition import composed_outside
+    from recipe.config.compose import config_from_overrides
     from recipe.records import to_json
     from recipe.training.fingerprint import take_fingerprint
 
-    return to_json(take_fingerprint(composed_outside(RECIPES[name]), STEPS_PER_EPOCH, CLASSES))
+    return to_json(take_fingerprint(config_from_overrides(RECIPES[name]), STEPS_PER_EPOCH, CLASSES))
 
 
 def with_pictures(pictures: dict[str, str]) -> dict[str, str]:

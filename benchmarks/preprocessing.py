@@ -90,14 +90,14 @@ def ours(way: str, tree: Path, target: Path, workers: int) -> Any:
     """`preprocess`, ready to start; its settings are composed before the clock runs."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.config import typed
+    from recipe.config.compose import to_config
     from recipe.preprocessing.pipeline import preprocess
 
     words = ["data=folder", f"data.raw_dir={tree}", f"data.directory={target}", f"data.name={way}"]
     words += [f"data.images_per_shard={CHUNK}", f"data.processes={workers}", f"data.quality={QUALITY}"]
     words += [f"data.resize_short_side={SHORT_SIDE}"] * (way == "ours-small")
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        config = typed(compose("config", words))
+        config = to_config(compose("config", words))
     return lambda: preprocess(config)
 
 

@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
 
-from recipe.config import MAX_PIXELS, Decoder  # noqa: E402
+from recipe.config.schema import MAX_PIXELS, Decoder  # noqa: E402
 from recipe.data.decoding import WholePicture, build_decoder, decoded  # noqa: E402
 from recipe.data.images import Rules, store  # noqa: E402
 from recipe.data.transforms import INTERPOLATIONS, empty_image  # noqa: E402

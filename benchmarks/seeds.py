@@ -197,11 +197,11 @@ def configuration(words: tuple[str, ...], root: Path, data: str) -> Any:
     """The typed configuration of seed 0 on one of the processed data sets."""
     from hydra import compose, initialize_config_dir
 
-    from recipe.config import typed
+    from recipe.config.compose import to_config
 
     places = [f"data.directory={root / data}", f"data.raw_dir={root / f'{data}-raw'}", "run_dir=unused"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        return typed(compose("config", [*WORDS, *words, *places]))
+        return to_config(compose("config", [*WORDS, *words, *places]))
 
 
 @contextmanager
@@ -218,7 +218,6 @@ def inside(folder: Path) -> Iterator[None]:
 
 def trained(job: Job, root: Path) -> dict[str, Any]:
     """Train one run in this process and return its line; the run itself is removed."""
-    from recipe.config import pinned, recipe_id
     from recipe.errors import NonFiniteError
     from recipe.run import Run
     from recipe.training.loop import train
@@ -237,7 +236,7 @@ def trained(job: Job, root: Path) -> dict[str, Any]:
         "name": job.name,
         "fault": job.fault,
         "seed": job.seed,
-        "recipe_id": recipe_id(pinned(config)),
+        "recipe_id": config.pinned.recipe_id,
         "weights_sha256": record.outputs["weights"] if record else None,
         "seconds": round(time.perf_counter() - before[0], 1),
         "processor_seconds": round(time.process_time() - before[1], 1),

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
-from recipe.config import Config, typed
+from recipe.config.compose import to_config
+from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
@@ -101,7 +102,7 @@ def main() -> None:
     arguments = parsed()
     words = [f"trainer.precision={arguments.precision}", "trainer.gpus=null"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        config = typed(compose("config", words))
+        config = to_config(compose("config", words))
     with start_world(config.trainer) as world:
         sizes = dict.fromkeys([*arguments.batches, arguments.batch])  # the table's own batch last: it is profiled
         by_batch = {size: contest(config, world, at_batch(arguments, size)) for size in sizes}

@@ -5,7 +5,7 @@ ground floor, importable without torch
     errors         what stops a run, each kind with its exit code
     signals        from a scheduler, a terminal that closes, Ctrl-C
     launcher       which of how many processes this one is
-    config         typed schema of every knob, cross-field checks, identity of a recipe
+    config         schema (settings with their bounds), compose (Hydra -> Config), identity (hashes)
     files          atomic writing, locks, reading files of others, paths as text
     metrics        the rows of metrics.jsonl
     records        the results of every stage: frozen structs <-> JSON, and the table of them
@@ -13,7 +13,6 @@ ground floor, importable without torch
     experiment_log one line for each stage started and ended
     environment    the command line, versions, environment variables and machine of a stage
     provenance     its commit, tree state and patch; the hash of the source
-    composition    from the command line to a Config
 ground floor, torch
     distributed    launch(), World, reductions
     alterations    blur pooling, stochastic depth, the initial bias of the head

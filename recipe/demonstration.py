@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from recipe.composition import pinned_config_of
-from recipe.config import Config, Precision, Variant
+from recipe.config.compose import stage_config_from_overrides
+from recipe.config.schema import Config, Precision, Variant
 from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
@@ -52,7 +52,7 @@ class Demonstration:
     """
 
     def __init__(self, words: list[str]) -> None:
-        self.config = pinned_config_of(words, own_group="timing")
+        self.config = stage_config_from_overrides(words, own_group="timing")
         self.command = " ".join(["python -m recipe.demonstration", *(shown_argument(word) for word in words)])
         self.run = Run(self.config.run_dir)
         check_document(self.run)
@@ -190,7 +190,7 @@ def main(words: list[str]) -> None:
     import nbformat
 
     with one_clear_sentence():
-        run = Run(pinned_config_of(words, own_group="timing").run_dir)
+        run = Run(stage_config_from_overrides(words, own_group="timing").run_dir)
         check_document(run)
         notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
         executed = execute(with_words(notebook, words))

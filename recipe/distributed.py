@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from recipe.config import Accelerator, Config, Precision, TrainerConfig
+from recipe.config.schema import Accelerator, Config, Precision, TrainerConfig
 from recipe.environment import machine, usable_cores
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
 from recipe.files import display_path

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipe.composition import config_of
-from recipe.config import Config
+from recipe.config.compose import config_from_overrides
+from recipe.config.schema import Config
 from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
 from recipe.data.loading import Batch, derive_layout, naming
@@ -81,7 +81,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 def answer(arguments: argparse.Namespace) -> int:
     """Measure and print; the data set must have been prepared."""
-    config = config_of(arguments.words)
+    config = config_from_overrides(arguments.words)
     images = read_manifest(config.data.directory).splits["train"].images
     with start_world(config.trainer) as world:
         findings = examined(config, world)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recipe.config import Precision
+from recipe.config.schema import Precision
 from recipe.data.loading import Batch
 from recipe.data.transforms import EvaluationTransform, Normalisation
 from recipe.distributed import World

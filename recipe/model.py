@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from recipe.alterations import add_blur_pool, add_stochastic_depth, alteration_facts, init_head_bias
 from recipe.checkpoint import State, eval_weights, interface_of
-from recipe.config import Config, ModelConfig, canonical_json
+from recipe.config.identity import canonical_json
+from recipe.config.schema import Config, ModelConfig
 from recipe.errors import UserError
 from recipe.files import display_path
 from recipe.records import ModelFacts, Setting

@@ -19,7 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from recipe.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
-from recipe.config import Backend, Config, config_sha256, pinned
+from recipe.config.identity import config_sha256
+from recipe.config.schema import Backend, Config
 from recipe.data.loading import EvaluationBatches
 from recipe.data.manifest import Manifest, check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
@@ -81,7 +82,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
 
 def config_of_run(run: Run, config: Config) -> dict[str, Any]:
     """The configuration as training pinned it; this one where the run has none (published weights)."""
-    return run.read_config() or pinned(config)
+    return run.read_config() or config.pinned.values
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from recipe.checkpoint import FORMAT, ZIP, eval_entry, is_plain, named_tensors, unpickled
-from recipe.config import Config, Interpolation, Precision
+from recipe.config.schema import Config, Interpolation, Precision
 from recipe.errors import NonFiniteError, UserError
 from recipe.files import WEIGHTS_BYTES_MAX, display_path, opened
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from recipe.config import Config, typed
+from recipe.config.compose import to_config
+from recipe.config.schema import Config
 from recipe.files import CHECKOUT
 from recipe.signals import handlers_put_back
 
@@ -21,7 +22,7 @@ Compose = Callable[..., Config]
 def compose_config(*overrides: str) -> Config:
     """The configuration that these command-line words give."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
-        return typed(compose("config", list(overrides)))
+        return to_config(compose("config", list(overrides)))
 
 
 class PlainViews:

@@ -22,7 +22,7 @@ from recipe.alterations import (
     init_head_bias,
     residual_blocks,
 )
-from recipe.config import ModelConfig
+from recipe.config.schema import ModelConfig
 from recipe.errors import UserError
 from recipe.model import architecture_sha256, build_model, model_facts
 

@@ -134,7 +134,7 @@ def test_a_sweep_goes_on_after_jobs_that_are_refused_or_diverge(run_command: Com
     assert not list((tmp_path / "runs").glob("failed-jobs-*"))
     *_, headline, first, second = done.stderr.splitlines()
     assert headline == "2 of the jobs failed:"
-    assert first.startswith(f"  {words[1]}=0 (exit code 2): {words[1]}=0.0 cannot be")
+    assert first.startswith(f"  {words[1]}=0 (exit code 2): {words[1]}=0.0 is invalid: must be above 0")
     assert second.startswith(f"  {words[1]}=1e+30 (exit code 65): ")
     alone = run_command("train.py", words[0], f"{words[1]}=0.05", "run_dir=alone")
     assert last_hash(done) == last_hash(alone)
@@ -169,7 +169,7 @@ def test_sweeps_of_the_other_stages_go_on_too(run_command: Command, trained: Pat
 SCRIPT = """
 import signal
 import hydra
-from recipe.composition import one_job, run_command
+from recipe.config.compose import one_job, run_command
 
 @hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
 def main(composed):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recipe import distributed
-from recipe.config import Config, TrainerConfig
+from recipe.config.schema import Config, TrainerConfig
 from recipe.distributed import (
     World,
     device_type,

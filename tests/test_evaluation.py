@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import Config, Precision
+from recipe.config.schema import Config, Precision
 from recipe.data.decoding import build_decoder
 from recipe.data.loading import Batch, DecodingThreads, EvaluationBatches
 from recipe.data.shards import open_split

@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": ["streams"],
     "launcher": ["errors"],
     "signals": ["errors"],
-    "config": ["errors"],
+    "config": ["errors", "launcher", "streams", "files", "experiment_log", "run", "environment", "config"],
     "files": ["errors"],
     "metrics": ["errors"],
     "records": ["errors"],
@@ -26,7 +26,6 @@ ALLOWED = {
     "experiment_log": ["files", "records", "run"],
     "environment": ["files", "launcher", "records"],
     "provenance": ["environment", "files", "records"],
-    "composition": GROUND,
     "distributed": GROUND,
     "alterations": GROUND,
     "weights": [*GROUND, "checkpoint"],
@@ -54,13 +53,12 @@ ALLOWED = {
             "training",
         ),
     ],
-    "doctor": [*GROUND, "composition", "distributed", "model", "data", "training", "document"],
+    "doctor": [*GROUND, "distributed", "model", "data", "training", "document"],
     "document": [*GROUND, "document"],
-    "demonstration": [*GROUND, "composition", "distributed", "data", "inference", "document"],
+    "demonstration": [*GROUND, "distributed", "data", "inference", "document"],
     "review": [
         *GROUND,
         *(
-            "composition",
             "distributed",
             "model",
             "checkpoint",
@@ -76,7 +74,7 @@ ALLOWED = {
     "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
 }
 WITHOUT_TORCH = [
-    *(*GROUND, "composition", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
+    *(*GROUND, "config.schema", "config.compose", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
     *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))

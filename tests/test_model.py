@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from recipe.checkpoint import save_checkpoint
-from recipe.config import Config, ModelConfig
+from recipe.config.schema import Config, ModelConfig
 from recipe.errors import UserError
 from recipe.model import (
     SmallResNet,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.config import Config, Interpolation, Precision
+from recipe.config.schema import Config, Interpolation, Precision
 from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
 from recipe.performance import evaluate_run

@@ -32,9 +32,9 @@ from torch.nn import functional
 from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.transforms.v2 import functional as transforms_functional
 
-from recipe import config as configuration
 from recipe import performance
-from recipe.config import Config
+from recipe.config import schema as configuration
+from recipe.config.schema import Config
 from recipe.data.decoding import NvImageCodecDecoder, Picture, PillowDecoder, build_decoder
 from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, TrainingBatches
 from recipe.data.shards import open_split

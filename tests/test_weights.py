@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from recipe.checkpoint import save_checkpoint
-from recipe.config import ModelConfig
+from recipe.config.schema import ModelConfig
 from recipe.errors import NonFiniteError, UserError
 from recipe.model import build_model, weights_sha256
 from recipe.weights import load_state, read_weights

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recipe.config import Decoder
+from recipe.config.schema import Decoder
 from recipe.data.images import encoded, lift_pillows_limit, reason
 from recipe.errors import UserError
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from recipe.config import MAX_PIXELS
+from recipe.config.schema import MAX_PIXELS
 from recipe.data.integrity import Flaw, clean_pixels, jpeg_flaw, png_flaw
 
 FORMATS = {  # Pillow's name -> the usual one; its other readers are not used: that of EPS runs Ghostscript

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import ImageOrder, OptimizationConfig, TrainerConfig
+from recipe.config.schema import ImageOrder, OptimizationConfig, TrainerConfig
 from recipe.data.decoding import ImageDecoder, Picture, UndecodableError
 from recipe.data.images import RejectedImageError
 from recipe.data.shards import Split

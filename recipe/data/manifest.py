@@ -10,7 +10,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from recipe.config import DataConfig, Source, differences
+from recipe.config.identity import differences
+from recipe.config.schema import DataConfig, Source
 from recipe.data.images import FILTER
 from recipe.errors import UserError
 from recipe.files import display_path, write_atomically

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipe.config import Decoder, TrainerConfig
+from recipe.config.schema import Decoder, TrainerConfig
 from recipe.data.decoding import build_decoder
 from recipe.data.loading import (
     Batch,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from recipe.config import EvaluationConfig, Interpolation
+from recipe.config.schema import EvaluationConfig, Interpolation
 from recipe.data.manifest import Manifest
 from recipe.errors import UserError
 from recipe.records import Interface, Setting

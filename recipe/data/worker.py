@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import Decoder
+from recipe.config.schema import Decoder
 from recipe.data.decoding import build_decoder
 from recipe.data.images import silence_decoders
 from recipe.data.loading import IMAGES_PER_TASK, Filling, Order

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from recipe.config import differences
+from recipe.config.identity import differences
 from recipe.errors import UserError
 from recipe.experiment_log import JOURNAL, place_of
 from recipe.files import is_elsewhere, opened, portable_path

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from recipe.config import leaves
+from recipe.config.identity import flatten
 from recipe.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
 
 NOTHING = "–"
@@ -129,7 +129,7 @@ def setting(value: Setting) -> Markdown:
 
 def settings(values: dict[str, Setting]) -> list[tuple[Markdown, Markdown]]:
     """Nested settings as rows of a table, names spelled as words."""
-    return [(text(key.replace("_", " ")), setting(value)) for key, value in leaves(values).items()]
+    return [(text(key.replace("_", " ")), setting(value)) for key, value in flatten(values).items()]
 
 
 def name_values(values: dict[str, str]) -> Markdown:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from recipe.config import NAME
+from recipe.config.schema import NAME
 from recipe.document.formatting import without_commit
 from recipe.document.model_card import LICENCE
 from recipe.document.published_folder import (

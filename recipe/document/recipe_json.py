@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import config_sha256, recipe_id
+from recipe.config.identity import config_sha256, recipe_id
 from recipe.document.run_data import RunData
 from recipe.records import (
     Epoch,

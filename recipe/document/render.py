@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from recipe.config import leaves
+from recipe.config.identity import flatten
 from recipe.document import blocks, commands, curves, formatting, latency
 from recipe.document.experiment_log import update_log_record
 from recipe.document.formatting import Markdown
@@ -158,7 +158,7 @@ def context(facts: RunData) -> dict[str, Any]:
 
 def title(facts: RunData) -> str:
     """The model and the data set, and whether it was verified to be ILSVRC2012."""
-    values = leaves(facts.config or {})
+    values = flatten(facts.config or {})
     model = facts.training.model.name if facts.training else str(values.get("model.name", ""))
     model = re.sub(r"^resnet(\d+)$", r"ResNet-\1", model)
     if facts.preprocessing is None:
@@ -189,8 +189,8 @@ def declared(facts: RunData, key: str) -> Declared:
 def descriptions(facts: RunData) -> dict[str, Any]:
     """The declared values that training pinned; before training, those of the data set."""
     if facts.config is not None:
-        return leaves(facts.config)
-    return leaves({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
+        return flatten(facts.config)
+    return flatten({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
 
 
 def declared_items(facts: RunData, key: str) -> list[str]:

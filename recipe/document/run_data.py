@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipe.config import config_sha256
+from recipe.config.identity import config_sha256
 from recipe.document.curves import MetricRow
 from recipe.files import printable
 from recipe.records import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recipe.config import MAX_PIXELS
+from recipe.config.schema import MAX_PIXELS
 from recipe.data.transforms import transform_of
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict
@@ -104,7 +104,7 @@ class Classifier:
 
 def _from_checkpoint(path: Path, where: str, device: str) -> tuple[Predict, Interface]:
     from recipe.checkpoint import interface_of, load_checkpoint
-    from recipe.config import Precision
+    from recipe.config.schema import Precision
     from recipe.data.transforms import Normalisation
     from recipe.evaluation import predictor
     from recipe.model import restored_model  # here: an exported file needs no code of networks

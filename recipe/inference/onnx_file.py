@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from recipe.config import canonical_json
+from recipe.config.identity import canonical_json
 from recipe.errors import UserError
 from recipe.files import read_file
 from recipe.records import Interface, Record

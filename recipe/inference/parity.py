@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipe.config import SerializationConfig, Variant
+from recipe.config.schema import SerializationConfig, Variant
 from recipe.data.loading import Batch
 from recipe.data.progress import Progress
 from recipe.errors import UserError

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipe.config import MAX_PIXELS
+from recipe.config.schema import MAX_PIXELS
 from recipe.data.images import (
     FILE_BYTES_PER_PIXEL,
     FORMATS,

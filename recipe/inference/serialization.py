@@ -20,7 +20,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from recipe.config import Accelerator, Config, Precision, Variant, untyped
+from recipe.config.identity import to_dict
+from recipe.config.schema import Accelerator, Config, Precision, Variant
 from recipe.data.loading import EvaluationBatches, evaluation_orders
 from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.processes import open_decoding
@@ -239,7 +240,7 @@ def serialization_record(
     written = [write_variant(export, file, comparisons[file.variant].exported, split) for file in files]
     return SerializationRecord(
         config_sha256=export.checkpoint.training.config_sha256,
-        settings=untyped(export.config.serialization),
+        settings=to_dict(export.config.serialization),
         provenance=stage.finish(hardware(world), exporting_versions() | device_versions(world)),
         inputs={"weights": export.checkpoint.weights_sha256, "manifest": export.checkpoint.manifest_sha256},
         outputs={name: sha256 for entry in written for name, sha256 in entry.items()},

@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from recipe.config import Config, Precision, TimedBackend, Variant, untyped
+from recipe.config.identity import to_dict
+from recipe.config.schema import Config, Precision, TimedBackend, Variant
 from recipe.data.progress import Progress
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware
@@ -298,7 +299,7 @@ def timing_record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) 
         size = list(image.size)
     return TimingRecord(
         config_sha256=bench.checkpoint.training.config_sha256,
-        settings=untyped(bench.config.timing),
+        settings=to_dict(bench.config.timing),
         provenance=stage.finish(machine, {"onnxruntime": onnxruntime.__version__} | device_versions(bench.world)),
         inputs={"weights": bench.checkpoint.weights_sha256, **_file_hashes(bench)},
         machine=machine_name(machine),

@@ -32,7 +32,8 @@ import numpy as np
 import PIL
 from PIL import features
 
-from recipe.config import Config, Corrupt, DataConfig, Expectation, Source, differences, sha256_of
+from recipe.config.identity import differences, sha256_of
+from recipe.config.schema import Config, Corrupt, DataConfig, Expectation, Source
 from recipe.data.images import Rules
 from recipe.data.manifest import (
     MANIFEST,

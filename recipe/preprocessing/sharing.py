@@ -15,7 +15,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from recipe.config import differences
+from recipe.config.identity import differences
 from recipe.errors import HangError, UserError, WorkerError, how_to_continue
 from recipe.launcher import Launch
 from recipe.preprocessing.shard_writer import Task

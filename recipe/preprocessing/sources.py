@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.config import DataConfig, Source
+from recipe.config.schema import DataConfig, Source
 from recipe.errors import UserError
 from recipe.files import disk_errors, display_path
 from recipe.preprocessing.demo import write_demo_archives

@@ -12,7 +12,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from recipe.config import DataConfig, Expectation, sha256_of, untyped
+from recipe.config.identity import sha256_of, to_dict
+from recipe.config.schema import DataConfig, Expectation
 from recipe.data.images import FILTER, GREY, ROTATED
 from recipe.data.manifest import data_settings, manifest_sha256
 from recipe.files import CHECKOUT, printable
@@ -46,7 +47,7 @@ def record_of(
         | {archive.name: archive.sha256 for archive in archives},
         outputs={"manifest": manifest_sha256(data.directory)}
         | {shard.name: shard.sha256 for split in merged.values() for shard in split.shards},
-        description=untyped(data.description),
+        description=to_dict(data.description),
         data_set=data.name,
         layout=raw.layout,
         raw_path=portable(Path(data.raw_dir or "."), "$RAW_DIR"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.config import config_sha256, recipe_id
+from recipe.config.identity import config_sha256, recipe_id
 from recipe.document.recipe_json import FORMAT
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from recipe.config import AugmentationConfig
+from recipe.config.schema import AugmentationConfig
 from recipe.data.decoding import Picture, WholePicture
 from recipe.data.loading import DeviceDraws
 from recipe.data.transforms import (

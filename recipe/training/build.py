@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
 from recipe.data.manifest import open_dataset
 from recipe.data.processes import open_decoding

@@ -21,7 +21,8 @@ import torch
 from msgspec.structs import replace
 
 from recipe.checkpoint import State, checkpoint_files, newest_checkpoint, prune_checkpoints, save_checkpoint
-from recipe.config import Config, OptimizerKind, config_sha256, differences, pinned
+from recipe.config.identity import config_sha256, differences
+from recipe.config.schema import Config, OptimizerKind
 from recipe.errors import SAVED, DiskError, NonFiniteError, UserError, how_to_continue
 from recipe.experiment_log import append_to_journal
 from recipe.files import display_path
@@ -41,7 +42,7 @@ def pin(run: Run, config: Config) -> None:
     It binds once something was trained: a first try that stopped before (a batch that does not divide, missing data)
     can be corrected in place.
     """
-    mine, theirs = pinned(config), run.read_config()
+    mine, theirs = config.pinned.values, run.read_config()
     has_begun = any(run.checkpoints.glob("step-*")) or run.read(TrainingRecord) is not None
     if theirs is None or not has_begun:
         run.write_config(mine)
@@ -130,7 +131,7 @@ def restore(training: Training, state: State | None) -> None:
         _begin_session(training, is_exact=None, note="from the beginning")
         return
     for key, mine in (
-        ("config_sha256", config_sha256(pinned(training.config))),
+        ("config_sha256", training.config.pinned.config_sha256),
         ("manifest_sha256", training.manifest_sha256),
     ):
         if state[key] != mine:
@@ -261,10 +262,10 @@ def _save(training: Training) -> None:
         raise NonFiniteError(
             f"the weights are not finite at step {progress.step}; no checkpoint is written, the last one is kept"
         )
-    config = pinned(training.config)
+    pinned = training.config.pinned
     state: State = {
-        "config": config,
-        "config_sha256": config_sha256(config),
+        "config": pinned.values,
+        "config_sha256": pinned.config_sha256,
         "interface": msgspec.to_builtins(training.interface),
         "manifest_sha256": training.manifest_sha256,
         "determinism_context": training.determinism_context,

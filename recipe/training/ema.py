@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recipe.alterations import DropPathBatchNorm2d
-from recipe.config import AveragingConfig, AveragingForm, OptimizationConfig
+from recipe.config.schema import AveragingConfig, AveragingForm, OptimizationConfig
 from recipe.data.loading import Batch, Decoding, evaluation_orders
 from recipe.data.transforms import EvaluationTransform
 from recipe.errors import UserError

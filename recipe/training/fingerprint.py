@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig, sha256_of
+from recipe.config.identity import sha256_of
+from recipe.config.schema import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig
 from recipe.data.loading import BatchLayout, TrainingBatches
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World

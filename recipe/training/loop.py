@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from recipe.checkpoint import prune_checkpoints, write_eval_weights
-from recipe.config import Config, config_sha256, leaves, pinned
+from recipe.config.identity import flatten
+from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
 from recipe.experiment_log import append_to_journal
@@ -75,11 +76,11 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
 
 
 def _started(run: Run, config: Config, weights: GivenWeights | None) -> Stage:
-    values = pinned(config)
     if weights is not None:
         print(weights, file=sys.stderr, flush=True)
-    settings = {key: value for key, value in leaves(values).items() if "description." not in key}
-    append_to_journal(run, "train", "started", name=config.name, config_sha256=config_sha256(values), config=settings)
+    settings = {key: value for key, value in flatten(config.pinned.values).items() if "description." not in key}
+    digest = config.pinned.config_sha256
+    append_to_journal(run, "train", "started", name=config.name, config_sha256=digest, config=settings)
     return Stage(run.directory)
 
 
@@ -173,6 +174,6 @@ def _one_writer(config: Config, world: World) -> Iterator[Run]:
                     print(f"the old run is now {display_path(run.archive())}", flush=True)
                 held.enter_context(run.lock())
                 pin(run, config)
-        world.must_agree("the configuration", config_sha256(pinned(config)))
+        world.must_agree("the configuration", config.pinned.config_sha256)
         world.must_agree("the source code", source_sha256())
         yield run

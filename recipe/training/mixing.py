@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config import ErasingConfig, MixingConfig
+from recipe.config.schema import ErasingConfig, MixingConfig
 from recipe.data.loading import DeviceDraws
 from recipe.errors import UserError
 from recipe.records import Setting

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recipe.config import LossKind, OptimizationConfig, OptimizerKind, ScheduleKind
+from recipe.config.schema import LossKind, OptimizationConfig, OptimizerKind, ScheduleKind
 from recipe.errors import UserError
 from recipe.model import NORMS
 from recipe.records import ParameterGroup, Schedule, Setting

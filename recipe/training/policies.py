@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from recipe.config import PolicyConfig, PolicyKind
+from recipe.config.schema import PolicyConfig, PolicyKind
 from recipe.data.transforms import fixed_image
 from recipe.records import Setting
 

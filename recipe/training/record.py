@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from recipe.checkpoint import eval_weights, load_checkpoint
-from recipe.config import config_sha256, pinned, recipe_id
 from recipe.distributed import arithmetic_switches, device_versions, hardware
 from recipe.evaluation import protocol_name, view_name
 from recipe.model import weights_sha256
@@ -18,10 +17,10 @@ def training_record(training: Training) -> TrainingRecord:
     """The record of a training whose last epoch is done; on the first process."""
     config, world, progress = training.config, training.world, training.progress
     assert training.stage is not None, "it is the first process's"
-    values, step = pinned(config), training.train_step
+    step = training.train_step
     return TrainingRecord(
-        config_sha256=config_sha256(values),
-        recipe_id=recipe_id(values),
+        config_sha256=config.pinned.config_sha256,
+        recipe_id=config.pinned.recipe_id,
         provenance=training.stage.finish(hardware(world), device_versions(world)),
         inputs={"manifest": training.manifest_sha256, "initial weights": training.facts.initial_weights_sha256},
         outputs=_outputs(training),

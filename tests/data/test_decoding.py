@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recipe.config import Decoder
+from recipe.config.schema import Decoder
 from recipe.data import decoding
 from recipe.data.decoding import (
     ImageDecoder,
@@ -244,7 +244,7 @@ def outcome(content: bytes, library: ImageDecoder) -> Tensor | str:
 
 LOADING = """
 import os
-from recipe.config import Decoder
+from recipe.config.schema import Decoder
 from recipe.data.decoding import build_decoder, decoded
 before = dict(os.environ)
 os.makedirs(os.environ["TMPDIR"])
@@ -265,7 +265,7 @@ def test_loading_says_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 REFUSED = """
-from recipe.config import Decoder
+from recipe.config.schema import Decoder
 from recipe.data import decoding
 from recipe.errors import UserError
 {cause}
@@ -295,7 +295,7 @@ def test_where_it_cannot_be_used_that_is_said_at_once_with_the_way_out(why: str)
 
 SILENCED = """
 import sys
-from recipe.config import Decoder
+from recipe.config.schema import Decoder
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.images import silence_decoders
 if {silenced}:

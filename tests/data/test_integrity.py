@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipe.config import Corrupt, Source
+from recipe.config.schema import Corrupt, Source
 from recipe.data.images import DamagedImageError, Rules, store
 from recipe.data.manifest import read_manifest
 from recipe.data.shards import open_split

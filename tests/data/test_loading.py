@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from recipe.config import Decoder, OptimizationConfig, TrainerConfig
+from recipe.config.schema import Decoder, OptimizationConfig, TrainerConfig
 from recipe.data.decoding import Picture, UndecodableError, WholePicture, build_decoder
 from recipe.data.loading import (
     WINDOW_SHARDS,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from recipe.config import TrainerConfig
+from recipe.config.schema import TrainerConfig
 from recipe.data.loading import (
     Batch,
     BatchLayout,

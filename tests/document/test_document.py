@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from recipe import config as configuration
+from recipe.config import identity as configuration
 from recipe.document import figures, render
 from recipe.document.render import check_document, generated_blocks, json_file, write_document
 from recipe.document.run_data import RunData, sections

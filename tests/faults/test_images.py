@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from recipe.config import Config, Corrupt
+from recipe.config.schema import Config, Corrupt
 from recipe.data.decoding import Picture, PillowDecoder, UndecodableError
 from recipe.data.manifest import read_manifest
 from recipe.data.shards import open_split

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recipe.checkpoint import checkpoint_files
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
 from recipe.run import Run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.inference.serialization import serialize_run
 from recipe.performance import evaluate_run
 from recipe.records import SerializationRecord

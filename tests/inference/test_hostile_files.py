@@ -18,7 +18,7 @@ import torch
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
-from recipe.config import Backend, Config
+from recipe.config.schema import Backend, Config
 from recipe.errors import NonFiniteError, UserError
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import load_evaluated

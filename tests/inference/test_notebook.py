@@ -16,7 +16,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.manifest import read_manifest
 from recipe.data.shards import open_split
 from recipe.demonstration import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
@@ -209,7 +209,7 @@ def test_samples_are_of_classes_that_are_spread_over_the_list() -> None:
     ("words", "expected"),
     [
         (["run_dir=nowhere"], "holds no run: train it first"),
-        (["--help"], "'--help' is no setting"),
+        (["--help"], "'--help' is not a setting"),
         (["run_dir=nowhere", "timing.sizes=[1]"], "timing.sizes"),
         (["timing.seconds_per_cell=-1"], "holds no run"),
     ],

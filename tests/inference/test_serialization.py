@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint
-from recipe.config import Backend, Config, Variant
+from recipe.config.schema import Backend, Config, Variant
 from recipe.distributed import start_world
 from recipe.errors import UserError
 from recipe.files import CHECKOUT

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from recipe import provenance
-from recipe.config import Config, TimedBackend, Variant
+from recipe.config.schema import Config, TimedBackend, Variant
 from recipe.demonstration import Demonstration
 from recipe.distributed import start_world
 from recipe.document import figures

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from recipe.config import Config, Corrupt, DataConfig, Expectation, Source
+from recipe.config.schema import Config, Corrupt, DataConfig, Expectation, Source
 
 WNIDS = ("n01440764", "n02085620", "n03445777")  # sorted, so that labels are 0, 1, 2
 NAMES = ("tench, Tinca tinca", "Chihuahua", "golf ball")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from recipe.config import Corrupt, Source
+from recipe.config.schema import Corrupt, Source
 from recipe.data.images import RejectedImageError, Rules, store
 from recipe.data.shards import open_split
 from recipe.errors import UserError
@@ -248,7 +248,7 @@ def test_png_of_many_times_its_file_is_warned_of(tmp_path: Path, capsys: pytest.
 WITHOUT_DAMAGED = """
 import sys
 from pathlib import Path
-from recipe.config import Corrupt, Source
+from recipe.config.schema import Corrupt, Source
 from recipe.preprocessing.pipeline import preprocess
 from tests.preprocessing.layouts import config
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from recipe.config import Corrupt, Decoder, Expectation, Source
+from recipe.config.schema import Corrupt, Decoder, Expectation, Source
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.images import DamagedImageError, RejectedImageError, Rules, store
 from recipe.data.manifest import read_manifest

@@ -15,7 +15,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from torchvision.datasets import imagenet as torchvision_imagenet
 
-from recipe.config import Expectation, Source
+from recipe.config.schema import Expectation, Source
 from recipe.errors import UserError
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.archives import digests

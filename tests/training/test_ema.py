@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint
-from recipe.config import AveragingConfig, ModelConfig, Precision
+from recipe.config.schema import AveragingConfig, ModelConfig, Precision
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.loading import Batch, DecodingThreads
 from recipe.data.shards import open_split

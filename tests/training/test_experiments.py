@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import Config, untyped
+from recipe.config.identity import to_dict
+from recipe.config.schema import Config
 from recipe.document.render import write_document
 from recipe.files import CHECKOUT
 from recipe.performance import evaluate_run
@@ -121,7 +122,7 @@ def test_documents_of_two_recipes_differ_in_the_right_sections(
     ("child", "parent"), [("resnet50_fast_16", "resnet50_fast_88"), ("resnet50_fast_32", "resnet50_fast_88")]
 )
 def test_a_child_differs_from_its_parent_only_where_it_says_so(child: str, parent: str) -> None:
-    one, other = (untyped(compose_config(f"experiment={name}")) for name in (child, parent))
+    one, other = (to_dict(compose_config(f"experiment={name}")) for name in (child, parent))
     for key in ("name", "run_dir", "description"):
         one.pop(key), other.pop(key)
     for config in (one, other):

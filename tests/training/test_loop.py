@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
-from recipe.config import config_sha256
+from recipe.config.identity import config_sha256
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict, Predictions
 from recipe.metrics import EPOCH_FIELDS

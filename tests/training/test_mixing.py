@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.decoding import Picture, WholePicture, decoded
 from recipe.data.loading import Batch, BatchLayout, DecodingThreads, DeviceDraws, TrainingBatches
 from recipe.errors import UserError

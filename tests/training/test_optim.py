@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from recipe.alterations import init_head_bias
-from recipe.config import LossKind, OptimizationConfig
+from recipe.config.schema import LossKind, OptimizationConfig
 from recipe.errors import UserError
 from recipe.training.optim import (
     BinaryCrossEntropy,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from recipe.config import PolicyKind
+from recipe.config.schema import PolicyKind
 from recipe.data.transforms import fixed_image
 from recipe.training.policies import OPERATIONS, RAND_RANGES, TRANSLATION_SHARE, TRIVIAL_RANGES, Operation, Policy
 

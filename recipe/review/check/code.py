@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import recipe.provenance
-from recipe.config import known_keys, leaves
+from recipe.config.identity import flatten
+from recipe.config.schema import schema_keys
 from recipe.document.run_data import RunData, source_changed
 from recipe.errors import UserError
 from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, sha256_of_sources, source_sha256
@@ -25,7 +26,6 @@ from recipe.run import Run
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-GROUPS = ("data", "model", "optimization", "augmentation", "trainer", "evaluation", "serialization", "timing")
 SCRIPTS = tuple(program for program in STAGES.values() if program.endswith(".py"))
 MODULES = tuple(program for program in STAGES.values() if program not in SCRIPTS)
 REPRODUCE = ["-m", "recipe", "reproduce"]
@@ -131,7 +131,7 @@ def is_source(name: str) -> bool:
 
 def command_findings(facts: RunData, config: dict[str, Any] | None) -> list[Finding]:
     """Every recorded command is one that this pipeline has, with keys that it or the recipe knows."""
-    keys = {*known_keys(), *leaves(config or {})}
+    keys = {*schema_keys(), *flatten(config or {})}
     return [
         Finding(
             Level.resolvable,
@@ -187,4 +187,5 @@ def is_known(word: str, keys: set[str]) -> bool:
     if found is None or not (found["equals"] or found["sign"] == "~"):
         return False
     key = found["key"]
-    return key == "experiment" or key in GROUPS or key in keys or key.startswith(("hydra.", "hydra/"))
+    is_setting = any(f"{name}.".startswith(f"{key}.") for name in keys)  # or a group of them
+    return is_setting or key == "experiment" or key.startswith(("hydra.", "hydra/"))

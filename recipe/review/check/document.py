@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import leaves
+from recipe.config.identity import flatten
 from recipe.document.blocks import difference
 from recipe.document.recipe_json import as_json, identity
 from recipe.document.render import generated_blocks
@@ -96,7 +96,7 @@ def claim_differences(name: str, block: dict[str, Any], facts: RunData, unreadab
         if claims.get(claim) is not None and getattr(facts, record) is None and place not in unreadable:
             what = f"{name} rests its claims on it, and it is not there"
             findings.append(Finding(Level.resolvable, place, what, RESTORE))
-    ours, theirs = leaves(with_records(block, facts)), leaves(with_records(expected, facts))
+    ours, theirs = flatten(with_records(block, facts)), flatten(with_records(expected, facts))
     is_same_code = written_by(facts) == source_sha256_here()
     for key in [*ours, *(key for key in theirs if key not in ours and is_same_code)]:
         claimed, given = (values.get(key, "nothing") for values in (ours, theirs))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
-from recipe.config import config_sha256, differences, leaves, recipe_id
+from recipe.config.identity import config_sha256, differences, flatten, recipe_id
 from recipe.document.curves import MetricRow
 from recipe.document.run_data import STALE, RunData, sections
 from recipe.metrics import EPOCH_FIELDS, Place, missing_rows, planned_places
 from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
+from recipe.review.check.code import SHA256
 from recipe.review.check.presence import HEADINGS
 from recipe.review.findings import Finding, Level, first_few
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
 SECTIONS = HEADINGS | {
     "inference_code": "Inference / Code",
@@ -89,7 +88,7 @@ def training_sums(record: TrainingRecord, config: dict[str, Any] | None) -> Iter
     images = schedule.steps * loader.global_batch_size
     batches = f"{schedule.steps:,} steps of {loader.global_batch_size:,} images"
     yield Sum(here, "images_seen", record.images_seen, batches, images)
-    values = leaves(config or {})
+    values = flatten(config or {})
     for key, field, recorded in (
         ("optimization.epochs", "epochs", epochs),
         ("optimization.batch_size", "loader.global_batch_size", loader.global_batch_size),
@@ -208,7 +207,7 @@ def promised(facts: RunData) -> Iterator[Place]:
     """The rows that are to be there; a published recipe may keep one train row an epoch."""
     assert facts.training is not None, "the caller looked"
     schedule, publication = facts.training.schedule, facts.publication
-    every = leaves(facts.config or {}).get("trainer.log_every_steps")
+    every = flatten(facts.config or {}).get("trainer.log_every_steps")
     is_thinned = publication is not None and publication.metric_rows_kept < publication.metric_rows
     if is_thinned or not (isinstance(every, int) and every >= 1):
         every = schedule.steps_per_epoch

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import leaves
+from recipe.config.identity import flatten
 from recipe.records import TrainingRecord
 from recipe.review.diff.impact import Group, group_of, is_inert
 from recipe.review.diff.inputs import Comparable, Curve, is_finite_number, value_at
@@ -172,7 +172,7 @@ def live_settings(record: TrainingRecord) -> dict[str, Any]:
         "trainer.precision": {"forward_and_backward": record.precision.get("forward_and_backward")},
         "trainer.arithmetic": {key: value for key, value in record.precision.items() if key != "forward_and_backward"},
     }
-    return leaves(chapters)
+    return flatten(chapters)
 
 
 def circumstance_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:

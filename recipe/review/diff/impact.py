@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from recipe.config.identity import NOT_TRAINING
+
 Values = Mapping[str, Any]  # flat: "optimization.epochs" -> 90
 
 
@@ -29,10 +31,7 @@ TITLES = {
     Group.cosmetic: "Cosmetic, or without effect here",
 }
 
-COSMETIC = re.compile(
-    r"(\w+\.)?description\..*|name|data\.name|trainer\.(log_every_steps|keep_checkpoints)"
-    r"|(serialization|timing)\..*|evaluation\.(backend|variant)"
-)
+OF_RESULTS = ("evaluation.batch_size", "evaluation.checkpoint")  # which weights are measured, and their last digits
 LAST_DIGITS = re.compile(r"data\.(decoder|images_per_shard)|evaluation\.batch_size|trainer\.(?!precision$).*")
 RANKS = [  # theme, keys
     ("optimization", r"optimization\.(learning_rate|weight_decay)"),
@@ -78,7 +77,7 @@ INERT: list[tuple[str, Callable[[Values], bool]]] = [
 
 
 def group_of(key: str) -> Group:
-    if COSMETIC.fullmatch(key):
+    if NOT_TRAINING.fullmatch(key) and key not in OF_RESULTS:
         return Group.cosmetic
     return Group.last_digits if LAST_DIGITS.fullmatch(key) else Group.accuracy
 

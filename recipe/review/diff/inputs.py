@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from recipe.config import leaves
+from recipe.config.identity import flatten
 from recipe.document.recipe_json import identity
 from recipe.errors import UserError
 from recipe.records import TrainingRecord
@@ -48,7 +48,7 @@ class Comparable:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration, flat."""
-        return leaves(dict_or_empty(self.block.get("config")))
+        return flatten(dict_or_empty(self.block.get("config")))
 
     @property
     def epochs(self) -> dict[str, list[Any]]:

@@ -1,7 +1,7 @@
-"""A recipe on this machine: the facts of the machine that it leaves open, and how code and machine differ from its own.
+"""Adapts a recipe to this machine: facts of the machine from here, processes and threads as the recipe records them.
 
-Bits depend on the number of processes, on the images of one forward pass and on the threads of the CPU. A recipe says
-what they were; here they are set to the same where this machine allows, and said where it does not.
+Bits depend on the number of processes, on the images of one forward pass and on the CPU threads. These are set as they
+were where this machine can; what differs is listed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from recipe.composition import composed_outside
-from recipe.config import MACHINE_FACTS, Accelerator, Config, TrainerConfig, differences, pinned
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import RUNTIME_KEYS, differences
+from recipe.config.schema import Accelerator, Config, TrainerConfig
 from recipe.document.commands import EXPERIMENTS
 from recipe.environment import processor_name, usable_cores, versions
 from recipe.provenance import source_sha256
@@ -27,19 +28,21 @@ DIFFERENCES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The configuration with the facts of this machine, and what could not be as it was."""
+class AdaptedConfig:
+    """The configuration with the facts of this machine."""
 
     config: Config
-    machine: dict[str, Any]  # the facts that bits depend on
-    notes: list[str]
+    machine: dict[str, Any]  # facts that bits depend on
+    notes: list[str]  # what could not be set as it was
 
 
-def fitted(config: Config, recipe: Recipe, run_dir: Path, data_dir: Path, raw_dir: Path | None) -> Fitted:
-    """The recipe's configuration for this machine; places come from here, never from the recipe."""
+def adapt_to_machine(
+    config: Config, recipe: Recipe, run_dir: Path, data_dir: Path, raw_dir: Path | None
+) -> AdaptedConfig:
+    """The recipe's configuration for this machine, with directories from here."""
     notes: list[str] = []
-    ours = composed_outside([]).trainer
-    defaults = {name: getattr(ours, name) for name in (key.removeprefix("trainer.") for key in _trainer_facts())}
+    ours = config_from_overrides([]).trainer
+    names = [key.removeprefix("trainer.") for key in RUNTIME_KEYS if key.startswith("trainer.")]
     accelerator = _accelerator(recipe, notes)
     processes = _processes(recipe, accelerator, notes)
     machine = {
@@ -48,14 +51,10 @@ def fitted(config: Config, recipe: Recipe, run_dir: Path, data_dir: Path, raw_di
         "max_images_per_process": _images(config, recipe, processes, ours, notes),
         "cpu_threads": _threads(recipe, notes),
     }
-    trainer = replace(config.trainer, **(defaults | machine))
+    trainer = replace(config.trainer, **{name: getattr(ours, name) for name in names} | machine)
     data = replace(config.data, directory=str(data_dir), raw_dir=None if raw_dir is None else str(raw_dir))
-    made = replace(config, run_dir=str(run_dir), trainer=trainer, data=data)
-    return Fitted(made, machine | {"accelerator": accelerator.value}, notes)
-
-
-def _trainer_facts() -> list[str]:
-    return [key for key in MACHINE_FACTS if key.startswith("trainer.")]
+    adapted = replace(config, run_dir=str(run_dir), trainer=trainer, data=data)
+    return AdaptedConfig(adapted, machine | {"accelerator": accelerator.value}, notes)
 
 
 def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
@@ -68,8 +67,8 @@ def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
     return Accelerator.cpu
 
 
-def _whole(recipe: Recipe, name: str, most: int, notes: list[str]) -> int | None:
-    """A circumstance that is a number from 1 to `most`; else None, and why."""
+def _recorded_count(recipe: Recipe, name: str, most: int, notes: list[str]) -> int | None:
+    """A recorded circumstance, if it is a number from 1 to `most`; else None, and a note."""
     value = recipe.determinism_context.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
         return value
@@ -79,27 +78,27 @@ def _whole(recipe: Recipe, name: str, most: int, notes: list[str]) -> int | None
 
 def _processes(recipe: Recipe, accelerator: Accelerator, notes: list[str]) -> int:
     most = torch.cuda.device_count() if accelerator is Accelerator.cuda else PROCESSES_MAX_ON_CPU
-    found = _whole(recipe, "the number of processes", most, notes)
-    if found is not None:
-        return found
+    count = _recorded_count(recipe, "the number of processes", most, notes)
+    if count is not None:
+        return count
     return most if accelerator is Accelerator.cuda else 1
 
 
 def _images(config: Config, recipe: Recipe, processes: int, ours: TrainerConfig, notes: list[str]) -> int:
-    found = _whole(recipe, "images per forward pass", IMAGES_PER_FORWARD_MAX, notes)
-    if found is not None and config.optimization.batch_size % (found * processes) == 0:
-        return found
-    if found is not None:
-        notes.append(f"images per forward pass: {found} there do not divide the batch over {processes} process(es)")
+    images = _recorded_count(recipe, "images per forward pass", IMAGES_PER_FORWARD_MAX, notes)
+    if images is not None and config.optimization.batch_size % (images * processes) == 0:
+        return images
+    if images is not None:
+        notes.append(f"images per forward pass: {images} there do not divide the batch over {processes} process(es)")
     return ours.max_images_per_process
 
 
 def _threads(recipe: Recipe, notes: list[str]) -> int | None:
-    return _whole(recipe, "CPU threads", max(8, THREADS_MAX_PER_CORE * usable_cores()), notes)
+    return _recorded_count(recipe, "CPU threads", max(8, THREADS_MAX_PER_CORE * usable_cores()), notes)
 
 
 def checkout_differences(config: Config, recipe: Recipe) -> list[str]:
-    """How this checkout and this machine differ from the recipe's, in words, before anything runs."""
+    """Differences of this checkout and machine from the recipe's, in words."""
     return [*_code(recipe), *_experiment(config), *_machine(recipe)]
 
 
@@ -112,10 +111,10 @@ def _code(recipe: Recipe) -> list[str]:
 
 
 def _experiment(config: Config) -> list[str]:
-    """The file of the same name in conf/experiment; `name` is letters, digits, '.', '_' and '-'."""
+    """Against the file of the same name in conf/experiment; the schema allows no path as a name."""
     if not (EXPERIMENTS / f"{config.name}.yaml").is_file():
         return [f"configuration: conf/experiment has no {config.name}.yaml"]
-    changed = differences(pinned(composed_outside([f"experiment={config.name}"])), pinned(config))
+    changed = differences(config_from_overrides([f"experiment={config.name}"]).pinned.values, config.pinned.values)
     rest = len(changed) - DIFFERENCES_SHOWN
     lines = [f"configuration, here -> there: {shown(line, 300)}" for line in changed[:DIFFERENCES_SHOWN]]
     return lines + ([f"configuration: {rest} more settings differ"] if rest > 0 else [])
@@ -131,7 +130,7 @@ def _machine(recipe: Recipe) -> list[str]:
 
 
 def changed_words(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Each circumstance of here that was otherwise there."""
+    """Each circumstance that differs, in words."""
     return [
         f"{name}: {shown(there.get(name))} there, {shown(value)} here"
         for name, value in here.items()

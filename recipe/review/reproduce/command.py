@@ -16,7 +16,7 @@ from pathlib import Path
 import torchvision
 from torchvision.models import list_models
 
-from recipe.config import Config, Source
+from recipe.config.schema import Config, Source
 from recipe.data.manifest import copy_record, manifest_sha256
 from recipe.distributed import launch
 from recipe.document.render import write_document
@@ -32,9 +32,9 @@ from recipe.preprocessing.pipeline import preprocess
 from recipe.provenance import Stage
 from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe
-from recipe.review.reproduce.adapt import Fitted, changed_words, checkout_differences, fitted
+from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
 from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict
-from recipe.review.reproduce.parse import ClaimedData, Recipe, beyond_caps, restored_config, restored_recipe, shown
+from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
 from recipe.review.reproduce.report import reproduction_page
 from recipe.run import Run
 from recipe.training.loop import train
@@ -49,7 +49,6 @@ RUN_NAME_DIGITS = 12  # of that hash
 def describe(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--beyond-caps", action="store_true", help="also run what asks for far more than usual")
     parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
     parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
     parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
@@ -79,16 +78,15 @@ class ReproductionPlan:
     document: Path
     document_sha256: str
     recipe: Recipe
-    fitted: Fitted
+    adapted: AdaptedConfig
     stages: list[str]
     differences: list[str]
-    beyond_caps: list[str]
     data: str  # where it comes from, in words
 
     @property
     def config(self) -> Config:
         """The configuration adapted to this machine."""
-        return self.fitted.config
+        return self.adapted.config
 
     @property
     def run_dir(self) -> Path:
@@ -104,7 +102,7 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
     if subject.document_path is None or subject.document is None:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
     identity = subject.required_block()
-    recipe, config = restored_recipe(identity), restored_config(identity)
+    recipe, config = parse_recipe(identity), parse_config(identity)
     require_known_network(config)
     digest = hashlib.sha256(subject.document.encode()).hexdigest()
     run_dir = chosen_run_dir(arguments.run_dir, digest)
@@ -115,10 +113,9 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
         document=subject.document_path,
         document_sha256=digest,
         recipe=recipe,
-        fitted=fitted(config, recipe, run_dir, data_dir, raw_dir),
+        adapted=adapt_to_machine(config, recipe, run_dir, data_dir, raw_dir),
         stages=stages,
         differences=checkout_differences(config, recipe),
-        beyond_caps=list(beyond_caps(config)),
         data=words,
     )
 
@@ -212,14 +209,15 @@ def _show(plan: ReproductionPlan) -> None:
     recipe = plan.recipe
     print(f"document     {display_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
-    print(f"stages       {', '.join(plan.stages)}; {plan.config.optimization.epochs} epochs")
+    epochs, batch_size = plan.config.optimization.epochs, plan.config.optimization.batch_size
+    work = f"{epochs} epochs, batches of {batch_size} images of {plan.config.augmentation.crop_pixels} pixels"
+    print(f"stages       {', '.join(plan.stages)}; {work}")
     print(f"data         {plan.data}")
     print(f"run_dir      {display_path(plan.run_dir)}")
-    print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.fitted.machine.items()))
+    print("machine      " + ", ".join(f"{name} {value}" for name, value in plan.adapted.machine.items()))
     for heading, lines in (
-        ("not as it was there", plan.fitted.notes),
+        ("not as it was there", plan.adapted.notes),
         ("differs from this checkout", plan.differences),
-        ("asks for far more than usual", plan.beyond_caps),
     ):
         if lines:
             print(f"{heading}:")
@@ -229,8 +227,6 @@ def _show(plan: ReproductionPlan) -> None:
 
 def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
     """Raise `UserError` where the user does not agree."""
-    if plan.beyond_caps and not arguments.beyond_caps:
-        raise UserError(f"the recipe asks for {'; '.join(plan.beyond_caps)}: if that is meant, add --beyond-caps")
     if arguments.yes:
         return
     if not sys.stdin.isatty():
@@ -301,7 +297,7 @@ def judge_run(plan: ReproductionPlan, run: Run, stage: Stage) -> ReproductionRec
         recipe_id=plan.recipe.recipe_id,
         config_sha256=plan.recipe.config_sha256,
         provenance=stage.finish(training.provenance.hardware if training else machine()),
-        machine=plan.fitted.machine,
+        machine=plan.adapted.machine,
         checkout=plan.differences,
         determinism_context=changed,
         stages=plan.stages,

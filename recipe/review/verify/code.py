@@ -12,23 +12,24 @@ import re
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from recipe.composition import composed_outside
-from recipe.config import MACHINE_FACTS, differences, pinned
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import RUNTIME_KEYS, differences
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.files import CHECKOUT
 from recipe.provenance import source_sha256
+from recipe.review.check.code import SCRIPTS
 from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty, open_recipe
-from recipe.review.reproduce.parse import restored_config
+from recipe.review.reproduce.parse import parse_config
 from recipe.review.verify.trace import UNDECIDED, TraceDifference, compare_traces, stored_trace, trace_here
 
-SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")
-OVERRIDE = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
+PLAIN_SETTING = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
 
 
 def describe(parser: ArgumentParser) -> None:
@@ -54,11 +55,11 @@ def answer(arguments: Namespace) -> int:
 def code_differences(recipe: OpenedRecipe) -> Iterator[TraceDifference]:
     """Every difference between the recipe and this checkout."""
     block = recipe.required_block()
-    config = restored_config(block)
+    config = parse_config(block)
     for line in contradictions(block):
         yield TraceDifference("the document", line, "another one")
     yield from load_failures()
-    yield from config_changes(recipe, pinned(config))
+    yield from config_changes(recipe, config.pinned.values)
     stored = stored_trace(recipe)
     yield from compare_traces(stored, trace_here(recipe))
 
@@ -70,12 +71,12 @@ def config_changes(recipe: OpenedRecipe, config: dict[str, Any]) -> Iterator[Tra
     if not has_experiment and (EXPERIMENTS / f"{config['name']}.yaml").is_file():
         settings = [f"experiment={config['name']}", *settings]
     try:
-        here = pinned(composed_outside(settings))
+        here = config_from_overrides(settings)
     except UserError as error:
         yield TraceDifference("the recorded command", shlex.join(settings), f"refused: {error}")
         return
-    here["model"]["weights_sha256"] = config["model"]["weights_sha256"]  # of a file, which no configuration names
-    for line in differences(config, here):
+    model = replace(here.model, weights_sha256=config["model"]["weights_sha256"])  # of a file that conf/ does not name
+    for line in differences(config, replace(here, model=model).pinned.values):
         key, _, change = line.partition(": ")
         if key not in swept:
             theirs, _, ours = change.partition(" -> ")
@@ -92,8 +93,8 @@ def recorded_settings(recipe: OpenedRecipe) -> tuple[list[str], set[str]]:
         words = shlex.split(command) if isinstance(command, str) else []
     except ValueError:
         return [], set()
-    values = {word: word.partition("=") for word in words if OVERRIDE.match(word) and not word.startswith("hydra")}
-    settings = {word: (key, value) for word, (key, _, value) in values.items() if key not in MACHINE_FACTS}
+    values = {word: word.partition("=") for word in words if PLAIN_SETTING.match(word) and not word.startswith("hydra")}
+    settings = {word: (key, value) for word, (key, _, value) in values.items() if key not in RUNTIME_KEYS}
     swept = {key for key, value in settings.values() if "," in value and value[0] not in "[{"}
     return [word for word, (key, _) in settings.items() if key not in swept], swept
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from recipe.composition import composed_outside
-from recipe.config import NAME
+from recipe.config.compose import config_from_overrides
+from recipe.config.schema import NAME
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
@@ -69,7 +69,7 @@ def data_places(recipe: OpenedRecipe) -> tuple[Path | None, Path | None]:
     if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None
     try:
-        data = composed_outside([f"experiment={name}"]).data
+        data = config_from_overrides([f"experiment={name}"]).data
     except UserError:
         return None, None
     return (Path(data.raw_dir) if data.raw_dir else None), Path(data.directory)

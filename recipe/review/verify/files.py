@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from recipe.checkpoint import eval_weights, load_checkpoint
-from recipe.config import config_sha256
+from recipe.config.identity import config_sha256
 from recipe.data.manifest import MANIFEST, read_manifest
 from recipe.data.shards import is_file_with
 from recipe.document.recipe_json import identity

@@ -14,12 +14,12 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import leaves
+from recipe.config.identity import flatten
 from recipe.errors import UserError
 from recipe.records import EvaluationProbe, Fingerprint, ProbeStep
 from recipe.review.findings import Kind
 from recipe.review.opening import OpenedRecipe
-from recipe.review.reproduce.parse import restored_config
+from recipe.review.reproduce.parse import parse_config
 from recipe.training.fingerprint import take_fingerprint
 
 TOLERANCE = 1.25e-3  # relative
@@ -65,7 +65,7 @@ def trace_here(recipe: OpenedRecipe) -> Fingerprint:
                 f"{recipe.name} claims {name}={size!r:.100}, which must be a number from 1 to {LARGEST_COUNT}"
             )
         sizes.append(size)
-    return take_fingerprint(restored_config(block), *sizes)
+    return take_fingerprint(parse_config(block), *sizes)
 
 
 def compare_traces(recipe: Fingerprint, here: Fingerprint) -> list[TraceDifference]:
@@ -130,7 +130,7 @@ class _Differences(list[TraceDifference]):
             self.append(TraceDifference(what, allowed, f"{apart / max(scale, 1e-30):.2g}"))
 
     def settings(self, what: str, recipe: dict[str, Any], here: dict[str, Any]) -> None:
-        theirs, ours = leaves(recipe), leaves(here)
+        theirs, ours = flatten(recipe), flatten(here)
         for key in sorted(theirs.keys() | ours.keys()):
             self.equal(f"{what} {key}".strip(), theirs.get(key, "(absent)"), ours.get(key, "(absent)"))
 

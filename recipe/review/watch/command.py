@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.config import Config, pinned
+from recipe.config.schema import Config
 from recipe.errors import UserError
 from recipe.files import display_path, write_atomically
 from recipe.records import to_json
@@ -94,5 +94,5 @@ def training_watch(config: Config) -> TrainingWatch | None:
     from recipe.model import resolve_weights  # torch, which the verb does without
 
     reference = open_reference([config.reference])
-    refuse_differences(reference, pinned(resolve_weights(config)[0]), None, f"the run {config.name}")
+    refuse_differences(reference, resolve_weights(config)[0].pinned.values, None, f"the run {config.name}")
     return TrainingWatch(Watch(reference))

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recipe.config import differences, leaves, recipe_id
+from recipe.config.identity import NOT_TRAINING, differences, flatten, recipe_id
 from recipe.document.curves import MetricRow
 from recipe.document.formatting import on_one_line
 from recipe.document.recipe_json import DYNAMICS, identity
@@ -28,9 +28,6 @@ from recipe.review.watch.statistics import WATCHED_METRICS, phases
 from recipe.run import Run
 
 MOST_EPOCHS = 100_000
-COSMETIC = ("seed", "name", "trainer.log_every_steps", "trainer.keep_checkpoints")
-COSMETIC_GROUPS = ("description", "data.description", "model.description", "serialization", "timing")
-COSMETIC_EVALUATION = ("batch_size", "checkpoint", "backend", "variant")
 
 
 class ScheduleSettings(msgspec.Struct, frozen=True):
@@ -147,7 +144,9 @@ def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
     except msgspec.ValidationError as error:
         raise UserError(f"the configuration of {where} has no schedule that could be read: {error}") from error
     if not 1 <= settings.epochs <= MOST_EPOCHS:
-        raise UserError(f"optimization.epochs={settings.epochs} of {where} cannot be: it must be 1 to {MOST_EPOCHS}")
+        raise UserError(
+            f"optimization.epochs={settings.epochs} of {where} is invalid: must be between 1 and {MOST_EPOCHS}"
+        )
     return settings
 
 
@@ -175,10 +174,7 @@ def refuse_differences(
 
 def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that can change training, flat: without the seed, names, descriptions and later stages."""
-    ignored = (*COSMETIC, *(f"evaluation.{name}" for name in COSMETIC_EVALUATION))
-    groups = tuple(f"{name}." for name in COSMETIC_GROUPS)
-    flat = leaves(config)
-    return {key: value for key, value in flat.items() if key not in ignored and not f"{key}.".startswith(groups)}
+    return {key: value for key, value in flatten(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
 
 
 def refuse_other_data(reference: SeedsRecord, watched: Watched) -> None:

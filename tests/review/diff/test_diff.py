@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import known_keys, pinned
+from recipe.config.schema import schema_keys
 from recipe.review.diff.command import DiffReport, compare_recipes, result_lines
 from recipe.review.diff.impact import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.diff.inputs import Comparable, value_at
@@ -29,7 +29,7 @@ def side(whole: Path) -> Comparable:
     """The whole recipe, with a complete configuration."""
     found = Comparable.from_recipe(open_recipe(whole))
     block = deepcopy(found.block)
-    block["config"] = pinned(compose_config("experiment=demo"))
+    block["config"] = compose_config("experiment=demo").pinned.values
     return replace(found, block=block)
 
 
@@ -98,7 +98,7 @@ def test_the_same_recipe_says_so(side: Comparable) -> None:
 
 def test_every_key_of_the_schema_has_a_place() -> None:
     """A new knob belongs to a theme, or the table is incomplete."""
-    keys = [key for key in known_keys() if key not in ("run_dir", "reference")]  # of the machine
+    keys = [key for key in schema_keys() if key not in ("run_dir", "reference")]  # of the machine
     lost = [key for key in keys if group_of(key) is Group.accuracy and rank_of(key) == len(RANKS)]
     assert not lost
 

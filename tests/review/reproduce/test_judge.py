@@ -22,7 +22,7 @@ from recipe.review.reproduce.judge import (
     judge_claims,
     overall_verdict,
 )
-from recipe.review.reproduce.parse import Recipe, restored_recipe
+from recipe.review.reproduce.parse import Recipe, parse_recipe
 from recipe.review.reproduce.report import reproduction_page
 from tests.document.test_document import (
     HOSTILE,
@@ -41,7 +41,7 @@ OTHER = ["CPU threads: 2 there, 1 here"]
 
 def recipe(**changes: Any) -> Recipe:
     found = identity(facts(training=training_record(determinism_context=CIRCUMSTANCES), **changes))
-    return restored_recipe(json.loads(json.dumps(found)))
+    return parse_recipe(json.loads(json.dumps(found)))
 
 
 def levels(theirs: Recipe, ours: RunData, changed: list[str]) -> dict[str, str]:
@@ -83,7 +83,7 @@ def test_other_bits_in_other_circumstances_tell_nothing_of_one_run() -> None:
 def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(deterministic: bool, level: str) -> None:
     hardware = replace(provenance("x").hardware, accelerator="NVIDIA H200")
     ran = provenance("python train.py", hardware=hardware)
-    theirs = restored_recipe(
+    theirs = parse_recipe(
         json.loads(
             json.dumps(identity(facts(training=training_record(provenance=ran, determinism_context=CIRCUMSTANCES))))
         )
@@ -117,7 +117,7 @@ def test_another_learning_rate_is_no_rounding() -> None:
 def test_a_recipe_without_epochs_claims_nothing_of_the_first() -> None:
     block = json.loads(json.dumps(identity(facts())))
     block["claims"]["training"]["epochs"] = {}
-    assert levels(restored_recipe(block), facts(), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
+    assert levels(parse_recipe(block), facts(), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
 
 
 @pytest.mark.parametrize(("correct", "level"), [(431, EVALUATION_EQUAL), (430, EVALUATION_EQUAL), (429, DIFFERS)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import Config
+from recipe.config.schema import Config
 from recipe.data.manifest import copy_record
 from recipe.document import figures
 from recipe.document.publish import publish

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
-from recipe.composition import composed_outside
-from recipe.config import Config, leaves, pinned
+from recipe.config.compose import config_from_overrides
+from recipe.config.identity import flatten
 from recipe.files import CHECKOUT
 from recipe.records import Fingerprint, from_json
 from recipe.review.verify.trace import CHANGED, TOLERANCE, UNDECIDED, compare_traces
@@ -121,15 +120,14 @@ def every_experiment() -> list[str]:
 
 @pytest.mark.parametrize("name", every_experiment())
 def test_the_canary_is_the_recipe_but_for_what_a_laptop_cannot_do(name: str, tmp_path: Any) -> None:
-    config = composed_outside([f"experiment={name}"])
+    config = config_from_overrides([f"experiment={name}"])
     small = canary_config(config, tmp_path)
     assert max(small.augmentation.crop_pixels, small.evaluation.crop_pixels) <= LARGEST_PIXELS
     assert small.optimization.batch_size % (small.augmentation.repeats * 1) == 0
     assert small.optimization.batch_size % small.augmentation.mixing.group_images == 0
-    before, after = leaves(pinned(config)), leaves(pinned(small))
+    before, after = flatten(config.pinned.values), flatten(small.pinned.values)
     changed = {key for key in before if before[key] != after[key]}
     assert changed <= MADE_SMALLER, changed - MADE_SMALLER
-    assert isinstance(replace(small), Config), "it passes the schema's own checks"
 
 
 MADE_SMALLER = {

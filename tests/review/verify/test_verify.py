@@ -158,8 +158,8 @@ def test_a_change_of_the_code_alone_is_drift(finished: Path, monkeypatch: pytest
 
 
 def test_a_change_of_a_setting_is_drift(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    composed = drift.composed_outside
-    monkeypatch.setattr(drift, "composed_outside", lambda words: composed([*words, "optimization.momentum=0.8"]))
+    composed = drift.config_from_overrides
+    monkeypatch.setattr(drift, "config_from_overrides", lambda words: composed([*words, "optimization.momentum=0.8"]))
     assert [found.line() for found in findings(finished)] == [
         "configuration optimization.momentum: 0.9 in the recipe, 0.8 here"
     ]

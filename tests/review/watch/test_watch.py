@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from recipe.__main__ import main
-from recipe.config import pinned, recipe_id
+from recipe.config.identity import recipe_id
 from recipe.errors import UserError
 from recipe.records import SeedRun, SeedsRecord, to_json
 from recipe.review.watch.command import TrainingWatch, training_watch
@@ -31,7 +31,7 @@ Values = dict[str, list[Any]]
 
 
 def configuration(*words: str, seed: int = 0) -> dict[str, Any]:
-    return pinned(compose_config("experiment=smoke", f"optimization.epochs={EPOCHS}", f"seed={seed}", *words))
+    return compose_config("experiment=smoke", f"optimization.epochs={EPOCHS}", f"seed={seed}", *words).pinned.values
 
 
 CONFIG = configuration()
@@ -212,7 +212,14 @@ def test_another_recipe_is_refused_with_the_difference(word: str, capsys: pytest
 
 @pytest.mark.parametrize(
     "word",
-    ["seed=7", "name=other", "description.summary=other", "timing.seconds_per_cell=9", "trainer.keep_checkpoints=9"],
+    [
+        "seed=7",
+        "name=other",
+        "data.name=other",
+        "description.summary=other",
+        "timing.seconds_per_cell=9",
+        "trainer.keep_checkpoints=9",
+    ],
 )
 def test_what_cannot_change_training_is_no_difference(word: str) -> None:
     run = write_run(course(77), config=configuration(word))
@@ -331,7 +338,7 @@ def test_a_document_without_training_is_no_reference(capsys: pytest.CaptureFixtu
 
 def reference_of(words: list[str], spread: float = SPREAD) -> str:
     """A reference of the recipe that `words` make; its seeds went as no real one does."""
-    config = pinned(compose_config(*words))
+    config = compose_config(*words).pinned.values
     values = [course(seed, spread, config["optimization"]["epochs"]) for seed in range(5)]
     seeds = [seed_run(at, own, raw_sha256={}) for at, own in enumerate(values)]
     return str(Path(write_reference(config=config, runs=seeds)).absolute())

@@ -1,7 +1,7 @@
-"""From the command line to a `Config`: the only place, besides `config`, that knows Hydra.
+"""From the command line to a `Config`: the only module that imports Hydra.
 
-Training composes `conf/` and pins what it got. Later stages read the pinned configuration and take from the
-command line only their own group and facts of the machine; a pinned key given another value stops, with both values.
+Training composes `conf/` and pins the result. Later stages read the pinned configuration and take from the command
+line only their own group and facts of the machine; another value for a pinned key is an error that names both.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,7 +29,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.config import MACHINE_FACTS, PATHS, Config, known_keys, leaves, typed
+from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
+from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.environment import remember_typed_words, typed_words
 from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
 from recipe.experiment_log import JOURNAL
@@ -38,9 +41,11 @@ from recipe.streams import protect_streams
 
 FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
 
+ConfigStore.instance().store(name="schema", node=Config)
+
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what Hydra has to say about a command line becomes one sentence too."""
+    """Run a script's `main`; errors in the command line are one sentence each."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
     remember_typed_words()
     with one_clear_sentence(), _explaining(), _failures_named():
@@ -52,10 +57,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextmanager
 def one_job() -> Iterator[None]:
-    """The body of a script's `main`: an error is one sentence, and in a multirun it ends this job only.
+    """Context of a script's `main`: an error is one sentence, and in a multirun it ends this job only.
 
-    A signal ends the multirun, and so does any error under torchrun, whose processes have to stay together. A job that
-    a launcher of Hydra has sent elsewhere ends alone in any case.
+    A signal ends the multirun, and so does any error under torchrun, whose processes have to stay together. A job in
+    a process of one of Hydra's launchers ends alone.
     """
     protect_streams()
     if HydraConfig.get().mode != RunMode.MULTIRUN or launched().is_elastic:
@@ -77,13 +82,13 @@ def one_job() -> Iterator[None]:
 
 
 def _this_job() -> tuple[int, str]:
-    """Its number in the multirun, and its own values."""
+    """(number in the multirun, swept values)."""
     words = " ".join(f"{override.key_or_group}={override.get_value_element_as_str()}" for override in _swept())
     return HydraConfig.get().job.num, words
 
 
 def _note_failure(job: int, words: str, exit_code: int, reason: str) -> None:
-    """Say it now, and keep it for the end of the multirun."""
+    """Print the reason, and keep it for the end of the multirun."""
     reason = CONTROLS.sub("�", reason)
     print(f"error: {reason}", file=sys.stderr, flush=True)
     note = {"job": job, "words": words, "exit_code": exit_code, "reason": reason}
@@ -96,7 +101,7 @@ def _note_failure(job: int, words: str, exit_code: int, reason: str) -> None:
 
 @contextmanager
 def _failures_named() -> Iterator[None]:
-    """At the end of a multirun name the jobs that failed, and exit with the code of the first of them."""
+    """At the end of a multirun list the failed jobs and exit with the code of the first."""
     notes = Path(JOURNAL.parent, f"failed-jobs-{os.getpid()}.jsonl").absolute()
     notes.unlink(missing_ok=True)  # of a killed process with the same number
     os.environ[FAILED_JOBS] = str(notes)
@@ -123,7 +128,7 @@ def _explaining() -> Iterator[None]:
 
 
 def _explained(error: HydraException) -> str:
-    """Hydra's reason on one line, without its advice to add an unknown key and its search path; and a near miss."""
+    """Hydra's reason on one line, without its advice and its search path; with the key that was meant."""
     reasons = [str(error), str(error.__cause__ or "")]
     text = " ".join(" ".join(reasons).split())
     text = re.sub(
@@ -132,21 +137,47 @@ def _explained(error: HydraException) -> str:
         text,
     )
     unknown = re.search(r"override '([\w.]+)'", text)
-    near = difflib.get_close_matches(unknown[1], known_keys(), 1) if unknown else []
-    return text.strip() + (f"; did you mean {near[0]}?" if near else "")
+    return text.strip() + (hint(unknown[1]) if unknown else "")
 
 
-def composed_config(composed: DictConfig) -> Config:
-    """The configuration of preprocess.py and train.py; a multirun gets a directory for each of its values."""
-    config = typed(composed)
-    suffix = swept_suffix()
-    if suffix:
-        config.run_dir = f"{config.run_dir}-{suffix}"
-    return config
+def hint(key: str) -> str:
+    """The end of a sentence about an unknown key: its new name, or a similar key."""
+    if name := new_name(key):
+        return f"; it is now {name}"
+    similar = difflib.get_close_matches(key, schema_keys(), 1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Hydra's result as a `Config`; raises `UserError` that names the key."""
+    return _known_config(_plain_values(composed, throw_on_missing=True))
+
+
+def _known_config(values: dict[str, Any]) -> Config:
+    unknown = [key for key in flatten(values) if key not in schema_keys()]
+    if unknown:
+        way_out = hint(unknown[0]) or "; `python train.py --cfg job` prints all of them"
+        raise UserError(f"{unknown[0]} is not a setting{way_out}")
+    return Config(**values)
+
+
+def _plain_values(composed: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True, throw_on_missing=throw_on_missing)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'conf/'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def job_config(composed: DictConfig) -> Config:
+    """The configuration of preprocess.py and train.py; each job of a multirun has a run directory of its own."""
+    config, suffix = to_config(composed), swept_suffix()
+    return replace(config, run_dir=f"{config.run_dir}-{suffix}") if suffix else config
 
 
 def swept_suffix() -> str:
-    """What tells this job of a multirun from its sisters, such as `seed-1`; empty outside a multirun."""
+    """The swept values of this job of a multirun, such as `seed-1`; empty outside a multirun."""
     return "-".join(
         f"{override.key_or_group}-{override.get_value_element_as_str()}".replace("/", "_")
         for override in _swept()
@@ -155,7 +186,7 @@ def swept_suffix() -> str:
 
 
 def _swept() -> list[Override]:
-    """This job's own values of what a multirun goes through."""
+    """This job's values of the keys that a multirun sweeps over."""
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return []
@@ -166,107 +197,106 @@ def _swept() -> list[Override]:
     return [override for override in _parsed(_task_words()) if override.key_or_group in swept]
 
 
-def measured_config(composed: DictConfig) -> Config:
+def evaluation_config(composed: DictConfig) -> Config:
     """The configuration of evaluate.py: the run's own; published weights can be measured without any run."""
     if composed.evaluation.weights is not None and Run(composed.run_dir).read_config() is None:
-        return composed_config(composed)
-    return pinned_config(own_group="evaluation")
+        return job_config(composed)
+    return stage_config(own_group="evaluation")
 
 
-def pinned_config(own_group: str) -> Config:
+def stage_config(own_group: str) -> Config:
     """The configuration of a stage after training: the run's own, with `own_group` and machine facts from here.
 
-    Raises `UserError` where the run directory holds none, and where the command line contradicts it.
+    Raises `UserError` where the run directory has none, and where the command line contradicts it.
     """
     return _pinned_config(_task_words(), own_group)
 
 
 def _task_words() -> list[str]:
-    """What Hydra was given; unresolved, since a path may hold what looks like a reference."""
+    """The overrides that Hydra got; unresolved, since a path may contain `${`."""
     words = OmegaConf.to_container(HydraConfig.get().overrides.task)
     assert isinstance(words, list)
     return [str(word) for word in words]
 
 
-def config_of(words: list[str]) -> Config:
-    """The configuration that these words describe, outside Hydra's scripts."""
-    words = _settings(words)
+def config_from_overrides(words: list[str]) -> Config:
+    """The configuration that overrides (`key=value`) compose, outside of Hydra's scripts."""
+    with _hydra():
+        return to_config(compose("config", _settings(words)))
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
-        return typed(compose("config", words))
+        yield
 
 
 def _settings(words: list[str]) -> list[str]:
     wrong = [word for word in words if word.startswith("-") or "=" not in word]
     if wrong:
-        raise UserError(f"{wrong[0]!r} is no setting: only key=value can be given here")
+        raise UserError(f"{wrong[0]!r} is not a setting: only key=value can be given here")
     return _paths_quoted(words)
 
 
-def pinned_config_of(words: list[str], own_group: str) -> Config:
-    """The same outside Hydra's scripts, in a notebook: `words` are what would stand on the command line."""
-    words = _settings(words)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
-        return _pinned_config(words, own_group)
-
-
-def composed_outside(words: list[str]) -> Config:
-    """What these words compose, outside Hydra's scripts."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
-        return typed(compose("config", _paths_quoted(words)))
+def stage_config_from_overrides(words: list[str], own_group: str) -> Config:
+    """`stage_config` outside of Hydra's scripts, in a notebook: `words` are overrides (`key=value`)."""
+    with _hydra():
+        return _pinned_config(_settings(words), own_group)
 
 
 def _pinned_config(given: list[str], own_group: str) -> Config:
-    run = Run(_run_dir(given))
-    pinned = run.read_config()
-    if pinned is None:
+    run = Run(str(compose("config", given).run_dir))
+    stored = run.read_config()
+    if stored is None:
         raise UserError(
             f"{display_path(run.directory)} holds no run: train it first, with `python train.py "
             f"run_dir={display_path(run.directory)}` and the experiment that you want"
         )
-    composed = compose("config", [*_experiment(given, pinned["name"]), *_without_experiment(given, pinned["name"])])
-    mine = {key for key in _keys(given, composed) if key in MACHINE_FACTS or key.startswith(f"{own_group}.")}
-    _refuse_contradictions(_keys(given, composed) - mine, composed, pinned)
-    _must_be_whole(pinned, composed, display_path(run.config))
-    try:
-        merged = OmegaConf.merge(composed, _without(pinned, mine))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{display_path(run.config)}, key {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(merged, DictConfig)
-    return typed(merged)
-
-
-def _must_be_whole(stored: dict[str, Any], composed: DictConfig, where: str) -> None:
-    """A missing value must not become today's default for yesterday's run."""
-    schema = leaves(OmegaConf.to_container(composed)).keys() - set(MACHINE_FACTS)  # type: ignore[arg-type]
-    found = leaves(stored).keys()
-    if schema != found:
-        wrong = [
-            *(f"{key} is missing" for key in sorted(schema - found)),
-            *(f"{key} is unknown" for key in sorted(found - schema)),
-        ]
+    words = _with_experiment(given, stored["name"])
+    composed, pinned = flatten(_plain_values(compose("config", words))), flatten(stored)
+    given_keys = _keys(given, composed)
+    mine = {key for key in given_keys if key in RUNTIME_KEYS or key.startswith(f"{own_group}.")}
+    changed = [
+        f"{key}: {pinned.get(key)} -> {composed[key]}"
+        for key in sorted(given_keys - mine)
+        if pinned.get(key) != composed[key]
+    ]
+    if changed:
         raise UserError(
-            f"{where} does not fit this version of the code ({'; '.join(wrong)}): "
-            "use the commit that the run was trained with"
+            f"the run was trained with another configuration ({'; '.join(changed)}); leave these keys out, "
+            "or train another run with them"
         )
+    try:
+        config_from_pinned(stored)  # a missing value must not become today's default
+    except UserError as error:
+        raise UserError(
+            f"{display_path(run.config)} does not fit this version of the code ({error}): "
+            "use the commit that the run was trained with"
+        ) from error
+    kept = {key: value for key, value in pinned.items() if key not in mine}
+    return _known_config(unflatten(composed | kept))
 
 
-def _experiment(given: list[str], name: str) -> list[str]:
-    """The experiment's file, for the machine facts that it suggests; a run may also have a name of its own."""
-    words = zip(given, _parsed(given), strict=True)
-    named = [word for word, override in words if override.key_or_group == "experiment"]
+def _with_experiment(given: list[str], name: str) -> list[str]:
+    """The overrides with the run's experiment, for the facts of the machine that it sets, where the name is one's.
+
+    Raises `UserError` where they name another experiment.
+    """
+    experiments = [override for override in _parsed(given) if override.key_or_group == "experiment"]
+    if experiments and compose("config", given).name != name:
+        raise UserError(
+            f"this run is of experiment={name}, not experiment={experiments[0].value()}; leave it out "
+            "or give another run_dir"
+        )
     known = GlobalHydra.instance().config_loader().get_group_options("experiment")
-    return named or ([f"experiment={name}"] if name in known else [])
-
-
-def _run_dir(given: list[str]) -> str:
-    return str(compose("config", given).run_dir)
+    return given if experiments or name not in known else [f"experiment={name}", *given]
 
 
 def _without_unusable_values(words: list[str]) -> list[str]:
-    """A multirun's words without the values that Hydra cannot compose, such as a group's option that does not exist.
+    """A multirun's words without the values that Hydra cannot compose, such as an unknown option of a group.
 
-    Hydra would refuse all of the multirun for one; here each counts as a failed job. Where no value of a key is left,
-    the words stay as they are.
+    Hydra would refuse the multirun for one; here each counts as a failed job. Where no value of a key is left, the
+    words stay as they are.
     """
     if not _is_multirun(words):
         return words
@@ -280,11 +310,11 @@ def _without_unusable_values(words: list[str]) -> list[str]:
         key, usable, refused = word.partition("=")[0], [], {}
         for value in override.sweep_string_iterator():
             try:
-                with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
+                with _hydra():
                     compose("config", [*fixed, f"{key}={value}"])
                 usable.append(value)
-            except HydraException as error:
-                refused[value] = _explained(error)
+            except UserError as error:
+                refused[value] = str(error)
         if not usable:
             return words
         for value, reason in refused.items():
@@ -298,10 +328,10 @@ def _is_multirun(words: list[str]) -> bool:
 
 
 def _paths_quoted(words: list[str]) -> list[str]:
-    """A command line with its paths quoted for Hydra, whose grammar has its own use for spaces, commas and brackets.
+    """A command line with its paths quoted for Hydra, whose grammar uses spaces, commas and brackets.
 
-    What exists under a name as typed is meant by it. Any other value that Hydra reads as text, or as values to sweep
-    over under -m, is left as it is: so names may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
+    A path that exists as typed is quoted. Any other value that Hydra reads as text, or as values to sweep over under
+    -m, stays as it is: so names may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
     """
     return [_path_quoted(word, _is_multirun(words)) for word in words]
 
@@ -324,7 +354,7 @@ def _path_quoted(word: str, is_multirun: bool) -> str:
 
 
 def _is_text(word: str, path: str, is_multirun: bool) -> bool:
-    """Whether Hydra reads this value as the text that it is, as quoted or escaped text, or as a sweep."""
+    """Whether Hydra reads this value as plain, quoted or escaped text, or as a sweep."""
     try:
         (override,) = _parsed([word])
     except HydraException:
@@ -339,48 +369,7 @@ def _parsed(overrides: list[str]) -> list[Override]:
     return list(OverridesParser.create().parse_overrides(overrides))
 
 
-def _without_experiment(given: list[str], pinned_name: str) -> list[str]:
-    """The other overrides; an experiment may be named again, but not another one."""
-    for override in _parsed(given):
-        if override.key_or_group == "experiment" and compose("config", given).name != pinned_name:
-            raise UserError(
-                f"this run is of experiment={pinned_name}, not experiment={override.value()}; leave it out "
-                "or give another run_dir"
-            )
-    return [word for word, override in zip(given, _parsed(given), strict=True) if override.key_or_group != "experiment"]
-
-
-def _keys(given: list[str], composed: DictConfig) -> set[str]:
-    """Every value that the command line touched; a group stands for all of its values."""
-    everything = leaves(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+def _keys(given: list[str], composed: Iterable[str]) -> set[str]:
+    """The keys that the command line sets; a group stands for all of its keys."""
     touched = {override.key_or_group.replace("/", ".") for override in _parsed(given)} - {"experiment"}
-    return {key for key in everything if any(key == word or key.startswith(f"{word}.") for word in touched)}
-
-
-def _refuse_contradictions(keys: set[str], composed: DictConfig, pinned: dict[str, Any]) -> None:
-    ours = leaves(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
-    theirs = leaves(pinned)
-    changed = [
-        f"{key}: {theirs.get(key)} -> {_plain(ours[key])}"
-        for key in sorted(keys)
-        if _plain(ours[key]) != theirs.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"the run was trained with another configuration ({'; '.join(changed)}); leave these keys out, "
-            "or train another run with them"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """Enums as the words that YAML holds."""
-    return getattr(value, "value", value)
-
-
-def _without(pinned: dict[str, Any], keys: set[str]) -> DictConfig:
-    """The pinned values but for those that this command gives anew."""
-    kept = OmegaConf.create({})
-    for key, value in leaves(pinned).items():
-        if key not in keys:
-            OmegaConf.update(kept, key, value)
-    return kept
+    return {key for key in composed if any(f"{key}.".startswith(f"{word}.") for word in touched)}
