@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from recipe.composition import composed_outside  # noqa: E402
+from recipe.data.augment.crop import Augmentation  # noqa: E402
 from recipe.data.decoding import PartialPicture  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
@@ -37,7 +38,6 @@ from recipe.evaluation import Predictions  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
 from recipe.review.verify.trace import TOLERANCE, compare_traces  # noqa: E402
 from recipe.training import build, fingerprint, metrics  # noqa: E402
-from recipe.training.augmentation import Augmentation  # noqa: E402
 from recipe.training.ema import ModelEma  # noqa: E402
 from recipe.training.fingerprint import take_fingerprint  # noqa: E402
 from recipe.training.optim import LearningRate  # noqa: E402

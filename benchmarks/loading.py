@@ -156,11 +156,11 @@ Epochs = Callable[[], Iterator[int]]  # images of each batch of one more epoch
 def ours(kind: str, work: Path, cores: int, processes: int) -> Epochs:
     import torch
 
+    from recipe.data.augment.crop import build_augmentation
     from recipe.data.loading import BatchLayout, TrainingBatches
     from recipe.data.processes import open_decoding
     from recipe.data.shards import open_split
     from recipe.distributed import World
-    from recipe.training.augmentation import build_augmentation
 
     config = composed(f"trainer.data_processes={processes}", f"trainer.data_threads={cores}")
     world = World(0, 1, 0, 1, torch.device("cpu"), "none")

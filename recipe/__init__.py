@@ -23,13 +23,14 @@ chapters
     data           imagenet (facts); painting, demo (the drawn set); raw (dispatch), ilsvrc, folders, archives, listing,
                    system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
                    processing, reporting, progress; adoption;
-                   decoding, transforms, interface, loading; worker, processes: the same in other processes
+                   decoding, transforms, interface; augment/: crop, auto_augment, mixup, rng;
+                   loading; worker, processes: the same in other processes
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
-                   watchdog, metrics, metric_log, energy, record; fingerprint
+    training       loop; build, optim, step, ema; checkpointing, shutdown, watchdog, metrics, metric_log,
+                   energy, record; fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       facts, blocks, dynamics, claims, latency, commands, experiment_log, formatting, figures, render: from
                    records to pages, without torch; model_card, published_folder, publish: a run as a folder to

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recipe.composition import config_of
 from recipe.config import Config
+from recipe.data.augment.crop import Augmentation, build_augmentation
 from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
 from recipe.data.loading import Batch, derive_layout, naming
@@ -30,7 +31,6 @@ from recipe.distributed import World, memory_format, processes_per_node, start_w
 from recipe.document.formatting import duration
 from recipe.environment import usable_cores
 from recipe.model import build_model
-from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.optim import build_loss, build_optimizer
 from recipe.training.step import TrainStep, compiled
 

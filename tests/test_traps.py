@@ -35,6 +35,7 @@ from torchvision.transforms.v2 import functional as transforms_functional
 from recipe import config as configuration
 from recipe import performance
 from recipe.config import Config
+from recipe.data.augment.crop import build_augmentation
 from recipe.data.decoding import NvImageCodecDecoder, Picture, PillowDecoder, build_decoder
 from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, TrainingBatches
 from recipe.data.shards import open_split
@@ -53,7 +54,6 @@ from recipe.provenance import source_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
 from recipe.run import CHECKOUT, Run
 from recipe.training import build, checkpointing, loop, metrics
-from recipe.training.augmentation import build_augmentation
 from recipe.training.optim import build_schedule
 from recipe.training.step import TrainStep
 from tests.conftest import SMALL_DEMO, PlainViews, compose_config

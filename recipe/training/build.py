@@ -13,6 +13,7 @@ from torch import nn
 
 from recipe.config import Config
 from recipe.data.adoption import adopt_data_set
+from recipe.data.augment.crop import Augmentation, build_augmentation
 from recipe.data.interface import interface_from
 from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
 from recipe.data.processes import open_decoding
@@ -24,7 +25,6 @@ from recipe.model import build_model, check_forward, model_facts
 from recipe.provenance import Stage, source_sha256
 from recipe.records import Epoch, Interface, ModelFacts, Session
 from recipe.run import Run
-from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.ema import ModelEma, batch_norms, build_ema
 from recipe.training.metric_log import DataWait, MetricLogger, StallProbe
 from recipe.training.optim import LearningRate, build_loss, build_optimizer, build_schedule

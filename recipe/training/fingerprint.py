@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig, sha256_of
+from recipe.data.augment.crop import build_augmentation
 from recipe.data.loading import BatchLayout, TrainingBatches
 from recipe.data.processing import preprocess
 from recipe.data.transforms import build_evaluation_transform
@@ -34,7 +35,6 @@ from recipe.model import build_model, model_facts
 from recipe.provenance import source_sha256
 from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run
-from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
 from recipe.training.loop import take_step
 from recipe.training.metrics import predict_validation, validation_predictor

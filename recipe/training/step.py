@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recipe.config import Precision, TrainerConfig
+from recipe.data.augment.mixup import dominant_labels, mix, soft_targets
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
-from recipe.training.mixing import dominant_labels, mix, soft_targets
 from recipe.training.optim import Loss
 
 

@@ -15,6 +15,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 
 from recipe.config import Decoder, OptimizationConfig, TrainerConfig
+from recipe.data.augment.crop import build_augmentation
 from recipe.data.decoding import Picture, UndecodableError, WholePicture, build_decoder
 from recipe.data.loading import (
     WINDOW_SHARDS,
@@ -31,7 +32,6 @@ from recipe.data.shards import open_split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError
-from recipe.training.augmentation import build_augmentation
 from recipe.training.optim import build_schedule
 from tests.conftest import PlainViews, compose_config
 

@@ -16,6 +16,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 
 from recipe.config import TrainerConfig
+from recipe.data.augment.crop import build_augmentation
 from recipe.data.loading import (
     Batch,
     BatchLayout,
@@ -30,7 +31,6 @@ from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError, WorkerError
 from recipe.signals import FROM_OUTSIDE
-from recipe.training.augmentation import build_augmentation
 from tests.conftest import compose_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")

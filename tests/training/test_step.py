@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.config import Config, OptimizationConfig, Precision, config_sha256, pinned
+from recipe.data.augment.crop import build_augmentation
 from recipe.data.loading import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world
 from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
-from recipe.training.augmentation import build_augmentation
 from recipe.training.ema import build_ema
 from recipe.training.optim import build_loss, build_optimizer, loss_facts, optimizer_facts, parameters_by_kind
 from recipe.training.step import TrainStep, compiled, replicate

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from recipe import performance
 from recipe.alterations import add_blur_pool, add_stochastic_depth, init_head_bias
 from recipe.data import loading, transforms
+from recipe.data.augment import crop
 from recipe.document.render import write_document
 from recipe.records import Record
 from recipe.run import Run
-from recipe.training import augmentation, build, ema, loop, optim
+from recipe.training import build, ema, loop, optim
 from recipe.training.optim import BinaryCrossEntropy
 from tests.conftest import compose_config
 
@@ -74,7 +75,7 @@ def other_schedule(self: optim.LearningRate, step: int) -> float:
     return self.peak / (1 + step)
 
 
-def other_view(self: augmentation.Augmentation, picture: Any, epoch: int, index: int, copy: int, out: Tensor) -> None:
+def other_view(self: crop.Augmentation, picture: Any, epoch: int, index: int, copy: int, out: Tensor) -> None:
     out.zero_()
 
 
@@ -129,7 +130,7 @@ TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
         lambda model, config, steps: ema.TorchvisionEma(model, config, steps),
     ),
     "schedule": (optim.LearningRate, "__call__", other_schedule),
-    "augmentation, in its body": (augmentation.Augmentation, "write", other_view),
+    "augmentation, in its body": (crop.Augmentation, "write", other_view),
     "flip": (build, "build_augmentation", lambda *a: replace(BUILD_AUGMENTATION(*a), flip_probability=0.0)),
     "order of images": (loading, "epoch_order", lambda seed, epoch, images: loading.np.arange(images)),
     "batch-norm epsilon": (build, "build_model", other_model),

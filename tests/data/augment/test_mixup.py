@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from recipe.config import Config
-from recipe.data.decoding import Picture, WholePicture, decoded
-from recipe.data.loading import Batch, BatchLayout, DecodingThreads, DeviceDraws, TrainingBatches
-from recipe.errors import UserError
-from recipe.training.augmentation import Augmentation, Growth, build_augmentation
-from recipe.training.mixing import (
+from recipe.data.augment.crop import Augmentation, Growth, build_augmentation
+from recipe.data.augment.mixup import (
     BatchPlace,
     Erasing,
     GroupDraw,
@@ -31,6 +28,9 @@ from recipe.training.mixing import (
     predecessors,
     soft_targets,
 )
+from recipe.data.decoding import Picture, WholePicture, decoded
+from recipe.data.loading import Batch, BatchLayout, DecodingThreads, DeviceDraws, TrainingBatches
+from recipe.errors import UserError
 from tests.conftest import compose_config
 from tests.training.test_step import ALONE, step_of
 from tests.worlds import run_world

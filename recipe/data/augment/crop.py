@@ -18,6 +18,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from recipe.config import AugmentationConfig
+from recipe.data.augment.auto_augment import Policy, build_policy
+from recipe.data.augment.mixup import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
+from recipe.data.augment.rng import Draws
 from recipe.data.decoding import Picture, WholePicture
 from recipe.data.loading import DeviceDraws
 from recipe.data.transforms import (
@@ -28,9 +31,6 @@ from recipe.data.transforms import (
     resize,
 )
 from recipe.records import Setting
-from recipe.training.draws import Draws
-from recipe.training.mixing import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
-from recipe.training.policies import Policy, build_policy
 
 AUGMENTATION_STREAM, POLICY_STREAM = 2, 5  # keep these draws apart from one another and from the order's
 ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
