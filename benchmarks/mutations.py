@@ -387,7 +387,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("auto_augment.py", "if generator.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
     ("mixup.py", "if generator.random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
     ("mixup.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
-    ("mixup.py", "draws.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
+    ("mixup.py", "parameters.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
     ("mixup.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),
     ("optim.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
     ("optim.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
 from recipe.config import Config, typed
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.environment import shown_argument, versions

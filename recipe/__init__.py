@@ -24,7 +24,7 @@ chapters
                    system_files, look_alikes; images, integrity, shards, packing, merging, expectation, sharing,
                    processing, reporting, progress; adoption;
                    decoding, transforms, interface; augment/: crop, auto_augment, mixup, rng;
-                   loading; worker, processes: the same in other processes
+                   batches, loader (threads), worker_pool and worker (processes)
     evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine

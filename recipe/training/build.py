@@ -14,11 +14,11 @@ from torch import nn
 from recipe.config import Config
 from recipe.data.adoption import adopt_data_set
 from recipe.data.augment.crop import Augmentation, build_augmentation
+from recipe.data.batches import EvaluationBatches, TrainingBatches, derive_layout
 from recipe.data.interface import interface_from
-from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
-from recipe.data.processes import open_decoding
 from recipe.data.shards import open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform
+from recipe.data.worker_pool import open_loaders
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.environment import processor_name, versions
 from recipe.model import build_model, check_forward, model_facts
@@ -172,7 +172,7 @@ def _build_batches(
 ) -> tuple[TrainingBatches, EvaluationBatches]:
     """The loaders of both splits, with threads or processes that end with `held`."""
     splits = [open_split(config.data.directory, name) for name in ("train", "val")]
-    train, validation = held.enter_context(open_decoding(splits, config.data.decoder, config.trainer, world))
+    train, validation = held.enter_context(open_loaders(splits, config.data.decoder, config.trainer, world))
     layout = derive_layout(config.optimization, config.trainer, world.size)
     transform = build_evaluation_transform(config.evaluation)
     return (

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from recipe.config import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig, sha256_of
 from recipe.data.augment.crop import build_augmentation
-from recipe.data.loading import BatchLayout, TrainingBatches
+from recipe.data.batches import BatchLayout, TrainingBatches
 from recipe.data.processing import preprocess
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
@@ -373,7 +373,7 @@ def _evaluated(training: Training) -> EvaluationProbe:
 def _order_sha256(training: Training) -> str:
     """The order of images in one process and in several."""
     batches = training.batches
-    divided = TrainingBatches(batches.threads, batches.augmentation, PARTS, 1, batches.seed)
+    divided = TrainingBatches(batches.loader, batches.augmentation, PARTS, 1, batches.seed)
     orders: list[Callable[[], Any]] = [batches.facts, divided.facts]
     return hashlib.sha256("".join(facts().order_sha256 for facts in orders).encode()).hexdigest()
 
@@ -391,5 +391,5 @@ def _facts(config: Config, training: Training) -> dict[str, Setting]:
         "normalisation": training.train_step.normalisation.facts(),
         "evaluation": transform.facts(),
         "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.ema.is_on),
-        "decoder": training.batches.threads.decoder_name,
+        "decoder": training.batches.loader.decoder_name,
     }

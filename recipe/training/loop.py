@@ -16,7 +16,7 @@ import torch
 
 from recipe.checkpoint import prune_checkpoints, write_eval_weights
 from recipe.config import Config, config_sha256, leaves, pinned
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.distributed import World, start_world
 from recipe.model import resolve_weights
 from recipe.provenance import Stage, source_sha256

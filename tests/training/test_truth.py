@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recipe import performance
 from recipe.alterations import add_blur_pool, add_stochastic_depth, init_head_bias
-from recipe.data import loading, transforms
+from recipe.data import batches, loader, transforms
 from recipe.data.augment import crop
 from recipe.document.render import write_document
 from recipe.records import Record
@@ -132,11 +132,11 @@ TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "schedule": (optim.LearningRate, "__call__", other_schedule),
     "augmentation, in its body": (crop.Augmentation, "write", other_view),
     "flip": (build, "build_augmentation", lambda *a: replace(BUILD_AUGMENTATION(*a), flip_probability=0.0)),
-    "order of images": (loading, "epoch_order", lambda seed, epoch, images: loading.np.arange(images)),
+    "order of images": (batches, "epoch_order", lambda seed, epoch, images: batches.np.arange(images)),
     "batch-norm epsilon": (build, "build_model", other_model),
     "mean and deviation": (transforms.Normalisation, "__init__", other_norms),
     "decay of the average": (ema.ModelEma, "__init__", other_average),
-    "threads of decoding": (loading, "threads_per_process", lambda *_: 5),
+    "threads of decoding": (loader, "threads_per_process", lambda *_: 5),
 }
 
 
