@@ -30,14 +30,14 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from recipe.config.compose import config_from_overrides  # noqa: E402
+from recipe.data.augment.crop import Augmentation  # noqa: E402
+from recipe.data.batches import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.decoding import PartialPicture  # noqa: E402
-from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
 from recipe.evaluation import Predictions  # noqa: E402
 from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
 from recipe.review.verify.trace import TOLERANCE, compare_traces  # noqa: E402
 from recipe.training import build, fingerprint, metrics  # noqa: E402
-from recipe.training.augmentation import Augmentation  # noqa: E402
 from recipe.training.ema import ModelEma  # noqa: E402
 from recipe.training.fingerprint import take_fingerprint  # noqa: E402
 from recipe.training.optim import LearningRate  # noqa: E402
@@ -298,7 +298,7 @@ FAULTS = [
     Fault(
         "every epoch in the order of the first",
         SMALL,
-        replaced(sys.modules["recipe.data.loading"], "epoch_order", one_epoch_order),
+        replaced(sys.modules["recipe.data.batches"], "epoch_order", one_epoch_order),
     ),
     Fault("resize 232 for 256", SMALL, in_both("build_evaluation_transform", smaller_resize)),
     Fault("crop from the corner", SMALL, replaced(EvaluationTransform, "__call__", corner)),

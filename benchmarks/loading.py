@@ -156,15 +156,15 @@ Epochs = Callable[[], Iterator[int]]  # images of each batch of one more epoch
 def ours(kind: str, work: Path, cores: int, processes: int) -> Epochs:
     import torch
 
-    from recipe.data.loading import BatchLayout, TrainingBatches
-    from recipe.data.processes import open_decoding
+    from recipe.data.augment.crop import build_augmentation
+    from recipe.data.batches import BatchLayout, TrainingBatches
     from recipe.data.shards import open_split
+    from recipe.data.worker_pool import open_loaders
     from recipe.distributed import World
-    from recipe.training.augmentation import build_augmentation
 
     config = composed(f"trainer.data_processes={processes}", f"trainer.data_threads={cores}")
     world = World(0, 1, 0, 1, torch.device("cpu"), "none")
-    context = open_decoding([open_split(work / kind, "train")], config.data.decoder, config.trainer, world)
+    context = open_loaders([open_split(work / kind, "train")], config.data.decoder, config.trainer, world)
     (decoding,) = context.__enter__()
     batches = TrainingBatches(decoding, build_augmentation(config.augmentation, 0), BatchLayout(BATCH, 1, 1), 0, 0)
     numbers = iter(range(10**6))

@@ -38,7 +38,8 @@ TARGETS = [
     "recipe/alterations.py",
     "recipe/evaluation.py",
     "recipe/data/transforms.py",
-    *(f"recipe/training/{name}.py" for name in (*("optim", "step", "ema", "augmentation", "policies", "mixing"),)),
+    *(f"recipe/training/{name}.py" for name in ("optim", "step", "ema")),
+    *(f"recipe/data/augment/{name}.py" for name in ("crop", "auto_augment", "mixup")),
 ]
 SMALL = ["experiment=smoke", "optimization.epochs=5", "augmentation.crop_pixels=24"]
 RECIPES = {
@@ -343,9 +344,9 @@ SQUARE = "the images of a batch are square"
 NEVER_EQUAL = "a number that is drawn is never the very threshold"
 NO_STRENGTH = "the operation has no strength"
 DEFAULTS = {  # of fields that the builders fill from the configuration, whatever stands here
-    "augmentation.py": ("start_epoch: float", "end_epoch: float", "multiple: int", "repeats: int = 1", "copy: int = 0"),
-    "policies.py": ("operations: int", "strength: float", "strength_std: float", "operation_probability: float"),
-    "mixing.py": (
+    "crop.py": ("start_epoch: float", "end_epoch: float", "multiple: int", "repeats: int = 1", "copy: int = 0"),
+    "auto_augment.py": ("operations: int", "strength: float", "strength_std: float", "operation_probability: float"),
+    "mixup.py": (
         *("seed: int", "probability: float", "scale: tuple", "ratio: tuple", "mixup_alpha: float"),
         *("cutmix_alpha: float", "cutmix_share: float", "group_images: int"),
     ),
@@ -374,20 +375,20 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         for file, texts in DEFAULTS.items()
         for text in texts
     ),
-    ("augmentation.py", "flip = draws.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
-    ("augmentation.py", "view, size = self.view(", "", SQUARE),
-    ("augmentation.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
-    ("augmentation.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
-    ("policies.py", '"identity": Range(', "", NO_STRENGTH),
-    ("policies.py", '"autocontrast": Range(', "", NO_STRENGTH),
-    ("policies.py", '"equalize": Range(', "", NO_STRENGTH),
-    ("policies.py", "FILL = ", "0.0 -> 0.5", "pixels are whole numbers: half a level is none"),
-    ("policies.py", "generator.random() < 0.5", "Lt -> LtE", NEVER_EQUAL),
-    ("policies.py", "if generator.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
-    ("mixing.py", "if generator.random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
-    ("mixing.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
-    ("mixing.py", "draws.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
-    ("mixing.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),
+    ("crop.py", "flip = draws.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("crop.py", "view, size = self.view(", "", SQUARE),
+    ("crop.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
+    ("crop.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
+    ("auto_augment.py", '"identity": Range(', "", NO_STRENGTH),
+    ("auto_augment.py", '"autocontrast": Range(', "", NO_STRENGTH),
+    ("auto_augment.py", '"equalize": Range(', "", NO_STRENGTH),
+    ("auto_augment.py", "FILL = ", "0.0 -> 0.5", "pixels are whole numbers: half a level is none"),
+    ("auto_augment.py", "generator.random() < 0.5", "Lt -> LtE", NEVER_EQUAL),
+    ("auto_augment.py", "if generator.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("mixup.py", "if generator.random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
+    ("mixup.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
+    ("mixup.py", "parameters.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
+    ("mixup.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),
     ("optim.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),
     ("optim.py", "max(1, ", "1 -> 2", "every schedule has more steps than that"),
     ("optim.py", "if step < self.warmup_steps", "", "at the end of the warm-up both formulas give the peak"),

@@ -22,10 +22,10 @@ import torch  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
 
 from recipe.config.schema import MAX_PIXELS, Decoder  # noqa: E402
+from recipe.data.augment.crop import Augmentation  # noqa: E402
 from recipe.data.decoding import WholePicture, build_decoder, decoded  # noqa: E402
 from recipe.data.images import Rules, store  # noqa: E402
 from recipe.data.transforms import INTERPOLATIONS, empty_image  # noqa: E402
-from recipe.training.augmentation import Augmentation  # noqa: E402
 
 PIXELS = 224
 AUGMENTATION = Augmentation(0, PIXELS, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, next(iter(INTERPOLATIONS.values())))

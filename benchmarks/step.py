@@ -40,7 +40,7 @@ from torchvision.models import resnet50
 
 from recipe.config.compose import to_config
 from recipe.config.schema import Config
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.environment import shown_argument, versions

@@ -28,8 +28,8 @@ chapters
     inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
                    pictures, classifier: one picture -> the best classes; timing: latencies of this machine
     performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
-                   watchdog, metrics, metric_log, energy, record; fingerprint
+    training       loop; build, optim, step, ema; checkpointing, shutdown, watchdog, metrics, metric_log,
+                   energy, record; fingerprint
     doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
     document       run_data, blocks, curves, recipe_json, latency, commands, experiment_log, formatting, figures,
                    render: from records to pages, without torch; model_card, published_folder, publish: a run as a

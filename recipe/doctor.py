@@ -21,9 +21,11 @@ from torch import Tensor
 
 from recipe.config.compose import config_from_overrides
 from recipe.config.schema import Config
+from recipe.data.augment.crop import Augmentation, build_augmentation
+from recipe.data.batches import Batch, derive_layout
 from recipe.data.decoding import ImageDecoder, build_decoder, decoded
 from recipe.data.images import Rules, store
-from recipe.data.loading import Batch, derive_layout, naming
+from recipe.data.loader import image_errors
 from recipe.data.manifest import read_manifest
 from recipe.data.shards import Split, open_split
 from recipe.data.transforms import Normalisation, empty_image
@@ -31,7 +33,6 @@ from recipe.distributed import World, memory_format, processes_per_node, start_w
 from recipe.document.formatting import duration
 from recipe.environment import usable_cores
 from recipe.model import build_model
-from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.optim import build_loss, build_optimizer
 from recipe.training.step import TrainStep, compiled
 
@@ -100,7 +101,7 @@ def examined(config: Config, world: World) -> Findings:
     torch.set_num_threads(1)  # as in the threads that decode
     images = []
     for index, content in zip(chosen, contents, strict=True):
-        with naming(split, index):
+        with image_errors(split, index):
             images.append(decoded(content, decoder))
     rates = {
         "read": rate(len(chosen), lambda: [split.read(index) for index in chosen]),
@@ -151,7 +152,7 @@ def small_rate(
     rules = Rules(keeps_png=True, resize_short_side=SMALL_SIDE, quality=90, max_pixels=sys.maxsize)
     small = []
     for index, content in zip(chosen, contents, strict=True):
-        with naming(split, index):
+        with image_errors(split, index):
             small.append(store(content, is_named_png=False, rules=rules).content)
     out = empty_image((augmentation.crop_pixels, augmentation.crop_pixels))
 

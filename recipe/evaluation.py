@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recipe.config.schema import Precision
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.data.transforms import EvaluationTransform, Normalisation
 from recipe.distributed import World
 from recipe.errors import NonFiniteError

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from recipe.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.config.schema import Backend, Config
-from recipe.data.loading import EvaluationBatches
+from recipe.data.batches import EvaluationBatches
 from recipe.data.manifest import Manifest, check_same_dataset, open_dataset
-from recipe.data.processes import open_decoding
 from recipe.data.shards import open_split
 from recipe.data.transforms import (
     EvaluationTransform,
@@ -31,6 +30,7 @@ from recipe.data.transforms import (
     build_evaluation_transform,
     transform_of,
 )
+from recipe.data.worker_pool import open_loaders
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
 from recipe.errors import UserError
 from recipe.evaluation import (
@@ -266,8 +266,8 @@ def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measure
     """Predict every image of the validation set."""
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
-    with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
-        batches = EvaluationBatches(threads, evaluated.transform, config.evaluation.batch_size, world)
+    with open_loaders([split], config.data.decoder, config.trainer, world) as (loader,):
+        batches = EvaluationBatches(loader, evaluated.transform, config.evaluation.batch_size, world)
         progress = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
         predictions = collect(evaluate(evaluated.predict, progress), world, len(split))
     return Measurement(config, batches, predictions, time.perf_counter() - started)
@@ -280,7 +280,7 @@ def evaluation_record(
     predictions, protocol = measurement.predictions, _protocol(evaluated, measurement)
     assert predictions is not None, "only the first process describes"
     require_finite(predictions, evaluated.checkpoint)
-    split = measurement.batches.threads.split
+    split = measurement.batches.loader.split
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
     path = run.predictions_file(protocol.name)
     write_atomically(path, content)
@@ -315,7 +315,7 @@ def _protocol(evaluated: EvaluatedModel, measurement: Measurement) -> Protocol:
         backend=evaluated.backend,
         transform=transform.facts() | dict(evaluated.normalisation) | _views(evaluated.predict),
         transform_sha256=transform.fingerprint(),
-        decoder=measurement.batches.threads.decoder_name,
+        decoder=measurement.batches.loader.decoder_name,
         precision=evaluated.precision,
         arithmetic=arithmetic_switches(),
         batch_size=measurement.batches.batch_size,

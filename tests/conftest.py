@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -14,6 +14,9 @@ from recipe.config.compose import to_config
 from recipe.config.schema import Config
 from recipe.files import CHECKOUT
 from recipe.signals import handlers_put_back
+
+if TYPE_CHECKING:
+    from recipe.data.augment.crop import Augmentation
 
 SMALL_DEMO = ["data.train_images_per_class=9", "data.validation_images_per_class=4", "data.images_per_shard=40"]
 Compose = Callable[..., Config]
@@ -25,22 +28,13 @@ def compose_config(*overrides: str) -> Config:
         return to_config(compose("config", list(overrides)))
 
 
-class PlainViews:
-    """No augmentation: the upper left corner of an image, one copy, nothing on the device."""
+def no_augmentation(pixels: int) -> Augmentation:
+    """The central square of an image in this size, one copy, nothing mixed."""
+    from torchvision.transforms import InterpolationMode
 
-    repeats = 1
+    from recipe.data.augment.crop import Augmentation
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def write(self, picture: Any, epoch: int, index: int, copy: int, out: Any) -> None:
-        out.copy_(picture.part(0, 0, self.size, self.size))
-
-    def pixels(self, epoch: int) -> int:
-        return self.size
-
-    def draws(self, *place: Any) -> None:
-        return None
+    return Augmentation(0, pixels, (1.0, 1.0), (1.0, 1.0), 0.0, InterpolationMode.BILINEAR)
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config.schema import Config, Precision
+from recipe.data.batches import Batch, EvaluationBatches
 from recipe.data.decoding import build_decoder
-from recipe.data.loading import Batch, DecodingThreads, EvaluationBatches
+from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World, start_world
@@ -241,7 +242,7 @@ def evaluated_in(world: World, config: Config) -> Predictions | None:
         world.device,
         channels_last=True,
     )
-    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with closing(ThreadedLoader(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
         batches = EvaluationBatches(
             threads, build_evaluation_transform(config.evaluation), config.evaluation.batch_size, world
         )

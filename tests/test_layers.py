@@ -1,6 +1,7 @@
 """Imports point one way: the layers as a table, checked against the source."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -106,6 +107,12 @@ def test_only_the_command_line_imports_review() -> None:
     assert {layer for layer, below in ALLOWED.items() if "review" in below} == {"review"}
     scripts = {path.name for path in CHECKOUT.glob("*.py") if "review" in imported_modules(path.read_text())}
     assert scripts == {"train.py"}
+
+
+def test_the_augmentation_knows_nothing_of_the_loader() -> None:
+    below = {"augment", "decoding", "transforms"}  # modules of recipe.data
+    for path in (CHECKOUT / "recipe/data/augment").glob("*.py"):
+        assert set(re.findall(r"recipe\.data\.(\w+)", path.read_text())) <= below, path.name
 
 
 def test_no_module_is_named_for_nothing() -> None:

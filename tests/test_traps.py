@@ -35,8 +35,10 @@ from torchvision.transforms.v2 import functional as transforms_functional
 from recipe import performance
 from recipe.config import schema as configuration
 from recipe.config.schema import Config
+from recipe.data.augment.crop import build_augmentation
+from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, TrainingBatches
 from recipe.data.decoding import NvImageCodecDecoder, Picture, PillowDecoder, build_decoder
-from recipe.data.loading import Batch, BatchLayout, DecodingThreads, EvaluationBatches, TrainingBatches
+from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
 from recipe.data.transforms import (
     Normalisation,
@@ -54,10 +56,9 @@ from recipe.provenance import source_files
 from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
 from recipe.run import Run
 from recipe.training import build, checkpointing, loop, metrics
-from recipe.training.augmentation import build_augmentation
 from recipe.training.optim import build_schedule
 from recipe.training.step import TrainStep
-from tests.conftest import SMALL_DEMO, PlainViews, compose_config
+from tests.conftest import SMALL_DEMO, compose_config, no_augmentation
 
 Words = Callable[..., list[str]]
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -303,7 +304,7 @@ def augmented(data_directory: Path, epoch: int, processes: int, threads: int) ->
     found: dict[int, str] = {}
     for rank in range(processes):
         split, decoder = open_split(data_directory, "train"), build_decoder(config.data.decoder)
-        with closing(DecodingThreads(split, decoder, config.trainer, ALONE)) as pool:
+        with closing(ThreadedLoader(split, decoder, config.trainer, ALONE)) as pool:
             layout = BatchLayout(36, processes, 1)
             for (batch,) in TrainingBatches(pool, augmentation, layout, rank, 3).epoch(epoch):
                 for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
@@ -358,8 +359,8 @@ def test_a_change_in_torchvision_changes_the_fingerprint(monkeypatch: pytest.Mon
 def delivered_orders(config: Config, epochs: int) -> list[list[int]]:
     """The indices that the live loader hands out."""
     split, decoder = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
-    with closing(DecodingThreads(split, decoder, config.trainer, ALONE)) as pool:
-        batches = TrainingBatches(pool, PlainViews(8), BatchLayout(24, 1, 1), 0, config.seed)
+    with closing(ThreadedLoader(split, decoder, config.trainer, ALONE)) as pool:
+        batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(24, 1, 1), 0, config.seed)
         return [
             [index for (batch,) in batches.epoch(epoch) for index in batch.indices.tolist()] for epoch in range(epochs)
         ]
@@ -378,11 +379,11 @@ def test_a_loader_that_forgets_the_epoch_changes_the_record(
 ) -> None:
     """The record is to be read back from the batches that are handed out."""
     config = compose_config("experiment=smoke")
-    with closing(DecodingThreads(open_split(data_directory, "train"), PillowDecoder(), config.trainer, ALONE)) as pool:
-        batches = TrainingBatches(pool, PlainViews(8), BatchLayout(24, 1, 1), 0, 0)
+    with closing(ThreadedLoader(open_split(data_directory, "train"), PillowDecoder(), config.trainer, ALONE)) as pool:
+        batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(24, 1, 1), 0, 0)
         before = batches.facts().order_sha256
-        original = TrainingBatches._parts
-        monkeypatch.setattr(TrainingBatches, "_parts", lambda self, epoch, *others: original(self, 0, *others))
+        original = TrainingBatches._requests
+        monkeypatch.setattr(TrainingBatches, "_requests", lambda self, epoch, *others: original(self, 0, *others))
         assert batches.facts().order_sha256 != before
 
 
@@ -469,7 +470,7 @@ def test_train_rows_come_from_training_batches_and_validation_rows_from_validati
     augmentation = build_augmentation(config.augmentation, config.seed)
     transform = build_evaluation_transform(config.evaluation)
     pools = [
-        DecodingThreads(
+        ThreadedLoader(
             open_split(config.data.directory, name), build_decoder(config.data.decoder), config.trainer, ALONE
         )
         for name in ("train", "val")

@@ -1,10 +1,10 @@
-"""The life of the processes that decode: told what to fill, they fill it, and say so.
+"""A worker process: receives tasks, fills shares of batches, replies.
 
-One process imports everything and then divides, so that many start as fast as one and share what they do not write to.
-It is started by `recipe.data.processes`, which alone may stop it: signals are blocked here, since the training process
-decides when to save and to end. What each is sent comes through its socket, and the end of that socket is its own end:
-a training process that is killed leaves none of these behind. Pixels go into memory that all map, never through a
-socket. None of them sees a GPU.
+One process imports everything and then forks, so that many workers start as fast as one and share the memory that they
+do not write to. `recipe.data.worker_pool` starts it, and it alone may stop it: signals are blocked here, since the
+training process decides when to save and to end. Tasks come through a socket; a worker ends when its socket does, so a
+training process that is killed leaves no worker. Pixels go into memory that all map, never through a socket. No worker
+sees a GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config.schema import Decoder
+from recipe.data.batches import BatchRequest
 from recipe.data.decoding import build_decoder
 from recipe.data.images import silence_decoders
-from recipe.data.loading import IMAGES_PER_TASK, Filling, Order
+from recipe.data.loader import IMAGES_PER_TASK, fill
 from recipe.data.shards import Split
 from recipe.distributed import PARENT_DEATH_SIGNAL
 from recipe.errors import UserError
@@ -38,8 +39,8 @@ from recipe.errors import UserError
 SIGNAL_BASE = 128  # exit codes of processes that a signal ended, as shells count
 
 
-class Start(NamedTuple):
-    """What a process is told at first."""
+class Setup(NamedTuple):
+    """The first message to a worker."""
 
     splits: Sequence[Split]
     decoder: Decoder
@@ -47,24 +48,24 @@ class Start(NamedTuple):
     memory: int  # the descriptor of the memory that holds the batches
 
 
-class Job(NamedTuple):
-    """A share of a batch; `number` counts batches, and a share without images cancels the batch."""
+class Task(NamedTuple):
+    """Fill a share of a batch; a share without images cancels the batch."""
 
-    number: int
+    number: int  # of the batch
     split: int
-    order: bytes  # a pickled `Order`
+    request: bytes  # a pickled `BatchRequest`
     offset: int  # of the batch in the shared memory, bytes
-    first: int  # image of the batch
-    last: int  # not included; whoever has the first image also draws what the device does
+    first: int  # image of the batch; the share that begins with image 0 also draws the batch's mix parameters
+    last: int  # exclusive
 
 
-class Done(NamedTuple):
-    """A share is finished; what went wrong is said in a sentence, or with a traceback where nobody expected it."""
+class Reply(NamedTuple):
+    """A share is finished, or failed: with a message for the user, or with the traceback of an unexpected error."""
 
     number: int
-    sentence: str | None = None
+    message: str | None = None
     traceback: str | None = None
-    draws: list[NDArray[Any]] | None = None
+    mix_parameters: list[NDArray[Any]] | None = None
 
 
 def batch_at(memory: mmap.mmap, offset: int, count: int, pixels: int) -> NDArray[np.uint8]:
@@ -75,97 +76,96 @@ def batch_at(memory: mmap.mmap, offset: int, count: int, pixels: int) -> NDArray
 class Worker:
     """Fills shares of batches with a few threads."""
 
-    def __init__(self, link: Connection, start: Start) -> None:
-        self.link, self.memory_descriptor = link, start.memory
-        self.sending = threading.Lock()
-        self.map = mmap.mmap(-1, mmap.PAGESIZE)
-        decoder = build_decoder(start.decoder)
-        self.fillings = [Filling(split, decoder) for split in start.splits]
+    def __init__(self, link: Connection, setup: Setup) -> None:
+        self.link, self.memory_descriptor, self.splits = link, setup.memory, setup.splits
+        self.send_lock = threading.Lock()
+        self.memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self.decoder = build_decoder(setup.decoder)
         self.cancelled: set[int] = set()
-        self.pool = ThreadPoolExecutor(start.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self.pool = ThreadPoolExecutor(setup.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
 
     def serve(self) -> None:
-        """Take jobs until the socket ends."""
+        """Take tasks until the socket ends."""
         while True:
-            job: Job = pickle.loads(self.link.recv_bytes())
-            if job.first == job.last:
-                self.cancelled.add(job.number)
+            task: Task = pickle.loads(self.link.recv_bytes())
+            if task.first == task.last:
+                self.cancelled.add(task.number)
             else:
-                self.begin(job)
+                self.begin(task)
 
-    def begin(self, job: Job) -> None:
-        """Hand a share to the threads; the last to finish tells."""
-        order: Order = pickle.loads(job.order)
-        images = self.images(job, order)
-        tasks = range(job.first, job.last, IMAGES_PER_TASK)
-        share = Share(self, job, order, images, len(tasks))
-        for first in tasks:
-            self.pool.submit(share.fill, first, min(first + IMAGES_PER_TASK, job.last))
+    def begin(self, task: Task) -> None:
+        """Hand a share to the threads; the last to finish replies."""
+        request: BatchRequest = pickle.loads(task.request)
+        starts = range(task.first, task.last, IMAGES_PER_TASK)
+        share = Share(self, task, request, self.images(task, request), len(starts))
+        for first in starts:
+            self.pool.submit(share.fill, first, min(first + IMAGES_PER_TASK, task.last))
 
-    def images(self, job: Job, order: Order) -> Tensor:
-        """The batch of a job, uint8 [N, 3, pixels, pixels], in the memory of both; maps what was added to it."""
-        count, pixels = len(order.indices), order.pixels
-        if job.offset + count * pixels * pixels * 3 > len(self.map):
-            self.map = mmap.mmap(self.memory_descriptor, os.fstat(self.memory_descriptor).st_size)
-        return torch.from_numpy(batch_at(self.map, job.offset, count, pixels)).permute(0, 3, 1, 2)
+    def images(self, task: Task, request: BatchRequest) -> Tensor:
+        """The task's batch in the shared memory, uint8 [N, 3, pixels, pixels]; maps memory that was added since."""
+        count, pixels = len(request.indices), request.pixels
+        if task.offset + count * pixels * pixels * 3 > len(self.memory):
+            self.memory = mmap.mmap(self.memory_descriptor, os.fstat(self.memory_descriptor).st_size)
+        return torch.from_numpy(batch_at(self.memory, task.offset, count, pixels)).permute(0, 3, 1, 2)
 
-    def tell(self, done: Done) -> None:
-        """Say that a share is finished."""
-        with self.sending:
-            self.link.send_bytes(pickle.dumps(done))
+    def reply(self, reply: Reply) -> None:
+        """Send a reply; threads may call this at once."""
+        with self.send_lock:
+            self.link.send_bytes(pickle.dumps(reply))
 
 
 class Share:
-    """What one process fills of one batch."""
+    """The part of one batch that one worker fills."""
 
-    def __init__(self, worker: Worker, job: Job, order: Order, images: Tensor, tasks: int) -> None:
-        self.worker, self.job, self.order, self.images, self.tasks = worker, job, order, images, tasks
-        self.finishing = threading.Lock()
-        self.failure: Done | None = None
+    def __init__(self, worker: Worker, task: Task, request: BatchRequest, images: Tensor, parts: int) -> None:
+        self.worker, self.task, self.request, self.images = worker, task, request, images
+        self.missing_parts = parts
+        self.lock = threading.Lock()
+        self.failure: Reply | None = None
 
     def fill(self, first: int, last: int) -> None:
-        """Some images, unless the batch was cancelled or failed meanwhile."""
-        failure = None
+        """Some images, unless the batch was cancelled or failed before."""
+        number, worker, failure = self.task.number, self.worker, None
         try:
-            if self.failure is None and self.job.number not in self.worker.cancelled:
-                self.worker.fillings[self.job.split].fill(self.images, self.order, first, last)
+            if self.failure is None and number not in worker.cancelled:
+                fill(self.images, self.request, worker.splits[self.task.split], worker.decoder, first, last)
         except UserError as error:
-            failure = Done(self.job.number, sentence=str(error))
+            failure = Reply(number, message=str(error))
         except BaseException:
-            failure = Done(self.job.number, traceback=traceback.format_exc())
-        with self.finishing:
+            failure = Reply(number, traceback=traceback.format_exc())
+        with self.lock:
             self.failure = self.failure or failure
-            self.tasks -= 1
-            is_last = self.tasks == 0
+            self.missing_parts -= 1
+            is_last = self.missing_parts == 0
         if is_last:
-            self.worker.tell(self.failure or self.drawn())
-            self.worker.cancelled.discard(self.job.number)
+            worker.reply(self.failure or self.success())
+            worker.cancelled.discard(number)
 
-    def drawn(self) -> Done:
-        """The share is finished; with what the device does to the batch, if that was asked for."""
-        number = self.job.number
-        if self.job.first > 0 or number in self.worker.cancelled:
-            return Done(number)
+    def success(self) -> Reply:
+        """The reply to a filled share, with the batch's mix parameters where the task asks for them."""
+        number = self.task.number
+        if self.task.first > 0 or number in self.worker.cancelled:
+            return Reply(number)
         try:
-            draws = self.order.view.draws()
+            parameters = self.request.mix_parameters()
         except BaseException:
-            return Done(number, traceback=traceback.format_exc())
-        return Done(number, draws=None if draws is None else [tensor.numpy() for tensor in draws])
+            return Reply(number, traceback=traceback.format_exc())
+        return Reply(number, mix_parameters=parameters and [tensor.numpy() for tensor in parameters])
 
 
-def main(told: int, *links: int) -> None:
-    """Become one process for each socket, and wait for them; all imports are done once, here.
+def main(setup_descriptor: int, *links: int) -> None:
+    """Fork a worker for each socket, and wait for them; all imports are done once, here.
 
-    A process that ends in another way than by the end of its socket takes the others with it, and its exit code is
-    the one that the training process sees; when this process is killed, the kernel kills the others.
+    A worker that ends otherwise than by the end of its socket takes the others with it, and its exit code is the one
+    that the training process sees; when this process is killed, the kernel kills the workers.
     """
-    with open(told, "rb") as file:
+    with open(setup_descriptor, "rb") as file:
         file.seek(0)
-        start = pickle.load(file)
-    assert threading.active_count() == 1, "only a process without threads may divide"
+        setup = pickle.load(file)
+    assert threading.active_count() == 1, "only a process without threads may fork"
     silence_decoders()
     gc.freeze()
-    children = {fork_worker(start, links, link) for link in links}
+    children = {fork_worker(setup, links, link) for link in links}
     for link in links:
         os.close(link)
     while children:
@@ -177,8 +177,8 @@ def main(told: int, *links: int) -> None:
     os._exit(0)
 
 
-def fork_worker(start: Start, links: Sequence[int], own: int) -> int:
-    """A process that serves one of the sockets and has closed the others, whose ends it must not hide."""
+def fork_worker(setup: Setup, links: Sequence[int], own: int) -> int:
+    """A worker that serves one of the sockets and closes the others: an open copy would hide their end."""
     parent = os.getpid()
     if child := os.fork():
         return child
@@ -187,7 +187,7 @@ def fork_worker(start: Start, links: Sequence[int], own: int) -> int:
         if link != own:
             os.close(link)
     try:
-        Worker(Connection(own), start).serve()
+        Worker(Connection(own), setup).serve()
     except (EOFError, ConnectionError):
         os._exit(0)
     except BaseException:
@@ -196,7 +196,7 @@ def fork_worker(start: Start, links: Sequence[int], own: int) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel end this process when its parent is gone."""
+    """Have the kernel end this process with its parent."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it went in between
+    if os.getppid() != parent:  # it ended before the call
         os._exit(1)

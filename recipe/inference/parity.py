@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recipe.config.schema import SerializationConfig, Variant
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.data.progress import Progress
 from recipe.errors import UserError
 from recipe.evaluation import Predict, Predictions, concatenate, predictions_of, require_finite

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from recipe.config.identity import to_dict
 from recipe.config.schema import Accelerator, Config, Precision, Variant
-from recipe.data.loading import EvaluationBatches, evaluation_orders
+from recipe.data.batches import EvaluationBatches, EvaluationRequest
 from recipe.data.manifest import check_same_dataset, open_dataset
-from recipe.data.processes import open_decoding
 from recipe.data.shards import Split, open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform, transform_of
+from recipe.data.worker_pool import open_loaders
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
@@ -192,9 +192,9 @@ def calibration_images(export: Export, world: World, count: int) -> Generator[Te
     split = open_split(config.data.directory, "train")
     chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
     transform = transform_of(export.checkpoint.interface, "the checkpoint")
-    with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
+    with open_loaders([split], config.data.decoder, config.trainer, world) as (loader,):
         parts = (np.array([index], dtype=np.int64) for index in chosen)
-        for batch in threads.batches(evaluation_orders(parts, transform)):
+        for batch in loader.load(EvaluationRequest(indices, transform) for indices in parts):
             yield batch.images
 
 
@@ -210,8 +210,8 @@ def compared_with_eager(
     eager = predictor(export.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     interface = files[0].model.metadata.interface  # the file's, not the configuration's
     views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the export_variants model"))
-    with open_decoding([split], config.data.decoder, config.trainer, world) as (threads,):
-        ours, theirs = (EvaluationBatches(threads, view, config.serialization.batch_size, world) for view in views)
+    with open_loaders([split], config.data.decoder, config.trainer, world) as (loader,):
+        ours, theirs = (EvaluationBatches(loader, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
     require_parity(comparisons, config.serialization, split.key)
     for file in files:

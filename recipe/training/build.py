@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from recipe.config.schema import Config
-from recipe.data.loading import EvaluationBatches, TrainingBatches, derive_layout
+from recipe.data.augment.crop import Augmentation, build_augmentation
+from recipe.data.batches import EvaluationBatches, TrainingBatches, derive_layout
 from recipe.data.manifest import open_dataset
-from recipe.data.processes import open_decoding
 from recipe.data.shards import open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform, interface_from
+from recipe.data.worker_pool import open_loaders
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
 from recipe.environment import processor_name, versions
 from recipe.model import build_model, check_forward, model_facts
 from recipe.provenance import Stage, source_sha256
 from recipe.records import Epoch, Interface, ModelFacts, Session
 from recipe.run import Run
-from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.ema import ModelEma, batch_norms, build_ema
 from recipe.training.metric_log import DataWait, MetricLogger, StallProbe
 from recipe.training.optim import LearningRate, build_loss, build_optimizer, build_schedule
@@ -164,7 +164,7 @@ def _build_batches(
 ) -> tuple[TrainingBatches, EvaluationBatches]:
     """The loaders of both splits, with threads or processes that end with `held`."""
     splits = [open_split(config.data.directory, name) for name in ("train", "val")]
-    train, validation = held.enter_context(open_decoding(splits, config.data.decoder, config.trainer, world))
+    train, validation = held.enter_context(open_loaders(splits, config.data.decoder, config.trainer, world))
     layout = derive_layout(config.optimization, config.trainer, world.size)
     transform = build_evaluation_transform(config.evaluation)
     return (

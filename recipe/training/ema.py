@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recipe.alterations import DropPathBatchNorm2d
 from recipe.config.schema import AveragingConfig, AveragingForm, OptimizationConfig
-from recipe.data.loading import Batch, Decoding, evaluation_orders
+from recipe.data.batches import Batch, EvaluationRequest, Loader
 from recipe.data.transforms import EvaluationTransform
 from recipe.errors import UserError
 from recipe.evaluation import Predict
@@ -148,19 +148,19 @@ class PreciseBnBatches:
     any number of processes.
     """
 
-    threads: Decoding
+    loader: Loader
     transform: EvaluationTransform
     batch_size: int
     images: int
     seed: int
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self.threads.batches(evaluation_orders(self.parts(), self.transform))
+        yield from self.loader.load(EvaluationRequest(indices, self.transform) for indices in self.parts())
 
     def parts(self) -> list[NDArray[np.int64]]:
         """The indices of each batch."""
         generator = np.random.default_rng((PRECISE_BN_STREAM, self.seed))
-        chosen = generator.permutation(len(self.threads.split))[: self.images]
+        chosen = generator.permutation(len(self.loader.split))[: self.images]
         size = min(self.batch_size, len(chosen))
         return list(chosen[: len(chosen) // size * size].reshape(-1, size))
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from recipe.config.identity import sha256_of
 from recipe.config.schema import Accelerator, Config, DataConfig, Expectation, Precision, Source, TrainerConfig
-from recipe.data.loading import BatchLayout, TrainingBatches
+from recipe.data.augment.crop import build_augmentation
+from recipe.data.batches import BatchLayout, TrainingBatches
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
 from recipe.environment import versions
@@ -35,7 +36,6 @@ from recipe.preprocessing.pipeline import preprocess
 from recipe.provenance import source_sha256
 from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.run import Run
-from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
 from recipe.training.loop import take_step
 from recipe.training.metrics import predict_validation, validation_predictor
@@ -374,7 +374,7 @@ def _evaluated(training: Training) -> EvaluationProbe:
 def _order_sha256(training: Training) -> str:
     """The order of images in one process and in several."""
     batches = training.batches
-    divided = TrainingBatches(batches.threads, batches.augmentation, PARTS, 1, batches.seed)
+    divided = TrainingBatches(batches.loader, batches.augmentation, PARTS, 1, batches.seed)
     orders: list[Callable[[], Any]] = [batches.facts, divided.facts]
     return hashlib.sha256("".join(facts().order_sha256 for facts in orders).encode()).hexdigest()
 
@@ -392,5 +392,5 @@ def _facts(config: Config, training: Training) -> dict[str, Setting]:
         "normalisation": training.train_step.normalisation.facts(),
         "evaluation": transform.facts(),
         "protocol": protocol_name(view_name(transform, config.evaluation.flip), training.ema.is_on),
-        "decoder": training.batches.threads.decoder_name,
+        "decoder": training.batches.loader.decoder_name,
     }

@@ -17,7 +17,7 @@ import torch
 from recipe.checkpoint import prune_checkpoints, write_eval_weights
 from recipe.config.identity import flatten
 from recipe.config.schema import Config
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.distributed import World, start_world
 from recipe.experiment_log import append_to_journal
 from recipe.files import display_path

@@ -77,7 +77,7 @@ def predict_validation(training: Training, predict: Predict) -> Predictions | No
     """A prediction for every validation image, on the first process; the network is in training mode afterwards."""
     validation = training.validation
     batches = training.stop_request.polled(training.watchdog.watched(validation), validation.common_batches)
-    predictions = collect(evaluate(predict, batches), training.world, len(validation.threads.split))
+    predictions = collect(evaluate(predict, batches), training.world, len(validation.loader.split))
     training.model.train()
     return predictions
 
@@ -88,7 +88,7 @@ def _recalibrate_ema(training: Training, predict: Predict) -> None:
     with world.first_decides():
         if images and world.is_first:
             batches = PreciseBnBatches(
-                threads=training.batches.threads,
+                loader=training.batches.loader,
                 transform=training.validation.transform,
                 batch_size=training.validation.batch_size,
                 images=images,

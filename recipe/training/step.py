@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recipe.config.schema import Precision, TrainerConfig
-from recipe.data.loading import Batch
+from recipe.data.augment.mixup import dominant_labels, mix, soft_targets
+from recipe.data.batches import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, memory_format
 from recipe.evaluation import autocast
-from recipe.training.mixing import dominant_labels, mix, soft_targets
 from recipe.training.optim import Loss
 
 
@@ -87,11 +87,11 @@ class TrainStep:
     def _forward(self, batch: Batch) -> Tensor:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self.layout)
         labels = batch.labels.to(self.device, non_blocking=True)
-        draws = None if batch.draws is None else batch.draws.to(self.device)
+        parameters = batch.mix_parameters and batch.mix_parameters.to(self.device)
         with autocast(self.precision, self.device):
-            logits = self.model(mix(self.normalisation(images), draws))
-            loss: Tensor = self.loss(logits, soft_targets(labels, draws, logits.shape[1]))
-        self._count(loss.detach(), logits.detach(), dominant_labels(labels, draws))
+            logits = self.model(mix(self.normalisation(images), parameters))
+            loss: Tensor = self.loss(logits, soft_targets(labels, parameters, logits.shape[1]))
+        self._count(loss.detach(), logits.detach(), dominant_labels(labels, parameters))
         return loss
 
     @torch.no_grad()

@@ -140,7 +140,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-@pytest.mark.parametrize("place", ["recipe.training.augmentation.resize", "recipe.data.transforms.resize"])
+@pytest.mark.parametrize("place", ["recipe.data.augment.crop.resize", "recipe.data.transforms.resize"])
 def test_f12_a_failure_beyond_decoding_names_the_image_too(
     smoke: Words, place: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +156,7 @@ def test_f12_an_error_of_the_code_keeps_its_traceback_and_names_the_image(
     smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose_config(*smoke("optimization.epochs=1", "trainer.data_processes=0"))
-    monkeypatch.setattr("recipe.training.augmentation.resize", fails_with(KeyError("a mistake")))
+    monkeypatch.setattr("recipe.data.augment.crop.resize", fails_with(KeyError("a mistake")))
     with pytest.raises(KeyError) as stopped:
         loop.train(config)
     assert "while decoding or transforming shard train-" in "".join(stopped.value.__notes__)

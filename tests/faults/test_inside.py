@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from recipe import checkpoint
 from recipe.checkpoint import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
-from recipe.data.loading import Batch
+from recipe.data.batches import Batch
 from recipe.distributed import World
 from recipe.errors import DiskError, HangError, NonFiniteError, UserError
 from recipe.metrics import Row

@@ -16,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config.schema import AveragingConfig, ModelConfig, Precision
+from recipe.data.batches import Batch
 from recipe.data.decoding import build_decoder, decoded
-from recipe.data.loading import Batch, DecodingThreads
+from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World
@@ -249,7 +250,7 @@ def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
     split = open_split(str(data_directory), "train")
     world = World(0, 1, 0, 1, CPU, "none")
     transform = build_evaluation_transform(config.evaluation)
-    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with closing(ThreadedLoader(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
         one, same, other = (PreciseBnBatches(threads, transform, 24, images, seed) for seed in (0, 0, 1))
         found: list[Batch] = list(one)
         assert [len(batch.images) for batch in found] == sizes
@@ -257,7 +258,7 @@ def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
         assert len(set(chosen.tolist())) == len(chosen)
         assert np.array_equal(chosen, np.concatenate(same.parts()))
         assert not np.array_equal(chosen, np.concatenate(other.parts()))
-        first: Tensor = transform(decoded(split.read(int(chosen[0])), threads.filling.decoder))
+        first: Tensor = transform(decoded(split.read(int(chosen[0])), threads.decoder))
         assert torch.equal(found[0].images[0], first)
 
 
@@ -275,7 +276,7 @@ def test_a_run_validates_and_saves_the_new_statistics_and_says_so(smoke: Words) 
     normalisation = Normalisation(config.data.mean, config.data.std, CPU)
     predict = predictor(model, normalisation, Precision.fp32, CPU, channels_last=True)
     transform = build_evaluation_transform(config.evaluation)
-    with closing(DecodingThreads(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with closing(ThreadedLoader(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
         precise_bn(model, predict, PreciseBnBatches(threads, transform, 64, 48, config.seed))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)

@@ -18,12 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.config.schema import Config, OptimizationConfig, Precision
-from recipe.data.loading import Batch, BatchLayout
+from recipe.data.augment.crop import build_augmentation
+from recipe.data.augment.mixup import BatchPlace
+from recipe.data.batches import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world
 from recipe.errors import UserError
 from recipe.model import build_model, weights_sha256
-from recipe.training.augmentation import build_augmentation
 from recipe.training.ema import build_ema
 from recipe.training.optim import build_loss, build_optimizer, loss_facts, optimizer_facts, parameters_by_kind
 from recipe.training.step import TrainStep, compiled, replicate
@@ -503,8 +504,9 @@ def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
     train_step, average = step_of(config, model), build_ema(model, config.optimization, 1)
     augmentation = build_augmentation(config.augmentation, 0)
     indices = np.arange(GLOBAL_BATCH)
-    draws = augmentation.draws(0, 0, 0, indices, np.zeros(GLOBAL_BATCH, np.int64))
-    batch = global_batch()._replace(draws=draws)
+    place = BatchPlace(0, 0, 0, augmentation.pixels(0))
+    parameters = augmentation.mix_parameters(place, indices, np.zeros(GLOBAL_BATCH, np.int64))
+    batch = global_batch()._replace(mix_parameters=parameters)
     train_step([batch], 0.1)  # the optimizer makes its state
 
     def work() -> None:
@@ -513,7 +515,7 @@ def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
             average.update(step)
 
     assert waits_of(work) == []
-    assert (draws is not None) is any(word in " ".join(overrides) for word in ("mixing", "erasing"))
+    assert (parameters is not None) is any(word in " ".join(overrides) for word in ("mixing", "erasing"))
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from recipe import performance
 from recipe.alterations import add_blur_pool, add_stochastic_depth, init_head_bias
-from recipe.data import loading, transforms
+from recipe.data import batches, loader, transforms
+from recipe.data.augment import crop
 from recipe.document.render import write_document
 from recipe.records import Record
 from recipe.run import Run
-from recipe.training import augmentation, build, ema, loop, optim
+from recipe.training import build, ema, loop, optim
 from recipe.training.optim import BinaryCrossEntropy
 from tests.conftest import compose_config
 
@@ -73,7 +74,7 @@ def other_schedule(self: optim.LearningRate, step: int) -> float:
     return self.peak / (1 + step)
 
 
-def other_view(self: augmentation.Augmentation, picture: Any, epoch: int, index: int, copy: int, out: Tensor) -> None:
+def other_view(self: crop.Augmentation, picture: Any, epoch: int, index: int, copy: int, out: Tensor) -> None:
     out.zero_()
 
 
@@ -128,13 +129,13 @@ TRAINING_MUTATIONS: dict[str, tuple[Any, str, Any]] = {
         lambda model, config, steps: ema.TorchvisionEma(model, config, steps),
     ),
     "schedule": (optim.LearningRate, "__call__", other_schedule),
-    "augmentation, in its body": (augmentation.Augmentation, "write", other_view),
+    "augmentation, in its body": (crop.Augmentation, "write", other_view),
     "flip": (build, "build_augmentation", lambda *a: replace(BUILD_AUGMENTATION(*a), flip_probability=0.0)),
-    "order of images": (loading, "epoch_order", lambda seed, epoch, images: loading.np.arange(images)),
+    "order of images": (batches, "epoch_order", lambda seed, epoch, images: batches.np.arange(images)),
     "batch-norm epsilon": (build, "build_model", other_model),
     "mean and deviation": (transforms.Normalisation, "__init__", other_norms),
     "decay of the average": (ema.ModelEma, "__init__", other_average),
-    "threads of decoding": (loading, "threads_per_process", lambda *_: 5),
+    "threads of decoding": (loader, "threads_per_process", lambda *_: 5),
 }
 
 

@@ -16,21 +16,14 @@ import torch
 from torchvision.transforms import InterpolationMode
 
 from recipe.config.schema import TrainerConfig
-from recipe.data.loading import (
-    Batch,
-    BatchLayout,
-    Decoding,
-    EvaluationBatches,
-    TrainingBatches,
-    evaluation_orders,
-)
-from recipe.data.processes import DecodingProcesses, even_shares, open_decoding, processes_for
+from recipe.data.augment.crop import build_augmentation
+from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, EvaluationRequest, Loader, TrainingBatches
 from recipe.data.shards import Split, open_split
 from recipe.data.transforms import EvaluationTransform
+from recipe.data.worker_pool import WorkerLoader, even_shares, open_loaders, worker_count
 from recipe.distributed import World
 from recipe.errors import UserError, WorkerError
 from recipe.signals import FROM_OUTSIDE
-from recipe.training.augmentation import build_augmentation
 from tests.conftest import compose_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -50,9 +43,9 @@ def trainer(processes: int, threads: int = 2) -> TrainerConfig:
 
 
 @contextmanager
-def decoding(splits: list[Split], processes: int) -> Iterator[list[Decoding]]:
+def decoding(splits: list[Split], processes: int) -> Iterator[list[Loader]]:
     decoder = compose_config("experiment=smoke").data.decoder
-    with open_decoding(splits, decoder, trainer(processes), ALONE) as made:
+    with open_loaders(splits, decoder, trainer(processes), ALONE) as made:
         yield made
 
 
@@ -69,24 +62,24 @@ def splits(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.fixture(scope="module")
-def two(splits: list[Split]) -> Iterator[list[Decoding]]:
+def two(splits: list[Split]) -> Iterator[list[Loader]]:
     """Two processes for all tests of this file: they are slow to start. The last test kills one."""
     with decoding(splits, 2) as made:
         yield made
 
 
-def children(decoding: Decoding) -> list[int]:
+def children(decoding: Loader) -> list[int]:
     """The processes that decode; none before the first batch is there."""
-    assert isinstance(decoding, DecodingProcesses)
+    assert isinstance(decoding, WorkerLoader)
     pid = decoding.pool.process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def flat(batch: Batch) -> list[torch.Tensor]:
-    return [*batch[:3], *(batch.draws or ())]
+    return [*batch[:3], *(batch.mix_parameters or ())]
 
 
-def everything(train: Decoding, validation: Decoding, processes: int) -> list[list[torch.Tensor]]:
+def everything(train: Loader, validation: Loader, processes: int) -> list[list[torch.Tensor]]:
     """Two augmented, mixed and erased epochs, the second from its second batch on, then the validation set."""
     config = compose_config("experiment=smoke", *AUGMENTED)
     batches = TrainingBatches(train, build_augmentation(config.augmentation, 3), BatchLayout(48, 1, 2), 0, 3)
@@ -96,7 +89,7 @@ def everything(train: Decoding, validation: Decoding, processes: int) -> list[li
     return found + [flat(batch) for batch in EvaluationBatches(validation, VIEW, 7, ALONE)]
 
 
-def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: list[Decoding]) -> None:
+def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: list[Loader]) -> None:
     with decoding(splits, 0) as (train, validation, _):
         expected = everything(train, validation, 0)
     with decoding(splits, 1) as (train, validation, _):
@@ -112,15 +105,15 @@ def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: 
         )
 
 
-def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Decoding]) -> None:
+def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
-        assert isinstance(train, DecodingProcesses)
+        assert isinstance(train, WorkerLoader)
         parts = [np.arange(12, dtype=np.int64) + first for first in range(0, 96, 12)]
-        held = list(train.batches(evaluation_orders(parts, VIEW)))
+        held = list(train.load(EvaluationRequest(indices, VIEW) for indices in parts))
         copies = [batch.images.clone() for batch in held]
         sizes = set()
         for _ in range(3):
-            assert len(list(train.batches(evaluation_orders(parts, VIEW)))) == len(held)
+            assert len(list(train.load(EvaluationRequest(indices, VIEW) for indices in parts))) == len(held)
             assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
             sizes.add(train.pool.memory.bytes)
         assert len(sizes) == 1, "what was free is used first"
@@ -131,9 +124,9 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Decodi
         assert sum(slot.bytes for slot in train.pool.memory.free) == train.pool.memory.bytes
 
 
-def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(two: list[Decoding]) -> None:
+def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(two: list[Loader]) -> None:
     with nullcontext(two) as (train, validation, _):
-        assert isinstance(train, DecodingProcesses)
+        assert isinstance(train, WorkerLoader)
         for _ in range(2):
             batches = iter(EvaluationBatches(train, VIEW, 4, ALONE))
             next(batches)
@@ -148,7 +141,7 @@ def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(
         assert not train.pool.pending
 
 
-def test_a_damaged_image_is_named_and_the_others_still_come(two: list[Decoding]) -> None:
+def test_a_damaged_image_is_named_and_the_others_still_come(two: list[Loader]) -> None:
     train, _, damaged = two
     with pytest.raises(UserError) as stopped:
         list(EvaluationBatches(damaged, VIEW, 4, ALONE))
@@ -159,9 +152,9 @@ def test_a_damaged_image_is_named_and_the_others_still_come(two: list[Decoding])
     assert sum(len(batch.indices) for batch in EvaluationBatches(train, VIEW, 36, ALONE)) == 108
 
 
-def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Decoding]) -> None:
+def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
-        assert isinstance(train, DecodingProcesses)
+        assert isinstance(train, WorkerLoader)
         process = train.pool.process
         for numbers in (FROM_OUTSIDE, FROM_OUTSIDE):
             for number in numbers:
@@ -173,10 +166,10 @@ def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Decoding]
 
 def test_how_many_processes() -> None:
     automatic = compose_config("experiment=smoke", "trainer.data_threads=7").trainer
-    assert processes_for(automatic, ALONE) == 0
-    assert processes_for(automatic, GPU) == 4
-    assert processes_for(trainer(3), ALONE) == 3
-    assert processes_for(trainer(0), GPU) == 0
+    assert worker_count(automatic, ALONE) == 0
+    assert worker_count(automatic, GPU) == 4
+    assert worker_count(trainer(3), ALONE) == 3
+    assert worker_count(trainer(0), GPU) == 0
     with pytest.raises(UserError, match=r"trainer\.data_processes=-1"):
         trainer(-1)
 
@@ -191,9 +184,9 @@ def test_shares_cover_a_batch_evenly() -> None:
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_killed_process_stops_with_one_sentence(two: list[Decoding]) -> None:
+def test_a_killed_process_stops_with_one_sentence(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
-        assert isinstance(train, DecodingProcesses)
+        assert isinstance(train, WorkerLoader)
         batches = iter(EvaluationBatches(train, VIEW, 4, ALONE))
         next(batches)
         os.kill(children(train)[1], signal.SIGKILL)

@@ -15,22 +15,24 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from recipe.config.schema import Config
-from recipe.data.decoding import Picture, WholePicture, decoded
-from recipe.data.loading import Batch, BatchLayout, DecodingThreads, DeviceDraws, TrainingBatches
-from recipe.errors import UserError
-from recipe.training.augmentation import Augmentation, Growth, build_augmentation
-from recipe.training.mixing import (
+from recipe.data.augment.crop import Augmentation, Growth, build_augmentation
+from recipe.data.augment.mixup import (
     BatchPlace,
     Erasing,
-    GroupDraw,
+    GroupMix,
     Mixing,
+    MixParameters,
     Rectangle,
-    device_draws,
     dominant_labels,
     mix,
+    mix_parameters,
     predecessors,
     soft_targets,
 )
+from recipe.data.batches import Batch, BatchLayout, TrainingBatches
+from recipe.data.decoding import Picture, WholePicture, decoded
+from recipe.data.loader import ThreadedLoader
+from recipe.errors import UserError
 from tests.conftest import compose_config
 from tests.training.test_step import ALONE, step_of
 from tests.worlds import run_world
@@ -47,9 +49,9 @@ def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return pictures, torch.randint(0, CLASSES, (count,), generator=generator)
 
 
-def draws_of(groups: list[GroupDraw], size: int) -> DeviceDraws:
+def parameters_of(groups: list[GroupMix], size: int) -> MixParameters:
     drawn = [group for group in groups for _ in range(size)]
-    return DeviceDraws(
+    return MixParameters(
         torch.empty(0, 4, dtype=torch.int64),
         torch.tensor([draw.lam for draw in drawn]),
         torch.tensor([draw.rectangle for draw in drawn]),
@@ -64,31 +66,31 @@ def draws_of(groups: list[GroupDraw], size: int) -> DeviceDraws:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_mixup_is_torchvisions(share: float) -> None:
     pictures, labels = images(8)
-    draws = draws_of([GroupDraw(share, NOTHING, share)], 8)
+    parameters = parameters_of([GroupMix(share, NOTHING, share)], 8)
     oracle = v2.MixUp(num_classes=CLASSES)
-    parameters = {"lam": share, "labels": labels, "batch_size": 8}
-    torch.testing.assert_close(mix(pictures, draws), oracle.transform(pictures, parameters))
-    torch.testing.assert_close(soft_targets(labels, draws, CLASSES), oracle.transform(labels, parameters))
+    given = {"lam": share, "labels": labels, "batch_size": 8}
+    torch.testing.assert_close(mix(pictures, parameters), oracle.transform(pictures, given))
+    torch.testing.assert_close(soft_targets(labels, parameters, CLASSES), oracle.transform(labels, given))
 
 
 def test_cutmix_is_torchvisions() -> None:
     pictures, labels = images(8)
     weight = 1 - 6 * 9 / PIXELS**2
-    draws = draws_of([GroupDraw(1.0, Rectangle(2, 5, 8, 14), weight)], 8)
+    parameters = parameters_of([GroupMix(1.0, Rectangle(2, 5, 8, 14), weight)], 8)
     oracle = v2.CutMix(num_classes=CLASSES)
-    parameters = {"box": (5, 2, 14, 8), "lam_adjusted": weight, "labels": labels, "batch_size": 8}
-    assert torch.equal(mix(pictures, draws), oracle.transform(pictures, parameters))
-    torch.testing.assert_close(soft_targets(labels, draws, CLASSES), oracle.transform(labels, parameters))
+    given = {"box": (5, 2, 14, 8), "lam_adjusted": weight, "labels": labels, "batch_size": 8}
+    assert torch.equal(mix(pictures, parameters), oracle.transform(pictures, given))
+    torch.testing.assert_close(soft_targets(labels, parameters, CLASSES), oracle.transform(labels, given))
 
 
 def test_groups_are_mixed_each_by_itself_and_the_layout_in_memory_stays() -> None:
     pictures, labels = images(8)
-    groups = [GroupDraw(0.3, NOTHING, 0.3), GroupDraw(1.0, NOTHING, 1.0)]
-    whole = mix(pictures, draws_of(groups, 4))
+    groups = [GroupMix(0.3, NOTHING, 0.3), GroupMix(1.0, NOTHING, 1.0)]
+    whole = mix(pictures, parameters_of(groups, 4))
     assert whole.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(whole[:4], mix(pictures[:4], draws_of(groups[:1], 4)))
+    torch.testing.assert_close(whole[:4], mix(pictures[:4], parameters_of(groups[:1], 4)))
     assert torch.equal(whole[4:], pictures[4:])
-    targets = soft_targets(labels, draws_of(groups, 4), CLASSES)
+    targets = soft_targets(labels, parameters_of(groups, 4), CLASSES)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
 
 
@@ -96,7 +98,7 @@ def test_erasing_sets_a_rectangle_to_zero_as_torchvision_does() -> None:
     pictures, _ = images(2)
     erased = torch.tensor([[3, 4, 9, 15], [0, 0, 0, 0]])
     empty = torch.empty(0)
-    found = mix(pictures, DeviceDraws(erased, empty, empty, empty, torch.empty(0, dtype=torch.int64)))
+    found = mix(pictures, MixParameters(erased, empty, empty, empty, torch.empty(0, dtype=torch.int64)))
     expected = v2.functional.erase(pictures[0], 3, 4, 6, 11, torch.zeros(1))
     assert torch.equal(found[0], expected)
     assert torch.equal(found[1], pictures[1])
@@ -105,8 +107,8 @@ def test_erasing_sets_a_rectangle_to_zero_as_torchvision_does() -> None:
 
 def test_training_accuracy_counts_the_heavier_class() -> None:
     labels = torch.tensor([1, 2])
-    assert dominant_labels(labels, draws_of([GroupDraw(0.7, NOTHING, 0.7)], 2)).tolist() == [1, 2]
-    assert dominant_labels(labels, draws_of([GroupDraw(0.3, NOTHING, 0.3)], 2)).tolist() == [2, 1]
+    assert dominant_labels(labels, parameters_of([GroupMix(0.7, NOTHING, 0.7)], 2)).tolist() == [1, 2]
+    assert dominant_labels(labels, parameters_of([GroupMix(0.3, NOTHING, 0.3)], 2)).tolist() == [2, 1]
     assert dominant_labels(labels, None) is labels
 
 
@@ -114,12 +116,12 @@ def test_training_accuracy_counts_the_heavier_class() -> None:
 def test_labels_are_smoothed_once(smoothing: float) -> None:
     """T29: cross entropy with mixed and then smoothed targets, in closed form."""
     _, labels = images(4)
-    draws = draws_of([GroupDraw(0.4, NOTHING, 0.4)], 4)
+    parameters = parameters_of([GroupMix(0.4, NOTHING, 0.4)], 4)
     logits = torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(1))
     mixed = 0.4 * nn.functional.one_hot(labels, CLASSES) + 0.6 * nn.functional.one_hot(labels.roll(1), CLASSES)
     target = (1 - smoothing) * mixed + smoothing / CLASSES
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    found = nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, soft_targets(labels, draws, CLASSES))
+    found = nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, soft_targets(labels, parameters, CLASSES))
     torch.testing.assert_close(found, expected)
 
 
@@ -145,7 +147,7 @@ def test_both_share_the_groups_and_the_probability_leaves_some_alone() -> None:
     both = Mixing(seed=1, mixup_alpha=0.2, cutmix_alpha=1.0, cutmix_share=0.25, probability=0.5)
     drawn = [both.draw(0, batch, 0, 64) for batch in range(4000)]
     cut = sum(draw.rectangle != NOTHING for draw in drawn)
-    alone = sum(draw == GroupDraw(1.0, NOTHING, 1.0) for draw in drawn)
+    alone = sum(draw == GroupMix(1.0, NOTHING, 1.0) for draw in drawn)
     assert abs(cut - 500) < 100  # some rectangles are empty: their share rounds to nothing
     assert abs(alone - 2000) < 200
 
@@ -179,7 +181,7 @@ def test_a_group_that_does_not_divide_a_forward_pass_is_one_sentence() -> None:
     mixing = Mixing(seed=1, mixup_alpha=1.0, group_images=8)
     indices = np.arange(12)
     with pytest.raises(UserError, match=r"augmentation\.mixing\.group_images=8 does not divide the 12 images"):
-        device_draws(mixing, Erasing(), BatchPlace(0, 0, 0, 64), indices, np.zeros_like(indices))
+        mix_parameters(mixing, Erasing(), BatchPlace(0, 0, 0, 64), indices, np.zeros_like(indices))
 
 
 # ---- the same global batch, however it is divided -----------------------------------------------------
@@ -227,14 +229,14 @@ def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
     augmentation = build_augmentation(config.augmentation, config.seed)
     ranks = []
     for rank in range(layout.processes):
-        threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
+        threads = ThreadedLoader(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
         ranks.append(list(TrainingBatches(threads, augmentation, layout, rank, config.seed).epoch(1)))
         threads.close()
     wholes = []
     for steps in zip(*ranks, strict=True):
         parts = [steps[rank][step] for step in range(layout.accumulation_steps) for rank in range(layout.processes)]
-        blends = [mix(part.images.float(), part.draws) for part in parts]
-        targets = [soft_targets(part.labels, part.draws, CLASSES) for part in parts]
+        blends = [mix(part.images.float(), part.mix_parameters) for part in parts]
+        targets = [soft_targets(part.labels, part.mix_parameters, CLASSES) for part in parts]
         wholes.append(Batch(torch.cat(blends), torch.cat(targets), torch.cat([part.indices for part in parts])))
     return wholes
 
@@ -249,7 +251,7 @@ def test_a_global_batch_is_mixed_and_erased_alike_on_any_number_of_processes(lay
 def test_repeated_augmentation_holds_every_image_so_many_times_in_other_views() -> None:
     config = configuration("augmentation.repeats=4")
     augmentation = build_augmentation(config.augmentation, 0)
-    threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
+    threads = ThreadedLoader(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
     batches = TrainingBatches(threads, augmentation, BatchLayout(48, 1, 1), 0, 0)
     (first,), (second,) = batches.epoch(0)
     facts = batches.facts()
@@ -326,7 +328,7 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
     with start_world(config.trainer) as world:
         layout = BatchLayout(48, world.size, 1)
         augmentation: Augmentation = build_augmentation(config.augmentation, config.seed)
-        threads = DecodingThreads(Numbers(100), Stripes(), config.trainer, world)  # type: ignore[arg-type]
+        threads = ThreadedLoader(Numbers(100), Stripes(), config.trainer, world)  # type: ignore[arg-type]
         batches = TrainingBatches(threads, augmentation, layout, world.rank, config.seed)
         from recipe.training.step import replicate
         from tests.training.test_step import network

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from recipe.training.draws import Draws, seed_words
+from recipe.data.augment.rng import Draws, seed_words
 
 
 def keys() -> list[tuple[int, ...]]:

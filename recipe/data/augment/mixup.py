@@ -1,8 +1,9 @@
-"""Mixup, cutmix and random erasing: drawn beside the loader, applied to whole batches on the device.
+"""Mixup, cutmix and random erasing: the loader draws their parameters, the device applies them to batches.
 
-Images are paired inside fixed groups of the *global* batch, and a group's draw is a function of (seed, epoch, batch,
-group), so the same images are mixed in the same way on any number of processes. Inside a group each image meets its
-predecessor, as in torchvision's `MixUp` and `CutMix`; erasing is torchvision's `RandomErasing`, keyed to the sample.
+Images are paired inside fixed groups of the *global* batch, and a group's parameters are a function of (seed, epoch,
+batch, group), so the same images are mixed in the same way on any number of processes. Inside a group each image is
+mixed with its predecessor, as in torchvision's `MixUp` and `CutMix`; erasing is torchvision's `RandomErasing`, with
+parameters that are a function of (seed, epoch, image).
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config.schema import ErasingConfig, MixingConfig
-from recipe.data.loading import DeviceDraws
 from recipe.errors import UserError
 from recipe.records import Setting
 
-MIXING_STREAM, ERASING_STREAM = 6, 7  # keep these draws apart from those of the order and the view
+MIXING_STREAM, ERASING_STREAM = 6, 7  # keep these random numbers apart from those of the order and the crop
 ATTEMPTS = 10  # to find a rectangle that fits, as torchvision
-NOWHERE = (0, 0, 0, 0)
 
 
 class Rectangle(NamedTuple):
-    """Rows top..bottom and columns left..right of an image, the ends left out."""
+    """Rows top to bottom and columns left to right of an image, the ends exclusive."""
 
     top: int
     left: int
@@ -35,21 +34,44 @@ class Rectangle(NamedTuple):
     right: int
 
 
+EMPTY = Rectangle(0, 0, 0, 0)
+
+
 class BatchPlace(NamedTuple):
-    """Which forward pass: of which global batch of which epoch, from which position on, in which size."""
+    """The place of one forward pass in an epoch, and the size of its images."""
 
-    epoch: int
-    batch: int
-    first: int
-    pixels: int
+    epoch: int  # from 0
+    batch: int  # global batch of the epoch
+    first: int  # position of the first image in the global batch
+    pixels: int  # height and width
 
 
-class GroupDraw(NamedTuple):
+class GroupMix(NamedTuple):
     """How the images of a group are mixed with their predecessors."""
 
     lam: float  # weight of an image's own pixels outside the rectangle
     rectangle: Rectangle  # that comes from the predecessor
     weight: float  # of an image's own label
+
+
+class MixParameters(NamedTuple):
+    """Parameters of erasing, mixup and cutmix for the images of a batch; tensors have length 0 for those that are off.
+
+    The first is of erasing, the others are of mixup and cutmix.
+    """
+
+    erased: Tensor  # int64 [N, 4]: top, left, bottom, right
+    lam: Tensor  # float32 [N], weight of an image's own pixels outside its rectangle
+    rectangle: Tensor  # int64 [N, 4], taken from the partner
+    weight: Tensor  # float32 [N], of an image's own label
+    partner: Tensor  # int64 [N], position in the batch
+
+    def to(self, device: torch.device) -> MixParameters:
+        return MixParameters(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def pin_memory(self) -> MixParameters:
+        """A copy in pinned memory, from which a GPU copies without blocking."""
+        return MixParameters(*(tensor.pin_memory() for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,7 @@ class Erasing:
         """The rectangle of one sample; empty where nothing is erased."""
         generator = np.random.default_rng((ERASING_STREAM, self.seed, epoch, index, copy))
         if generator.random() >= self.probability:
-            return Rectangle(*NOWHERE)
+            return EMPTY
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for _ in range(ATTEMPTS):
             area = pixels * pixels * generator.uniform(*self.scale)
@@ -75,7 +97,7 @@ class Erasing:
                 top = int(generator.integers(0, pixels - height + 1))
                 left = int(generator.integers(0, pixels - width + 1))
                 return Rectangle(top, left, top + height, left + width)
-        return Rectangle(*NOWHERE)
+        return EMPTY
 
     def facts(self) -> dict[str, Setting]:
         """The live settings, for the record."""
@@ -103,19 +125,19 @@ class Mixing:
     def is_on(self) -> bool:
         return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
-    def draw(self, epoch: int, batch: int, group: int, pixels: int) -> GroupDraw:
-        """The draw of one group of global batch `batch`, for square images of `pixels`."""
+    def draw(self, epoch: int, batch: int, group: int, pixels: int) -> GroupMix:
+        """The parameters of one group of global batch `batch`, for square images of `pixels`."""
         generator = np.random.default_rng((MIXING_STREAM, self.seed, epoch, batch, group))
         if generator.random() >= self.probability:
-            return GroupDraw(1.0, Rectangle(*NOWHERE), 1.0)
+            return GroupMix(1.0, EMPTY, 1.0)
         is_cutmix = self.cutmix_alpha > 0 and (not self.mixup_alpha or generator.random() < self.cutmix_share)
         alpha = self.cutmix_alpha if is_cutmix else self.mixup_alpha
         lam = float(generator.beta(alpha, alpha))
         if not is_cutmix:
-            return GroupDraw(lam, Rectangle(*NOWHERE), lam)
+            return GroupMix(lam, EMPTY, lam)
         rectangle = cut(generator, lam, pixels)
         area = (rectangle.bottom - rectangle.top) * (rectangle.right - rectangle.left)
-        return GroupDraw(1.0, rectangle, 1.0 - area / (pixels * pixels))
+        return GroupMix(1.0, rectangle, 1.0 - area / (pixels * pixels))
 
     def facts(self) -> dict[str, Setting]:
         """The live settings, for the record."""
@@ -147,41 +169,41 @@ def build_mixing(config: MixingConfig, seed: int) -> Mixing:
     )
 
 
-# ---- from draws to tensors, beside the loader ---------------------------------------------------------
+# ---- tensors for a batch, made by the loader ----------------------------------------------------------
 
 
-def device_draws(
+def mix_parameters(
     mixing: Mixing, erasing: Erasing, place: BatchPlace, indices: NDArray[np.int64], copies: NDArray[np.int64]
-) -> DeviceDraws | None:
-    """The parameters of erasing and mixing for the images of one forward pass; None where both are off."""
+) -> MixParameters | None:
+    """The parameters for the images of one forward pass; None where erasing and mixing are off.
+
+    Raises `UserError` where `group_images` does not divide the forward pass.
+    """
     if not (mixing.is_on or erasing.probability):
         return None
     samples = zip(indices.tolist(), copies.tolist(), strict=True) if erasing.probability else []
     erased = [erasing.draw(place.epoch, index, copy, place.pixels) for index, copy in samples]
-    groups = _groups(mixing, place, len(indices)) if mixing.is_on else []
-    drawn = [group for group in groups for _ in range(mixing.group_images)]  # for each image
-    return DeviceDraws(
+    mixes: list[GroupMix] = []  # one for each image
+    if mixing.is_on:
+        size = mixing.group_images
+        if len(indices) % size or place.first % size:
+            raise UserError(
+                f"augmentation.mixing.group_images={size} does not divide the {len(indices)} images of one forward "
+                "pass; give a divisor of it, or another trainer.max_images_per_process"
+            )
+        for group in range(place.first // size, (place.first + len(indices)) // size):
+            mixes += [mixing.draw(place.epoch, place.batch, group, place.pixels)] * size
+    return MixParameters(
         erased=torch.tensor(erased, dtype=torch.int64).view(-1, 4),
-        share=torch.tensor([draw.lam for draw in drawn], dtype=torch.float32),
-        rectangle=torch.tensor([draw.rectangle for draw in drawn], dtype=torch.int64).view(-1, 4),
-        weight=torch.tensor([draw.weight for draw in drawn], dtype=torch.float32),
-        partner=predecessors(len(drawn), mixing.group_images),
+        lam=torch.tensor([mix.lam for mix in mixes], dtype=torch.float32),
+        rectangle=torch.tensor([mix.rectangle for mix in mixes], dtype=torch.int64).view(-1, 4),
+        weight=torch.tensor([mix.weight for mix in mixes], dtype=torch.float32),
+        partner=predecessors(len(mixes), mixing.group_images),
     )
 
 
-def _groups(mixing: Mixing, place: BatchPlace, images: int) -> list[GroupDraw]:
-    size = mixing.group_images
-    if images % size or place.first % size:
-        raise UserError(
-            f"augmentation.mixing.group_images={size} does not divide the {images} images of one forward pass; "
-            "give a divisor of it, or another trainer.max_images_per_process"
-        )
-    first = place.first // size
-    return [mixing.draw(place.epoch, place.batch, first + k, place.pixels) for k in range(images // size)]
-
-
 def predecessors(images: int, group: int) -> Tensor:
-    """For each image the one before it in its group; the first meets the last."""
+    """For each image the position of the one before it in its group; of the last image for the first."""
     places = torch.arange(images)
     return places // group * group + (places - 1) % group
 
@@ -189,16 +211,16 @@ def predecessors(images: int, group: int) -> Tensor:
 # ---- on the device ------------------------------------------------------------------------------------
 
 
-def mix(images: Tensor, draws: DeviceDraws | None) -> Tensor:
+def mix(images: Tensor, parameters: MixParameters | None) -> Tensor:
     """Erase, then mix: float [N, C, H, W] -> the same; the layout in memory stays."""
-    if draws is None:
+    if parameters is None:
         return images
-    if len(draws.erased):
-        images = torch.where(inside(draws.erased, images), images.new_zeros(()), images)
-    if len(draws.partner):
-        partners = images[draws.partner]  # index_select and masked_fill would lose the layout
-        lam = draws.share.view(-1, 1, 1, 1).to(images.dtype)
-        images = torch.where(inside(draws.rectangle, images), partners, lam * images + (1 - lam) * partners)
+    if len(parameters.erased):
+        images = torch.where(inside(parameters.erased, images), images.new_zeros(()), images)
+    if len(parameters.partner):
+        partners = images[parameters.partner]  # index_select and masked_fill would lose the layout
+        lam = parameters.lam.view(-1, 1, 1, 1).to(images.dtype)
+        images = torch.where(inside(parameters.rectangle, images), partners, lam * images + (1 - lam) * partners)
     return images
 
 
@@ -210,18 +232,18 @@ def inside(rectangles: Tensor, images: Tensor) -> Tensor:
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
-def soft_targets(labels: Tensor, draws: DeviceDraws | None, classes: int) -> Tensor:
+def soft_targets(labels: Tensor, parameters: MixParameters | None, classes: int) -> Tensor:
     """Labels [N] as they are, or mixed as the images were: float [N, classes] whose rows sum to 1."""
-    if draws is None or not len(draws.partner):
+    if parameters is None or not len(parameters.partner):
         return labels
     every_class = torch.arange(classes, device=labels.device)  # one_hot reads its labels back on some devices
-    own, others = (classes_of[:, None] == every_class for classes_of in (labels, labels[draws.partner]))
-    weight = draws.weight.view(-1, 1)
+    own, others = (classes_of[:, None] == every_class for classes_of in (labels, labels[parameters.partner]))
+    weight = parameters.weight.view(-1, 1)
     return weight * own + (1 - weight) * others
 
 
-def dominant_labels(labels: Tensor, draws: DeviceDraws | None) -> Tensor:
+def dominant_labels(labels: Tensor, parameters: MixParameters | None) -> Tensor:
     """The class with the larger weight in each image, which training accuracy is counted against."""
-    if draws is None or not len(draws.partner):
+    if parameters is None or not len(parameters.partner):
         return labels
-    return torch.where(draws.weight >= 0.5, labels, labels[draws.partner])
+    return torch.where(parameters.weight >= 0.5, labels, labels[parameters.partner])

@@ -12,9 +12,9 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from recipe.data.augment.crop import Augmentation, build_augmentation
+from recipe.data.augment.mixup import Erasing, Mixing, Rectangle
 from recipe.data.transforms import fixed_image
-from recipe.training.augmentation import Augmentation, build_augmentation
-from recipe.training.mixing import Erasing, Mixing, Rectangle
 from tests.conftest import compose_config
 
 IMAGE = fixed_image(120, 160)

@@ -11,8 +11,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from recipe.config.schema import PolicyKind
+from recipe.data.augment.auto_augment import (
+    OPERATIONS,
+    RAND_RANGES,
+    TRANSLATION_SHARE,
+    TRIVIAL_RANGES,
+    Operation,
+    Policy,
+)
 from recipe.data.transforms import fixed_image
-from recipe.training.policies import OPERATIONS, RAND_RANGES, TRANSLATION_SHARE, TRIVIAL_RANGES, Operation, Policy
 
 IMAGE = fixed_image(40, 40)
 TRIVIAL = Policy(PolicyKind.trivial_augment)

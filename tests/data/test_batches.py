@@ -15,25 +15,25 @@ import torch
 from torchvision.transforms import InterpolationMode
 
 from recipe.config.schema import Decoder, OptimizationConfig, TrainerConfig
-from recipe.data.decoding import Picture, UndecodableError, WholePicture, build_decoder
-from recipe.data.loading import (
+from recipe.data.augment.crop import build_augmentation
+from recipe.data.batches import (
     WINDOW_SHARDS,
     Batch,
     BatchLayout,
-    DecodingThreads,
     EvaluationBatches,
     TrainingBatches,
     block_order,
     derive_layout,
     epoch_order,
 )
+from recipe.data.decoding import Picture, UndecodableError, WholePicture, build_decoder
+from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError
-from recipe.training.augmentation import build_augmentation
 from recipe.training.optim import build_schedule
-from tests.conftest import PlainViews, compose_config
+from tests.conftest import compose_config, no_augmentation
 
 VIEW = EvaluationTransform(8, 8, InterpolationMode.BILINEAR)
 
@@ -84,8 +84,8 @@ def training_batches(
     images: int, layout: BatchLayout, trainer: TrainerConfig, rank: int = 0, seed: int = 5
 ) -> Iterator[TrainingBatches]:
     """Batches of `Numbers`, unaugmented."""
-    with closing(DecodingThreads(Numbers(images), GreySquares(), trainer, world())) as threads:  # type: ignore[arg-type]
-        yield TrainingBatches(threads, PlainViews(8), layout, rank, seed)
+    with closing(ThreadedLoader(Numbers(images), GreySquares(), trainer, world())) as threads:  # type: ignore[arg-type]
+        yield TrainingBatches(threads, no_augmentation(8), layout, rank, seed)
 
 
 def part_indices(layout: BatchLayout, trainer: TrainerConfig) -> list[list[list[int]]]:
@@ -197,9 +197,9 @@ def test_an_order_of_blocks_is_a_permutation_that_stays_within_a_few_shards() ->
 
 def test_blocks_are_what_is_delivered_and_recorded(data_directory: Path) -> None:
     config = compose_config("experiment=smoke", "data.order=blocks")
-    pool = DecodingThreads(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.trainer, world())
+    pool = ThreadedLoader(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.trainer, world())
     with closing(pool):
-        batches = TrainingBatches(pool, PlainViews(8), BatchLayout(36, 1, 1), 0, 5, config.data.order)
+        batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(36, 1, 1), 0, 5, config.data.order)
         seen = [index for (batch,) in batches.epoch(0) for index in batch.indices.tolist()]
         assert seen == block_order(5, 0, [shard.images for shard in pool.split.shards]).tolist()
         assert batches.facts().order == "blocks"
@@ -264,7 +264,7 @@ def real_pixels(data_directory: Path, threads: int, layout: BatchLayout, rank: i
     """One augmented epoch of the small demo set."""
     config = compose_config("experiment=smoke", f"trainer.data_threads={threads}")
     decoder = build_decoder(config.data.decoder)
-    pool = DecodingThreads(open_split(data_directory, "train"), decoder, config.trainer, world())
+    pool = ThreadedLoader(open_split(data_directory, "train"), decoder, config.trainer, world())
     with closing(pool):
         augmentation = build_augmentation(config.augmentation, 3)
         return list(TrainingBatches(pool, augmentation, layout, rank, 3).epoch(1))
@@ -314,7 +314,7 @@ class Refusing:
 
 def refused_image(data_directory: Path) -> str:
     """What is said when the images of sound shards are refused."""
-    pool = DecodingThreads(open_split(data_directory, "train"), Refusing(), settings(24)[1], world())
+    pool = ThreadedLoader(open_split(data_directory, "train"), Refusing(), settings(24)[1], world())
     with closing(pool), pytest.raises(UserError) as stopped:
         list(EvaluationBatches(pool, VIEW, 4, world()))
     return str(stopped.value)
@@ -344,7 +344,7 @@ def evaluation_indices(images: int, batch_size: int, processes: int, trainer: Tr
     """Indices by rank and batch."""
     ranks = []
     for rank in range(processes):
-        with closing(DecodingThreads(Numbers(images), GreySquares(), trainer, world())) as threads:  # type: ignore[arg-type]
+        with closing(ThreadedLoader(Numbers(images), GreySquares(), trainer, world())) as threads:  # type: ignore[arg-type]
             batches = EvaluationBatches(threads, VIEW, batch_size, world(rank, processes))
             found = [batch.indices.tolist() for batch in batches]
             assert len(found) == len(batches)

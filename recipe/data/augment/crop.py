@@ -1,8 +1,8 @@
-"""Random resized crop and flip, where every draw is a function of (seed, epoch, image).
+"""Augmentation of a sample: random resized crop and flip, then automatic augmentation.
 
-No random transform class runs here: those draw from a global generator that threads share, so their crops change with
-the number of threads. Parameters come from a generator of the sample's own, and the pixels are those of torchvision's
-functional v2 with these parameters; a sample can be drawn again at any time to look at it.
+All parameters are a function of (seed, epoch, image), and the pixels are those of torchvision's functional v2 with
+these parameters, so a sample can be made again at any time. torchvision's random transform classes are not used: they
+draw from a global generator that threads share, so their crops change with the number of threads.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from recipe.config.schema import AugmentationConfig
+from recipe.data.augment.auto_augment import Policy, build_policy
+from recipe.data.augment.mixup import (
+    BatchPlace,
+    Erasing,
+    Mixing,
+    MixParameters,
+    build_erasing,
+    build_mixing,
+    mix_parameters,
+)
+from recipe.data.augment.rng import Draws
 from recipe.data.decoding import Picture, WholePicture
-from recipe.data.loading import DeviceDraws
 from recipe.data.transforms import (
     INTERPOLATIONS,
     empty_image,
@@ -28,9 +38,6 @@ from recipe.data.transforms import (
     resize,
 )
 from recipe.records import Setting
-from recipe.training.draws import Draws
-from recipe.training.mixing import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
-from recipe.training.policies import Policy, build_policy
 
 AUGMENTATION_STREAM, POLICY_STREAM = 2, 5  # keep these draws apart from one another and from the order's
 ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
@@ -105,12 +112,11 @@ class Augmentation:
         """The size of the views of an epoch, counted from 0."""
         return self.growth.pixels(epoch, self.crop_pixels)
 
-    def draws(
-        self, epoch: int, batch: int, first: int, indices: NDArray[np.int64], copies: NDArray[np.int64]
-    ) -> DeviceDraws | None:
-        """The parameters of erasing and mixing for these images; the first is at `first` in global batch `batch`."""
-        place = BatchPlace(epoch, batch, first, self.pixels(epoch))
-        return device_draws(self.mixing, self.erasing, place, indices, copies)
+    def mix_parameters(
+        self, place: BatchPlace, indices: NDArray[np.int64], copies: NDArray[np.int64]
+    ) -> MixParameters | None:
+        """The parameters of erasing and mixing for the images of one forward pass; None where both are off."""
+        return mix_parameters(self.mixing, self.erasing, place, indices, copies)
 
     def view(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> View:
         """Draw for copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
@@ -156,22 +162,18 @@ class Augmentation:
         return sizes[0] if len(begins) <= 1 else [f"{sizes[epoch]} from epoch {epoch + 1}" for epoch in begins]
 
     def fingerprint(self) -> str:
-        """A hash of the pixels of 16 samples of fixed pictures, and of the draws for the device where any are on.
+        """A hash of the pixels of 16 samples of fixed pictures, and of the mix parameters of four batches if any.
 
-        Rare cases are added by themselves: crops that no draw fits, each operation of the policy.
+        Rare cases are hashed besides: crops that do not fit after all attempts, each operation of the policy.
         """
         sizes = [(96, 128), (150, 100), (40, 400), (64, 64)]
         views = [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]
         central = [self._central(*size, flip=False)[:4] for size in ((30, 201), (201, 30), (45, 51))]
-        return pixels_sha256([*views, torch.tensor(central), *self.policy.examples(), *self._drawn()])
-
-    def _drawn(self) -> list[Tensor]:
-        """The `draws` of two batches of each of two epochs."""
         indices = np.arange(4 * self.mixing.group_images)
-        drawn = [
-            self.draws(epoch, batch, 0, indices, np.zeros_like(indices)) for epoch in range(2) for batch in range(2)
-        ]
-        return [tensor for draws in drawn if draws is not None for tensor in draws]
+        places = [BatchPlace(epoch, batch, 0, self.pixels(epoch)) for epoch in range(2) for batch in range(2)]
+        mixes = [self.mix_parameters(place, indices, np.zeros_like(indices)) for place in places]
+        tensors = [tensor for parameters in mixes if parameters is not None for tensor in parameters]
+        return pixels_sha256([*views, torch.tensor(central), *self.policy.examples(), *tensors])
 
 
 def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:

@@ -1,0 +1,331 @@
+"""Batches from worker processes that decode straight into memory that they share with this process.
+
+Decoding threads compete with the main thread for the GIL; worker processes need it only for one message per batch.
+Each worker fills its share of each batch with the code of `recipe.data.loader`, so pixels, order and errors are the
+same. The memory is anonymous: it is freed with the last process that maps it, and a small /dev/shm does not limit it. A
+batch on a CPU is this memory, used again when the batch is freed; for a GPU it is copied once more, to torch's pinned
+memory, which knows when a copy to the device is over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recipe.config.schema import Decoder, TrainerConfig
+from recipe.data.augment.mixup import MixParameters
+from recipe.data.batches import Batch, BatchRequest, Loader
+from recipe.data.decoding import build_decoder
+from recipe.data.loader import PendingBatch, ThreadedLoader, collate, empty_images, prefetch
+from recipe.data.shards import Split
+from recipe.data.worker import SIGNAL_BASE, Reply, Setup, Task, batch_at
+from recipe.distributed import World, threads_per_process
+from recipe.errors import UserError, WorkerError
+from recipe.signals import FROM_OUTSIDE, blocked
+
+THREADS_PER_WORKER = 2  # by default: one waits for a disk while the other decodes
+SECONDS_TO_END = 3.0  # for workers whose sockets are closed, before they are killed
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from recipe.data.worker import main; main(*map(int, sys.argv[2:]))"
+)
+WORKER_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def open_loaders(
+    splits: Sequence[Split], decoder: Decoder, trainer: TrainerConfig, world: World
+) -> Iterator[list[Loader]]:
+    """A loader for each split, of threads or workers as the configuration and the device want it; closed at the end."""
+    workers = worker_count(trainer, world)
+    with ExitStack() as stack:
+        library = build_decoder(decoder)  # also with workers: a decoder that cannot be used is refused here
+        if workers == 0:
+            yield [stack.enter_context(closing(ThreadedLoader(split, library, trainer, world))) for split in splits]
+        else:
+            threads = threads_per_process(trainer.data_threads, world)
+            pool = stack.enter_context(closing(WorkerPool(splits, decoder, workers, threads, world)))
+            yield [WorkerLoader(pool, number, trainer.prefetch_batches) for number in range(len(splits))]
+
+
+def worker_count(trainer: TrainerConfig, world: World) -> int:
+    """Workers of this process; 0: it decodes in threads of its own."""
+    workers = trainer.data_processes
+    if sys.platform != "linux":
+        if workers:
+            raise UserError(f"trainer.data_processes={workers} needs Linux; use trainer.data_processes=0")
+        return 0
+    if workers is not None:
+        return workers
+    if world.device.type != "cuda":
+        return 0
+    return math.ceil(threads_per_process(trainer.data_threads, world) / THREADS_PER_WORKER)
+
+
+class Slot(NamedTuple):
+    """A part of the shared memory, mapped in this process."""
+
+    offset: int
+    bytes: int
+    memory: mmap.mmap
+
+
+class SharedMemory:
+    """Anonymous memory in slots of one batch each; it grows when more batches are held at once."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("recipe-batches", os.MFD_CLOEXEC)
+        self.bytes = 0
+        self.free: list[Slot] = []
+        self.lock = threading.Lock()
+
+    def take(self, size: int) -> Slot:
+        """The smallest free slot of at least so many bytes, else a new one."""
+        with self.lock:
+            large_enough = [slot for slot in self.free if slot.bytes >= size]
+            if large_enough:
+                slot = min(large_enough, key=lambda slot: slot.bytes)
+                self.free.remove(slot)
+                return slot
+            offset, size = self.bytes, math.ceil(size / mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            self.bytes += size
+            os.ftruncate(self.descriptor, self.bytes)
+            return Slot(offset, size, mmap.mmap(self.descriptor, size, offset=offset))
+
+    def images(self, slot: Slot, count: int, pixels: int) -> Tensor:
+        """The batch in a slot, uint8 [count, 3, pixels, pixels]; the slot is free when all tensors on it are gone."""
+        array = batch_at(slot.memory, 0, count, pixels)
+        weakref.finalize(array, self.free.append, slot).atexit = False
+        return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        """No more slots; batches that are held stay as they are."""
+        os.close(self.descriptor)
+
+
+@dataclass
+class RemoteBatch:
+    """A batch that workers are filling."""
+
+    split: Split
+    request: BatchRequest
+    images: Tensor | None
+    missing_shares: int
+    future: Future[Batch] = field(default_factory=Future)
+    is_cancelled: bool = False
+    failure: Exception | None = None
+    mix_parameters: MixParameters | None = None
+
+
+class WorkerPool:
+    """The worker processes, and one thread here that receives their replies."""
+
+    def __init__(self, splits: Sequence[Split], decoder: Decoder, workers: int, threads: int, world: World) -> None:
+        self.splits, self.decoder = splits, decoder
+        self.pin = world.device.type == "cuda"
+        self.memory = SharedMemory()
+        self.pending: dict[int, RemoteBatch] = {}  # by number; until delivered, or cancelled and complete
+        self.batches = 0  # submitted so far
+        self.failure: Exception | None = None
+        self.lock = threading.Lock()
+        self.wake_reader, self.wake_writer = os.pipe()
+        threads_each = math.ceil(threads / workers)
+        self.threads = threads_each * workers
+        setup = Setup(splits, decoder, threads_each, self.memory.descriptor)
+        self.process, self.links = start_workers(setup, workers)
+        self.receiver = threading.Thread(target=self._receive, name="loading", daemon=True)
+        self.receiver.start()
+
+    def submit(self, split: int, request: BatchRequest) -> int:
+        """Have the workers fill a batch; returns its number."""
+        count, pixels = len(request.indices), request.pixels
+        slot = self.memory.take(count * pixels * pixels * 3)
+        shares = even_shares(count, len(self.links))
+        batch = RemoteBatch(self.splits[split], request, self.memory.images(slot, count, pixels), len(shares))
+        with self.lock:
+            if self.failure is not None:
+                raise self.failure
+            number, self.batches = self.batches, self.batches + 1
+            self.pending[number] = batch
+        pickled = pickle.dumps(request)
+        for link, (first, last) in zip(self.links, shares, strict=False):
+            send(link, Task(number, split, pickled, slot.offset, first, last))
+        return number
+
+    def result(self, number: int) -> Batch:
+        """Wait for a batch; raises what was raised while filling it."""
+        with self.lock:
+            batch = self.pending[number]
+        try:
+            return batch.future.result()
+        finally:
+            with self.lock:
+                if batch.missing_shares == 0:
+                    self.pending.pop(number, None)
+
+    def cancel(self, number: int) -> None:
+        """Skip the images of a batch that are not begun; its memory is in use until all workers have left it."""
+        with self.lock:
+            batch = self.pending.get(number)
+            if batch is None or batch.missing_shares == 0:
+                self.pending.pop(number, None)
+                return
+            batch.is_cancelled = True
+        for link in self.links:
+            send(link, Task(number, 0, b"", 0, 0, 0))
+
+    def close(self) -> None:
+        """End the workers: closing their sockets is enough, since they have nothing to lose."""
+        os.write(self.wake_writer, b".")
+        self.receiver.join()
+        for link in self.links:
+            link.close()
+        try:
+            self.process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.wake_reader)
+        os.close(self.wake_writer)
+        self.memory.close()
+
+    def _receive(self) -> None:
+        """Handle replies, until `close` or the death of a worker."""
+        while True:
+            for ready in wait([self.wake_reader, *self.links]):
+                if not isinstance(ready, Connection):
+                    return
+                try:
+                    reply: Reply = pickle.loads(ready.recv_bytes())
+                except (EOFError, OSError):
+                    self._fail(worker_death(self.process))
+                    return
+                self._handle(reply)
+
+    def _handle(self, reply: Reply) -> None:
+        """Count a finished share; the last one completes the batch."""
+        with self.lock:
+            batch = self.pending[reply.number]
+            batch.missing_shares -= 1
+            is_complete = batch.missing_shares == 0
+            if is_complete and batch.is_cancelled:
+                del self.pending[reply.number]
+        if reply.message is not None:
+            batch.failure = batch.failure or UserError(reply.message)
+        if reply.traceback is not None:
+            batch.failure = batch.failure or RuntimeError(f"a process that decodes images failed:\n{reply.traceback}")
+        if reply.mix_parameters is not None:
+            batch.mix_parameters = MixParameters(*map(torch.from_numpy, reply.mix_parameters))
+        if is_complete and not batch.is_cancelled:
+            self._complete(batch)
+
+    def _complete(self, batch: RemoteBatch) -> None:
+        """Deliver a batch, or the error that prevents it."""
+        images, batch.images = batch.images, None
+        assert images is not None
+        try:
+            if batch.failure is not None:
+                raise batch.failure
+            if self.pin:
+                images = empty_images(len(images), images.shape[-1], pin=True).copy_(images)
+            batch.future.set_result(collate(batch.split, batch.request.indices, images, batch.mix_parameters))
+        except Exception as error:  # also torch's, for want of memory: `result` raises it
+            batch.future.set_exception(error)
+
+    def _fail(self, failure: Exception) -> None:
+        """Raise this in all `result` and `submit` from now on: no batch will be completed."""
+        with self.lock:
+            self.failure = failure
+            incomplete = [batch for batch in self.pending.values() if batch.missing_shares]
+        for batch in incomplete:
+            batch.future.set_exception(failure)
+
+
+def start_workers(setup: Setup, count: int) -> tuple[subprocess.Popen[bytes], list[Connection]]:
+    """Start the process that forks the workers; returns it and a socket to each worker.
+
+    The setup is passed in a memory file: it can be longer than a socket's buffer.
+    """
+    pairs = [socket.socketpair() for _ in range(count)]
+    worker_ends = [pair[1].fileno() for pair in pairs]
+    descriptor = os.memfd_create("recipe-setup", os.MFD_CLOEXEC)
+    with open(descriptor, "wb") as file:
+        pickle.dump(setup, file)
+        file.flush()
+        command = [sys.executable, "-c", BOOT, json.dumps(sys.path), *map(str, (descriptor, *worker_ends))]
+        environment = os.environ | WORKER_ENVIRONMENT
+        inherited = (descriptor, setup.memory, *worker_ends)
+        with blocked(FROM_OUTSIDE):
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, pass_fds=inherited)
+    for _, end in pairs:
+        end.close()
+    return process, [Connection(end.detach()) for end, _ in pairs]
+
+
+def send(link: Connection, task: Task) -> None:
+    """Send a task; the receiving thread notices a dead worker."""
+    try:
+        link.send_bytes(pickle.dumps(task))
+    except OSError:
+        return
+
+
+def even_shares(count: int, workers: int) -> list[tuple[int, int]]:
+    """First and last image (exclusive) of each share: as even as can be, none empty, at least one."""
+    edges = [count * part // workers for part in range(workers + 1)]
+    return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
+
+
+def worker_death(process: subprocess.Popen[bytes]) -> WorkerError:
+    """The error that says how a worker ended."""
+    try:
+        code = process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        code = 1
+    number = -code if code < 0 else code - SIGNAL_BASE
+    is_signal = 0 < number < signal.NSIG
+    cause = f"was ended by {signal.Signals(number).name}" if is_signal else f"ended with exit code {code}"
+    advice = "perhaps memory ran out: fewer trainer.data_processes or trainer.prefetch_batches need less"
+    return WorkerError(f"a process that decodes images {cause}; {advice}", SIGNAL_BASE + number if is_signal else code)
+
+
+class WorkerLoader:
+    """Batches of one split from a pool that several splits share."""
+
+    def __init__(self, pool: WorkerPool, number: int, prefetch_batches: int) -> None:
+        self.pool, self.number, self.prefetch_batches = pool, number, prefetch_batches
+        self.split, self.decoder_name = pool.splits[number], pool.decoder.value
+        self.threads, self.workers = pool.threads, len(pool.links)
+
+    def load(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
+        """Batches in the order of the requests, decoded ahead."""
+        yield from prefetch(map(self._submit, requests), self.prefetch_batches)
+
+    def _submit(self, request: BatchRequest) -> PendingBatch:
+        number = self.pool.submit(self.number, request)
+        return PendingBatch(partial(self.pool.result, number), partial(self.pool.cancel, number))
