@@ -40,7 +40,7 @@ chapters
                    differences, impact), watch/ (reference, statistics, report), reproduce/ (parse: a document as
                    data; adapt: to this machine; judge, report)
 the example
-    demonstration  inference.ipynb: a run's model on pictures, from every file; python -m recipe.demonstration runs it
+    demonstration  inference.ipynb: a run's model on pictures, from every file; python -m recipe.stages.infer runs it
 """
 
 import os

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from recipe.streams import protect_streams
+from recipe.run.terminal import protect_streams
 
 # What a stranger's words could do to a terminal: move, colour, title, reorder. Lines of a diff stay lines.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")

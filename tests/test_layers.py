@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from recipe.files import CHECKOUT
+from recipe.run.files import CHECKOUT
 
 # A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
 GROUND = [

@@ -25,7 +25,7 @@ from recipe.data.shards import Split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError
-from recipe.records import LoaderFacts
+from recipe.run.records import LoaderFacts
 
 WINDOW_SHARDS = 8  # whose images `data.order=blocks` mixes
 ORDER_STREAM = 1  # keeps the generator of the order apart from that of the augmentation

@@ -29,13 +29,13 @@ from recipe.data.augment.crop import build_augmentation
 from recipe.data.batches import BatchLayout, TrainingBatches
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
-from recipe.environment import versions
 from recipe.evaluation import class_table, protocol_name, view_name
-from recipe.model import build_model, model_facts
+from recipe.models.build import build_model, model_facts
 from recipe.preprocessing.pipeline import preprocess
-from recipe.provenance import source_sha256
-from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.environment import versions
+from recipe.run.provenance import source_sha256
+from recipe.run.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.training.build import Training, build_training
 from recipe.training.loop import take_step
 from recipe.training.metrics import predict_validation, validation_predictor

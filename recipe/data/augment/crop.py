@@ -37,7 +37,7 @@ from recipe.data.transforms import (
     pixels_sha256,
     resize,
 )
-from recipe.records import Setting
+from recipe.run.records import Setting
 
 AUGMENTATION_STREAM, POLICY_STREAM = 2, 5  # keep these draws apart from one another and from the order's
 ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
