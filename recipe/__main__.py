@@ -11,8 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from recipe.errors import DiskError, one_clear_sentence
-from recipe.run.terminal import output_failure, protect_streams
+from recipe.errors import DiskError
+from recipe.run.terminal import one_clear_sentence, output_failure, protect_streams
 
 VERBS: dict[str, tuple[str, str]] = {
     "check": ("recipe.review.check.command", "is a recipe complete, readable and in agreement with itself?"),

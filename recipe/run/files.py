@@ -18,7 +18,7 @@ from pathlib import Path
 
 from recipe.errors import DiskError, UserError, how_to_continue
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 ELSEWHERE = "..."  # stands for the folders of a place outside the checkout
 RECORD_BYTES_MAX = 256 * 2**20  # of a record, the log or the JSON file of one run; those of ImageNet have 10 MB
 WEIGHTS_BYTES_MAX = 16 * 2**30  # torchvision's largest classifier with an average and Adam's moments has 10 GB

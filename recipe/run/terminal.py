@@ -10,7 +10,11 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
+
+from recipe.errors import CONTROLS, Interrupted, UserError, how_to_continue
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -82,3 +86,23 @@ def output_failure() -> OSError | None:
     sys.stdout.flush()
     file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return file.failure if isinstance(file, LossyFile) else None
+
+
+# ---- the end of a command ---------------------------------------------------------------------------
+
+
+@contextmanager
+def one_clear_sentence() -> Iterator[None]:
+    """Print a `UserError` as one line and exit with its code; leave every other exception alone.
+
+    Every command enters this first, so that it also protects the standard streams.
+    """
+    protect_streams()
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {CONTROLS.sub('�', str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt as stop:
+        print(f"stopped by {str(stop) or 'Ctrl-C'}; {how_to_continue()}", file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None

@@ -25,7 +25,7 @@ from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware, start_world
 from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
-from recipe.errors import DiskError, UserError, one_clear_sentence
+from recipe.errors import DiskError, UserError
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import load_evaluated
 from recipe.inference.latency import measure_timing
@@ -37,6 +37,7 @@ from recipe.run.experiment_log import append_to_journal
 from recipe.run.files import CHECKOUT, display_path, portable_path, redact_paths, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import ClassifiedPicture, Guess, InferenceRecord, TimingRecord
+from recipe.run.terminal import one_clear_sentence
 
 NOTEBOOK = CHECKOUT / "inference.ipynb"
 PARAMETERS = "parameters"  # tag of the cell that names the run

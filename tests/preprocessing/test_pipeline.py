@@ -231,7 +231,7 @@ sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import pipeline, shard_writer
 from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
-from recipe.errors import one_clear_sentence
+from recipe.run.terminal import one_clear_sentence
 from tests.preprocessing.layouts import config
 
 out = Path({out!r})

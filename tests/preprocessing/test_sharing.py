@@ -36,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import shard_writer
 from recipe.preprocessing.pipeline import preprocess
-from recipe.errors import one_clear_sentence
+from recipe.run.terminal import one_clear_sentence
 from recipe.run.launcher import launched
 from tests.preprocessing.layouts import config
 

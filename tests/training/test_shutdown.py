@@ -98,7 +98,7 @@ def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
 
 LATE = """
 import os, signal
-from recipe.errors import one_clear_sentence
+from recipe.run.terminal import one_clear_sentence
 from recipe.run.signals import handlers_put_back
 
 class Late:
