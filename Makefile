@@ -45,7 +45,7 @@ serialize: setup  ## evaluated weights -> ONNX files that agree with them
 	$(BIN)/python serialize.py $(OVERRIDES)
 
 inference: setup  ## the example notebook on that model: pictures, names, latencies
-	$(BIN)/python -m recipe.demonstration $(OVERRIDES)
+	$(BIN)/python -m recipe.stages.infer $(OVERRIDES)
 
 all: preprocess train evaluate serialize inference  ## the whole recipe
 

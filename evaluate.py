@@ -6,10 +6,10 @@ from omegaconf import DictConfig
 from recipe.config.compose import evaluation_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
-from recipe.files import display_path, portable_path
-from recipe.performance import evaluate_run
-from recipe.run import Run
-from recipe.weights import published_config
+from recipe.models.pretrained import published_config
+from recipe.run.directory import Run
+from recipe.run.files import display_path, portable_path
+from recipe.stages.evaluate import evaluate_run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

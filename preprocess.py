@@ -8,11 +8,11 @@ from omegaconf import DictConfig
 from recipe.config.compose import job_config, one_job, run_command
 from recipe.data.manifest import copy_record
 from recipe.document.render import check_document, write_document
-from recipe.experiment_log import append_to_journal
-from recipe.files import display_path, portable_path
-from recipe.launcher import launched
 from recipe.preprocessing.pipeline import preprocess
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.experiment_log import append_to_journal
+from recipe.run.files import display_path, portable_path
+from recipe.run.launcher import launched
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

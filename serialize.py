@@ -5,9 +5,9 @@ from omegaconf import DictConfig
 
 from recipe.config.compose import one_job, run_command, stage_config
 from recipe.document.render import check_document, write_document
-from recipe.files import display_path, portable_path
-from recipe.inference.serialization import serialize_run
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, portable_path
+from recipe.stages.serialize import serialize_run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

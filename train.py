@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from recipe.config.compose import job_config, one_job, run_command
 from recipe.distributed import launch
 from recipe.document.render import check_document, write_document
-from recipe.files import display_path, portable_path
 from recipe.review.watch.command import training_watch
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, portable_path
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
 

@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 
 from recipe.config.compose import to_config
 from recipe.config.schema import Config
-from recipe.files import CHECKOUT
-from recipe.model import build_model
+from recipe.models.build import build_model
+from recipe.run.files import CHECKOUT
 
 WORDS = [
     "experiment=smoke",

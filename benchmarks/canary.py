@@ -34,8 +34,8 @@ from recipe.data.decoding import PartialPicture  # noqa: E402
 from recipe.data.loading import EvaluationBatches, TrainingBatches  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
 from recipe.evaluation import Predictions  # noqa: E402
-from recipe.records import Fingerprint, from_json, to_json  # noqa: E402
 from recipe.review.verify.trace import TOLERANCE, compare_traces  # noqa: E402
+from recipe.run.records import Fingerprint, from_json, to_json  # noqa: E402
 from recipe.training import build, fingerprint, metrics  # noqa: E402
 from recipe.training.augmentation import Augmentation  # noqa: E402
 from recipe.training.ema import ModelEma  # noqa: E402

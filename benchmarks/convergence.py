@@ -22,8 +22,8 @@ from scipy import stats
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from recipe.metrics import EPOCH_FIELDS  # noqa: E402
 from recipe.review.watch.statistics import ALPHA, WATCHED_METRICS, Seeds, bands, lag_correlation, neighbours, phases  # noqa: E402
+from recipe.run.metric_rows import EPOCH_FIELDS  # noqa: E402
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 REFERENCE_COUNTS = (3, 5, 10, 20)

@@ -32,7 +32,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from recipe.provenance import source_sha256  # noqa: E402
+from recipe.run.provenance import source_sha256  # noqa: E402
 from recipe.training.energy import accelerator_joules  # noqa: E402
 
 SAVED = 75  # exit code of a training that was stopped and can be continued
@@ -165,7 +165,7 @@ def recipe_parts(
     gate = ["serialization.int8_accuracy_drop_max=0.2"] if is_small else []
     yield Part("serialize", ["serialize.py", f"run_dir={shown}", data_word(words), *gate], (f"evaluate-{first}",))
     timing = ["timing.seconds_per_cell=0.2", "timing.batch_sizes=[1]"] if is_small else []
-    notebook = ["-m", "recipe.demonstration", f"run_dir={shown}", data_word(words), *timing]
+    notebook = ["-m", "recipe.stages.infer", f"run_dir={shown}", data_word(words), *timing]
     yield Part("latency", notebook, (f"evaluate-{first}",))
     dynamics = ["-m", "recipe", "watch", "--against", *runs.values(), "--save", f"{work}/seeds.json"]
     yield Part("dynamics", dynamics, evaluated)

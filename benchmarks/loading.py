@@ -500,7 +500,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Everything, into benchmarks/results/."""
-    from recipe.environment import processor_name, usable_cores
+    from recipe.run.environment import processor_name, usable_cores
 
     cores = arguments.cores or usable_cores()
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())

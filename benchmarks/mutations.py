@@ -34,8 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TARGETS = [
-    "recipe/model.py",
-    "recipe/alterations.py",
+    "recipe/models/build.py",
+    "recipe/models/layers.py",
     "recipe/evaluation.py",
     "recipe/data/transforms.py",
     *(f"recipe/training/{name}.py" for name in (*("optim", "step", "ema", "augmentation", "policies", "mixing"),)),
@@ -227,7 +227,7 @@ class Clean:
 def fingerprint(name: str) -> bytes:
     """Of one recipe, by the code as it is imported now."""
     from recipe.config.compose import config_from_overrides
-    from recipe.records import to_json
+    from recipe.run.records import to_json
     from recipe.training.fingerprint import take_fingerprint
 
     return to_json(take_fingerprint(config_from_overrides(RECIPES[name]), STEPS_PER_EPOCH, CLASSES))
@@ -257,8 +257,8 @@ def verdict(mutant: Mutant | None, clean: Clean) -> str:
         with_pictures(clean.pictures)
         for name in RECIPES if mutant is None else clean.recipes_for(mutant):
             content = fingerprint(name)
-            from recipe.records import Fingerprint, from_json
             from recipe.review.verify.trace import compare_traces
+            from recipe.run.records import Fingerprint, from_json
 
             stored = from_json(clean.fingerprints[name].encode(), Fingerprint, name)
             if found := compare_traces(stored, from_json(content, Fingerprint, name)):

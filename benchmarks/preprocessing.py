@@ -365,7 +365,7 @@ def page(result: dict[str, Any]) -> str:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Everything, into benchmarks/results/."""
-    from recipe.environment import processor_name, usable_cores
+    from recipe.run.environment import processor_name, usable_cores
 
     sources, workers = jpegs(Path(arguments.images)), arguments.workers or usable_cores()
     if not sources:

@@ -219,7 +219,7 @@ def inside(folder: Path) -> Iterator[None]:
 def trained(job: Job, root: Path) -> dict[str, Any]:
     """Train one run in this process and return its line; the run itself is removed."""
     from recipe.errors import NonFiniteError
-    from recipe.run import Run
+    from recipe.run.directory import Run
     from recipe.training.loop import train
 
     fault = FAULTS[job.fault] if job.fault else Fault()

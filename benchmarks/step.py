@@ -43,13 +43,13 @@ from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
-from recipe.environment import shown_argument, versions
 from recipe.evaluation import predictor
-from recipe.files import CHECKOUT, write_atomically
-from recipe.inference.timing import clock_facts, machine_name
-from recipe.model import build_model
-from recipe.provenance import commit, tree_state
-from recipe.records import now
+from recipe.inference.latency import clock_facts, machine_name
+from recipe.models.build import build_model
+from recipe.run.environment import shown_argument, versions
+from recipe.run.files import CHECKOUT, write_atomically
+from recipe.run.provenance import commit, tree_state
+from recipe.run.records import now
 from recipe.training.optim import build_loss, build_optimizer
 from recipe.training.step import TrainStep, compiled
 

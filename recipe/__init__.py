@@ -1,46 +1,26 @@
-"""The reference ResNet-50 / ImageNet pipeline that emits its own recipe. The map, in reading order:
+"""The reference ResNet-50 / ImageNet pipeline that emits its own recipe.
 
-ground floor, importable without torch
-    streams        standard output that cannot end the work
-    errors         what stops a run, each kind with its exit code
-    signals        from a scheduler, a terminal that closes, Ctrl-C
-    launcher       which of how many processes this one is
-    config         schema (settings with their bounds), compose (Hydra -> Config), identity (hashes)
-    files          atomic writing, locks, reading files of others, paths as text
-    metrics        the rows of metrics.jsonl
-    records        the results of every stage: frozen structs <-> JSON, and the table of them
-    run            the known files of a run directory
-    experiment_log one line for each stage started and ended
-    environment    the command line, versions, environment variables and machine of a stage
-    provenance     its commit, tree state and patch; the hash of the source
-ground floor, torch
+The floors, lowest first; a file imports only from floors below it and from its own package:
+    errors         exceptions and their exit codes
+    run            the run directory: directory, files (atomic writing, locks, paths), records (the results of stages),
+                   provenance (commit, tree, patch), environment (versions, hardware), experiment_log, metric_rows,
+                   progress; the process: launcher, signals, terminal
+    config         schema (settings with their bounds), compose (Hydra -> Config), identity (hashes, differences)
+    models         build (ResNet-50 and its relatives), layers, checkpoint, pretrained
     distributed    launch(), World, reductions
-    alterations    blur pooling, stochastic depth, the initial bias of the head
-    checkpoint     atomic save, verified load; files of torch.save as plain data
-    weights        pretrained weights: files of other training scripts, torchvision's
-    model          ResNet-50 and its sources, finished here
-chapters
-    data           shards -> batches: images and integrity (checks of one image, which preprocessing shares), manifest,
-                   shards, decoding, transforms, loading; worker, processes; progress
-    preprocessing  raw images -> shards: pipeline, sources, ilsvrc, imagenet (facts), folders, archives, listing,
-                   shard_writer, sharing, summary; painting, demo: the drawn set
-    evaluation     evaluate(predict, batches) -> integer counts; the one evaluator of every stage
-    inference      onnx_file, export, parity, evaluated, serialization: checkpoint -> files that passed the gate;
-                   pictures, classifier: one picture -> the best classes; timing: latencies of this machine
-    performance    a checkpoint, an exported file or published weights on the whole validation set
-    training       loop; build, optim, step, ema; augmentation, policies, mixing, draws; checkpointing, shutdown,
-                   watchdog, metrics, metric_log, energy, record; fingerprint
-    doctor         python -m recipe doctor: what bounds the speed of an experiment on this machine
-    document       run_data, blocks, curves, recipe_json, latency, commands, experiment_log, formatting, figures,
-                   render: from records to pages, without torch; model_card, published_folder, publish: a run as a
-                   folder to commit, and the table of those
-    review         opening: a recipe that a reader points at; reading: its records, one by one; outputs: its files,
-                   measured again; findings. A folder for each verb: check/ (checklist, presence, page, records,
-                   document, code, files), verify/ (files: the chain; trace; code: the verb drift), diff/ (inputs,
-                   differences, impact), watch/ (reference, statistics, report), reproduce/ (parse: a document as
-                   data; adapt: to this machine; judge, report)
-the example
-    demonstration  inference.ipynb: a run's model on pictures, from every file; python -m recipe.demonstration runs it
+    document       records -> pages, without torch: run_data, render, templates/, blocks, formatting, curves, figures,
+                   commands, experiment_log, latency, recipe_json, model_card; publish, published_folder
+    data           shards -> batches: images, integrity, manifest, shards, decoding, transforms, loading, processes, worker
+    evaluation     evaluate(predict, batches) -> integer counts; the evaluator of every stage
+    preprocessing  raw images -> shards: pipeline, sources, ilsvrc, imagenet, folders, archives, listing, shard_writer,
+                   sharing (several nodes), summary; demo, painting (the drawn data set)
+    training       loop, build, step, optim, ema, augmentation, policies, mixing, draws, checkpointing, shutdown, watchdog,
+                   metrics, metric_log, energy, record, fingerprint
+    inference      classifier, pictures, evaluated, export, onnx_file, parity, latency
+    stages         evaluate, serialize, infer (inference.ipynb), doctor
+    review         readers of a recipe: opening, reading, outputs, findings; a folder for each verb: check/, verify/,
+                   diff/, watch/, reproduce/
+    __main__       python -m recipe VERB
 """
 
 import os

@@ -11,8 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from recipe.errors import DiskError, one_clear_sentence
-from recipe.streams import output_failure, protect_streams
+from recipe.errors import DiskError
+from recipe.run.terminal import one_clear_sentence, output_failure, protect_streams
 
 VERBS: dict[str, tuple[str, str]] = {
     "check": ("recipe.review.check.command", "is a recipe complete, readable and in agreement with itself?"),
@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "watch": ("recipe.review.watch.command", "is a run on track, beside seeds of the same recipe?"),
     "reproduce": ("recipe.review.reproduce.command", "run a recipe again from its document, and judge its claims"),
-    "doctor": ("recipe.doctor", "what bounds the speed of an experiment on this machine?"),
+    "doctor": ("recipe.stages.doctor", "what bounds the speed of an experiment on this machine?"),
     "publish": (
         "recipe.document.publish",
         "write a run's recipe as a folder to commit: page, model card, records; its row in README.md",

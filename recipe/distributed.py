@@ -31,14 +31,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from recipe.config.schema import Accelerator, Config, Precision, TrainerConfig
-from recipe.environment import machine, usable_cores
 from recipe.errors import SAVED, UserError, WorkerError, how_to_continue
-from recipe.files import display_path
-from recipe.launcher import launched
-from recipe.records import Hardware, Setting
-from recipe.run import Run
-from recipe.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
-from recipe.streams import protect_streams
+from recipe.run.directory import Run
+from recipe.run.environment import machine, usable_cores
+from recipe.run.files import display_path
+from recipe.run.launcher import launched
+from recipe.run.records import Hardware, Setting
+from recipe.run.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
+from recipe.run.terminal import protect_streams
 
 Result = TypeVar("Result")
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills

@@ -9,10 +9,6 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from recipe.streams import protect_streams
 
 # What a stranger's words could do to a terminal: move, colour, title, reorder. Lines of a diff stay lines.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -63,20 +59,3 @@ def how_to_continue() -> str:
     """What to type after an interruption."""
     restarts = any(word.startswith("trainer.restart=") for word in sys.argv)
     return "run the same command to continue" + (", without trainer.restart" if restarts else "")
-
-
-@contextmanager
-def one_clear_sentence() -> Iterator[None]:
-    """Print a `UserError` as one line and exit with its code; leave every other exception alone.
-
-    Every command enters this first, so that it also protects the standard streams.
-    """
-    protect_streams()
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {CONTROLS.sub('�', str(error))}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt as stop:
-        print(f"stopped by {str(stop) or 'Ctrl-C'}; {how_to_continue()}", file=sys.stderr, flush=True)
-        raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None

@@ -23,7 +23,7 @@ from recipe.data.loading import Batch
 from recipe.data.transforms import EvaluationTransform, Normalisation
 from recipe.distributed import World
 from recipe.errors import NonFiniteError
-from recipe.records import ClassCounts
+from recipe.run.records import ClassCounts
 
 Predict = Callable[[Tensor], Tensor]  # uint8 [N, 3, H, W] -> float32 logits [N, classes]
 AUTOCAST_TYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}

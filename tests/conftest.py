@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from recipe.config.compose import to_config
 from recipe.config.schema import Config
-from recipe.files import CHECKOUT
-from recipe.signals import handlers_put_back
+from recipe.run.files import CHECKOUT
+from recipe.run.signals import handlers_put_back
 
 SMALL_DEMO = ["data.train_images_per_class=9", "data.validation_images_per_class=4", "data.images_per_shard=40"]
 Compose = Callable[..., Config]

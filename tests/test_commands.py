@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from recipe.errors import SAVED
-from recipe.files import CHECKOUT
+from recipe.run.files import CHECKOUT
 from tests.conftest import SMALL_DEMO
 from tests.preprocessing.layouts import jpeg, write_files
 

@@ -24,8 +24,8 @@ from recipe.distributed import (
     start_world,
     threads_per_process,
 )
-from recipe.environment import usable_cores
 from recipe.errors import DiskError, UserError, WorkerError
+from recipe.run.environment import usable_cores
 from tests.conftest import compose_config
 from tests.worlds import torchrun_environment
 

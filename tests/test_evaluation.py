@@ -30,7 +30,7 @@ from recipe.evaluation import (
     protocol_name,
     view_name,
 )
-from recipe.model import build_model
+from recipe.models.build import build_model
 from tests.conftest import compose_config
 from tests.worlds import run_world
 

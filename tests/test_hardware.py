@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import hardware
-from recipe.files import CHECKOUT
+from recipe.run.files import CHECKOUT
 
 
 def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:

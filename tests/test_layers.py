@@ -3,78 +3,22 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from recipe.files import CHECKOUT
+from recipe.run.files import CHECKOUT
 
-# A module may import its own layer's siblings only where the layer says so, and any layer named behind it.
-GROUND = [
-    *("streams", "errors", "launcher", "signals", "config", "files", "metrics", "records", "run"),
-    *("experiment_log", "environment", "provenance"),
-]
-ALLOWED = {
-    "streams": [],
-    "errors": ["streams"],
-    "launcher": ["errors"],
-    "signals": ["errors"],
-    "config": ["errors", "launcher", "streams", "files", "experiment_log", "run", "environment", "config"],
-    "files": ["errors"],
-    "metrics": ["errors"],
-    "records": ["errors"],
-    "run": ["errors", "files", "metrics", "records"],
-    "experiment_log": ["files", "records", "run"],
-    "environment": ["files", "launcher", "records"],
-    "provenance": ["environment", "files", "records"],
-    "distributed": GROUND,
-    "alterations": GROUND,
-    "weights": [*GROUND, "checkpoint"],
-    "model": [*GROUND, "alterations", "checkpoint", "weights"],
-    "checkpoint": GROUND,
-    "data": [*GROUND, "distributed", "data"],
-    "preprocessing": [*GROUND, "distributed", "data", "preprocessing"],
-    "evaluation": [*GROUND, "distributed", "model", "data"],
-    "inference": [*GROUND, "distributed", "model", "checkpoint", "data", "evaluation", "inference"],
-    "performance": [
-        *GROUND,
-        *("distributed", "model", "checkpoint", "weights", "data", "evaluation", "inference"),
-    ],
-    "training": [
-        *GROUND,
-        *(
-            "distributed",
-            "alterations",
-            "model",
-            "checkpoint",
-            "weights",
-            "data",
-            "preprocessing",
-            "evaluation",
-            "training",
-        ),
-    ],
-    "doctor": [*GROUND, "distributed", "model", "data", "training", "document"],
-    "document": [*GROUND, "document"],
-    "demonstration": [*GROUND, "distributed", "data", "inference", "document"],
-    "review": [
-        *GROUND,
-        *(
-            "distributed",
-            "model",
-            "checkpoint",
-            "weights",
-            "data",
-            "preprocessing",
-            "evaluation",
-            "inference",
-            "training",
-        ),
-        *("document", "performance", "review"),
-    ],
-    "__main__": ["streams", "errors"],  # names the verbs, and imports the one that is asked for
-}
+FLOORS = (
+    "errors < run < config < models distributed document < data < evaluation preprocessing < training inference < stages"
+    " < review < __main__"
+)
+LEVELS = {name: level for level, names in enumerate(FLOORS.split(" < ")) for name in names.split()}
+ENTRY_POINTS = {"main", "describe", "answer"}  # of a script or a verb
 WITHOUT_TORCH = [
-    *(*GROUND, "config.schema", "config.compose", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
+    *("run.provenance", "config.compose", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
     *("review.check.command", "review.diff.command"),
 ]
 MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
@@ -82,30 +26,63 @@ MODULES = sorted((CHECKOUT / "recipe").rglob("*.py"))
 
 def imported_modules(source: str) -> set[str]:
     """The second names of everything imported from this package: `recipe.data.shards` -> `data`."""
-    found = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] for name in names if name.startswith("recipe.")}
-    return found
+        if isinstance(node, ast.ImportFrom) and node.module == "recipe":
+            names |= {f"recipe.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("recipe.")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))
-def test_imports_point_one_way(path: object) -> None:
-    relative = path.relative_to(CHECKOUT / "recipe")  # type: ignore[attr-defined]
-    if relative.name == "__init__.py":
+def test_a_file_imports_only_from_floors_below(path: Path) -> None:
+    relative = path.relative_to(CHECKOUT / "recipe")
+    if str(relative) == "__init__.py":
         return
-    layer = relative.parts[0].removesuffix(".py")
-    assert layer in ALLOWED, f"{relative} belongs to no layer: add it to this table"
-    wrong = imported_modules(path.read_text()) - set(ALLOWED[layer])  # type: ignore[attr-defined]
-    assert not wrong, f"{relative} imports {wrong}"
+    own = relative.parts[0].removesuffix(".py")
+    above = {name for name in imported_modules(path.read_text()) - {own} if LEVELS[name] >= LEVELS[own]}
+    assert not above, f"{relative} imports {above}"
+
+
+def test_no_modules_import_one_another() -> None:
+    """Within a package, at import time, too: Python would show half of a module."""
+    imports = {path: set(imported_files(path)) for path in MODULES}
+    finished: set[Path] = set()
+    while ready := {path for path, files in imports.items() if path not in finished and files <= finished}:
+        finished |= ready
+    circles = [str(path.relative_to(CHECKOUT)) for path in MODULES if path not in finished]
+    assert not circles
+
+
+def imported_files(path: Path) -> Iterator[Path]:
+    """The files of this package that a file imports when it is imported, not later in a function."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("recipe."):
+            file = CHECKOUT / Path(*node.module.split("."))
+            for name in [file, *(file / alias.name for alias in node.names)]:
+                if name.with_suffix(".py").is_file():
+                    yield name.with_suffix(".py")
 
 
 def test_only_the_command_line_imports_review() -> None:
     """Training is handed `watch` as a function by its script; nothing else knows what readers do with a recipe."""
-    assert {layer for layer, below in ALLOWED.items() if "review" in below} == {"review"}
     scripts = {path.name for path in CHECKOUT.glob("*.py") if "review" in imported_modules(path.read_text())}
     assert scripts == {"train.py"}
+
+
+def test_few_names_stand_in_two_modules() -> None:
+    modules = Counter(
+        node.name if isinstance(node, ast.FunctionDef | ast.ClassDef) else target.id
+        for path in MODULES
+        for node in ast.parse(path.read_text()).body
+        for target in (node.targets if isinstance(node, ast.Assign) else [node])
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) or isinstance(target, ast.Name)
+    )
+    twice = sorted(name for name, count in modules.items() if count > 1 and name not in ENTRY_POINTS)
+    assert len(twice) <= 15, twice
 
 
 def test_no_module_is_named_for_nothing() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import VERBS
-from recipe.demonstration import NOTEBOOK
 from recipe.errors import SAVED, DiskError, HangError, NonFiniteError, UserError
-from recipe.files import CHECKOUT
 from recipe.inference.parity import ParityError
-from recipe.records import RECORDS
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.records import RECORDS
+from recipe.stages.infer import NOTEBOOK
 from tests.conftest import compose_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from recipe.__main__ import main
-from recipe.files import CHECKOUT
 from recipe.review.opening import open_recipe
 from recipe.review.verify.code import code_differences
 from recipe.review.verify.files import BROKEN, links
+from recipe.run.files import CHECKOUT
 
 RECIPES = sorted(path.parent for path in (CHECKOUT / "recipes").glob("*/README.md"))
 published = pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)

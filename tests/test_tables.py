@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 
-from recipe.files import CHECKOUT
+from recipe.run.files import CHECKOUT
 
 TESTS = CHECKOUT / "tests"
 CITED = re.compile(r"`([\w/]+\.py)::(\w+)`")

@@ -32,7 +32,6 @@ from torch.nn import functional
 from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.transforms.v2 import functional as transforms_functional
 
-from recipe import performance
 from recipe.config import schema as configuration
 from recipe.config.schema import Config
 from recipe.data.decoding import NvImageCodecDecoder, Picture, PillowDecoder, build_decoder
@@ -48,11 +47,12 @@ from recipe.document import figures
 from recipe.document.formatting import accuracy
 from recipe.document.render import write_document
 from recipe.errors import NonFiniteError
-from recipe.files import CHECKOUT
-from recipe.model import build_model
-from recipe.provenance import source_files
-from recipe.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
-from recipe.run import Run
+from recipe.models.build import build_model
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.provenance import source_files
+from recipe.run.records import EvaluationRecord, PreprocessingRecord, TrainingRecord
+from recipe.stages import evaluate as performance
 from recipe.training import build, checkpointing, loop, metrics
 from recipe.training.augmentation import build_augmentation
 from recipe.training.optim import build_schedule

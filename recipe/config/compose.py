@@ -31,13 +31,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
-from recipe.environment import remember_typed_words, typed_words
-from recipe.errors import CONTROLS, UserError, how_to_continue, one_clear_sentence
-from recipe.experiment_log import JOURNAL
-from recipe.files import CHECKOUT, disk_errors, display_path
-from recipe.launcher import launched, report_ignored
-from recipe.run import Run
-from recipe.streams import protect_streams
+from recipe.errors import CONTROLS, UserError, how_to_continue
+from recipe.run.directory import Run
+from recipe.run.environment import remember_typed_words, typed_words
+from recipe.run.experiment_log import JOURNAL
+from recipe.run.files import CHECKOUT, disk_errors, display_path
+from recipe.run.launcher import launched, report_ignored
+from recipe.run.terminal import one_clear_sentence, protect_streams
 
 FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
 

@@ -31,7 +31,7 @@ from recipe.data.shards import Split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError
-from recipe.records import LoaderFacts
+from recipe.run.records import LoaderFacts
 
 IMAGES_PER_TASK = 4  # handed to a thread at once: fewer Python calls, still even work
 WINDOW_SHARDS = 8  # whose images `data.order=blocks` mixes

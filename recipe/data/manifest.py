@@ -14,10 +14,10 @@ from recipe.config.identity import differences
 from recipe.config.schema import DataConfig, Source
 from recipe.data.images import FILTER
 from recipe.errors import UserError
-from recipe.files import display_path, write_atomically
-from recipe.provenance import PATCHES
-from recipe.records import ClassName, PreprocessingRecord, Record, Setting, UnusualImage, from_json
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, write_atomically
+from recipe.run.provenance import PATCHES
+from recipe.run.records import ClassName, PreprocessingRecord, Record, Setting, UnusualImage, from_json
 
 MANIFEST, RECORD = "manifest.json", "preprocessing.json"
 

@@ -49,7 +49,7 @@ from recipe.data.shards import Split
 from recipe.data.worker import SIGNAL_BASE, Done, Job, Start, batch_at
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError, WorkerError
-from recipe.signals import FROM_OUTSIDE, blocked
+from recipe.run.signals import FROM_OUTSIDE, blocked
 
 THREADS_PER_PROCESS = 2  # where nobody says: one waits for a disk while the other decodes
 SECONDS_TO_END = 3.0  # of processes that were told to, before they are killed

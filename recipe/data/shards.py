@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from recipe.data.manifest import Manifest, Shard, read_manifest
 from recipe.errors import UserError
-from recipe.files import display_path
+from recipe.run.files import display_path
 
 SPLITS = ("train", "val")
 INDEX = np.dtype(

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from recipe.config.schema import EvaluationConfig, Interpolation
 from recipe.data.manifest import Manifest
 from recipe.errors import UserError
-from recipe.records import Interface, Setting
+from recipe.run.records import Interface, Setting
 
 INTERPOLATIONS = {
     Interpolation.bilinear: InterpolationMode.BILINEAR,

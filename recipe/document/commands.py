@@ -6,9 +6,9 @@ import re
 import shlex
 
 from recipe.document.run_data import RunData
-from recipe.environment import PLACES
-from recipe.files import CHECKOUT, is_elsewhere
-from recipe.records import Provenance
+from recipe.run.environment import PLACES
+from recipe.run.files import CHECKOUT, is_elsewhere
+from recipe.run.records import Provenance
 
 SHELL_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # with its quotes
 EXPERIMENTS = CHECKOUT / "conf" / "experiment"
@@ -72,7 +72,7 @@ def to_serialize(facts: RunData) -> str:
 
 def to_infer(facts: RunData) -> str:
     """The command that fills Inference / Code and adds this machine to the timing information."""
-    return f"python -m recipe.demonstration {places(facts)}"
+    return f"python -m recipe.stages.infer {places(facts)}"
 
 
 def experiment(facts: RunData) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from recipe.records import Schedule, TrainingRecord
+from recipe.run.records import Schedule, TrainingRecord
 
 MetricRow = dict[str, Any]
 Points = Sequence[tuple[float, float]]

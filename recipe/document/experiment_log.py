@@ -17,10 +17,10 @@ from msgspec.structs import replace
 
 from recipe.config.identity import differences
 from recipe.errors import UserError
-from recipe.experiment_log import JOURNAL, place_of
-from recipe.files import is_elsewhere, opened, portable_path
-from recipe.records import JournalEntry, JournalRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.experiment_log import JOURNAL, place_of
+from recipe.run.files import is_elsewhere, opened, portable_path
+from recipe.run.records import JournalEntry, JournalRecord
 
 BYTES_READ_MAX = 16 * 2**20  # from the end of the log
 ENTRIES_MAX = 200

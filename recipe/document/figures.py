@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from recipe.document.curves import MetricRow, Points, evenly, figure_names, points
 from recipe.document.formatting import percent
 from recipe.document.latency import latency_file, machine_title, single_pictures
-from recipe.records import ClassifiedPicture, InferenceRecord, TimingRecord, TrainingRecord
+from recipe.run.records import ClassifiedPicture, InferenceRecord, TimingRecord, TrainingRecord
 
 SIZE_INCHES = (7.2, 3.4)
 DOTS_PER_INCH = 100

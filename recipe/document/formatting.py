@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from recipe.config.identity import flatten
-from recipe.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
+from recipe.run.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
 
 NOTHING = "–"
 ESCAPED = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recipe.records import BOTH, MODEL, Latency, TimingRecord
+from recipe.run.records import BOTH, MODEL, Latency, TimingRecord
 
 NVIDIA = "NVIDIA DeepLearningExamples, ResNet-50 v1.5"
 

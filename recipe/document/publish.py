@@ -30,10 +30,10 @@ from recipe.document.recipe_json import columns
 from recipe.document.render import check_document
 from recipe.document.run_data import STALE, RunData, load, sections
 from recipe.errors import UserError
-from recipe.files import display_path, portable_path, write_atomically
-from recipe.provenance import NoCommitError, modified_files
-from recipe.records import PublicationRecord, SeedCounts, SeedRun, SeedsRecord, TrainingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, portable_path, write_atomically
+from recipe.run.provenance import NoCommitError, modified_files
+from recipe.run.records import PublicationRecord, SeedCounts, SeedRun, SeedsRecord, TrainingRecord
 
 NOT_SOURCE = (str(RECIPES), README)  # changed by publishing itself
 LONGEST_ADDRESS = 2000

@@ -22,8 +22,9 @@ from recipe.document.model_card import readme
 from recipe.document.render import json_file, read_document, seeds_top1
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
-from recipe.files import disk_errors, display_path, write_atomically
-from recipe.records import (
+from recipe.run.directory import Run
+from recipe.run.files import disk_errors, display_path, write_atomically
+from recipe.run.records import (
     RECORDS,
     EvaluationRecord,
     PreprocessingRecord,
@@ -33,7 +34,6 @@ from recipe.records import (
     TrainingRecord,
     to_json,
 )
-from recipe.run import Run
 
 README, RECIPES = "README.md", Path("recipes")
 METRIC_ROWS_MAX = 5000  # more are thinned

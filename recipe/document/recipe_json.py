@@ -15,7 +15,7 @@ import msgspec
 
 from recipe.config.identity import config_sha256, recipe_id
 from recipe.document.run_data import RunData
-from recipe.records import (
+from recipe.run.records import (
     Epoch,
     EvaluationRecord,
     PreprocessingRecord,

@@ -23,9 +23,9 @@ from recipe.document.formatting import Markdown
 from recipe.document.recipe_json import as_json, identity
 from recipe.document.run_data import RunData, Section, load, sections, source_changed
 from recipe.errors import UserError
-from recipe.files import display_path, write_atomically
-from recipe.records import RECORDS, EvaluationRecord, PreprocessingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, write_atomically
+from recipe.run.records import RECORDS, EvaluationRecord, PreprocessingRecord
 
 __all__ = ["RunData", "check_document", "render", "write_document"]
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from recipe.config.identity import config_sha256
 from recipe.document.curves import MetricRow
-from recipe.files import printable
-from recipe.records import (
+from recipe.run.directory import Run
+from recipe.run.files import printable
+from recipe.run.records import (
     RECORD_LISTS,
     RECORDS,
     EvaluationRecord,
@@ -28,7 +29,6 @@ from recipe.records import (
     TimingRecord,
     TrainingRecord,
 )
-from recipe.run import Run
 
 LaterRecord = TrainingRecord | EvaluationRecord | SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"

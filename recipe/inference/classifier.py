@@ -16,10 +16,10 @@ from recipe.config.schema import MAX_PIXELS
 from recipe.data.transforms import transform_of
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict
-from recipe.files import display_path
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.inference.pictures import Picture, pixels_of
-from recipe.records import Guess, Interface
+from recipe.run.files import display_path
+from recipe.run.records import Guess, Interface
 
 ONNX_SUFFIX, CHECKPOINT_SUFFIX = ".onnx", ".pt"
 
@@ -103,11 +103,11 @@ class Classifier:
 
 
 def _from_checkpoint(path: Path, where: str, device: str) -> tuple[Predict, Interface]:
-    from recipe.checkpoint import interface_of, load_checkpoint
     from recipe.config.schema import Precision
     from recipe.data.transforms import Normalisation
     from recipe.evaluation import predictor
-    from recipe.model import restored_model  # here: an exported file needs no code of networks
+    from recipe.models.build import restored_model  # here: an exported file needs no code of networks
+    from recipe.models.checkpoint import interface_of, load_checkpoint
 
     state = load_checkpoint(path)
     interface = interface_of(state, where)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from recipe.checkpoint import eval_weights, interface_of, load_checkpoint
 from recipe.errors import UserError
-from recipe.files import display_path
-from recipe.model import restored_model, weights_sha256
-from recipe.records import EvaluationRecord, Interface, TrainingRecord
-from recipe.run import Run
+from recipe.models.build import restored_model, weights_sha256
+from recipe.models.checkpoint import eval_weights, interface_of, load_checkpoint
+from recipe.run.directory import Run
+from recipe.run.files import display_path
+from recipe.run.records import EvaluationRecord, Interface, TrainingRecord
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
 from recipe.inference.onnx_file import INPUT, OUTPUT
-from recipe.records import Interface, Setting
+from recipe.run.records import Interface, Setting
 
 EXAMPLE_BATCH = 2  # 1 was taken for a constant by earlier exporters (pytorch#157621)
 OPSET = 20

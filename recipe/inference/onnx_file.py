@@ -19,8 +19,8 @@ from torch import Tensor
 
 from recipe.config.identity import canonical_json
 from recipe.errors import UserError
-from recipe.files import read_file
-from recipe.records import Interface, Record
+from recipe.run.files import read_file
+from recipe.run.records import Interface, Record
 
 INPUT, OUTPUT = "images", "logits"
 CPU_PROVIDER = "CPUExecutionProvider"

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from recipe.config.schema import SerializationConfig, Variant
 from recipe.data.loading import Batch
-from recipe.data.progress import Progress
 from recipe.errors import UserError
 from recipe.evaluation import Predict, Predictions, concatenate, predictions_of, require_finite
-from recipe.records import Flip
+from recipe.run.progress import Progress
+from recipe.run.records import Flip
 
 EXAMPLES_MAX = 20
 NAMED_MAX = 5  # images in an error message

@@ -28,7 +28,7 @@ from recipe.data.images import (
     reason,
 )
 from recipe.errors import UserError
-from recipe.files import display_path, read_file
+from recipe.run.files import display_path, read_file
 
 PAPER = (255, 255, 255)  # what shows through where a picture is transparent
 Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor

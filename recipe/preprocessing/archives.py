@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from recipe.data.progress import Progress
 from recipe.errors import UserError
-from recipe.files import display_path, write_atomically
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.listing import belongs_to_system
-from recipe.records import Archive
+from recipe.run.files import display_path, write_atomically
+from recipe.run.progress import Progress
+from recipe.run.records import Archive
 
 MEMBER_BYTES_MAX = 20_000_000  # the largest image of ILSVRC2012 has about 16 MB
 CLASS_TAR_BYTES_MAX = 1_000_000_000  # the largest one has about 0.25 GB

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from scipy.io import savemat
 
 from recipe.errors import UserError
-from recipe.files import display_path, temporary_sibling
 from recipe.preprocessing.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_ARCHIVE, VALIDATION_ARCHIVE
 from recipe.preprocessing.painting import CLASS_NAMES, VERSION, jpeg
+from recipe.run.files import display_path, temporary_sibling
 
 MARKER = "demo.json"
 DRAWING = b"being drawn"

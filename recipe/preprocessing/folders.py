@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from recipe.errors import CONTROLS, UserError
-from recipe.files import display_path, printable
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.listing import (
     BESIDE,
@@ -32,6 +31,7 @@ from recipe.preprocessing.listing import (
     is_hidden,
     is_image,
 )
+from recipe.run.files import display_path, printable
 
 IMAGE_NAME = re.compile(rf"^(.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE | re.DOTALL)
 UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")

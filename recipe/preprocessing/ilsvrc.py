@@ -15,11 +15,11 @@ import numpy as np
 from scipy.io import loadmat
 
 from recipe.errors import UserError
-from recipe.files import display_path
 from recipe.preprocessing import archives, imagenet
 from recipe.preprocessing.folders import check_folder, class_folders, list_class_folders, position_of
 from recipe.preprocessing.listing import Labeller, Listing, Raw
-from recipe.records import Archive
+from recipe.run.files import display_path
+from recipe.run.records import Archive
 
 KAGGLE_IMAGES = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_LABELS = "LOC_val_solution.csv"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from recipe.data.images import FILE_BYTES_MAX, SIGNATURE_BYTES, format_of
 from recipe.errors import UserError
-from recipe.files import display_path
+from recipe.run.files import display_path
 
 Rows = NDArray[np.void]  # fields: key, name (bytes), label, container, bytes (u4), offset (u8), changed_ns (i8)
 ROWS_AT_ONCE = 10_000

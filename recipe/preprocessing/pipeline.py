@@ -44,12 +44,8 @@ from recipe.data.manifest import (
     read_manifest,
     read_record,
 )
-from recipe.data.progress import Progress
 from recipe.data.shards import SPLITS, problems, size_of
-from recipe.environment import machine, usable_cores
 from recipe.errors import UserError
-from recipe.files import disk_errors, display_path, exclusive_lock, write_atomically
-from recipe.launcher import ALONE, Launch
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.archives import digests
 from recipe.preprocessing.folders import look_alike_lines
@@ -74,9 +70,13 @@ from recipe.preprocessing.shard_writer import (
 from recipe.preprocessing.sharing import Plan, Team, check_same_plan
 from recipe.preprocessing.sources import check_raw_dir, find_raw, read_errors
 from recipe.preprocessing.summary import is_ilsvrc2012, print_summary, record_of
-from recipe.provenance import Stage
-from recipe.records import Archive, ClassName, PreprocessingRecord, to_json
-from recipe.signals import blocked, interruptible, start_resource_tracker
+from recipe.run.environment import machine, usable_cores
+from recipe.run.files import disk_errors, display_path, exclusive_lock, write_atomically
+from recipe.run.launcher import ALONE, Launch
+from recipe.run.progress import Progress
+from recipe.run.provenance import Stage
+from recipe.run.records import Archive, ClassName, PreprocessingRecord, to_json
+from recipe.run.signals import blocked, interruptible, start_resource_tracker
 
 LOCK = "lock"
 DECODERS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")  # in Pillow; None for one that it lacks

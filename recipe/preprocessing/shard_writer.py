@@ -28,9 +28,9 @@ from recipe.data.images import AS_PNG, RejectedImageError, Rules, StoredImage, s
 from recipe.data.manifest import Shard
 from recipe.data.shards import INDEX, size_of
 from recipe.errors import UserError
-from recipe.files import disk_errors, display_path, temporary_sibling, write_atomically
 from recipe.preprocessing.listing import Rows, in_parts
-from recipe.records import Record, UnusualImage, from_json, to_json
+from recipe.run.files import disk_errors, display_path, temporary_sibling, write_atomically
+from recipe.run.records import Record, UnusualImage, from_json, to_json
 
 WORK = ".recipe-work"  # the folder of notes, removed when all shards are finished
 TAR_RECORD_BYTES = tarfile.RECORDSIZE

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from recipe.config.identity import differences
 from recipe.errors import HangError, UserError, WorkerError, how_to_continue
-from recipe.launcher import Launch
 from recipe.preprocessing.shard_writer import Task
-from recipe.records import PreprocessingRecord, Record, Setting, from_json, to_json
+from recipe.run.launcher import Launch
+from recipe.run.records import PreprocessingRecord, Record, Setting, from_json, to_json
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store, Work  # type: ignore[attr-defined]

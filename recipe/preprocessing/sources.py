@@ -10,11 +10,11 @@ import numpy as np
 
 from recipe.config.schema import DataConfig, Source
 from recipe.errors import UserError
-from recipe.files import disk_errors, display_path
 from recipe.preprocessing.demo import write_demo_archives
 from recipe.preprocessing.folders import fetch_imagenette, list_folder_data_set, list_imagenette
 from recipe.preprocessing.ilsvrc import KAGGLE_IMAGES, LOOKED_FOR, list_ilsvrc, list_kaggle
 from recipe.preprocessing.listing import Raw
+from recipe.run.files import disk_errors, display_path
 
 DRAWN_SPLIT = "drawn like the training images, from other random numbers"
 DRAWN_OR_DOWNLOADED = (Source.demo, Source.imagenette)

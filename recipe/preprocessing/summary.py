@@ -16,11 +16,11 @@ from recipe.config.identity import sha256_of, to_dict
 from recipe.config.schema import DataConfig, Expectation
 from recipe.data.images import FILTER, GREY, ROTATED
 from recipe.data.manifest import data_settings, manifest_sha256
-from recipe.files import CHECKOUT, printable
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.listing import Raw, Tally
 from recipe.preprocessing.shard_writer import Merged
-from recipe.records import Archive, LabelExample, LeftOut, PreprocessingRecord, Provenance, SplitFacts
+from recipe.run.files import CHECKOUT, printable
+from recipe.run.records import Archive, LabelExample, LeftOut, PreprocessingRecord, Provenance, SplitFacts
 
 PERCENTILES = (0, 5, 50, 95, 100)
 EXAMPLES_MAX = 20

@@ -19,8 +19,8 @@ from recipe.config.identity import config_sha256, recipe_id
 from recipe.document.recipe_json import FORMAT
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
-from recipe.files import display_path, portable_path, read_file
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, portable_path, read_file
 
 DOCUMENT_NAMES = ("recipe.md", "README.md")  # of a run, of a published recipe
 LARGEST_DOCUMENT_BYTES = 16 * 2**20

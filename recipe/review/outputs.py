@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, is_inside, opened
-from recipe.records import ClassCounts
+from recipe.run.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, is_inside, opened
+from recipe.run.records import ClassCounts
 
 ARRAYS = ("key", "label", "top5")
 ARRAY_KINDS = {("U", label, top) for label in "iu" for top in "iu"}

@@ -12,10 +12,10 @@ import msgspec
 
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
-from recipe.files import portable_path
-from recipe.records import EnergyRecord, EvaluationRecord, SerializationRecord, TrainingRecord
 from recipe.review.findings import Finding, Level
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import portable_path
+from recipe.run.records import EnergyRecord, EvaluationRecord, SerializationRecord, TrainingRecord
 
 LARGEST_INTEGER = 2**63
 

@@ -27,7 +27,7 @@ from recipe.data.transforms import (
     pixels_sha256,
     resize,
 )
-from recipe.records import Setting
+from recipe.run.records import Setting
 from recipe.training.draws import Draws
 from recipe.training.mixing import BatchPlace, Erasing, Mixing, build_erasing, build_mixing, device_draws
 from recipe.training.policies import Policy, build_policy

@@ -18,11 +18,12 @@ from recipe.data.processes import open_decoding
 from recipe.data.shards import open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform, interface_from
 from recipe.distributed import World, device_versions, memory_format, threads_per_process
-from recipe.environment import processor_name, versions
-from recipe.model import build_model, check_forward, model_facts
-from recipe.provenance import Stage, source_sha256
-from recipe.records import Epoch, Interface, ModelFacts, Session
-from recipe.run import Run
+from recipe.models.build import build_model, check_forward, model_facts
+from recipe.models.pretrained import GivenWeights
+from recipe.run.directory import Run
+from recipe.run.environment import processor_name, versions
+from recipe.run.provenance import Stage, source_sha256
+from recipe.run.records import Epoch, Interface, ModelFacts, Session
 from recipe.training.augmentation import Augmentation, build_augmentation
 from recipe.training.ema import ModelEma, batch_norms, build_ema
 from recipe.training.metric_log import DataWait, MetricLogger, StallProbe
@@ -30,7 +31,6 @@ from recipe.training.optim import LearningRate, build_loss, build_optimizer, bui
 from recipe.training.shutdown import StopRequest
 from recipe.training.step import TrainStep, compiled, replicate
 from recipe.training.watchdog import Watchdog
-from recipe.weights import GivenWeights
 
 CPU_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_", "DNNL_", "MKL_")  # choose instructions, and so the last digits
 

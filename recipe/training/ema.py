@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recipe.alterations import DropPathBatchNorm2d
 from recipe.config.schema import AveragingConfig, AveragingForm, OptimizationConfig
 from recipe.data.loading import Batch, Decoding, evaluation_orders
 from recipe.data.transforms import EvaluationTransform
 from recipe.errors import UserError
 from recipe.evaluation import Predict
-from recipe.records import Setting
+from recipe.models.layers import DropPathBatchNorm2d
+from recipe.run.records import Setting
 
 PRECISE_BN_STREAM = 8  # keeps this choice of images apart from other draws
 

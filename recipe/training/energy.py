@@ -9,7 +9,7 @@ import pynvml
 import torch
 
 from recipe.distributed import World
-from recipe.records import EnergyRecord, Session
+from recipe.run.records import EnergyRecord, Session
 
 
 def accelerator_joules(uuids: Sequence[str] | None = None) -> float | None:

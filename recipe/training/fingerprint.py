@@ -28,13 +28,13 @@ from recipe.config.schema import Accelerator, Config, DataConfig, Expectation, P
 from recipe.data.loading import BatchLayout, TrainingBatches
 from recipe.data.transforms import build_evaluation_transform
 from recipe.distributed import World
-from recipe.environment import versions
 from recipe.evaluation import class_table, protocol_name, view_name
-from recipe.model import build_model, model_facts
+from recipe.models.build import build_model, model_facts
 from recipe.preprocessing.pipeline import preprocess
-from recipe.provenance import source_sha256
-from recipe.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.environment import versions
+from recipe.run.provenance import source_sha256
+from recipe.run.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.training.augmentation import build_augmentation
 from recipe.training.build import Training, build_training
 from recipe.training.loop import take_step

@@ -14,17 +14,18 @@ import msgspec
 import numpy as np
 import torch
 
-from recipe.checkpoint import prune_checkpoints, write_eval_weights
 from recipe.config.identity import flatten
 from recipe.config.schema import Config
 from recipe.data.loading import Batch
 from recipe.distributed import World, start_world
-from recipe.experiment_log import append_to_journal
-from recipe.files import display_path
-from recipe.model import resolve_weights
-from recipe.provenance import Stage, source_sha256
-from recipe.records import TrainingRecord
-from recipe.run import Run
+from recipe.models.build import resolve_weights
+from recipe.models.checkpoint import prune_checkpoints, write_eval_weights
+from recipe.models.pretrained import GivenWeights
+from recipe.run.directory import Run
+from recipe.run.experiment_log import append_to_journal
+from recipe.run.files import display_path
+from recipe.run.provenance import Stage, source_sha256
+from recipe.run.records import TrainingRecord
 from recipe.training.build import Training, build_training
 from recipe.training.checkpointing import (
     check_space,
@@ -40,7 +41,6 @@ from recipe.training.metrics import measure_steps, validate, validation_predicto
 from recipe.training.record import training_record
 from recipe.training.shutdown import Stopped, graceful_shutdown
 from recipe.training.watchdog import Watchdog
-from recipe.weights import GivenWeights
 
 AfterValidation = Callable[[Run], None]
 DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the augmentation

@@ -26,9 +26,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from recipe.errors import DiskError
-from recipe.files import disk_errors, write_atomically
-from recipe.metrics import Place, Row, missing_rows, planned_places
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import disk_errors, write_atomically
+from recipe.run.metric_rows import Place, Row, missing_rows, planned_places
 
 Item = TypeVar("Item")
 PROBE_OPERATIONS = 64

@@ -11,8 +11,8 @@ from typing import Any
 
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
-from recipe.metrics import EPOCH_FIELDS, Row
-from recipe.records import Epoch
+from recipe.run.metric_rows import EPOCH_FIELDS, Row
+from recipe.run.records import Epoch
 from recipe.training.build import Training
 from recipe.training.ema import PreciseBnBatches, precise_bn
 

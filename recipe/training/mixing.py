@@ -19,7 +19,7 @@ from torch import Tensor
 from recipe.config.schema import ErasingConfig, MixingConfig
 from recipe.data.loading import DeviceDraws
 from recipe.errors import UserError
-from recipe.records import Setting
+from recipe.run.records import Setting
 
 MIXING_STREAM, ERASING_STREAM = 6, 7  # keep these draws apart from those of the order and the view
 ATTEMPTS = 10  # to find a rectangle that fits, as torchvision

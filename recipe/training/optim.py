@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from recipe.config.schema import LossKind, OptimizationConfig, OptimizerKind, ScheduleKind
 from recipe.errors import UserError
-from recipe.model import NORMS
-from recipe.records import ParameterGroup, Schedule, Setting
+from recipe.models.build import NORMS
+from recipe.run.records import ParameterGroup, Schedule, Setting
 
 NO_SETTINGS = ("params", "name", "lr", "initial_lr", "step")  # the learning rate is left to the schedule
 RECORDED_POINTS = 100

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional
 
 from recipe.config.schema import PolicyConfig, PolicyKind
 from recipe.data.transforms import fixed_image
-from recipe.records import Setting
+from recipe.run.records import Setting
 
 TRIVIAL_STEPS = 31  # strengths that TrivialAugmentWide draws from, the ends included
 FILL = [0.0, 0.0, 0.0]  # pixels from outside of the image

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.distributed import arithmetic_switches, device_versions, hardware
 from recipe.evaluation import protocol_name, view_name
-from recipe.model import weights_sha256
-from recipe.records import Setting, TrainingRecord
+from recipe.models.build import weights_sha256
+from recipe.models.checkpoint import eval_weights, load_checkpoint
+from recipe.run.records import Setting, TrainingRecord
 from recipe.training.build import Training
 from recipe.training.optim import loss_facts, optimizer_facts
 

@@ -18,9 +18,9 @@ from typing import TypeVar
 import torch
 
 from recipe.distributed import World
-from recipe.launcher import launched
-from recipe.signals import handlers_put_back, heeded
-from recipe.streams import is_writable
+from recipe.run.launcher import launched
+from recipe.run.signals import handlers_put_back, heeded
+from recipe.run.terminal import is_writable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_POLLS = 16  # of several processes with accelerators: each poll waits for the device

@@ -23,8 +23,8 @@ from typing import IO, Any, Self, TypeVar
 
 from recipe.distributed import World
 from recipe.errors import HangError, UserError, how_to_continue
-from recipe.files import display_path
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path
 
 ALARM_SHARE = 0.8  # of the time-out: early enough to be written before the waiting processes end
 RESET_SHARE = 0.05  # of the time-out between two resets: setting an alarm starts a thread, 0.15 ms

@@ -29,7 +29,7 @@ from recipe.data.shards import Split, open_split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError, WorkerError
-from recipe.signals import FROM_OUTSIDE
+from recipe.run.signals import FROM_OUTSIDE
 from recipe.training.augmentation import build_augmentation
 from tests.conftest import compose_config
 

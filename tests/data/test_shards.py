@@ -18,9 +18,9 @@ import pytest
 from recipe.data.manifest import Manifest, ManifestSplit, Shard, manifest_sha256, read_manifest
 from recipe.data.shards import INDEX, open_split
 from recipe.errors import DiskError, UserError
-from recipe.files import CHECKOUT
 from recipe.preprocessing.shard_writer import npy_bytes, tar_header, write_shard
-from recipe.records import to_json
+from recipe.run.files import CHECKOUT
+from recipe.run.records import to_json
 
 NAMES = ("a.jpg", "x" * 99, "x" * 100, "x" * 101, "cat/" + "y" * 150, "cat/a%2Epng.cls", "~!}.png")
 LIMITED = """

@@ -18,9 +18,10 @@ from recipe.document import figures, render
 from recipe.document.render import check_document, generated_blocks, json_file, write_document
 from recipe.document.run_data import RunData, sections
 from recipe.errors import UserError
-from recipe.files import CHECKOUT
-from recipe.metrics import EPOCH_FIELDS
-from recipe.records import (
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.metric_rows import EPOCH_FIELDS
+from recipe.run.records import (
     Archive,
     ClassCounts,
     Epoch,
@@ -41,7 +42,6 @@ from recipe.records import (
     TreeState,
     UnusualImage,
 )
-from recipe.run import Run
 
 COMMIT = "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
 CONFIG: dict[str, Any] = {

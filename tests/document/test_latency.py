@@ -14,7 +14,7 @@ from recipe.document.figures import draw_inference
 from recipe.document.formatting import latency as as_text
 from recipe.document.render import generated_blocks, json_file
 from recipe.document.run_data import sections
-from recipe.records import Absent, ClassifiedPicture, Guess, Hardware, InferenceRecord, Latency, TimingRecord
+from recipe.run.records import Absent, ClassifiedPicture, Guess, Hardware, InferenceRecord, Latency, TimingRecord
 from tests.document.test_document import facts as facts_of_a_run
 from tests.document.test_document import provenance, sha
 
@@ -44,7 +44,7 @@ def timing(machine: str = "nvidia-h200", weights: str = "weights", **changes: An
     values: dict[str, Any] = {
         "config_sha256": facts_of_a_run().training.config_sha256,  # type: ignore[union-attr]
         "settings": {"seconds_per_cell": 2.0},
-        "provenance": provenance("python -m recipe.demonstration run_dir=runs/demo", hardware=hardware),
+        "provenance": provenance("python -m recipe.stages.infer run_dir=runs/demo", hardware=hardware),
         "inputs": {"weights": facts_of_a_run().evaluation.inputs["weights"] if weights == "weights" else weights},  # type: ignore[union-attr]
         "machine": machine,
         "threads": 2,
@@ -128,7 +128,7 @@ def test_latencies_of_other_weights_are_stale_by_machine() -> None:
 
 def test_no_record_no_number() -> None:
     page = generated_blocks(facts_of_a_run())["inference"]
-    assert page.count("Not measured yet: run `python -m recipe.demonstration run_dir=") == 2
+    assert page.count("Not measured yet: run `python -m recipe.stages.infer run_dir=") == 2
     assert "published" not in page
 
 
@@ -158,7 +158,7 @@ def test_names_from_outside_stay_names(label: str | None) -> None:
     assert facts.training is not None
     record = InferenceRecord(
         config_sha256=facts.training.config_sha256,
-        provenance=provenance("python -m recipe.demonstration"),
+        provenance=provenance("python -m recipe.stages.infer"),
         inputs={"weights": sha("w")},
         outputs={},
         class_count=1,

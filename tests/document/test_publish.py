@@ -23,11 +23,11 @@ from recipe.document.published_folder import RECIPES, thinned, with_table
 from recipe.document.render import render, write_document
 from recipe.document.run_data import load
 from recipe.errors import UserError
-from recipe.files import CHECKOUT
-from recipe.provenance import GIT_REFUSED, NoCommitError
-from recipe.records import PublicationRecord, SeedsRecord, TreeState
 from recipe.review.opening import contradictions, open_recipe
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.provenance import GIT_REFUSED, NoCommitError
+from recipe.run.records import PublicationRecord, SeedsRecord, TreeState
 from tests.document.test_document import (
     CONFIG,
     assert_tables_are_even,
@@ -300,8 +300,8 @@ def test_code_that_is_no_commit_is_refused_unless_told(
 
 
 def test_a_tree_that_is_modified_now_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "modified_files", lambda outside: ["recipe/model.py"])
-    with pytest.raises(UserError, match=r"modified now \(recipe/model.py\)"):
+    monkeypatch.setattr(publishing, "modified_files", lambda outside: ["recipe/models/build.py"])
+    with pytest.raises(UserError, match=r"modified now \(recipe/models/build.py\)"):
         publish(run)
     publish(run, allow_modified=True)
 

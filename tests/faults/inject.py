@@ -41,7 +41,7 @@ if __name__ == "__main__":
 import pytest  # noqa: E402
 import torch.distributed  # noqa: E402
 
-from recipe import files  # noqa: E402
+from recipe.run import files  # noqa: E402
 from recipe.training import loop  # noqa: E402
 
 VARIABLE = "FAULT"
@@ -119,7 +119,7 @@ def stop(place: str, rank: int, step: int) -> None:
 
 
 def naming(temporary_sibling: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """`recipe.files.temporary_sibling` whose n-th file ends the process before it is renamed."""
+    """`recipe.run.files.temporary_sibling` whose n-th file ends the process before it is renamed."""
     numbers = itertools.count()
 
     class Unnamed(PosixPath):

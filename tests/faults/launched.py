@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from recipe.files import CHECKOUT
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
 from tests.conftest import SMALL_DEMO
 
 OURS = (sys.executable,)

@@ -18,7 +18,7 @@ from recipe.data.shards import open_split
 from recipe.distributed import launch
 from recipe.errors import UserError, WorkerError
 from recipe.preprocessing.pipeline import preprocess
-from recipe.records import TrainingRecord
+from recipe.run.records import TrainingRecord
 from recipe.training import loop
 from tests.conftest import compose_config
 from tests.preprocessing.layouts import config, encoded, jpeg, pixels, train_images, write_files, write_official

@@ -15,20 +15,20 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from recipe import checkpoint
-from recipe.checkpoint import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
 from recipe.data.loading import Batch
 from recipe.distributed import World
 from recipe.errors import DiskError, HangError, NonFiniteError, UserError
-from recipe.metrics import Row
-from recipe.run import Run
+from recipe.models import checkpoint
+from recipe.models.checkpoint import checkpoint_files, load_checkpoint, newest_checkpoint, save_checkpoint
+from recipe.run.directory import Run
+from recipe.run.metric_rows import Row
 from recipe.training import checkpointing, loop, metric_log
 from recipe.training.build import Training
 from recipe.training.metric_log import MetricLogger, append
 from recipe.training.watchdog import Watchdog
 from tests.conftest import compose_config
 from tests.faults.inject import injected
-from tests.test_checkpoint import state_of
+from tests.models.test_checkpoint import state_of
 from tests.worlds import run_world
 
 Words = Callable[..., list[str]]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from recipe.errors import SAVED
-from recipe.records import TrainingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.records import TrainingRecord
 from tests.faults.launched import (
     BOTH,
     OURS,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint import checkpoint_files
 from recipe.errors import UserError
-from recipe.run import Run
+from recipe.models.checkpoint import checkpoint_files
+from recipe.run.directory import Run
 from recipe.training import loop
 from tests.conftest import compose_config
 from tests.faults.inject import injected

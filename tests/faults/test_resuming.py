@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from recipe.checkpoint import checkpoint_files
 from recipe.config.schema import Config
 from recipe.errors import UserError
-from recipe.records import TrainingRecord
-from recipe.run import Run
+from recipe.models.checkpoint import checkpoint_files
+from recipe.run.directory import Run
+from recipe.run.records import TrainingRecord
 from recipe.training import loop
 from tests.conftest import compose_config
 from tests.faults.inject import injected

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from recipe.document.render import write_document
-from recipe.files import CHECKOUT
-from recipe.records import TrainingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.records import TrainingRecord
 from recipe.training import loop
 from tests.conftest import compose_config
 from tests.faults.launched import COMMON, finish, start
@@ -27,7 +27,7 @@ Words = Callable[..., list[str]]
 KILL_AT_EACH_FILE = """
 import os, shutil, sys
 from recipe.document.render import write_document
-from recipe.run import Run
+from recipe.run.directory import Run
 from tests.faults.inject import injected
 for number in range(int(sys.argv[1])):
     child = os.fork()

@@ -17,15 +17,15 @@ import pytest
 import torch
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.config.schema import Backend, Config
 from recipe.errors import NonFiniteError, UserError
 from recipe.inference.classifier import Classifier
 from recipe.inference.evaluated import load_evaluated
 from recipe.inference.pictures import pixels_of
-from recipe.performance import evaluate_run
-from recipe.records import SerializationRecord
-from recipe.run import Run
+from recipe.models.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from recipe.run.directory import Run
+from recipe.run.records import SerializationRecord
+from recipe.stages.evaluate import evaluate_run
 
 PICTURE = np.zeros((40, 40, 3), dtype=np.uint8)
 OnnxChange = Callable[[onnx.ModelProto], object]

@@ -10,20 +10,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from recipe import provenance
 from recipe.config.schema import Config, TimedBackend, Variant
-from recipe.demonstration import Demonstration
 from recipe.distributed import start_world
 from recipe.document import figures
 from recipe.document.render import generated_blocks
 from recipe.document.run_data import source_changed
-from recipe.files import CHECKOUT
-from recipe.inference.serialization import serialize_run
-from recipe.inference.timing import measure_timing
-from recipe.performance import evaluate_run
+from recipe.inference.latency import measure_timing
 from recipe.preprocessing.pipeline import preprocess
-from recipe.records import InferenceRecord, Provenance
-from recipe.run import Run
+from recipe.run import provenance
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.records import InferenceRecord, Provenance
+from recipe.stages.evaluate import evaluate_run
+from recipe.stages.infer import Demonstration
+from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
 from tests.conftest import compose_config
 from tests.document.test_document import facts

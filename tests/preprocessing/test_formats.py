@@ -19,9 +19,9 @@ from recipe.config.schema import Corrupt, Source
 from recipe.data.images import RejectedImageError, Rules, store
 from recipe.data.shards import open_split
 from recipe.errors import UserError
-from recipe.files import CHECKOUT
 from recipe.inference.pictures import pixels_of
 from recipe.preprocessing.pipeline import preprocess
+from recipe.run.files import CHECKOUT
 from tests.preprocessing.layouts import config, encoded, jpeg, pixels, write_files
 from tests.preprocessing.test_pipeline import png_header_of
 

@@ -32,12 +32,12 @@ from recipe.data.images import DamagedImageError, RejectedImageError, Rules, sto
 from recipe.data.manifest import read_manifest
 from recipe.data.shards import open_split
 from recipe.errors import DiskError, UserError
-from recipe.files import CHECKOUT
 from recipe.preprocessing import pipeline, shard_writer
 from recipe.preprocessing.demo import write_demo_archives
 from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
-from recipe.records import PreprocessingRecord
+from recipe.run.files import CHECKOUT
+from recipe.run.records import PreprocessingRecord
 from tests.preprocessing.layouts import (
     VALIDATION_LABELS,
     WNIDS,
@@ -231,7 +231,7 @@ sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import pipeline, shard_writer
 from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
-from recipe.errors import one_clear_sentence
+from recipe.run.terminal import one_clear_sentence
 from tests.preprocessing.layouts import config
 
 out = Path({out!r})

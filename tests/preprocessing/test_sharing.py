@@ -18,10 +18,10 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from recipe.errors import HangError
-from recipe.files import CHECKOUT
 from recipe.preprocessing import pipeline
 from recipe.preprocessing.pipeline import preprocess
-from recipe.records import PreprocessingRecord, from_json
+from recipe.run.files import CHECKOUT
+from recipe.run.records import PreprocessingRecord, from_json
 from tests.preprocessing.layouts import config, jpeg, train_images, write_official
 from tests.preprocessing.test_pipeline import content_of, is_running
 from tests.worlds import torchrun_environment
@@ -36,8 +36,8 @@ from pathlib import Path
 sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import shard_writer
 from recipe.preprocessing.pipeline import preprocess
-from recipe.errors import one_clear_sentence
-from recipe.launcher import launched
+from recipe.run.terminal import one_clear_sentence
+from recipe.run.launcher import launched
 from tests.preprocessing.layouts import config
 
 rank, original, stored = int(os.environ["RANK"]), shard_writer.store, []

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from recipe.model import weights_sha256
-from recipe.run import Run
+from recipe.models.build import weights_sha256
+from recipe.run.directory import Run
 from tests.review.factory import complete_run
 
 

@@ -15,10 +15,10 @@ import safetensors.numpy
 from recipe.document.blocks import content_sha256
 from recipe.document.recipe_json import as_json
 from recipe.document.render import write_document
-from recipe.files import write_atomically
-from recipe.provenance import commit, source_sha256
-from recipe.records import ClassCounts, InferenceRecord, Provenance, SerializationRecord, VariantFacts
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import write_atomically
+from recipe.run.provenance import commit, source_sha256
+from recipe.run.records import ClassCounts, InferenceRecord, Provenance, SerializationRecord, VariantFacts
 from tests.document import test_document as document
 from tests.document import test_latency
 
@@ -123,7 +123,7 @@ def serialization_record(weights: str, config_sha256: str, files: dict[str, byte
 def inference_record(weights: str, config_sha256: str) -> InferenceRecord:
     return InferenceRecord(
         config_sha256=config_sha256,
-        provenance=here("python -m recipe.demonstration run_dir=runs/demo", started="2026-11-23T22:20:00Z"),
+        provenance=here("python -m recipe.stages.infer run_dir=runs/demo", started="2026-11-23T22:20:00Z"),
         inputs={"weights": weights, "manifest": document.sha("manifest")},
         outputs={},
         class_count=CLASSES,
@@ -153,7 +153,7 @@ def complete_run(directory: Path, weights_sha256: Callable[[Path], str]) -> Run:
     run.write(evaluation_record(weights, content))
     run.write(serialization_record(weights, training.config_sha256, files))
     run.write(inference_record(weights, training.config_sha256))
-    timed = here("python -m recipe.demonstration run_dir=runs/demo", started="2026-11-23T22:20:00Z")
+    timed = here("python -m recipe.stages.infer run_dir=runs/demo", started="2026-11-23T22:20:00Z")
     run.write_timing(test_latency.timing(weights=weights, provenance=timed))
     (run.directory / "tensorboard").mkdir()
     write_document(run, "runs/demo")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from recipe.checkpoint import checkpoint_files, load_checkpoint
 from recipe.config.schema import AveragingConfig, ModelConfig, Precision
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.loading import Batch, DecodingThreads
@@ -23,8 +22,9 @@ from recipe.data.transforms import Normalisation, build_evaluation_transform
 from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
-from recipe.model import build_model
-from recipe.run import Run
+from recipe.models.build import build_model
+from recipe.models.checkpoint import checkpoint_files, load_checkpoint
+from recipe.run.directory import Run
 from recipe.training import loop
 from recipe.training.ema import ModelEma, PreciseBnBatches, build_ema, precise_bn
 from tests.conftest import compose_config

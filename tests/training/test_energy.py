@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from recipe.distributed import World
-from recipe.records import EnergyRecord
 from recipe.review.check.records import energy_findings
+from recipe.run.records import EnergyRecord
 from recipe.training import energy
 from recipe.training.energy import EnergyMeter, accelerator_joules, accelerator_uuids
 from tests.document import test_document as document

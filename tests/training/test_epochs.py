@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.errors import UserError
-from recipe.records import Epoch
-from recipe.run import Run
+from recipe.models.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from recipe.run.directory import Run
+from recipe.run.records import Epoch
 from recipe.training import loop
 from tests.conftest import compose_config
 from tests.worlds import meet_elsewhere, run_world

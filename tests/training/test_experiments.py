@@ -10,10 +10,10 @@ import pytest
 from recipe.config.identity import to_dict
 from recipe.config.schema import Config
 from recipe.document.render import write_document
-from recipe.files import CHECKOUT
-from recipe.performance import evaluate_run
-from recipe.records import EvaluationRecord, TrainingRecord
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT
+from recipe.run.records import EvaluationRecord, TrainingRecord
+from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config
 

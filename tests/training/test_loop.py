@@ -12,15 +12,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from recipe.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.errors import NonFiniteError, UserError
 from recipe.evaluation import Predict, Predictions
-from recipe.metrics import EPOCH_FIELDS
-from recipe.model import weights_sha256
-from recipe.performance import evaluate_run
-from recipe.records import PreprocessingRecord, TrainingRecord
-from recipe.run import Run
+from recipe.models.build import weights_sha256
+from recipe.models.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from recipe.run.directory import Run
+from recipe.run.metric_rows import EPOCH_FIELDS
+from recipe.run.records import PreprocessingRecord, TrainingRecord
+from recipe.stages.evaluate import evaluate_run
 from recipe.training import checkpointing, loop
 from recipe.training.build import Training
 from tests.conftest import compose_config

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.run import Run
+from recipe.run.directory import Run
 from recipe.training.metric_log import DataWait, MetricLogger, StallProbe
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
-from recipe.alterations import init_head_bias
 from recipe.config.schema import LossKind, OptimizationConfig
 from recipe.errors import UserError
+from recipe.models.layers import init_head_bias
 from recipe.training.optim import (
     BinaryCrossEntropy,
     Loss,

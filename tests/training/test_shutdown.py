@@ -14,7 +14,7 @@ import torch
 
 from recipe.distributed import World
 from recipe.errors import SAVED
-from recipe.files import CHECKOUT
+from recipe.run.files import CHECKOUT
 from recipe.training.shutdown import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_POLLS, Stopped, StopRequest, graceful_shutdown
 from tests.worlds import torchrun_environment
 
@@ -98,8 +98,8 @@ def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
 
 LATE = """
 import os, signal
-from recipe.errors import one_clear_sentence
-from recipe.signals import handlers_put_back
+from recipe.run.terminal import one_clear_sentence
+from recipe.run.signals import handlers_put_back
 
 class Late:
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):

@@ -22,7 +22,7 @@ from recipe.data.loading import Batch, BatchLayout
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, start_world
 from recipe.errors import UserError
-from recipe.model import build_model, weights_sha256
+from recipe.models.build import build_model, weights_sha256
 from recipe.training.augmentation import build_augmentation
 from recipe.training.ema import build_ema
 from recipe.training.optim import build_loss, build_optimizer, loss_facts, optimizer_facts, parameters_by_kind

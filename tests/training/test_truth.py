@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe import performance
-from recipe.alterations import add_blur_pool, add_stochastic_depth, init_head_bias
 from recipe.data import loading, transforms
 from recipe.document.render import write_document
-from recipe.records import Record
-from recipe.run import Run
+from recipe.models.layers import add_blur_pool, add_stochastic_depth, init_head_bias
+from recipe.run.directory import Run
+from recipe.run.records import Record
+from recipe.stages import evaluate as performance
 from recipe.training import augmentation, build, ema, loop, optim
 from recipe.training.optim import BinaryCrossEntropy
 from tests.conftest import compose_config

@@ -14,15 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import recipe.provenance
 from recipe.config.identity import flatten
 from recipe.config.schema import schema_keys
 from recipe.document.run_data import RunData, source_changed
 from recipe.errors import UserError
-from recipe.provenance import SOURCES, NoCommitError, committed_files, contents, sha256_of_sources, source_sha256
-from recipe.records import STAGES, Provenance
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
-from recipe.run import Run
+from recipe.run import provenance
+from recipe.run.directory import Run
+from recipe.run.provenance import SOURCES, NoCommitError, committed_files, contents, sha256_of_sources, source_sha256
+from recipe.run.records import STAGES, Provenance
 
 SHA1 = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,7 +114,7 @@ def source_sha256_at(commit: str) -> str | None:
         sources = contents(files[name] for name in names)
     except NoCommitError:
         return None
-    rule = re.search(r"^SOURCES = .*$", inspect.getsource(recipe.provenance), re.MULTILINE)
+    rule = re.search(r"^SOURCES = .*$", inspect.getsource(provenance), re.MULTILINE)
     if rule is None or not any(rule[0].encode() in source for source in sources):
         return None
     return sha256_of_sources(zip(names, sources, strict=True))

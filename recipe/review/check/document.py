@@ -16,14 +16,14 @@ from recipe.document.recipe_json import as_json, identity
 from recipe.document.render import generated_blocks
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.records import RECORDS, Record
 from recipe.review.check.code import command_findings, source_sha256_here
 from recipe.review.check.page import Page
 from recipe.review.check.records import config_findings
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty
 from recipe.review.outputs import file_fault, path_inside
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.records import RECORDS, Record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NOT_PUBLISHED = ("checkpoints", "tensorboard", "onnx/", "predictions/", "inference.ipynb")

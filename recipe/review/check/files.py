@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.files import WEIGHTS_BYTES_MAX
 from recipe.review.check.document import output_findings
 from recipe.review.findings import Finding, Kind, Level, first_few
 from recipe.review.outputs import counted_predictions, file_fault, path_inside
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import WEIGHTS_BYTES_MAX
 
 AGAIN = "take the file from where the run was made, or run its stage again"
 
@@ -42,8 +42,8 @@ def checkpoint_findings(run: Run) -> Iterator[Finding]:
 
 def weights_findings(facts: RunData, run: Run) -> Iterator[Finding]:
     """Released weights that are not those that training ended with."""
-    from recipe.model import weights_sha256  # loads torch
-    from recipe.weights import read_weights
+    from recipe.models.build import weights_sha256  # loads torch
+    from recipe.models.pretrained import read_weights
 
     files = sorted(run.checkpoints.glob("step-????????.safetensors"))
     if facts.training is None:

@@ -10,11 +10,11 @@ from typing import Any
 from recipe.config.identity import config_sha256, differences, flatten, recipe_id
 from recipe.document.curves import MetricRow
 from recipe.document.run_data import STALE, RunData, sections
-from recipe.metrics import EPOCH_FIELDS, Place, missing_rows, planned_places
-from recipe.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 from recipe.review.check.code import SHA256
 from recipe.review.check.presence import HEADINGS
 from recipe.review.findings import Finding, Level, first_few
+from recipe.run.metric_rows import EPOCH_FIELDS, Place, missing_rows, planned_places
+from recipe.run.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
 
 MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
 SECTIONS = HEADINGS | {

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from recipe.config.identity import flatten
-from recipe.records import TrainingRecord
 from recipe.review.diff.impact import Group, group_of, is_inert
 from recipe.review.diff.inputs import Comparable, Curve, is_finite_number, value_at
 from recipe.review.findings import shorten
 from recipe.review.opening import dict_or_empty
+from recipe.run.records import TrainingRecord
 
 ABSENT = "(absent)"
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

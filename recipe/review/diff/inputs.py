@@ -13,10 +13,10 @@ from typing import Any
 from recipe.config.identity import flatten
 from recipe.document.recipe_json import identity
 from recipe.errors import UserError
-from recipe.records import TrainingRecord
 from recipe.review.findings import LINE_LENGTH_MAX, shorten
 from recipe.review.opening import OpenedRecipe, dict_or_empty
 from recipe.review.reading import RecordReader
+from recipe.run.records import TrainingRecord
 
 LARGEST_FLOAT = 1e300
 Curve = list[tuple[float, float]]  # (share of training, learning rate), in order

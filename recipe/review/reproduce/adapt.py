@@ -17,9 +17,9 @@ from recipe.config.compose import config_from_overrides
 from recipe.config.identity import RUNTIME_KEYS, differences
 from recipe.config.schema import Accelerator, Config, TrainerConfig
 from recipe.document.commands import EXPERIMENTS
-from recipe.environment import processor_name, usable_cores, versions
-from recipe.provenance import source_sha256
 from recipe.review.reproduce.parse import Recipe, shown
+from recipe.run.environment import processor_name, usable_cores, versions
+from recipe.run.provenance import source_sha256
 
 PROCESSES_MAX_ON_CPU = 8
 IMAGES_PER_FORWARD_MAX = 4096

@@ -21,22 +21,22 @@ from recipe.data.manifest import copy_record, manifest_sha256
 from recipe.distributed import launch
 from recipe.document.render import write_document
 from recipe.document.run_data import load
-from recipe.environment import machine
 from recipe.errors import UserError
-from recipe.experiment_log import append_to_journal
-from recipe.files import display_path, portable_path, write_atomically
-from recipe.inference.serialization import serialize_run
-from recipe.launcher import launched
-from recipe.performance import evaluate_run
 from recipe.preprocessing.pipeline import preprocess
-from recipe.provenance import Stage
-from recipe.records import ReproductionRecord
 from recipe.review.opening import open_recipe
 from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
 from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict
 from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
 from recipe.review.reproduce.report import reproduction_page
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.environment import machine
+from recipe.run.experiment_log import append_to_journal
+from recipe.run.files import display_path, portable_path, write_atomically
+from recipe.run.launcher import launched
+from recipe.run.provenance import Stage
+from recipe.run.records import ReproductionRecord
+from recipe.stages.evaluate import evaluate_run
+from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
 
 STAGES = ("preprocess", "train", "evaluate", "serialize")

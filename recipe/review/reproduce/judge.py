@@ -22,9 +22,9 @@ from statistics import mean, stdev
 from scipy.stats import t
 
 from recipe.document.run_data import RunData
-from recipe.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.parse import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
+from recipe.run.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
 
 BIT_EXACT, NUMERICALLY_EQUAL = "BIT-EXACT", "NUMERICALLY EQUAL"
 CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recipe.document.formatting import NOTHING, code, duration, hardware, setting, table, text, tree
-from recipe.records import JudgedClaim, ReproductionRecord, Setting
+from recipe.run.records import JudgedClaim, ReproductionRecord, Setting
 
 WORDS = """A level says how much was shown. BIT-EXACT: the same bits. NUMERICALLY EQUAL: within the stated tolerance,
 over the first epoch. STATISTICALLY CONSISTENT: not further apart than several runs of the recipe, whose number and

@@ -22,12 +22,12 @@ from recipe.config.identity import RUNTIME_KEYS, differences
 from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
-from recipe.files import CHECKOUT
-from recipe.provenance import source_sha256
 from recipe.review.check.code import SCRIPTS
 from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty, open_recipe
 from recipe.review.reproduce.parse import parse_config
 from recipe.review.verify.trace import UNDECIDED, TraceDifference, compare_traces, stored_trace, trace_here
+from recipe.run.files import CHECKOUT
+from recipe.run.provenance import source_sha256
 
 PLAIN_SETTING = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
 

@@ -14,21 +14,21 @@ from typing import Any
 
 import msgspec
 
-from recipe.checkpoint import eval_weights, load_checkpoint
 from recipe.config.identity import config_sha256
 from recipe.data.manifest import MANIFEST, read_manifest
 from recipe.data.shards import is_file_with
 from recipe.document.recipe_json import identity
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.files import WEIGHTS_BYTES_MAX, display_path
-from recipe.model import weights_sha256
-from recipe.records import PreprocessingRecord
+from recipe.models.build import weights_sha256
+from recipe.models.checkpoint import eval_weights, load_checkpoint
+from recipe.models.pretrained import read_weights
 from recipe.review.opening import OpenedRecipe
 from recipe.review.outputs import counted_predictions, file_fault, path_inside
 from recipe.review.reading import RecordReader
-from recipe.run import Run
-from recipe.weights import read_weights
+from recipe.run.directory import Run
+from recipe.run.files import WEIGHTS_BYTES_MAX, display_path
+from recipe.run.records import PreprocessingRecord
 
 HOLDS, BROKEN, NOT_HERE = "holds", "BROKEN", "not here"
 

@@ -16,10 +16,10 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.errors import UserError
-from recipe.records import EvaluationProbe, Fingerprint, ProbeStep
 from recipe.review.findings import Kind
 from recipe.review.opening import OpenedRecipe
 from recipe.review.reproduce.parse import parse_config
+from recipe.run.records import EvaluationProbe, Fingerprint, ProbeStep
 from recipe.training.fingerprint import take_fingerprint
 
 TOLERANCE = 1.25e-3  # relative

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from recipe.config.schema import Config
 from recipe.errors import UserError
-from recipe.files import display_path, write_atomically
-from recipe.records import to_json
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.watch.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
 from recipe.review.watch.report import Watch, as_json_line, as_text, in_short
 from recipe.review.watch.statistics import ALPHA, OFF_TRACK, ON_TRACK
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path, write_atomically
+from recipe.run.records import to_json
 
 EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}
 
@@ -91,7 +91,7 @@ def training_watch(config: Config) -> TrainingWatch | None:
     """The watch of a training with a reference; raises `UserError` where its recipe is another."""
     if config.reference is None:
         return None
-    from recipe.model import resolve_weights  # torch, which the verb does without
+    from recipe.models.build import resolve_weights  # torch, which the verb does without
 
     reference = open_reference([config.reference])
     refuse_differences(reference, resolve_weights(config)[0].pinned.values, None, f"the run {config.name}")

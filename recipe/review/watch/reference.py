@@ -20,12 +20,12 @@ from recipe.document.formatting import on_one_line
 from recipe.document.recipe_json import DYNAMICS, identity
 from recipe.document.run_data import load
 from recipe.errors import UserError
-from recipe.files import display_path
-from recipe.metrics import EPOCH_FIELDS
-from recipe.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
 from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
 from recipe.review.watch.statistics import WATCHED_METRICS, phases
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import display_path
+from recipe.run.metric_rows import EPOCH_FIELDS
+from recipe.run.records import PreprocessingRecord, SeedRun, SeedsRecord, TrainingRecord, from_json
 
 MOST_EPOCHS = 100_000
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from recipe.document.formatting import on_one_line
-from recipe.records import SeedsRecord
 from recipe.review.watch.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
 from recipe.review.watch.statistics import (
     ALPHA,
@@ -24,6 +23,7 @@ from recipe.review.watch.statistics import (
     Seeds,
     judge,
 )
+from recipe.run.records import SeedsRecord
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.document.render import write_document
-from recipe.files import CHECKOUT, portable_path
-from recipe.provenance import commit
 from recipe.review.check import code as sources
 from recipe.review.check.command import check
 from recipe.review.findings import Finding, Kind, Level
 from recipe.review.opening import open_recipe
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.files import CHECKOUT, portable_path
+from recipe.run.provenance import commit
 from tests.review.factory import (
     CORRECT,
     CORRECT_TOP5,
@@ -96,7 +96,7 @@ def test_it_needs_no_torch_and_less_than_two_seconds(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "command", "kind"),
     [
-        ("inference.json", "python -m recipe.demonstration run_dir=", Kind.finding),
+        ("inference.json", "python -m recipe.stages.infer run_dir=", Kind.finding),
         ("serialization.json", "python serialize.py run_dir=", Kind.note),  # asked for where the deployed form differs
     ],
 )
@@ -487,7 +487,7 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         ["commit", "-qm", "y"],
     ):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr("recipe.provenance.CHECKOUT", tmp_path)
+    monkeypatch.setattr("recipe.run.provenance.CHECKOUT", tmp_path)
     sources.source_sha256_at.cache_clear()
     head = commit()
     assert head is not None
@@ -508,7 +508,7 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         "torchrun --nnodes=4 --nproc-per-node=8 train.py optimization.epochs=18 trainer.gpus=8",
         "python train.py -m seed=1,2,3 hydra/launcher=submitit_slurm",
         "python train.py ++model.name=resnet18 ~data.description.papers data=imagenet",
-        "python -m recipe.demonstration run_dir=runs/demo timing.seconds_per_cell=0.1",
+        "python -m recipe.stages.infer run_dir=runs/demo timing.seconds_per_cell=0.1",
         'python train.py experiment=demo run_dir="$RUN_DIR" reference="$REFERENCE"',
         'python -m recipe reproduce "$RECIPE" --run-dir "$RUN_DIR" --yes',
         "python -m recipe reproduce recipes/demo --stages train evaluate --yes",

@@ -19,7 +19,7 @@ from recipe.review.diff.command import DiffReport, compare_recipes, result_lines
 from recipe.review.diff.impact import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.diff.inputs import Comparable, value_at
 from recipe.review.opening import open_recipe
-from recipe.run import Run
+from recipe.run.directory import Run
 from tests.conftest import compose_config
 from tests.review.factory import change_record, set_at
 

@@ -22,13 +22,13 @@ from recipe.config.identity import RUNTIME_KEYS, config_sha256, flatten, recipe_
 from recipe.config.schema import Config
 from recipe.document.recipe_json import as_json
 from recipe.errors import UserError
-from recipe.files import CHECKOUT
-from recipe.provenance import source_sha256
 from recipe.review.opening import json_block
 from recipe.review.reproduce import adapt as fitting
 from recipe.review.reproduce import command as reproduce
 from recipe.review.reproduce.command import DOCUMENT_HASH_FILE, plan_reproduction
 from recipe.review.reproduce.parse import parse_config, parse_recipe
+from recipe.run.files import CHECKOUT
+from recipe.run.provenance import source_sha256
 from tests.conftest import compose_config
 from tests.document.test_document import evaluation_record, facts, preprocessing_record, training_record
 

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from recipe.document.recipe_json import identity
 from recipe.document.run_data import RunData
-from recipe.records import Epoch, JudgedClaim, ReproductionRecord, SeedCounts, SeedRun, SeedsRecord, from_json, to_json
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.judge import (
     BIT_EXACT,
@@ -24,6 +23,16 @@ from recipe.review.reproduce.judge import (
 )
 from recipe.review.reproduce.parse import Recipe, parse_recipe
 from recipe.review.reproduce.report import reproduction_page
+from recipe.run.records import (
+    Epoch,
+    JudgedClaim,
+    ReproductionRecord,
+    SeedCounts,
+    SeedRun,
+    SeedsRecord,
+    from_json,
+    to_json,
+)
 from tests.document.test_document import (
     HOSTILE,
     assert_tables_are_even,

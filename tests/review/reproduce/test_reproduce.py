@@ -20,13 +20,13 @@ from recipe.document import figures
 from recipe.document.publish import publish
 from recipe.document.render import write_document
 from recipe.document.run_data import load
-from recipe.performance import evaluate_run
 from recipe.preprocessing.pipeline import preprocess
-from recipe.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce import command as reproduce
 from recipe.review.reproduce.judge import BIT_EXACT, DIFFERS, EVALUATION_EQUAL
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
+from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
 from tests.conftest import SMALL_DEMO, compose_config
 

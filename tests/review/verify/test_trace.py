@@ -14,9 +14,9 @@ import torch
 from benchmarks.canary import FAULTS, SMALL, Fault, caught, taken
 from recipe.config.compose import config_from_overrides
 from recipe.config.identity import flatten
-from recipe.files import CHECKOUT
-from recipe.records import Fingerprint, from_json
 from recipe.review.verify.trace import CHANGED, TOLERANCE, UNDECIDED, compare_traces
+from recipe.run.files import CHECKOUT
+from recipe.run.records import Fingerprint, from_json
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
 
@@ -36,7 +36,7 @@ def test_the_same_code_gives_the_same_bits_and_no_finding(clean: Fingerprint) ->
 def test_what_another_recipe_left_behind_changes_nothing() -> None:
     """torch wraps an optimizer class at its first use, and ours is a subclass of one of its own."""
     decoupled = ("experiment=smoke", "optimization.epochs=1", "optimization.optimizer=sgd_decoupled")
-    script = "from benchmarks.canary import taken; from recipe.records import to_json; import sys;"
+    script = "from benchmarks.canary import taken; from recipe.run.records import to_json; import sys;"
     script += f"sys.stdout.buffer.write(to_json(taken({decoupled!r})))"
     alone = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, check=True).stdout
     taken(SMALL)

@@ -13,13 +13,13 @@ import pytest
 from recipe.__main__ import main
 from recipe.document.render import write_document
 from recipe.errors import UserError
-from recipe.performance import evaluate_run
-from recipe.records import TrainingRecord
 from recipe.review.opening import open_recipe
 from recipe.review.verify import code as drift
 from recipe.review.verify.files import BROKEN, HOLDS, NOT_HERE, Link, links
 from recipe.review.verify.trace import TraceDifference, trace_here
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.records import TrainingRecord
+from recipe.stages.evaluate import evaluate_run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
 from recipe.training.optim import LearningRate

@@ -18,11 +18,11 @@ import pytest
 from recipe.__main__ import main
 from recipe.config.identity import recipe_id
 from recipe.errors import UserError
-from recipe.records import SeedRun, SeedsRecord, to_json
 from recipe.review.watch.command import TrainingWatch, training_watch
 from recipe.review.watch.reference import open_reference, watched_run
 from recipe.review.watch.statistics import OFF_TRACK, ON_TRACK, WATCHED_METRICS
-from recipe.run import Run
+from recipe.run.directory import Run
+from recipe.run.records import SeedRun, SeedsRecord, to_json
 from recipe.training import loop
 from tests.conftest import compose_config
 

@@ -1,0 +1,108 @@
+"""Standard streams that cannot end the work: what they cannot write is dropped.
+
+The reader of a pipe may leave, a terminal close, the disk under a log fill up, a word not fit the stream's encoding,
+or the stream be closed from the start. Progress is a convenience: training goes on and saves all the same.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from recipe.errors import CONTROLS, Interrupted, UserError, how_to_continue
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+PATIENCE_SECONDS = 1.0
+
+
+class LossyFile(io.FileIO):
+    """A file whose `write` neither fails nor waits for long; `failure` is the last error that it kept to itself."""
+
+    failure: OSError | None = None
+    patience_seconds: float | None = PATIENCE_SECONDS  # None: as long as it takes
+    is_stuck = False
+
+    def write(self, content: ReadableBuffer) -> int:
+        """Write what can be written; returns the number of bytes, of which some may be dropped."""
+        rest = memoryview(content).cast("B")
+        count = rest.nbytes
+        try:
+            while rest:
+                self.is_stuck = not is_writable(self.fileno(), 0.0 if self.is_stuck else self.patience_seconds)
+                written = None if self.is_stuck else super().write(rest[: select.PIPE_BUF])
+                if written is None:  # a reader that stands still: a paused pager, Ctrl-S
+                    break
+                rest = rest[written:]
+        except OSError as error:
+            self.failure = error
+        return count
+
+
+def is_writable(descriptor: int, seconds: float | None = 0.0) -> bool:
+    """Whether `select.PIPE_BUF` bytes can be written without waiting, now or within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+
+def protect_streams(patience_seconds: float | None = PATIENCE_SECONDS) -> None:
+    """Put lossy streams in place of this process's own; those that a caller has redirected stay.
+
+    A stream whose reader stands still for `patience_seconds` loses lines until it reads again; None waits for it.
+
+    A stream that was closed from the start becomes os.devnull, for child processes too: the next file that is opened
+    would get its descriptor, and whatever a library prints.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _lossy(sys.stdout, patience_seconds)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _lossy(sys.stderr, patience_seconds)
+
+
+def _lossy(stream: TextIO | None, patience_seconds: float | None) -> TextIO:
+    file = LossyFile(os.devnull, "w") if stream is None else LossyFile(stream.fileno(), "w", closefd=False)
+    file.patience_seconds = patience_seconds
+    encoding = "utf-8" if stream is None else stream.encoding
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=True)
+
+
+def output_failure() -> OSError | None:
+    """Why not all that was printed to a protected `sys.stdout` has arrived."""
+    sys.stdout.flush()
+    file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return file.failure if isinstance(file, LossyFile) else None
+
+
+# ---- the end of a command ---------------------------------------------------------------------------
+
+
+@contextmanager
+def one_clear_sentence() -> Iterator[None]:
+    """Print a `UserError` as one line and exit with its code; leave every other exception alone.
+
+    Every command enters this first, so that it also protects the standard streams.
+    """
+    protect_streams()
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {CONTROLS.sub('�', str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt as stop:
+        print(f"stopped by {str(stop) or 'Ctrl-C'}; {how_to_continue()}", file=sys.stderr, flush=True)
+        raise SystemExit(stop.exit_code if isinstance(stop, Interrupted) else 130) from None
