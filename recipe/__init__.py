@@ -10,12 +10,13 @@ The floors, lowest first; a file imports only from floors below it and from its 
     distributed    launch(), World, reductions
     document       records -> pages, without torch: run_data, render, templates/, blocks, formatting, curves, figures,
                    commands, experiment_log, latency, recipe_json, model_card; publish, published_folder
-    data           shards -> batches: images, integrity, manifest, shards, decoding, transforms, loading, processes, worker
+    data           shards -> batches: images, integrity, manifest, shards, decoding, transforms, loading, processes,
+                   worker
     evaluation     evaluate(predict, batches) -> integer counts; the evaluator of every stage
     preprocessing  raw images -> shards: pipeline, sources, ilsvrc, imagenet, folders, archives, listing, shard_writer,
                    sharing (several nodes), summary; demo, painting (the drawn data set)
-    training       loop, build, step, optim, ema, augmentation, policies, mixing, draws, checkpointing, shutdown, watchdog,
-                   metrics, metric_log, energy, record, fingerprint
+    training       loop, build, step, optim, ema, augmentation, policies, mixing, draws, checkpointing, shutdown,
+                   watchdog, metrics, metric_log, energy, record, fingerprint
     inference      classifier, pictures, evaluated, export, onnx_file, parity, latency
     stages         evaluate, serialize, infer (inference.ipynb), doctor
     review         readers of a recipe: opening, reading, outputs, findings; a folder for each verb: check/, verify/,

@@ -12,8 +12,8 @@ import pytest
 from recipe.run.files import CHECKOUT
 
 FLOORS = (
-    "errors < run < config < models distributed document < data < evaluation preprocessing < training inference < stages"
-    " < review < __main__"
+    "errors < run < config < models distributed document < data < evaluation preprocessing < training inference"
+    " < stages < review < __main__"
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS.split(" < ")) for name in names.split()}
 ENTRY_POINTS = {"main", "describe", "answer"}  # of a script or a verb
