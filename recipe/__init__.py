@@ -10,8 +10,8 @@ The floors, lowest first; a file imports only from floors below it and from its 
     distributed    launch(), World, reductions
     document       records -> pages, without torch: run_data, render, templates/, blocks, formatting, curves, figures,
                    commands, experiment_log, latency, recipe_json, model_card; publish, published_folder
-    data           shards -> batches: images, integrity, manifest, shards, decoding, transforms, batches, loader (threads),
-                   worker_pool and worker (processes); augment/: crop, auto_augment, mixup, rng
+    data           shards -> batches: images, integrity, manifest, shards, decoding, transforms, batches,
+                   loader (threads), worker_pool and worker (processes); augment/: crop, auto_augment, mixup, rng
     evaluation     evaluate(predict, batches) -> integer counts; the evaluator of every stage
     preprocessing  raw images -> shards: pipeline, sources, ilsvrc, imagenet, folders, archives, listing, shard_writer,
                    sharing (several nodes), summary; demo, painting (the drawn data set)
