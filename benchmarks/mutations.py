@@ -375,7 +375,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         for file, texts in DEFAULTS.items()
         for text in texts
     ),
-    ("crop.py", "flip = draws.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("crop.py", "flip = rng.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
     ("crop.py", "view, size = self.view(", "", SQUARE),
     ("crop.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
     ("crop.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
@@ -383,9 +383,9 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("auto_augment.py", '"autocontrast": Range(', "", NO_STRENGTH),
     ("auto_augment.py", '"equalize": Range(', "", NO_STRENGTH),
     ("auto_augment.py", "FILL = ", "0.0 -> 0.5", "pixels are whole numbers: half a level is none"),
-    ("auto_augment.py", "generator.random() < 0.5", "Lt -> LtE", NEVER_EQUAL),
-    ("auto_augment.py", "if generator.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
-    ("mixup.py", "if generator.random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
+    ("auto_augment.py", "rng.random() < 0.5", "Lt -> LtE", NEVER_EQUAL),
+    ("auto_augment.py", "if rng.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("mixup.py", ".random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
     ("mixup.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
     ("mixup.py", "parameters.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
     ("mixup.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),

@@ -1,4 +1,4 @@
-"""Automatic augmentation: TrivialAugment and RandAugment, where every draw comes from the sample's own generator.
+"""Automatic augmentation: TrivialAugment and RandAugment with random numbers of the sample.
 
 The operations and their ranges are those of torchvision's `TrivialAugmentWide` and `RandAugment`, whose classes draw
 from a global generator that threads share. Strength 0.3 is torchvision's RandAugment magnitude 9 of 30.
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from recipe.config.schema import PolicyConfig, PolicyKind
+from recipe.data.augment.rng import Rng
 from recipe.data.transforms import fixed_image
 from recipe.run.records import Setting
 
@@ -82,14 +82,14 @@ class Policy:
     def is_on(self) -> bool:
         return self.kind is not PolicyKind.none
 
-    def draw(self, generator: np.random.Generator, pixels: int) -> list[Operation]:
+    def draw(self, rng: Rng, pixels: int) -> list[Operation]:
         """The operations for one square image of `pixels`, in the order in which they are applied."""
         if self.kind is PolicyKind.trivial_augment:
-            strength = int(generator.integers(TRIVIAL_STEPS)) / (TRIVIAL_STEPS - 1)
-            return [_operation(generator, self._ranges(pixels), strength)]
+            strength = rng.integer(TRIVIAL_STEPS) / (TRIVIAL_STEPS - 1)
+            return [_operation(rng, self._ranges(pixels), strength)]
         ranges = self._ranges(pixels)
-        drawn = [_operation(generator, ranges, self._strength(generator)) for _ in range(self.operations)]
-        return [operation for operation in drawn if generator.random() < self.operation_probability]
+        drawn = [_operation(rng, ranges, self._strength(rng)) for _ in range(self.operations)]
+        return [operation for operation in drawn if rng.random() < self.operation_probability]
 
     def _ranges(self, pixels: int) -> dict[str, Range]:
         """The range of each operation, in an image of `pixels`."""
@@ -98,10 +98,10 @@ class Policy:
         shift = Range(TRANSLATION_SHARE * pixels, True)
         return RAND_RANGES | {"translate_x": shift, "translate_y": shift}
 
-    def _strength(self, generator: np.random.Generator) -> float:
+    def _strength(self, rng: Rng) -> float:
         if self.strength_std == 0:
             return self.strength
-        return min(1.0, max(0.0, float(generator.normal(self.strength, self.strength_std))))
+        return min(1.0, max(0.0, rng.normal(self.strength, self.strength_std)))
 
     def apply(self, image: Tensor, operations: list[Operation]) -> Tensor:
         """uint8 [3, H, W] -> the same."""
@@ -135,11 +135,11 @@ class Policy:
         }
 
 
-def _operation(generator: np.random.Generator, ranges: dict[str, Range], strength: float) -> Operation:
+def _operation(rng: Rng, ranges: dict[str, Range], strength: float) -> Operation:
     """One of the operations, all equally likely, at this share of its range."""
-    name = list(ranges)[int(generator.integers(len(ranges)))]
+    name = list(ranges)[rng.integer(len(ranges))]
     largest, is_signed = ranges[name]
-    sign = -1.0 if is_signed and generator.random() < 0.5 else 1.0
+    sign = -1.0 if is_signed and rng.random() < 0.5 else 1.0
     return Operation(name, sign * largest * strength)
 
 

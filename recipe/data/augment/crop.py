@@ -28,7 +28,7 @@ from recipe.data.augment.mixup import (
     build_mixing,
     mix_parameters,
 )
-from recipe.data.augment.rng import Draws
+from recipe.data.augment.rng import Rng
 from recipe.data.decoding import Picture, WholePicture
 from recipe.data.transforms import (
     INTERPOLATIONS,
@@ -39,7 +39,7 @@ from recipe.data.transforms import (
 )
 from recipe.run.records import Setting
 
-AUGMENTATION_STREAM, POLICY_STREAM = 2, 5  # keep these draws apart from one another and from the order's
+CROP_STREAM, POLICY_STREAM = 2, 5  # keep their random numbers apart from one another and from the order's
 ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
 
 
@@ -104,8 +104,8 @@ class Augmentation:
         resized = resize(part, size, self.interpolation, self.antialias)
         image = resized[None].flip(-1)[0] if view.flip else resized  # torch mirrors batches faster than images
         if self.policy.is_on:
-            generator = np.random.default_rng((POLICY_STREAM, self.seed, epoch, index, copy))
-            image = self.policy.apply(image, self.policy.draw(generator, size[0]))
+            rng = Rng(POLICY_STREAM, self.seed, epoch, index, copy)
+            image = self.policy.apply(image, self.policy.draw(rng, size[0]))
         out.copy_(image)
 
     def pixels(self, epoch: int) -> int:
@@ -120,16 +120,15 @@ class Augmentation:
 
     def view(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> View:
         """Draw for copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
-        sample = (index, copy) if copy else (index,)
-        draws = Draws((AUGMENTATION_STREAM, self.seed, epoch, *sample))
-        flip = draws.random() < self.flip_probability
+        rng = Rng(CROP_STREAM, self.seed, epoch, index, copy)
+        flip = rng.random() < self.flip_probability
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for _ in range(ATTEMPTS):
-            area = height * width * draws.uniform(*self.scale)
-            ratio = math.exp(draws.uniform(*log_ratio))
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(*log_ratio))
             crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < crop_width <= width and 0 < crop_height <= height:
-                top, left = draws.below(height - crop_height + 1), draws.below(width - crop_width + 1)
+                top, left = rng.integer(height - crop_height + 1), rng.integer(width - crop_width + 1)
                 return View(top, left, crop_height, crop_width, flip)
         return self._central(height, width, flip)
 

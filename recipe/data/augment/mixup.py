@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.config.schema import ErasingConfig, MixingConfig
+from recipe.data.augment.rng import Rng
 from recipe.errors import UserError
 from recipe.run.records import Setting
 
@@ -85,17 +86,16 @@ class Erasing:
 
     def draw(self, epoch: int, index: int, copy: int, pixels: int) -> Rectangle:
         """The rectangle of one sample; empty where nothing is erased."""
-        generator = np.random.default_rng((ERASING_STREAM, self.seed, epoch, index, copy))
-        if generator.random() >= self.probability:
+        rng = Rng(ERASING_STREAM, self.seed, epoch, index, copy)
+        if rng.random() >= self.probability:
             return EMPTY
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for _ in range(ATTEMPTS):
-            area = pixels * pixels * generator.uniform(*self.scale)
-            ratio = math.exp(generator.uniform(*log_ratio))
+            area = pixels * pixels * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(*log_ratio))
             height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if height < pixels and width < pixels:
-                top = int(generator.integers(0, pixels - height + 1))
-                left = int(generator.integers(0, pixels - width + 1))
+                top, left = rng.integer(pixels - height + 1), rng.integer(pixels - width + 1)
                 return Rectangle(top, left, top + height, left + width)
         return EMPTY
 
