@@ -21,7 +21,7 @@ def main(composed: DictConfig) -> None:
     with one_job():
         config = job_config(composed)
         run = Run(config.run_dir)
-        if not config.trainer.restart:  # which moves the document aside as it is
+        if not config.trainer.start_over:  # which moves the document aside as it is
             check_document(run)
         record = launch(partial(train, after_validation=training_watch(config)), config)
         if record is not None:  # the first process

@@ -110,7 +110,7 @@ def plain(words: list[str], seed: int, place: Path) -> float:
         config = to_config(compose("config", words))
     torch.manual_seed(seed)
     random.seed(seed)
-    torch.set_num_threads(config.trainer.cpu_threads or torch.get_num_threads())  # as the pipeline
+    torch.set_num_threads(config.trainer.torch_threads or torch.get_num_threads())  # as the pipeline
     train, val = loaders(config, place)
     model = build_model(config.model, 10, seed)
     settings, steps = config.optimization, len(train)

@@ -43,7 +43,7 @@ from recipe.training.fingerprint import take_fingerprint  # noqa: E402
 from recipe.training.optim import LearningRate  # noqa: E402
 
 STEPS_PER_EPOCH, CLASSES = 15, 12
-SMALL = ("experiment=smoke", "optimization.epochs=5", "optimization.averaging.decay=0.9")
+SMALL = ("experiment=smoke", "optimization.epochs=5", "optimization.ema.decay=0.9")
 RESNET50 = (*SMALL, "model=resnet50", "model.zero_init_last_norm=true")
 Patch = Callable[[ExitStack], None]
 

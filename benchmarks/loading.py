@@ -162,9 +162,9 @@ def ours(kind: str, work: Path, cores: int, processes: int) -> Epochs:
     from recipe.data.worker_pool import open_loaders
     from recipe.distributed import World
 
-    config = composed(f"trainer.data_processes={processes}", f"trainer.data_threads={cores}")
+    config = composed(f"loader.workers={processes}", f"loader.threads={cores}")
     world = World(0, 1, 0, 1, torch.device("cpu"), "none")
-    context = open_loaders([open_split(work / kind, "train")], config.data.decoder, config.trainer, world)
+    context = open_loaders([open_split(work / kind, "train")], config.loader, world)
     (decoding,) = context.__enter__()
     batches = TrainingBatches(decoding, build_augmentation(config.augmentation, 0), BatchLayout(BATCH, 1, 1), 0, 0)
     numbers = iter(range(10**6))

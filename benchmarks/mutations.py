@@ -46,30 +46,34 @@ RECIPES = {
     "plain": SMALL,
     "policies, mixing, erasing, torchvision's average": [
         *SMALL,
-        *("augmentation.policy.kind=trivial_augment", "augmentation.erasing.probability=0.5"),
-        *("augmentation.mixing.mixup_alpha=0.2", "augmentation.mixing.cutmix_alpha=1.0"),
-        *("optimization.averaging.decay=0.9", "optimization.averaging.form=torchvision"),
-        *("optimization.averaging.every_steps=2", "optimization.schedule=step", "optimization.step_epochs=[2,4,5]"),
+        *("augmentation.auto_augment.policy=trivial_augment", "augmentation.random_erasing.probability=0.5"),
+        *("augmentation.mixup.mixup_alpha=0.2", "augmentation.mixup.cutmix_alpha=1.0"),
+        *("optimization.ema.decay=0.9", "optimization.ema.form=torchvision"),
+        *("optimization.ema.every_steps=2", "optimization.schedule=step", "optimization.step_epochs=[2,4,5]"),
         *("optimization.nesterov=true", "evaluation.flip=true", "optimization.decay_norms_and_biases=true"),
         "model.blur_pool=true",
     ],
     "binary loss, repeats, growing images, average with recalibration": [
         *SMALL,
-        *("augmentation.policy.kind=rand_augment", "augmentation.policy.strength_std=0.6"),
-        *("augmentation.policy.operation_probability=0.7", "augmentation.repeats=2", "optimization.optimizer=lamb"),
-        *("augmentation.mixing.mixup_alpha=0.3", "augmentation.mixing.probability=0.8"),
-        *("optimization.loss=binary_cross_entropy", "optimization.binary_sum_classes=true"),
-        *("optimization.binary_target_threshold=0.2", "optimization.binary_head_bias=true"),
-        *("optimization.schedule=linear", "optimization.averaging.decay=0.9"),
-        *("optimization.averaging.recalibrate_images=16", "augmentation.progressive.first_pixels=16"),
-        *("augmentation.progressive.start_epoch=1", "augmentation.progressive.end_epoch=4"),
-        *("augmentation.progressive.multiple=4", "augmentation.interpolation=bicubic"),
+        *("augmentation.auto_augment.policy=rand_augment", "augmentation.auto_augment.magnitude_std=0.6"),
+        *(
+            "augmentation.auto_augment.probability=0.7",
+            "augmentation.repeated_augmentation=2",
+            "optimization.optimizer=lamb",
+        ),
+        *("augmentation.mixup.mixup_alpha=0.3", "augmentation.mixup.probability=0.8"),
+        *("optimization.loss=binary_cross_entropy", "optimization.bce.sum_classes=true"),
+        *("optimization.bce.target_threshold=0.2", "optimization.bce.init_head_bias=true"),
+        *("optimization.schedule=linear", "optimization.ema.decay=0.9"),
+        *("optimization.ema.precise_bn_images=16", "augmentation.progressive_resizing.first_pixels=16"),
+        *("augmentation.progressive_resizing.start_epoch=1", "augmentation.progressive_resizing.end_epoch=4"),
+        *("augmentation.progressive_resizing.multiple=4", "augmentation.interpolation=bicubic"),
     ],
     "resnet18 with blurred strides and stochastic depth, decoupled decay, Pillow": [
         *SMALL,
         *("model.name=resnet18", "model.blur_pool=true", "model.stochastic_depth=0.2"),
-        *("model.zero_init_last_norm=true", "optimization.optimizer=sgd_decoupled", "data.decoder=pillow"),
-        *("augmentation.mixing.cutmix_alpha=0.7", "optimization.loss=binary_cross_entropy"),
+        *("model.zero_init_last_norm=true", "optimization.optimizer=sgdw", "loader.decoder=pillow"),
+        *("augmentation.mixup.cutmix_alpha=0.7", "optimization.loss=binary_cross_entropy"),
     ],
 }
 STEPS_PER_EPOCH, CLASSES = 150, 12  # of the schedule: more steps than are recorded
@@ -342,13 +346,13 @@ ALL_ALIKE = "which one is looked at does not matter: all are the same there"
 FAST_PATH = "decides by which of two ways the same pixels come about"
 SQUARE = "the images of a batch are square"
 NEVER_EQUAL = "a number that is drawn is never the very threshold"
-NO_STRENGTH = "the operation has no strength"
+NO_MAGNITUDE = "the operation has no magnitude"
 DEFAULTS = {  # of fields that the builders fill from the configuration, whatever stands here
     "crop.py": ("start_epoch: float", "end_epoch: float", "multiple: int", "repeats: int = 1", "copy: int = 0"),
-    "auto_augment.py": ("operations: int", "strength: float", "strength_std: float", "operation_probability: float"),
+    "auto_augment.py": ("num_ops: int", "magnitude: float", "magnitude_std: float", "probability: float"),
     "mixup.py": (
         *("seed: int", "probability: float", "scale: tuple", "ratio: tuple", "mixup_alpha: float"),
-        *("cutmix_alpha: float", "cutmix_share: float", "group_images: int"),
+        *("cutmix_alpha: float", "switch_probability: float", "group_size: int"),
     ),
 }
 # (file, a part of the line, a part of the change, why the change cannot show in any recipe)
@@ -379,14 +383,14 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("crop.py", "view, size = self.view(", "", SQUARE),
     ("crop.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
     ("crop.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
-    ("auto_augment.py", '"identity": Range(', "", NO_STRENGTH),
-    ("auto_augment.py", '"autocontrast": Range(', "", NO_STRENGTH),
-    ("auto_augment.py", '"equalize": Range(', "", NO_STRENGTH),
+    ("auto_augment.py", '"identity": Range(', "", NO_MAGNITUDE),
+    ("auto_augment.py", '"autocontrast": Range(', "", NO_MAGNITUDE),
+    ("auto_augment.py", '"equalize": Range(', "", NO_MAGNITUDE),
     ("auto_augment.py", "FILL = ", "0.0 -> 0.5", "pixels are whole numbers: half a level is none"),
     ("auto_augment.py", "rng.random() < 0.5", "Lt -> LtE", NEVER_EQUAL),
-    ("auto_augment.py", "if rng.random() < self.operation_probability", "Lt -> LtE", NEVER_EQUAL),
+    ("auto_augment.py", "if rng.random() < self.probability", "Lt -> LtE", NEVER_EQUAL),
     ("mixup.py", ".random() >= self.probability", "GtE -> Gt", NEVER_EQUAL),
-    ("mixup.py", "generator.random() < self.cutmix_share", "Lt -> LtE", NEVER_EQUAL),
+    ("mixup.py", "generator.random() < self.switch_probability", "Lt -> LtE", NEVER_EQUAL),
     ("mixup.py", "parameters.weight >= 0.5", "GtE -> Gt", NEVER_EQUAL),
     ("mixup.py", "rows = torch.arange(images.shape[2]", "2 -> 3", SQUARE),
     ("optim.py", "return [step for step in sides if step >= 0]", "", "no rate falls before the first epoch ends"),

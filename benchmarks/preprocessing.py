@@ -94,7 +94,7 @@ def ours(way: str, tree: Path, target: Path, workers: int) -> Any:
     from recipe.preprocessing.pipeline import preprocess
 
     words = ["data=folder", f"data.raw_dir={tree}", f"data.directory={target}", f"data.name={way}"]
-    words += [f"data.images_per_shard={CHUNK}", f"data.processes={workers}", f"data.quality={QUALITY}"]
+    words += [f"data.images_per_shard={CHUNK}", f"data.processes={workers}", f"data.jpeg_quality={QUALITY}"]
     words += [f"data.resize_short_side={SHORT_SIDE}"] * (way == "ours-small")
     with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")):
         config = to_config(compose("config", words))

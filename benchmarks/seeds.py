@@ -51,8 +51,8 @@ WORDS = [
     "evaluation.resize_pixels=12",
     "evaluation.crop_pixels=12",
     "evaluation.batch_size=300",
-    "trainer.cpu_threads=1",
-    "trainer.data_threads=1",
+    "trainer.torch_threads=1",
+    "loader.threads=1",
     "trainer.keep_checkpoints=1",
 ]
 

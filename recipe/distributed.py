@@ -397,7 +397,7 @@ def _check_device(trainer: TrainerConfig, device: torch.device) -> None:
 
 def _choose_arithmetic(trainer: TrainerConfig, world: World) -> None:
     """Threads, determinism and the current device: the same for torchrun and for our own start."""
-    torch.set_num_threads(threads_per_process(trainer.cpu_threads, world))
+    torch.set_num_threads(threads_per_process(trainer.torch_threads, world))
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = not trainer.deterministic
     if world.device.type == "cuda":

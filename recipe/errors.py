@@ -57,5 +57,5 @@ class Interrupted(KeyboardInterrupt):
 
 def how_to_continue() -> str:
     """What to type after an interruption."""
-    restarts = any(word.startswith("trainer.restart=") for word in sys.argv)
-    return "run the same command to continue" + (", without trainer.restart" if restarts else "")
+    restarts = any(word.startswith("trainer.start_over=") for word in sys.argv)
+    return "run the same command to continue" + (", without trainer.start_over" if restarts else "")

@@ -350,7 +350,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> bool:
         ("train.py", ["data.directory=nowhere"], "python preprocess.py", 2),
         (
             "train.py",
-            ["optimization.batch_size=25", "trainer.max_images_per_process=10"],
+            ["optimization.batch_size=25", "trainer.max_micro_batch_size=10"],
             "nearest that does: 24 or 27",
             2,
         ),
@@ -492,7 +492,7 @@ def test_a_restart_moves_an_edited_document_aside(run_command: Command, trained:
     edited = document.read_text().replace("## Training", "## My training")
     document.write_text(edited)
     run_command("train.py", "run_dir=x", "optimization.epochs=1", code=2)
-    run_command("train.py", "run_dir=x", "optimization.epochs=1", "trainer.restart=true")
+    run_command("train.py", "run_dir=x", "optimization.epochs=1", "trainer.start_over=true")
     assert (tmp_path / "x.old-1" / "recipe.md").read_text() == edited
 
 

@@ -195,8 +195,8 @@ def small_config(data_directory: Path) -> Config:
         "experiment=smoke",
         f"data.directory={data_directory}",
         "evaluation.batch_size=10",
-        "trainer.cpu_threads=1",
-        "trainer.data_threads=2",
+        "trainer.torch_threads=1",
+        "loader.threads=2",
         "model.zero_init_last_norm=false",
     )
 
@@ -242,7 +242,7 @@ def evaluated_in(world: World, config: Config) -> Predictions | None:
         world.device,
         channels_last=True,
     )
-    with closing(ThreadedLoader(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with closing(ThreadedLoader(split, build_decoder(config.loader.decoder), config.loader, world)) as threads:
         batches = EvaluationBatches(
             threads, build_evaluation_transform(config.evaluation), config.evaluation.batch_size, world
         )

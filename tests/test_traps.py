@@ -299,12 +299,12 @@ def test_predictions_carry_the_devkits_labels(proven: Proven, devkit: Devkit) ->
 
 def augmented(data_directory: Path, epoch: int, processes: int, threads: int) -> dict[int, str]:
     """Image -> hash of its augmented pixels, over all ranks of an epoch."""
-    config = compose_config("experiment=smoke", f"trainer.data_threads={threads}")
+    config = compose_config("experiment=smoke", f"loader.threads={threads}")
     augmentation = build_augmentation(config.augmentation, 3)
     found: dict[int, str] = {}
     for rank in range(processes):
-        split, decoder = open_split(data_directory, "train"), build_decoder(config.data.decoder)
-        with closing(ThreadedLoader(split, decoder, config.trainer, ALONE)) as pool:
+        split, decoder = open_split(data_directory, "train"), build_decoder(config.loader.decoder)
+        with closing(ThreadedLoader(split, decoder, config.loader, ALONE)) as pool:
             layout = BatchLayout(36, processes, 1)
             for (batch,) in TrainingBatches(pool, augmentation, layout, rank, 3).epoch(epoch):
                 for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
@@ -358,8 +358,8 @@ def test_a_change_in_torchvision_changes_the_fingerprint(monkeypatch: pytest.Mon
 
 def delivered_orders(config: Config, epochs: int) -> list[list[int]]:
     """The indices that the live loader hands out."""
-    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
-    with closing(ThreadedLoader(split, decoder, config.trainer, ALONE)) as pool:
+    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.loader.decoder)
+    with closing(ThreadedLoader(split, decoder, config.loader, ALONE)) as pool:
         batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(24, 1, 1), 0, config.seed)
         return [
             [index for (batch,) in batches.epoch(epoch) for index in batch.indices.tolist()] for epoch in range(epochs)
@@ -379,7 +379,7 @@ def test_a_loader_that_forgets_the_epoch_changes_the_record(
 ) -> None:
     """The record is to be read back from the batches that are handed out."""
     config = compose_config("experiment=smoke")
-    with closing(ThreadedLoader(open_split(data_directory, "train"), PillowDecoder(), config.trainer, ALONE)) as pool:
+    with closing(ThreadedLoader(open_split(data_directory, "train"), PillowDecoder(), config.loader, ALONE)) as pool:
         batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(24, 1, 1), 0, 0)
         before = batches.facts().order_sha256
         original = TrainingBatches._requests
@@ -471,7 +471,7 @@ def test_train_rows_come_from_training_batches_and_validation_rows_from_validati
     transform = build_evaluation_transform(config.evaluation)
     pools = [
         ThreadedLoader(
-            open_split(config.data.directory, name), build_decoder(config.data.decoder), config.trainer, ALONE
+            open_split(config.data.directory, name), build_decoder(config.loader.decoder), config.loader, ALONE
         )
         for name in ("train", "val")
     ]
@@ -532,7 +532,7 @@ def test_statistics_are_made_equal_before_they_are_used_and_saved(
     monkeypatch.setattr(World, "copy_from_first", lambda self, module: events.append("copy"))
     monkeypatch.setattr(metrics, "evaluate", validating)
     monkeypatch.setattr(checkpointing, "save_checkpoint", saving)
-    loop.train(compose_config(*smoke("optimization.averaging.decay=0.9")))
+    loop.train(compose_config(*smoke("optimization.ema.decay=0.9")))
     assert events == ["copy", "copy", "save", "validate"] * 2
 
 
@@ -578,7 +578,7 @@ def waiting_share(words: list[str]) -> float:
 
 
 def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["optimization.epochs=1", "trainer.data_threads=1"]
+    words = ["optimization.epochs=1", "loader.threads=1"]
     opened, step = NvImageCodecDecoder.open, TrainStep.__call__
 
     def slowly_opened(self: NvImageCodecDecoder, content: bytes) -> Picture:

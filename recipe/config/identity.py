@@ -21,25 +21,53 @@ RUNTIME_KEYS: dict[str, Any] = {
     "data.processes": None,
     "model.weights": None,
     "evaluation.weights": None,
+    "loader.workers": None,
+    "loader.threads": None,
+    "loader.prefetch_batches": 1,
     "trainer.gpus": None,
     "trainer.accelerator": "auto",
-    "trainer.max_images_per_process": 1,
-    "trainer.cpu_threads": None,
-    "trainer.data_threads": None,
-    "trainer.data_processes": None,
-    "trainer.prefetch_batches": 1,
+    "trainer.max_micro_batch_size": 1,
+    "trainer.torch_threads": None,
     "trainer.cuda_graphs": False,
     "trainer.timeout_seconds": 1,
     "trainer.save_every_steps": None,
     "trainer.max_restarts": 0,
-    "trainer.restart": False,
+    "trainer.start_over": False,
 }
 # Settings without effect on training. Those of the evaluation can change the result that is reported.
 NOT_TRAINING = re.compile(
     r"(\w+\.)?description\..*|(data\.)?name|trainer\.(log_every_steps|keep_checkpoints)"
     r"|(serialization|timing)\..*|evaluation\.(batch_size|checkpoint|backend|variant)"
 )
-RENAMED: dict[str, str] = {}  # old key or group -> its name today; the longest first
+RENAMED = {  # old key or group -> its name today; the longest first
+    "optimization.averaging.recalibrate_images": "optimization.ema.precise_bn_images",
+    "optimization.averaging": "optimization.ema",
+    "optimization.binary_sum_classes": "optimization.bce.sum_classes",
+    "optimization.binary_target_threshold": "optimization.bce.target_threshold",
+    "optimization.binary_head_bias": "optimization.bce.init_head_bias",
+    "augmentation.policy.kind": "augmentation.auto_augment.policy",
+    "augmentation.policy.operations": "augmentation.auto_augment.num_ops",
+    "augmentation.policy.strength": "augmentation.auto_augment.magnitude",
+    "augmentation.policy.strength_std": "augmentation.auto_augment.magnitude_std",
+    "augmentation.policy.operation_probability": "augmentation.auto_augment.probability",
+    "augmentation.policy": "augmentation.auto_augment",
+    "augmentation.mixing.cutmix_share": "augmentation.mixup.switch_probability",
+    "augmentation.mixing.group_images": "augmentation.mixup.group_size",
+    "augmentation.mixing": "augmentation.mixup",
+    "augmentation.erasing": "augmentation.random_erasing",
+    "augmentation.progressive": "augmentation.progressive_resizing",
+    "augmentation.repeats": "augmentation.repeated_augmentation",
+    "data.corrupt": "data.on_corrupt",
+    "data.quality": "data.jpeg_quality",
+    "data.decoder": "loader.decoder",
+    "data.order": "loader.order",
+    "trainer.data_threads": "loader.threads",
+    "trainer.data_processes": "loader.workers",
+    "trainer.prefetch_batches": "loader.prefetch_batches",
+    "trainer.cpu_threads": "trainer.torch_threads",
+    "trainer.max_images_per_process": "trainer.max_micro_batch_size",
+    "trainer.restart": "trainer.start_over",
+}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Corrupt(str, Enum):
 
 class ImageOrder(str, Enum):
     random = "random"
-    blocks = "blocks"
+    quasi_random = "quasi_random"  # shards are shuffled, then the images of a few shards at a time
 
 
 class Decoder(str, Enum):
@@ -88,9 +88,7 @@ class Interpolation(str, Enum):
     bicubic = "bicubic"
 
 
-class PolicyKind(str, Enum):
-    """Automatic augmentation of training images."""
-
+class AutoAugmentPolicy(str, Enum):
     none = "none"
     trivial_augment = "trivial_augment"
     rand_augment = "rand_augment"
@@ -109,14 +107,14 @@ class LossKind(str, Enum):
 
 class OptimizerKind(str, Enum):
     sgd = "sgd"
-    sgd_decoupled = "sgd_decoupled"
+    sgdw = "sgdw"
     lamb = "lamb"
 
 
-class AveragingForm(str, Enum):
+class EmaForm(str, Enum):
     """Start of the moving average of the weights."""
 
-    ramp = "ramp"
+    warmup = "warmup"
     torchvision = "torchvision"
 
 
@@ -196,17 +194,15 @@ class DataConfig:
     raw_dir: File | None  # the raw archives or folders
     directory: File  # the processed shards, index and manifest
     expect: Expectation
-    corrupt: Corrupt = Corrupt.stop
-    max_pixels: Count = MAX_PIXELS  # of an image; larger ones are treated as `corrupt` says
+    on_corrupt: Corrupt = Corrupt.stop
+    max_pixels: Count = MAX_PIXELS  # of an image; larger ones are treated as `on_corrupt` says
     resize_short_side: Pixels | None = None  # of training images (bilinear, JPEG); None keeps the original bytes
-    quality: Annotated[int, Meta(ge=1, le=100)] = 90  # JPEG quality of resized training images
+    jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90  # of resized training images
     validation_fraction: Share = 0.1  # held out by hash where a folder has no validation set
     images_per_shard: Count = 1000
     processes: Natural | None = None  # of preprocess.py; None: one per core (torchrun's share them); 0: no other
     train_images_per_class: Natural = 0  # of the demo, which is drawn
     validation_images_per_class: Natural = 0
-    decoder: Decoder = Decoder.nvimgcodec
-    order: ImageOrder = ImageOrder.random  # blocks: shards are shuffled, then the images of a few shards at a time
     mean: Annotated[list[float], RGB] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # RGB in [0, 1]
     std: Annotated[list[Positive], RGB] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     description: DataDescription = field(default_factory=DataDescription)
@@ -227,13 +223,22 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class AveragingConfig:
+class EmaConfig:
     """Exponential moving average of weights and buffers; a decay of 0 switches it off."""
 
     decay: BelowOne = 0.0  # per update; of the torchvision form before it is rescaled
     every_steps: Count = 1
-    form: AveragingForm = AveragingForm.ramp  # torchvision: as references/classification has it
-    recalibrate_images: Natural = 0  # training images for batch-norm statistics, estimated before each validation
+    form: EmaForm = EmaForm.warmup  # torchvision: as references/classification has it
+    precise_bn_images: Natural = 0  # training images for batch-norm statistics, estimated before each validation
+
+
+@dataclass(kw_only=True)
+class BceConfig:
+    """Binary cross entropy, one question per class; of loss=binary_cross_entropy only."""
+
+    sum_classes: bool  # sum over classes and mean over images; false: the mean over both
+    target_threshold: BelowOne | None  # a class whose share of a mixed image is above it counts as present
+    init_head_bias: bool  # the last layer's bias starts at -log(classes)
 
 
 @dataclass(kw_only=True)
@@ -246,36 +251,32 @@ class OptimizationConfig:
     optimizer: OptimizerKind
     momentum: BelowOne  # of lamb: the first of its two betas
     nesterov: bool
-    weight_decay: NonNegative  # of sgd_decoupled: the share of a weight that a step at the full learning rate takes
+    weight_decay: NonNegative  # of sgdw: the share of a weight that a step at the full learning rate takes
     decay_norms_and_biases: bool
     loss: LossKind
     label_smoothing: BelowOne
-    binary_sum_classes: bool  # sum over classes and mean over images; false: the mean over both
-    binary_target_threshold: BelowOne | None  # a class whose share of a mixed image is above it counts as present
-    binary_head_bias: bool  # the last layer's bias starts at -log(classes)
+    bce: BceConfig
     schedule: ScheduleKind
     warmup_epochs: NonNegative  # linear from warmup_start_factor x learning_rate, per optimizer step
     warmup_start_factor: Fraction
     step_epochs: list[Count]  # of the step schedule: epochs after which the rate is multiplied by step_factor
     step_factor: float
-    averaging: AveragingConfig
+    ema: EmaConfig
 
 
 @dataclass(kw_only=True)
-class PolicyConfig:
-    """Automatic augmentation; all but the kind belongs to rand_augment."""
+class AutoAugmentConfig:
+    """Automatic augmentation; all but the policy belongs to rand_augment."""
 
-    kind: PolicyKind
-    operations: Count  # for each image
-    strength: (
-        Fraction  # share of each operation's range; torchvision's magnitude 9 of 30 is 0.3, timm's m6 of 10 is 0.6
-    )
-    strength_std: NonNegative  # of a normal distribution around it, cut off at 0 and 1
-    operation_probability: Fraction  # that a chosen operation is applied at all
+    policy: AutoAugmentPolicy
+    num_ops: Count  # for each image
+    magnitude: Fraction  # share of an operation's range: torchvision's 9 of 30 is 0.3, timm's m6 of 10 is 0.6
+    magnitude_std: NonNegative  # of a normal distribution around it, cut off at 0 and 1
+    probability: Fraction  # that a chosen operation is applied at all
 
 
 @dataclass(kw_only=True)
-class ErasingConfig:
+class RandomErasingConfig:
     """Random erasing: a rectangle of the normalised image is set to zero, the data set's mean colour."""
 
     probability: Fraction
@@ -286,18 +287,18 @@ class ErasingConfig:
 
 
 @dataclass(kw_only=True)
-class MixingConfig:
+class MixupConfig:
     """Mixup and cutmix; an alpha of 0 switches either off. Images are paired inside groups of the global batch."""
 
     mixup_alpha: NonNegative
     cutmix_alpha: NonNegative
-    cutmix_share: Fraction  # of the groups that are mixed, where both are on
+    switch_probability: Fraction  # of the groups that are mixed, where both are on
     probability: Fraction  # that a group is mixed at all
-    group_images: Annotated[int, Meta(ge=2)]  # share one draw; must divide the images of one forward pass
+    group_size: Annotated[int, Meta(ge=2)]  # share one draw; must divide the images of one forward pass
 
 
 @dataclass(kw_only=True)
-class ProgressiveConfig:
+class ProgressiveResizingConfig:
     """Training images grow from `first_pixels` to `augmentation.crop_pixels`; null: they have one size."""
 
     first_pixels: Pixels | None
@@ -317,16 +318,27 @@ class AugmentationConfig:
     ratio_max: float
     flip_probability: Fraction
     interpolation: Interpolation
-    policy: PolicyConfig
-    erasing: ErasingConfig
-    mixing: MixingConfig
-    progressive: ProgressiveConfig
-    repeats: Count  # differently augmented copies of an image in one global batch
+    auto_augment: AutoAugmentConfig
+    random_erasing: RandomErasingConfig
+    mixup: MixupConfig
+    progressive_resizing: ProgressiveResizingConfig
+    repeated_augmentation: Count  # differently augmented copies of an image in one global batch
+
+
+@dataclass(kw_only=True)
+class LoaderConfig:
+    """Reading of images for training and evaluation."""
+
+    decoder: Decoder
+    order: ImageOrder
+    workers: Natural | None  # processes that decode for each process; 0: threads of its own; None: by device
+    threads: Count | None  # that decode and augment for each process; None: the cores divided by the processes
+    prefetch_batches: Count
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """Processes, arithmetic, threads and cadences."""
+    """Processes, arithmetic and cadences."""
 
     gpus: Count | None  # processes on this node; None: torchrun's number, else every visible GPU, else one CPU process
     accelerator: Accelerator
@@ -335,17 +347,14 @@ class TrainerConfig:
     compile: bool
     cuda_graphs: bool  # of the compiled network: replay its kernels, the same ones, as one graph
     deterministic: bool
-    max_images_per_process: Count  # caps one forward pass; gradient accumulation is derived from it
-    cpu_threads: Count | None  # of torch in each process; None: the cores divided by the processes
-    data_threads: Count | None  # that decode and augment for each process; None: the cores divided by the processes
-    data_processes: Natural | None  # that hold these threads; 0: the training process itself; None: by device
-    prefetch_batches: Count
+    max_micro_batch_size: Count  # caps one forward pass; gradient accumulation is derived from it
+    torch_threads: Count | None  # of torch in each process; None: the cores divided by the processes
     log_every_steps: Count
     keep_checkpoints: Count
     save_every_steps: Count | None  # also inside an epoch; None: after each epoch, and when the run is stopped
     timeout_seconds: Count  # of a collective operation
     max_restarts: Natural  # of all processes, from the newest checkpoint, when one of them dies; of our own launch
-    restart: bool  # move an old run aside and start over
+    start_over: bool  # move an old run aside and start over
 
 
 @dataclass(kw_only=True)
@@ -403,6 +412,7 @@ class Config:
     model: ModelConfig
     optimization: OptimizationConfig
     augmentation: AugmentationConfig
+    loader: LoaderConfig
     trainer: TrainerConfig
     evaluation: EvaluationConfig
     serialization: SerializationConfig
@@ -430,7 +440,7 @@ class Config:
 
 def _cross_checks(config: Config) -> Iterator[tuple[str, bool, str]]:
     """(key, whether its value fits the others, what is allowed) for settings that depend on one another."""
-    optimization, averaging, augmentation = config.optimization, config.optimization.averaging, config.augmentation
+    optimization, ema, augmentation = config.optimization, config.optimization.ema, config.augmentation
     evaluation, serialization, timing = config.evaluation, config.serialization, config.timing
     epochs, steps = optimization.epochs, optimization.step_epochs
     yield "optimization.warmup_epochs", optimization.warmup_epochs <= epochs, f"at most optimization.epochs={epochs}"
@@ -439,22 +449,22 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, bool, str]]:
     allowed = "false where optimization.optimizer=lamb or optimization.momentum=0"
     yield "optimization.nesterov", has_momentum or not optimization.nesterov, allowed
     is_binary = optimization.loss is LossKind.binary_cross_entropy
-    for name, off in (("sum_classes", False), ("target_threshold", None), ("head_bias", False)):
-        is_off = getattr(optimization, f"binary_{name}") is off
+    for name, off in (("sum_classes", False), ("target_threshold", None), ("init_head_bias", False)):
+        is_off = getattr(optimization.bce, name) is off
         allowed = f"{'null' if off is None else 'false'}, or optimization.loss=binary_cross_entropy"
-        yield f"optimization.binary_{name}", is_binary or is_off, allowed
-    has_bias = optimization.binary_head_bias and config.model.weights is not None
-    yield "optimization.binary_head_bias", not has_bias, "false where model.weights gives the bias"
-    is_averaged = averaging.decay > 0 or averaging.recalibrate_images == 0
-    allowed = "0 where optimization.averaging.decay=0"
-    yield "optimization.averaging.recalibrate_images", is_averaged, allowed
-    progressive = augmentation.progressive
+        yield f"optimization.bce.{name}", is_binary or is_off, allowed
+    has_bias = optimization.bce.init_head_bias and config.model.weights is not None
+    yield "optimization.bce.init_head_bias", not has_bias, "false where model.weights gives the bias"
+    is_averaged = ema.decay > 0 or ema.precise_bn_images == 0
+    allowed = "0 where optimization.ema.decay=0"
+    yield "optimization.ema.precise_bn_images", is_averaged, allowed
+    erasing, resizing = augmentation.random_erasing, augmentation.progressive_resizing
     for group, values, low, high in (
         ("augmentation", augmentation, "scale_min", "scale_max"),
         ("augmentation", augmentation, "ratio_min", "ratio_max"),
-        ("augmentation.erasing", augmentation.erasing, "scale_min", "scale_max"),
-        ("augmentation.erasing", augmentation.erasing, "ratio_min", "ratio_max"),
-        ("augmentation.progressive", progressive, "start_epoch", "end_epoch"),
+        ("augmentation.random_erasing", erasing, "scale_min", "scale_max"),
+        ("augmentation.random_erasing", erasing, "ratio_min", "ratio_max"),
+        ("augmentation.progressive_resizing", resizing, "start_epoch", "end_epoch"),
     ):
         most = getattr(values, high)
         yield f"{group}.{low}", getattr(values, low) <= most, f"at most {group}.{high}={most}"

@@ -27,7 +27,7 @@ from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.run.records import LoaderFacts
 
-WINDOW_SHARDS = 8  # whose images `data.order=blocks` mixes
+WINDOW_SHARDS = 8  # whose images `loader.order=quasi_random` mixes
 ORDER_STREAM = 1  # keeps the generator of the order apart from that of the augmentation
 
 
@@ -117,15 +117,15 @@ class BatchLayout:
 
 
 def derive_layout(optimization: OptimizationConfig, trainer: TrainerConfig, processes: int) -> BatchLayout:
-    """The fewest accumulation steps that respect `trainer.max_images_per_process`; raises where nothing divides."""
-    size, cap = optimization.batch_size, trainer.max_images_per_process
+    """The fewest accumulation steps that respect `trainer.max_micro_batch_size`; raises where nothing divides."""
+    size, cap = optimization.batch_size, trainer.max_micro_batch_size
     accumulation = max(1, math.ceil(size / (processes * cap)))
     parts = processes * accumulation
     if size % parts:
         nearest = " or ".join(str(value) for value in _nearest_that_divide(size, processes, cap))
         raise UserError(
             f"optimization.batch_size={size} does not divide into {processes} processes x {accumulation} "
-            f"accumulation steps (trainer.max_images_per_process={cap}); nearest that does: {nearest}"
+            f"accumulation steps (trainer.max_micro_batch_size={cap}); nearest that does: {nearest}"
         )
     return BatchLayout(size, processes, accumulation)
 
@@ -202,7 +202,7 @@ class TrainingBatches:
             )
         if layout.global_batch_size % augmentation.repeats:
             raise UserError(
-                f"augmentation.repeats={augmentation.repeats} does not divide "
+                f"augmentation.repeated_augmentation={augmentation.repeats} does not divide "
                 f"optimization.batch_size={layout.global_batch_size}; give a divisor of it"
             )
 
@@ -223,7 +223,7 @@ class TrainingBatches:
         A global batch holds each of its images once before it holds their second copies, so neighbours, which mixup
         pairs, are different images.
         """
-        if self.order is ImageOrder.blocks:
+        if self.order is ImageOrder.quasi_random:
             order = block_order(self.seed, epoch, [shard.images for shard in self.loader.split.shards])
         else:
             order = epoch_order(self.seed, epoch, self.images)

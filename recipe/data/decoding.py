@@ -191,8 +191,8 @@ def decoded(content: bytes, decoder: ImageDecoder) -> Tensor:
 def cannot_be_used(why: str) -> UserError:
     """What to do where the library does not work."""
     return UserError(
-        f"data.decoder={Decoder.nvimgcodec.value} cannot be used on this machine ({why}); "
-        f"use data.decoder={Decoder.pillow.value}: it has the same pixels and is slower"
+        f"loader.decoder={Decoder.nvimgcodec.value} cannot be used on this machine ({why}); "
+        f"use loader.decoder={Decoder.pillow.value}: it has the same pixels and is slower"
     )
 
 

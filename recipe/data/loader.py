@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config.schema import TrainerConfig
+from recipe.config.schema import LoaderConfig
 from recipe.data.augment.mixup import MixParameters
 from recipe.data.batches import Batch, BatchRequest
 from recipe.data.decoding import ImageDecoder, UndecodableError
@@ -42,10 +42,10 @@ class ThreadedLoader:
 
     workers = 0
 
-    def __init__(self, split: Split, decoder: ImageDecoder, trainer: TrainerConfig, world: World) -> None:
+    def __init__(self, split: Split, decoder: ImageDecoder, config: LoaderConfig, world: World) -> None:
         self.split, self.decoder, self.decoder_name = split, decoder, decoder.name
-        self.threads = threads_per_process(trainer.data_threads, world)
-        self.prefetch_batches = trainer.prefetch_batches
+        self.threads = threads_per_process(config.threads, world)
+        self.prefetch_batches = config.prefetch_batches
         self.pin = world.device.type == "cuda"
         self.pool = ThreadPoolExecutor(self.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
 

@@ -63,13 +63,13 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
         "name": data.name,
         "source": data.source.value,
         "expect": data.expect.value,
-        "corrupt": data.corrupt.value,
+        "on_corrupt": data.on_corrupt.value,
         "max_pixels": data.max_pixels,
         "images_per_shard": data.images_per_shard,
         "resize_short_side": data.resize_short_side,
     }
     if data.resize_short_side is not None:
-        settings["quality"] = data.quality
+        settings["jpeg_quality"] = data.jpeg_quality
         settings["resize_filter"] = FILTER  # so that no shard of another filter is continued
     if data.source is Source.folder:
         settings["validation_fraction"] = data.validation_fraction

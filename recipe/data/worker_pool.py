@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipe.config.schema import Decoder, TrainerConfig
+from recipe.config.schema import Decoder, LoaderConfig
 from recipe.data.augment.mixup import MixParameters
 from recipe.data.batches import Batch, BatchRequest, Loader
 from recipe.data.decoding import build_decoder
@@ -58,33 +58,31 @@ WORKER_ENVIRONMENT = {
 
 
 @contextmanager
-def open_loaders(
-    splits: Sequence[Split], decoder: Decoder, trainer: TrainerConfig, world: World
-) -> Iterator[list[Loader]]:
+def open_loaders(splits: Sequence[Split], config: LoaderConfig, world: World) -> Iterator[list[Loader]]:
     """A loader for each split, of threads or workers as the configuration and the device want it; closed at the end."""
-    workers = worker_count(trainer, world)
+    workers = worker_count(config, world)
     with ExitStack() as stack:
-        library = build_decoder(decoder)  # also with workers: a decoder that cannot be used is refused here
+        library = build_decoder(config.decoder)  # also with workers: a decoder that cannot be used is refused here
         if workers == 0:
-            yield [stack.enter_context(closing(ThreadedLoader(split, library, trainer, world))) for split in splits]
+            yield [stack.enter_context(closing(ThreadedLoader(split, library, config, world))) for split in splits]
         else:
-            threads = threads_per_process(trainer.data_threads, world)
-            pool = stack.enter_context(closing(WorkerPool(splits, decoder, workers, threads, world)))
-            yield [WorkerLoader(pool, number, trainer.prefetch_batches) for number in range(len(splits))]
+            threads = threads_per_process(config.threads, world)
+            pool = stack.enter_context(closing(WorkerPool(splits, config.decoder, workers, threads, world)))
+            yield [WorkerLoader(pool, number, config.prefetch_batches) for number in range(len(splits))]
 
 
-def worker_count(trainer: TrainerConfig, world: World) -> int:
+def worker_count(config: LoaderConfig, world: World) -> int:
     """Workers of this process; 0: it decodes in threads of its own."""
-    workers = trainer.data_processes
+    workers = config.workers
     if sys.platform != "linux":
         if workers:
-            raise UserError(f"trainer.data_processes={workers} needs Linux; use trainer.data_processes=0")
+            raise UserError(f"loader.workers={workers} needs Linux; use loader.workers=0")
         return 0
     if workers is not None:
         return workers
     if world.device.type != "cuda":
         return 0
-    return math.ceil(threads_per_process(trainer.data_threads, world) / THREADS_PER_WORKER)
+    return math.ceil(threads_per_process(config.threads, world) / THREADS_PER_WORKER)
 
 
 class Slot(NamedTuple):
@@ -310,7 +308,7 @@ def worker_death(process: subprocess.Popen[bytes]) -> WorkerError:
     number = -code if code < 0 else code - SIGNAL_BASE
     is_signal = 0 < number < signal.NSIG
     cause = f"was ended by {signal.Signals(number).name}" if is_signal else f"ended with exit code {code}"
-    advice = "perhaps memory ran out: fewer trainer.data_processes or trainer.prefetch_batches need less"
+    advice = "perhaps memory ran out: fewer loader.workers or loader.prefetch_batches need less"
     return WorkerError(f"a process that decodes images {cause}; {advice}", SIGNAL_BASE + number if is_signal else code)
 
 

@@ -39,8 +39,8 @@ def build_model(
 ) -> nn.Module:
     """The finished network on the CPU: randomly initialised from `seed`, or with the weights of `config.weights`.
 
-    `has_low_head_bias` is `optimization.binary_head_bias`; `weights` are those of `config.weights` where they were read
-    already. Raises `UserError` for an unknown name, a network that cannot be altered as asked, and weights that do not
+    `has_low_head_bias` is `optimization.bce.init_head_bias`; `weights` are those of `config.weights` if they were read
+    before. Raises `UserError` for an unknown name, a network that cannot be altered as asked, and weights that do not
     fit.
     """
     torch.manual_seed(seed)

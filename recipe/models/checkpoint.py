@@ -159,7 +159,7 @@ def newest_checkpoint(directory: Path) -> State | None:
     if damaged:
         raise UserError(
             f"no valid checkpoint is left in {display_path(directory)} (damaged: {', '.join(damaged)}); "
-            "trainer.restart=true moves this run aside and starts over"
+            "trainer.start_over=true moves this run aside and starts over"
         )
     return None
 

@@ -376,7 +376,7 @@ def writer_settings(data: DataConfig, directory: Path, raw: Raw) -> WriterSettin
     train = Rules(
         keeps_png=raw.keeps_png,
         resize_short_side=data.resize_short_side,
-        quality=data.quality,
+        quality=data.jpeg_quality,
         max_pixels=data.max_pixels,
         is_verified=imagenet.TRAIN_ARCHIVE in raw.verified,
     )
@@ -385,7 +385,7 @@ def writer_settings(data: DataConfig, directory: Path, raw: Raw) -> WriterSettin
         directory,
         [path.absolute() for path in raw.containers],
         {"train": train, "val": validation},
-        skips_corrupt=data.corrupt is Corrupt.skip,
+        skips_corrupt=data.on_corrupt is Corrupt.skip,
     )
 
 
@@ -456,7 +456,7 @@ def remove_strays(directory: Path, wanted: set[str]) -> None:
 
 
 def check_images_left(raw: Raw, merged: dict[str, Merged]) -> None:
-    """Raise `UserError` where data.corrupt=skip left out a split or all training images of a class."""
+    """Raise `UserError` where data.on_corrupt=skip left out a split or all training images of a class."""
     for name, split in merged.items():
         if not len(split.index):
             first = split.unusual.rejected[0]

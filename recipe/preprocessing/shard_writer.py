@@ -177,7 +177,7 @@ class ShardMaker:
             except MemoryError as error:
                 raise UserError(
                     f"there is not enough memory to decode {self.reader.where(row)}; give fewer data.processes, or "
-                    "a smaller data.max_pixels with data.corrupt=skip"
+                    "a smaller data.max_pixels with data.on_corrupt=skip"
                 ) from error
             self.stored.append(position)
             self.widths.append(image.width)
@@ -186,11 +186,11 @@ class ShardMaker:
             yield key, image.extension, image.content, int(row["label"])
 
     def reject(self, row: np.void, key: str, error: RejectedImageError) -> None:
-        """Skip an image with data.corrupt=skip, else raise `UserError` with its name."""
+        """Skip an image with data.on_corrupt=skip, else raise `UserError` with its name."""
         if not self.settings.skips_corrupt:
             raise UserError(
                 f"{self.reader.where(row)} {error.verdict}: {error}; {error.way_out}, or leave such images out (and "
-                "list them in the recipe) with data.corrupt=skip"
+                "list them in the recipe) with data.on_corrupt=skip"
             )
         self.unusual.rejected.append(UnusualImage(split=self.task.split, key=key, what=str(error), done="left out"))
 

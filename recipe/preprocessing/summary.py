@@ -133,7 +133,7 @@ def stored_as(data: DataConfig) -> str:
         return "original bytes; unusual images as lossless RGB PNG"
     return (
         f"training images with a short side above {data.resize_short_side} pixels resized to it ({FILTER}, "
-        f"antialiased) as JPEG of quality {data.quality}; all others, and the validation set, in original "
+        f"antialiased) as JPEG of quality {data.jpeg_quality}; all others, and the validation set, in original "
         "bytes; unusual images as lossless RGB PNG"
     )
 

@@ -93,7 +93,7 @@ def answer(arguments: argparse.Namespace) -> int:
 
 def examined(config: Config, world: World) -> Findings:
     """All stages, each alone."""
-    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.data.decoder)
+    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.loader.decoder)
     chosen = sample(split, config.seed)
     augmentation = build_augmentation(config.augmentation, config.seed)
     contents = [split.read(index) for index in chosen]
@@ -181,7 +181,7 @@ def copy_rate(config: Config, world: World) -> float | None:
 def model_rate(config: Config, world: World, processes: int) -> float:
     """Images per second of one process's training steps on data that is on the device."""
     classes = len(read_manifest(config.data.directory).classes)
-    model = build_model(config.model, classes, config.seed, config.optimization.binary_head_bias)
+    model = build_model(config.model, classes, config.seed, config.optimization.bce.init_head_bias)
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     train_step = TrainStep(
         compiled(model, config.trainer),
@@ -225,7 +225,7 @@ def verdict(findings: Findings) -> str:
     bound = min(bounds, key=lambda name: bounds[name])
     needed, cores = findings.cores_needed, findings.cores
     sentence = f"{bound} bounds this experiment at {bounds[bound]:,.0f} images/s; "
-    sentence += f"to keep up with the training step, loading needs {needed} of the {cores} cores (trainer.data_threads)"
+    sentence += f"to keep up with the training step, loading needs {needed} of the {cores} cores (loader.threads)"
     if findings.small is not None:
         gain = findings.small / findings.load_on_a_core
         sentence += f"; re-encoding (data.resize_short_side={SMALL_SIDE}) would make loading {gain:.1f} times as fast"

@@ -266,7 +266,7 @@ def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measure
     """Predict every image of the validation set."""
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
-    with open_loaders([split], config.data.decoder, config.trainer, world) as (loader,):
+    with open_loaders([split], config.loader, world) as (loader,):
         batches = EvaluationBatches(loader, evaluated.transform, config.evaluation.batch_size, world)
         progress = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
         predictions = collect(evaluate(evaluated.predict, progress), world, len(split))

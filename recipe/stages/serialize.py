@@ -192,7 +192,7 @@ def calibration_images(export: Export, world: World, count: int) -> Generator[Te
     split = open_split(config.data.directory, "train")
     chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
     transform = transform_of(export.checkpoint.interface, "the checkpoint")
-    with open_loaders([split], config.data.decoder, config.trainer, world) as (loader,):
+    with open_loaders([split], config.loader, world) as (loader,):
         parts = (np.array([index], dtype=np.int64) for index in chosen)
         for batch in loader.load(EvaluationRequest(indices, transform) for indices in parts):
             yield batch.images
@@ -210,7 +210,7 @@ def compared_with_eager(
     eager = predictor(export.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     interface = files[0].model.metadata.interface  # the file's, not the configuration's
     views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the export_variants model"))
-    with open_loaders([split], config.data.decoder, config.trainer, world) as (loader,):
+    with open_loaders([split], config.loader, world) as (loader,):
         ours, theirs = (EvaluationBatches(loader, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
     require_parity(comparisons, config.serialization, split.key)

@@ -121,7 +121,8 @@ def build_training(
     with world.first_decides():
         manifest, manifest_hash = open_dataset(config.data, run if world.is_first else None)
     world.must_agree("the data set's manifest", manifest_hash)
-    model = build_model(config.model, len(manifest.classes), config.seed, config.optimization.binary_head_bias, weights)
+    bce = config.optimization.bce
+    model = build_model(config.model, len(manifest.classes), config.seed, bce.init_head_bias, weights)
     facts = model_facts(model, config.model, len(manifest.classes))
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     augmentation = build_augmentation(config.augmentation, config.seed)
@@ -164,11 +165,11 @@ def _build_batches(
 ) -> tuple[TrainingBatches, EvaluationBatches]:
     """The loaders of both splits, with threads or processes that end with `held`."""
     splits = [open_split(config.data.directory, name) for name in ("train", "val")]
-    train, validation = held.enter_context(open_loaders(splits, config.data.decoder, config.trainer, world))
+    train, validation = held.enter_context(open_loaders(splits, config.loader, world))
     layout = derive_layout(config.optimization, config.trainer, world.size)
     transform = build_evaluation_transform(config.evaluation)
     return (
-        TrainingBatches(train, augmentation, layout, world.rank, config.seed, config.data.order),
+        TrainingBatches(train, augmentation, layout, world.rank, config.seed, config.loader.order),
         EvaluationBatches(validation, transform, config.evaluation.batch_size, world),
     )
 
@@ -183,14 +184,15 @@ def _check_forward_passes(
     for pixels in sorted({crop, *map(batches.augmentation.pixels, range(config.optimization.epochs))}):
         at = f"augmentation.crop_pixels={crop}"
         if pixels < crop:
-            at = f"augmentation.progressive.first_pixels={config.augmentation.progressive.first_pixels}"
+            first_pixels = config.augmentation.progressive_resizing.first_pixels
+            at = f"augmentation.progressive_resizing.first_pixels={first_pixels}"
         check_forward(model, config.model.name, layout.images_per_forward, pixels, f"enlarge {at}, or {batch}")
-    asked, crop = config.optimization.averaging.recalibrate_images, config.evaluation.crop_pixels
+    asked, crop = config.optimization.ema.precise_bn_images, config.evaluation.crop_pixels
     at = f"evaluation.crop_pixels={crop}"
     if asked:
         batch_norms(model)
         images = min(asked, validation.batch_size, batches.images)
-        batch = f"optimization.averaging.recalibrate_images={asked} and evaluation.batch_size={validation.batch_size}"
+        batch = f"optimization.ema.precise_bn_images={asked} and evaluation.batch_size={validation.batch_size}"
         check_forward(model, config.model.name, images, crop, f"enlarge {at}, or {batch}")
     check_forward(model.eval(), config.model.name, 1, crop, f"enlarge {at}")
     model.train()
@@ -217,7 +219,7 @@ def _determinism_context(config: Config, world: World, batches: TrainingBatches)
             "its libraries' settings": ", ".join(f"{name}={value}" for name, value in sorted(arithmetic.items())),
             "the number of processes": world.size,
             "images per forward pass": batches.layout.images_per_forward,
-            "CPU threads": threads_per_process(config.trainer.cpu_threads, world),
+            "CPU threads": threads_per_process(config.trainer.torch_threads, world),
             "the source": source_sha256()[:16],
         }
     )

@@ -51,7 +51,7 @@ def pin(run: Run, config: Config) -> None:
     if changed:
         raise UserError(
             f"{display_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
-            "give another run_dir, or trainer.restart=true to move that run aside"
+            "give another run_dir, or trainer.start_over=true to move that run aside"
         )
 
 
@@ -153,7 +153,7 @@ def restore(training: Training, state: State | None) -> None:
             raise UserError(
                 f"the entry {entry!r} of the checkpoint of step {state['progress']['step']} in "
                 f"{display_path(training.run.directory)} does not fit this run ({type(error).__name__}); remove its "
-                "file to continue from the one before, or begin again with trainer.restart=true"
+                "file to continue from the one before, or begin again with trainer.start_over=true"
             ) from error
     train_step.skipped_steps = state["skipped_steps"]
     train_step.tally += train_step.tally.new_tensor(progress.tally_of(world))  # on its own device

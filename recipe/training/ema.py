@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recipe.config.schema import AveragingConfig, AveragingForm, OptimizationConfig
+from recipe.config.schema import EmaConfig, EmaForm, OptimizationConfig
 from recipe.data.batches import Batch, EvaluationRequest, Loader
 from recipe.data.transforms import EvaluationTransform
 from recipe.errors import UserError
@@ -34,10 +34,10 @@ PRECISE_BN_STREAM = 8  # keeps this choice of images apart from other draws
 class ModelEma:
     """Follows a model from the outside; with a decay of 0 it is the model itself."""
 
-    def __init__(self, model: nn.Module, config: AveragingConfig) -> None:
+    def __init__(self, model: nn.Module, config: EmaConfig) -> None:
         self.decay = config.decay
         self.every_steps = config.every_steps
-        self.recalibrate_images = config.recalibrate_images
+        self.precise_bn_images = config.precise_bn_images
         self.updates = 0
         self.is_on = config.decay > 0
         self.followed = model
@@ -86,8 +86,8 @@ class ModelEma:
             "every_steps": self.every_steps,
             "updates": self.updates,
         }
-        if self.recalibrate_images:
-            facts["batch_norm_recalibrated_on_training_images"] = self.recalibrate_images
+        if self.precise_bn_images:
+            facts["batch_norm_recalibrated_on_training_images"] = self.precise_bn_images
         return facts
 
 
@@ -100,7 +100,7 @@ class TorchvisionEma(ModelEma):
     """
 
     def __init__(self, model: nn.Module, config: OptimizationConfig, steps_per_epoch: int) -> None:
-        super().__init__(model, config.averaging)
+        super().__init__(model, config.ema)
         new_weight = (1 - self.decay) * config.batch_size * self.every_steps / config.epochs
         self.asked_decay, self.decay = self.decay, 1 - min(1.0, new_weight)
         self.steps_per_epoch, self.warmup_epochs = steps_per_epoch, config.warmup_epochs
@@ -128,9 +128,9 @@ class TorchvisionEma(ModelEma):
 
 
 def build_ema(model: nn.Module, config: OptimizationConfig, steps_per_epoch: int) -> ModelEma:
-    if config.averaging.form is AveragingForm.torchvision:
+    if config.ema.form is EmaForm.torchvision:
         return TorchvisionEma(model, config, steps_per_epoch)
-    return ModelEma(model, config.averaging)
+    return ModelEma(model, config.ema)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -179,7 +179,7 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """All batch norms; raises `UserError` for a network without one."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
-        raise UserError("optimization.averaging.recalibrate_images must be 0 for a network without batch norm")
+        raise UserError("optimization.ema.precise_bn_images must be 0 for a network without batch norm")
     return norms
 
 

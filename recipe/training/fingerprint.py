@@ -72,7 +72,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
     Several `threads` serve to measure how far the last digits move.
     """
     network = replace(config.model, weights=None, weights_sha256=None)  # those of a run are not needed
-    model = build_model(network, classes, config.seed, config.optimization.binary_head_bias)
+    model = build_model(network, classes, config.seed, config.optimization.bce.init_head_bias)
     facts = model_facts(model, network, classes)
     schedule = build_schedule(config.optimization, steps_per_epoch)
     augmentation = build_augmentation(config.augmentation, config.seed)
@@ -109,11 +109,14 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
 def canary_config(config: Config, folder: Path) -> Config:
     """The recipe at a size that a laptop computes in seconds; settings that are not named here stay."""
     optimization, augmentation, evaluation = config.optimization, config.augmentation, config.evaluation
-    group_images = min(augmentation.mixing.group_images, 8)
-    multiple = math.lcm(group_images, augmentation.repeats)
+    group_size = min(augmentation.mixup.group_size, 8)
+    multiple = math.lcm(group_size, augmentation.repeated_augmentation)
     batch_size = math.ceil(SMALLEST_BATCH / multiple) * multiple
-    averaging = optimization.averaging
-    first_pixels, multiple_pixels = augmentation.progressive.first_pixels, augmentation.progressive.multiple
+    ema = optimization.ema
+    first_pixels, multiple_pixels = (
+        augmentation.progressive_resizing.first_pixels,
+        augmentation.progressive_resizing.multiple,
+    )
     return replace(
         config,
         run_dir=str(folder / "run"),
@@ -123,22 +126,23 @@ def canary_config(config: Config, folder: Path) -> Config:
             optimization,
             batch_size=batch_size,
             learning_rate=optimization.learning_rate * batch_size / optimization.batch_size * RATE_SHARE,
-            averaging=replace(
-                averaging,
-                every_steps=min(averaging.every_steps, 2),
-                recalibrate_images=min(averaging.recalibrate_images, SMALLEST_BATCH),
+            ema=replace(
+                ema,
+                every_steps=min(ema.every_steps, 2),
+                precise_bn_images=min(ema.precise_bn_images, SMALLEST_BATCH),
             ),
         ),
         augmentation=replace(
             augmentation,
             crop_pixels=_smaller(augmentation.crop_pixels, augmentation.crop_pixels),
-            progressive=replace(
-                augmentation.progressive,
+            progressive_resizing=replace(
+                augmentation.progressive_resizing,
                 first_pixels=first_pixels and _smaller(first_pixels, augmentation.crop_pixels),
                 multiple=min(multiple_pixels, 8),
             ),
-            mixing=replace(augmentation.mixing, group_images=group_images),
+            mixup=replace(augmentation.mixup, group_size=group_size),
         ),
+        loader=replace(config.loader, workers=0, threads=1, prefetch_batches=1),
         trainer=_one_cpu(config.trainer),
         evaluation=replace(
             evaluation,
@@ -177,11 +181,8 @@ def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
         precision=Precision.fp32,
         compile=False,
         deterministic=True,
-        max_images_per_process=IMAGES_PER_FORWARD,
-        cpu_threads=1,
-        data_threads=1,
-        data_processes=0,
-        prefetch_batches=1,
+        max_micro_batch_size=IMAGES_PER_FORWARD,
+        torch_threads=1,
         log_every_steps=2**30,
         save_every_steps=None,
         timeout_seconds=600,

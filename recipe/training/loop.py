@@ -170,7 +170,7 @@ def _one_writer(config: Config, world: World) -> Iterator[Run]:
     with ExitStack() as held:
         with world.first_decides():
             if world.is_first:
-                if config.trainer.restart and run.config.exists():
+                if config.trainer.start_over and run.config.exists():
                     print(f"the old run is now {display_path(run.archive())}", flush=True)
                 held.enter_context(run.lock())
                 pin(run, config)

@@ -152,7 +152,7 @@ class MetricLogger:
             f"{data_wait_fraction:.0%} of the time of epoch {epoch} was spent waiting for images"
             if data_wait_fraction > WAITING_LIMIT
             else f"the main thread was stalled for {stalled:.0%} of its time in epoch {epoch} "
-            "(trainer.data_processes takes decoding out of its process)"
+            "(loader.workers takes decoding out of its process)"
         )
         print(
             f"warning: {reason}; `python -m recipe doctor` says what bounds this experiment",

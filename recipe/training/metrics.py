@@ -84,7 +84,7 @@ def predict_validation(training: Training, predict: Predict) -> Predictions | No
 
 def _recalibrate_ema(training: Training, predict: Predict) -> None:
     """Precise BN of the averaged weights, if asked for, on the first process."""
-    images, world = training.ema.recalibrate_images, training.world
+    images, world = training.ema.precise_bn_images, training.world
     with world.first_decides():
         if images and world.is_first:
             batches = PreciseBnBatches(

@@ -58,7 +58,7 @@ Loss = nn.CrossEntropyLoss | BinaryCrossEntropy
 def build_loss(config: OptimizationConfig) -> Loss:
     if config.loss is LossKind.cross_entropy:
         return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    return BinaryCrossEntropy(config.label_smoothing, config.binary_sum_classes, config.binary_target_threshold)
+    return BinaryCrossEntropy(config.label_smoothing, config.bce.sum_classes, config.bce.target_threshold)
 
 
 def loss_facts(loss: Loss) -> dict[str, Setting]:
@@ -89,11 +89,11 @@ def build_optimizer(config: OptimizationConfig, model: nn.Module, device: torch.
     weights, norms_and_biases = parameters_by_kind(model)
     exempt_decay = config.weight_decay if config.decay_norms_and_biases else 0.0
     named = [("weights", weights, config.weight_decay), ("norms and biases", norms_and_biases, exempt_decay)]
-    decay_key = "decoupled_weight_decay" if config.optimizer is OptimizerKind.sgd_decoupled else "weight_decay"
+    decay_key = "decoupled_weight_decay" if config.optimizer is OptimizerKind.sgdw else "weight_decay"
     groups = [{"name": name, "params": params, decay_key: decay} for name, params, decay in named if params]
     if config.optimizer is OptimizerKind.lamb:
         return _lamb(groups, config)
-    if config.optimizer is OptimizerKind.sgd_decoupled:
+    if config.optimizer is OptimizerKind.sgdw:
         return DecoupledSGD(groups, config.learning_rate, config.momentum, config.nesterov)
     return torch.optim.SGD(
         groups,

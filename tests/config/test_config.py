@@ -79,14 +79,14 @@ def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) 
         ("optimization.label_smoothing=1", "optimization.label_smoothing=1"),
         ("model.stochastic_depth=1", "model.stochastic_depth=1"),
         ("model.stochastic_depth=-0.1", "model.stochastic_depth=-0.1"),
-        ("optimization.binary_head_bias=true", "optimization.binary_head_bias=True"),
-        ("optimization.averaging.recalibrate_images=10", "optimization.averaging.recalibrate_images=10"),
-        ("optimization.averaging.decay=1.0", "optimization.averaging.decay=1.0"),
+        ("optimization.bce.init_head_bias=true", "optimization.bce.init_head_bias=True"),
+        ("optimization.ema.precise_bn_images=10", "optimization.ema.precise_bn_images=10"),
+        ("optimization.ema.decay=1.0", "optimization.ema.decay=1.0"),
         ("optimization.step_epochs=[60,30]", "optimization.step_epochs"),
         ("augmentation.scale_min=1.1", "augmentation.scale_min=1.1"),
         ("evaluation.crop_pixels=300", "evaluation.resize_pixels=232"),
         ("trainer.gpus=0", "trainer.gpus=0"),
-        ("data.quality=101", "data.quality=101"),
+        ("data.jpeg_quality=101", "data.jpeg_quality=101"),
         ("data.std=[0,1,1]", "data.std"),
     ],
 )
@@ -100,8 +100,8 @@ def test_what_cannot_be_is_named(override: str, named: str) -> None:
     [
         (["evaluation.flip=true", "evaluation.backend=onnx"], r"evaluation\.flip=True .* an exported model sees one"),
         (
-            ["optimization.loss=binary_cross_entropy", "optimization.binary_head_bias=true", "model.weights=w.pt"],
-            r"optimization\.binary_head_bias=True .* model\.weights",
+            ["optimization.loss=binary_cross_entropy", "optimization.bce.init_head_bias=true", "model.weights=w.pt"],
+            r"optimization\.bce\.init_head_bias=True .* model\.weights",
         ),
     ],
 )
@@ -126,7 +126,7 @@ def test_machine_facts_do_not_change_the_recipe() -> None:
         "data.directory=/z",
         "trainer.gpus=2",
         "trainer.accelerator=cuda",
-        "trainer.data_threads=9",
+        "loader.threads=9",
         "data.processes=3",
     )
     assert plain.pinned.values == moved.pinned.values
@@ -309,7 +309,7 @@ def test_enums_are_named_as_their_values() -> None:
     ("words", "hint"),
     [
         (["optimization.old_rate=1"], "it is now optimization.learning_rate"),
-        (["optimization.old_group.decay=0.5"], "it is now optimization.averaging.decay"),
+        (["optimization.old_group.decay=0.5"], "it is now optimization.ema.decay"),
         (["+optimization.old_rate=1"], "it is now optimization.learning_rate"),
         (["trainer.gpsu=8"], "did you mean trainer.gpus?"),
         (["+zzz=8"], "zzz is not a setting; `python train.py --cfg job` prints all of them"),
@@ -317,7 +317,7 @@ def test_enums_are_named_as_their_values() -> None:
 )
 def test_an_old_key_is_answered_with_its_new_name(monkeypatch: pytest.MonkeyPatch, words: list[str], hint: str) -> None:
     monkeypatch.setitem(RENAMED, "optimization.old_rate", "optimization.learning_rate")
-    monkeypatch.setitem(RENAMED, "optimization.old_group", "optimization.averaging")
+    monkeypatch.setitem(RENAMED, "optimization.old_group", "optimization.ema")
     with pytest.raises(UserError, match=rf"{re.escape(hint)}$"):
         config_from_overrides(words)
 

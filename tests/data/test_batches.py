@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from recipe.config.schema import Decoder, OptimizationConfig, TrainerConfig
+from recipe.config.schema import Decoder, LoaderConfig, OptimizationConfig, TrainerConfig
 from recipe.data.augment.crop import build_augmentation
 from recipe.data.batches import (
     WINDOW_SHARDS,
@@ -64,35 +64,34 @@ def world(rank: int = 0, size: int = 1) -> World:
     return World(rank, size, rank, size, torch.device("cpu"), "none")
 
 
-def settings(batch_size: int, cap: int = 256, threads: int = 2) -> tuple[OptimizationConfig, TrainerConfig]:
+def settings(batch_size: int, cap: int = 256) -> tuple[OptimizationConfig, TrainerConfig]:
     config = compose_config(
         "experiment=smoke",
         f"optimization.batch_size={batch_size}",
-        f"trainer.max_images_per_process={cap}",
-        f"trainer.data_threads={threads}",
+        f"trainer.max_micro_batch_size={cap}",
     )
     return config.optimization, config.trainer
 
 
 @pytest.fixture(scope="module")
-def trainer() -> TrainerConfig:
-    return settings(24)[1]
+def config() -> LoaderConfig:
+    return compose_config("experiment=smoke", "loader.threads=2").loader
 
 
 @contextmanager
 def training_batches(
-    images: int, layout: BatchLayout, trainer: TrainerConfig, rank: int = 0, seed: int = 5
+    images: int, layout: BatchLayout, config: LoaderConfig, rank: int = 0, seed: int = 5
 ) -> Iterator[TrainingBatches]:
     """Batches of `Numbers`, unaugmented."""
-    with closing(ThreadedLoader(Numbers(images), GreySquares(), trainer, world())) as threads:  # type: ignore[arg-type]
+    with closing(ThreadedLoader(Numbers(images), GreySquares(), config, world())) as threads:  # type: ignore[arg-type]
         yield TrainingBatches(threads, no_augmentation(8), layout, rank, seed)
 
 
-def part_indices(layout: BatchLayout, trainer: TrainerConfig) -> list[list[list[int]]]:
+def part_indices(layout: BatchLayout, config: LoaderConfig) -> list[list[list[int]]]:
     """For each global batch the indices of each of its parts, put together from all ranks in the order of parts."""
     ranks = []
     for rank in range(layout.processes):
-        with training_batches(100, layout, trainer, rank) as batches:
+        with training_batches(100, layout, config, rank) as batches:
             ranks.append([[batch.indices.tolist() for batch in step] for step in batches.epoch(1)])
     return [[part for forward in zip(*steps, strict=True) for part in forward] for steps in zip(*ranks, strict=True)]
 
@@ -196,31 +195,31 @@ def test_an_order_of_blocks_is_a_permutation_that_stays_within_a_few_shards() ->
 
 
 def test_blocks_are_what_is_delivered_and_recorded(data_directory: Path) -> None:
-    config = compose_config("experiment=smoke", "data.order=blocks")
-    pool = ThreadedLoader(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.trainer, world())
+    config = compose_config("experiment=smoke", "loader.order=quasi_random")
+    pool = ThreadedLoader(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.loader, world())
     with closing(pool):
-        batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(36, 1, 1), 0, 5, config.data.order)
+        batches = TrainingBatches(pool, no_augmentation(8), BatchLayout(36, 1, 1), 0, 5, config.loader.order)
         seen = [index for (batch,) in batches.epoch(0) for index in batch.indices.tolist()]
         assert seen == block_order(5, 0, [shard.images for shard in pool.split.shards]).tolist()
-        assert batches.facts().order == "blocks"
+        assert batches.facts().order == "quasi_random"
         assert batches.facts().first_indices == seen[:8]
 
 
 # ---- training batches -------------------------------------------------------------------------------
 
 
-def test_a_global_batch_has_the_same_parts_on_any_number_of_processes(trainer: TrainerConfig) -> None:
-    expected = part_indices(BatchLayout(24, 1, 6), trainer)
+def test_a_global_batch_has_the_same_parts_on_any_number_of_processes(config: LoaderConfig) -> None:
+    expected = part_indices(BatchLayout(24, 1, 6), config)
     for processes, accumulation in ((2, 3), (3, 2), (6, 1)):
-        assert part_indices(BatchLayout(24, processes, accumulation), trainer) == expected
-    whole = part_indices(BatchLayout(24, 1, 1), trainer)
+        assert part_indices(BatchLayout(24, processes, accumulation), config) == expected
+    whole = part_indices(BatchLayout(24, 1, 1), config)
     assert joined(expected) == joined(whole)
     for processes in (2, 3):
-        assert joined(part_indices(BatchLayout(24, processes, 1), trainer)) == joined(whole)
+        assert joined(part_indices(BatchLayout(24, processes, 1), config)) == joined(whole)
 
 
-def test_an_epoch_visits_no_image_twice_and_leaves_the_incomplete_batch_out(trainer: TrainerConfig) -> None:
-    with training_batches(100, BatchLayout(24, 1, 2), trainer) as batches:
+def test_an_epoch_visits_no_image_twice_and_leaves_the_incomplete_batch_out(config: LoaderConfig) -> None:
+    with training_batches(100, BatchLayout(24, 1, 2), config) as batches:
         seen = [index for step in batches.epoch(0) for batch in step for index in batch.indices.tolist()]
         facts = batches.facts()
     assert len(seen) == len(set(seen)) == batches.images_per_epoch == facts.images_per_epoch == 96
@@ -229,8 +228,8 @@ def test_an_epoch_visits_no_image_twice_and_leaves_the_incomplete_batch_out(trai
     assert facts.first_indices == epoch_order(5, 0, 100)[:8].tolist() == seen[:8]
 
 
-def test_other_images_are_left_out_in_every_epoch(trainer: TrainerConfig) -> None:
-    with training_batches(100, BatchLayout(24, 1, 1), trainer) as batches:
+def test_other_images_are_left_out_in_every_epoch(config: LoaderConfig) -> None:
+    with training_batches(100, BatchLayout(24, 1, 1), config) as batches:
         seen = {
             frozenset(index for (batch,) in batches.epoch(epoch) for index in batch.indices.tolist())
             for epoch in range(5)
@@ -238,8 +237,8 @@ def test_other_images_are_left_out_in_every_epoch(trainer: TrainerConfig) -> Non
     assert len(seen) == 5
 
 
-def test_images_labels_and_indices_belong_together(trainer: TrainerConfig) -> None:
-    with training_batches(100, BatchLayout(24, 1, 1), trainer) as batches:
+def test_images_labels_and_indices_belong_together(config: LoaderConfig) -> None:
+    with training_batches(100, BatchLayout(24, 1, 1), config) as batches:
         for (batch,) in batches.epoch(2):
             assert torch.equal(batch.labels, batch.indices % 7)
             assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
@@ -247,24 +246,24 @@ def test_images_labels_and_indices_belong_together(trainer: TrainerConfig) -> No
 
 
 @pytest.mark.parametrize("first_batch", [0, 1, 3, 4])
-def test_resuming_gives_the_tail_of_the_epoch(first_batch: int, trainer: TrainerConfig) -> None:
-    with training_batches(100, BatchLayout(24, 1, 2), trainer) as batches:
+def test_resuming_gives_the_tail_of_the_epoch(first_batch: int, config: LoaderConfig) -> None:
+    with training_batches(100, BatchLayout(24, 1, 2), config) as batches:
         assert same_batches(list(batches.epoch(3, first_batch)), list(batches.epoch(3))[first_batch:])
 
 
-def test_a_batch_larger_than_the_data_set_is_refused(trainer: TrainerConfig) -> None:
+def test_a_batch_larger_than_the_data_set_is_refused(config: LoaderConfig) -> None:
     with (
         pytest.raises(UserError, match=r"optimization\.batch_size=24 is more than the 23 training images"),
-        training_batches(23, BatchLayout(24, 1, 1), trainer),
+        training_batches(23, BatchLayout(24, 1, 1), config),
     ):
         pass
 
 
 def real_pixels(data_directory: Path, threads: int, layout: BatchLayout, rank: int = 0) -> list[list[Batch]]:
     """One augmented epoch of the small demo set."""
-    config = compose_config("experiment=smoke", f"trainer.data_threads={threads}")
-    decoder = build_decoder(config.data.decoder)
-    pool = ThreadedLoader(open_split(data_directory, "train"), decoder, config.trainer, world())
+    config = compose_config("experiment=smoke", f"loader.threads={threads}")
+    decoder = build_decoder(config.loader.decoder)
+    pool = ThreadedLoader(open_split(data_directory, "train"), decoder, config.loader, world())
     with closing(pool):
         augmentation = build_augmentation(config.augmentation, 3)
         return list(TrainingBatches(pool, augmentation, layout, rank, 3).epoch(1))
@@ -314,7 +313,12 @@ class Refusing:
 
 def refused_image(data_directory: Path) -> str:
     """What is said when the images of sound shards are refused."""
-    pool = ThreadedLoader(open_split(data_directory, "train"), Refusing(), settings(24)[1], world())
+    pool = ThreadedLoader(
+        open_split(data_directory, "train"),
+        Refusing(),
+        compose_config("experiment=smoke", "loader.threads=2").loader,
+        world(),
+    )
     with closing(pool), pytest.raises(UserError) as stopped:
         list(EvaluationBatches(pool, VIEW, 4, world()))
     return str(stopped.value)
@@ -329,8 +333,8 @@ def test_a_decoder_that_refuses_a_sound_image_does_not_send_people_in_a_loop(dat
     assert "damaged" not in said
 
 
-def test_a_loader_that_is_left_early_closes_at_once(trainer: TrainerConfig) -> None:
-    with training_batches(100, BatchLayout(24, 1, 1), trainer) as batches:
+def test_a_loader_that_is_left_early_closes_at_once(config: LoaderConfig) -> None:
+    with training_batches(100, BatchLayout(24, 1, 1), config) as batches:
         epoch = batches.epoch(0)
         next(epoch)
         epoch.close()  # type: ignore[attr-defined]
@@ -340,11 +344,11 @@ def test_a_loader_that_is_left_early_closes_at_once(trainer: TrainerConfig) -> N
 # ---- evaluation batches -----------------------------------------------------------------------------
 
 
-def evaluation_indices(images: int, batch_size: int, processes: int, trainer: TrainerConfig) -> list[list[list[int]]]:
+def evaluation_indices(images: int, batch_size: int, processes: int, config: LoaderConfig) -> list[list[list[int]]]:
     """Indices by rank and batch."""
     ranks = []
     for rank in range(processes):
-        with closing(ThreadedLoader(Numbers(images), GreySquares(), trainer, world())) as threads:  # type: ignore[arg-type]
+        with closing(ThreadedLoader(Numbers(images), GreySquares(), config, world())) as threads:  # type: ignore[arg-type]
             batches = EvaluationBatches(threads, VIEW, batch_size, world(rank, processes))
             found = [batch.indices.tolist() for batch in batches]
             assert len(found) == len(batches)
@@ -357,9 +361,9 @@ def evaluation_indices(images: int, batch_size: int, processes: int, trainer: Tr
 )
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_evaluation_covers_every_image_exactly_once_in_the_same_batches(
-    images: int, batch_size: int, processes: int, trainer: TrainerConfig
+    images: int, batch_size: int, processes: int, config: LoaderConfig
 ) -> None:
-    ranks = evaluation_indices(images, batch_size, processes, trainer)
+    ranks = evaluation_indices(images, batch_size, processes, config)
     seen = [index for rank in ranks for batch in rank for index in batch]
     assert sorted(seen) == list(range(images))
     count = math.ceil(images / batch_size)

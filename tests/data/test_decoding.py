@@ -290,7 +290,9 @@ def test_where_it_cannot_be_used_that_is_said_at_once_with_the_way_out(why: str)
     done = subprocess.run(
         [sys.executable, "-c", REFUSED.format(cause=CAUSES[why])], capture_output=True, check=True, text=True
     )
-    assert done.stdout.startswith(f"data.decoder=nvimgcodec cannot be used on this machine ({why}); use data.decoder=")
+    assert done.stdout.startswith(
+        f"loader.decoder=nvimgcodec cannot be used on this machine ({why}); use loader.decoder="
+    )
 
 
 SILENCED = """

@@ -250,7 +250,7 @@ def test_damage_stops_with_the_name_or_is_left_out_and_listed(tmp_path: Path) ->
     write_damaged_classes(tmp_path / "raw")
     with pytest.raises(UserError, match=r"cat/half\.jpg is corrupt: it is truncated \(premature end of data segment\)"):
         preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, images_per_shard=50))
-    record = preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, corrupt=Corrupt.skip))
+    record = preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, on_corrupt=Corrupt.skip))
     assert sorted(found.key for found in record.rejected) == ["cat/half", "dog/rows"]
     assert record.odd_images == {"stray bytes in a JPEG": 1}
 

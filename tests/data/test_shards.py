@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -73,6 +74,13 @@ def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)
     )
     (directory / "manifest.json").write_bytes(to_json(manifest))
     return manifest
+
+
+def test_a_manifest_keeps_its_names(tmp_path: Path) -> None:
+    """Its hash is the identity of a data set."""
+    write_data_set(tmp_path)
+    names = ["format", "name", "settings", "listing_sha256", "is_ilsvrc2012", "label_convention", "classes", "splits"]
+    assert list(json.loads((tmp_path / "manifest.json").read_bytes())) == [*names, "converted", "rejected"]
 
 
 def test_tarfile_reads_what_was_written(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from recipe.config.schema import TrainerConfig
+from recipe.config.schema import LoaderConfig
 from recipe.data.augment.crop import build_augmentation
 from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, EvaluationRequest, Loader, TrainingBatches
 from recipe.data.shards import Split, open_split
@@ -31,21 +31,20 @@ GPU = World(0, 1, 0, 1, torch.device("cuda", 0), "nccl")
 VIEW = EvaluationTransform(40, 32, InterpolationMode.BILINEAR)
 VICTIM = 3
 AUGMENTED = [
-    "augmentation.mixing.mixup_alpha=0.2",
-    "augmentation.erasing.probability=0.5",
-    "augmentation.policy.kind=trivial_augment",
+    "augmentation.mixup.mixup_alpha=0.2",
+    "augmentation.random_erasing.probability=0.5",
+    "augmentation.auto_augment.policy=trivial_augment",
 ]
 
 
-def trainer(processes: int, threads: int = 2) -> TrainerConfig:
-    words = [f"trainer.data_processes={processes}", f"trainer.data_threads={threads}"]
-    return compose_config("experiment=smoke", *words).trainer
+def loader(processes: int, threads: int = 2) -> LoaderConfig:
+    words = [f"loader.workers={processes}", f"loader.threads={threads}"]
+    return compose_config("experiment=smoke", *words).loader
 
 
 @contextmanager
 def decoding(splits: list[Split], processes: int) -> Iterator[list[Loader]]:
-    decoder = compose_config("experiment=smoke").data.decoder
-    with open_loaders(splits, decoder, trainer(processes), ALONE) as made:
+    with open_loaders(splits, loader(processes), ALONE) as made:
         yield made
 
 
@@ -165,13 +164,13 @@ def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Loader]) 
 
 
 def test_how_many_processes() -> None:
-    automatic = compose_config("experiment=smoke", "trainer.data_threads=7").trainer
+    automatic = compose_config("experiment=smoke", "loader.threads=7").loader
     assert worker_count(automatic, ALONE) == 0
     assert worker_count(automatic, GPU) == 4
-    assert worker_count(trainer(3), ALONE) == 3
-    assert worker_count(trainer(0), GPU) == 0
-    with pytest.raises(UserError, match=r"trainer\.data_processes=-1"):
-        trainer(-1)
+    assert worker_count(loader(3), ALONE) == 3
+    assert worker_count(loader(0), GPU) == 0
+    with pytest.raises(UserError, match=r"loader\.workers=-1"):
+        loader(-1)
 
 
 def test_shares_cover_a_batch_evenly() -> None:

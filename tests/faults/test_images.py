@@ -43,7 +43,7 @@ def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Pat
     }
     images = train_images() | {key: content for key, (content, _) in (damaged | odd).items()}
     raw = write_official(tmp_path / "raw", train=images)
-    record = preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
+    record = preprocess(config(raw, tmp_path / "out", on_corrupt=Corrupt.skip))
     assert read_manifest(tmp_path / "out").rejected == record.rejected
     left_out = {found.key: found.what for found in record.rejected}
     assert left_out.keys() == damaged.keys()
@@ -146,7 +146,7 @@ def test_f12_a_failure_beyond_decoding_names_the_image_too(
 ) -> None:
     """While training, and in the validation after it."""
     error, said = FAILURES[case]
-    config = compose_config(*smoke("optimization.epochs=1", "trainer.data_processes=0"))
+    config = compose_config(*smoke("optimization.epochs=1", "loader.workers=0"))
     monkeypatch.setattr(place, fails_with(error))
     with pytest.raises(UserError, match=rf"shard (train|val)-\d+\.tar, image \S+, \d+ x \d+ pixels, .*{said}"):
         loop.train(config)
@@ -155,7 +155,7 @@ def test_f12_a_failure_beyond_decoding_names_the_image_too(
 def test_f12_an_error_of_the_code_keeps_its_traceback_and_names_the_image(
     smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = compose_config(*smoke("optimization.epochs=1", "trainer.data_processes=0"))
+    config = compose_config(*smoke("optimization.epochs=1", "loader.workers=0"))
     monkeypatch.setattr("recipe.data.augment.crop.resize", fails_with(KeyError("a mistake")))
     with pytest.raises(KeyError) as stopped:
         loop.train(config)

@@ -162,7 +162,7 @@ class _Usage(NamedTuple):
     free: int
 
 
-@pytest.mark.parametrize("more", [(), ("optimization.averaging.decay=0.9",), ("optimization.optimizer=lamb",)])
+@pytest.mark.parametrize("more", [(), ("optimization.ema.decay=0.9",), ("optimization.optimizer=lamb",)])
 def test_f09_the_disk_is_asked_for_room_before_training(
     more: tuple[str, ...], smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from recipe.errors import SAVED
 from tests.faults.launched import finish, processes_of, start, steps_done, wait_until
 
-WORDS = ("trainer.data_processes=2", "trainer.data_threads=2", "optimization.epochs=1000", "trainer.log_every_steps=1")
+WORDS = ("loader.workers=2", "loader.threads=2", "optimization.epochs=1000", "trainer.log_every_steps=1")
 SECONDS_TO_START = 240  # torch is imported twice, one after the other, on a machine that may be busy
 TRAINING_AND_LOADING = 4  # the training process, the one that divided, and the two that decode
 

@@ -22,7 +22,7 @@ from tests.worlds import meet_elsewhere, run_world
 
 Words = Callable[..., list[str]]
 LONG = [
-    "optimization.averaging.decay=0.9",
+    "optimization.ema.decay=0.9",
     "optimization.epochs=2",
     "optimization.batch_size=12",  # 9 steps an epoch
     "trainer.log_every_steps=4",
@@ -58,7 +58,7 @@ def cut_and_compare(words: list[str], run_dir: str, rank: int, threads: int | No
     for step in CUTS:
         train_stopped(cut, "stop", rank, step)
     train_stopped(cut, "validation", 0, 2 * STEPS_PER_EPOCH)
-    record = train(compose_config(*cut, *([f"trainer.data_threads={threads}"] if threads else [])))
+    record = train(compose_config(*cut, *([f"loader.threads={threads}"] if threads else [])))
     before, after = last_state(whole), last_state(cut)
     for part in ("model", "average", "optimizer"):
         assert_same_tensors(before[part], after[part])
@@ -167,7 +167,7 @@ def test_f08_where_all_checkpoints_are_damaged_training_does_not_begin_anew_in_s
     train_killed_in_epoch(words, 1, step_in_epoch=1)
     damage(checkpoint_files(tmp_path / "run" / "checkpoints")[-1])
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no valid checkpoint is left .*trainer\.restart=true"):
+        with pytest.raises(UserError, match=r"no valid checkpoint is left .*trainer\.start_over=true"):
             loop.train(compose_config(*words))
 
 

@@ -198,7 +198,7 @@ def test_every_byte_is_covered(tmp_path: Path) -> None:
 def test_where_all_are_damaged_it_stops_and_nothing_is_lost(saved: Path) -> None:
     for path, damage in zip(checkpoint_files(saved), DAMAGES, strict=False):
         damage(path)
-    with pytest.raises(UserError, match=r"no valid checkpoint is left .*step-00000003.*trainer\.restart=true"):
+    with pytest.raises(UserError, match=r"no valid checkpoint is left .*step-00000003.*trainer\.start_over=true"):
         newest_checkpoint(saved)
     assert {f"step-0000000{step}.pt.corrupt" for step in (1, 2, 3)} <= names(saved)
 

@@ -21,36 +21,36 @@ Words = Callable[..., list[str]]
 RESNET = ["model=torchvision", "model.name=resnet18", "model.zero_init_last_norm=true"]
 SQUEEZENET = ["model=torchvision", "model.name=squeezenet1_1", "model.zero_init_last_norm=false"]
 SMALL_IMAGES = ["augmentation.crop_pixels=32", "evaluation.crop_pixels=32", "evaluation.resize_pixels=32"]
-GROWING = [f"augmentation.progressive.{word}" for word in ("first_pixels=8", "end_epoch=2", "multiple=8")]
-AVERAGED = ["optimization.averaging.decay=0.9"]
-RECALIBRATED = ["optimization.averaging.recalibrate_images=9"]
+GROWING = [f"augmentation.progressive_resizing.{word}" for word in ("first_pixels=8", "end_epoch=2", "multiple=8")]
+AVERAGED = ["optimization.ema.decay=0.9"]
+RECALIBRATED = ["optimization.ema.precise_bn_images=9"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
-            [*RESNET, *SMALL_IMAGES, "trainer.max_images_per_process=1"],
+            [*RESNET, *SMALL_IMAGES, "trainer.max_micro_batch_size=1"],
             r"resnet18 cannot train on 1 image of 32 x 32 pixels .*more than 1 value per channel.*"
             r"augmentation\.crop_pixels=32, or optimization\.batch_size=24 over 1 processes x 24 accumulation steps",
         ),
         (
-            [*RESNET, *SMALL_IMAGES, *AVERAGED, "optimization.averaging.recalibrate_images=1"],
-            r"resnet18 cannot train on 1 image of 32 x 32 .*optimization\.averaging\.recalibrate_images=1",
+            [*RESNET, *SMALL_IMAGES, *AVERAGED, "optimization.ema.precise_bn_images=1"],
+            r"resnet18 cannot train on 1 image of 32 x 32 .*optimization\.ema\.precise_bn_images=1",
         ),
         (
             [
                 *RESNET,
                 *SMALL_IMAGES,
                 *AVERAGED,
-                "optimization.averaging.recalibrate_images=9",
+                "optimization.ema.precise_bn_images=9",
                 "evaluation.batch_size=1",
             ],
             r"resnet18 cannot train on 1 image of 32 x 32 .*evaluation\.batch_size=1",
         ),
         (
             [*SQUEEZENET, *SMALL_IMAGES, *GROWING, "optimization.epochs=3"],
-            r"squeezenet1_1 cannot train on 24 images of 8 x 8 .*augmentation\.progressive\.first_pixels=8",
+            r"squeezenet1_1 cannot train on 24 images of 8 x 8 .*augmentation\.progressive_resizing\.first_pixels=8",
         ),
         (
             [*SQUEEZENET, *SMALL_IMAGES, "evaluation.crop_pixels=8"],
@@ -62,7 +62,7 @@ RECALIBRATED = ["optimization.averaging.recalibrate_images=9"]
         ),
         (
             [*SQUEEZENET, *SMALL_IMAGES, *AVERAGED, *RECALIBRATED],
-            r"recalibrate_images must be 0 for a network without batch norm",
+            r"precise_bn_images must be 0 for a network without batch norm",
         ),
     ],
     ids=["accumulation", "recalibration", "its batches", "growing images", "evaluation", "one size", "no batch norm"],
@@ -78,7 +78,7 @@ def test_what_the_network_cannot_take_is_refused_before_training(
 
 
 def test_one_image_in_a_forward_pass_is_fine_where_each_channel_keeps_two_values(smoke: Words) -> None:
-    record = loop.train(compose_config(*smoke("trainer.max_images_per_process=1", "optimization.epochs=1")))
+    record = loop.train(compose_config(*smoke("trainer.max_micro_batch_size=1", "optimization.epochs=1")))
     assert record is not None
     assert record.loader.batch_norm_batch_size == 1
 

@@ -206,18 +206,18 @@ def test_what_is_too_large_names_the_setting_or_is_left_out(tmp_path: Path) -> N
     changes: dict[str, Any] = {"source": Source.folder, "max_pixels": 119_999}
     said = (
         r"cat/large\.jpg cannot be stored: it is too large: 400 x 300 pixels, while data\.max_pixels=119999; "
-        r"raise data\.max_pixels, or leave such images out .* data\.corrupt=skip"
+        r"raise data\.max_pixels, or leave such images out .* data\.on_corrupt=skip"
     )
     with pytest.raises(UserError, match=said) as refused:
         preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
     assert "corrupt:" not in str(refused.value)
-    record = preprocess(config(tmp_path / "raw", tmp_path / "out", corrupt=Corrupt.skip, **changes))
+    record = preprocess(config(tmp_path / "raw", tmp_path / "out", on_corrupt=Corrupt.skip, **changes))
     assert [(found.key, found.what) for found in record.rejected] == [
         ("cat/large", "it is too large: 400 x 300 pixels, while data.max_pixels=119999")
     ]
     with pytest.raises(UserError, match="max_pixels: 119999 -> 120000"):
         preprocess(
-            config(tmp_path / "raw", tmp_path / "out", corrupt=Corrupt.skip, **(changes | {"max_pixels": 120_000}))
+            config(tmp_path / "raw", tmp_path / "out", on_corrupt=Corrupt.skip, **(changes | {"max_pixels": 120_000}))
         )
 
 
@@ -252,7 +252,7 @@ from recipe.config.schema import Corrupt, Source
 from recipe.preprocessing.pipeline import preprocess
 from tests.preprocessing.layouts import config
 if __name__ == "__main__":
-    preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, corrupt=Corrupt.skip))
+    preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, on_corrupt=Corrupt.skip))
 """
 
 

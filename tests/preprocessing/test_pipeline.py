@@ -384,7 +384,7 @@ def test_other_settings_are_refused_with_the_difference(
 
 
 def test_settings_without_effect_do_not_count(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
-    preprocess(config(official, finished[0], quality=50, validation_fraction=0.5, processes=2))
+    preprocess(config(official, finished[0], jpeg_quality=50, validation_fraction=0.5, processes=2))
 
 
 @pytest.mark.parametrize("damage", ["missing shard", "cut shard", "missing index", "missing record"])
@@ -806,7 +806,9 @@ def test_random_damage_is_an_image_or_a_reason() -> None:
 
 def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
     raw = write_official(tmp_path / "tars", train=train_images() | {"n02085620_3": jpeg("a")[:300]})
-    with pytest.raises(UserError, match=r"n02085620_3 in .*img_train.tar \(at byte \d+\) is corrupt: .*corrupt=skip"):
+    with pytest.raises(
+        UserError, match=r"n02085620_3 in .*img_train.tar \(at byte \d+\) is corrupt: .*on_corrupt=skip"
+    ):
         preprocess(config(raw, tmp_path / "out"))
     write_extracted(tmp_path / "raw")
     (tmp_path / "raw/train/n02085620/n02085620_3.JPEG").write_bytes(b"")
@@ -818,7 +820,7 @@ def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> No
     bad = {"n02085620_3": jpeg("a")[:300], "n02085620_4": b""}
     validation = validation_images() | {"ILSVRC2012_val_00000001": png_header_of(20_000, 20_000)}
     raw = write_official(tmp_path / "raw", train=train_images() | bad, validation=validation)
-    record = preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
+    record = preprocess(config(raw, tmp_path / "out", on_corrupt=Corrupt.skip))
     assert [(image.split, image.key) for image in record.rejected] == [
         ("train", "n02085620_3"),
         ("train", "n02085620_4"),
@@ -854,7 +856,7 @@ def test_neither_a_class_nor_a_split_may_lose_all_its_images(tmp_path: Path, bad
     )
     raw = write_official(tmp_path / "raw", train=train, validation=validation)
     with pytest.raises(UserError, match=sentence):
-        preprocess(config(raw, tmp_path / "out", corrupt=Corrupt.skip))
+        preprocess(config(raw, tmp_path / "out", on_corrupt=Corrupt.skip))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -865,7 +867,7 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     large = {"n01440764_9": encoded(pixels("large", 301, 200)), "n01440764_8": encoded(pixels("l", 200, 99, 1))}
     validation = validation_images() | {"ILSVRC2012_val_00000001": encoded(pixels("large", 301, 200))}
     raw = write_official(tmp_path / "raw", train=train_images() | large, validation=validation)
-    record = preprocess(config(raw, tmp_path / "out", resize_short_side=64, quality=80))
+    record = preprocess(config(raw, tmp_path / "out", resize_short_side=64, jpeg_quality=80))
     split = open_split(tmp_path / "out", "train")
     stored = {split.key(i): split.read(i) for i in range(len(split))}
     sizes = {split.key(i): (int(split.index[i]["width"]), int(split.index[i]["height"])) for i in range(len(split))}

@@ -254,9 +254,9 @@ def test_an_altered_network_passes_the_gate(config: Config, tmp_path: Path, monk
     """Blurred strides, stochastic depth and the recipe around them, from the first step to every exported file."""
     monkeypatch.chdir(tmp_path)
     words = (
-        *("model.blur_pool=true", "model.stochastic_depth=0.2", "optimization.averaging.form=torchvision"),
-        *("optimization.averaging.decay=0.99", "optimization.loss=binary_cross_entropy", "evaluation.flip=false"),
-        *("optimization.binary_head_bias=true", "optimization.schedule=linear", "optimization.optimizer=sgd_decoupled"),
+        *("model.blur_pool=true", "model.stochastic_depth=0.2", "optimization.ema.form=torchvision"),
+        *("optimization.ema.decay=0.99", "optimization.loss=binary_cross_entropy", "evaluation.flip=false"),
+        *("optimization.bce.init_head_bias=true", "optimization.schedule=linear", "optimization.optimizer=sgdw"),
     )
     mine = compose_config(
         "experiment=smoke",

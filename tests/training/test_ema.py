@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from recipe.config.schema import AveragingConfig, ModelConfig, Precision
+from recipe.config.schema import EmaConfig, ModelConfig, Precision
 from recipe.data.batches import Batch
 from recipe.data.decoding import build_decoder, decoded
 from recipe.data.loader import ThreadedLoader
@@ -49,7 +49,7 @@ def shake(model: nn.Module, step: int) -> None:
 
 def test_buffers_and_parameters_follow_the_closed_form() -> None:
     model = network()
-    average = ModelEma(model, AveragingConfig(decay=0.9, every_steps=1))
+    average = ModelEma(model, EmaConfig(decay=0.9, every_steps=1))
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(1, 30):
         shake(model, step)
@@ -67,7 +67,7 @@ def test_buffers_and_parameters_follow_the_closed_form() -> None:
 
 def test_after_its_warm_up_it_is_torchs_averaged_model() -> None:
     model = network()
-    average = ModelEma(model, AveragingConfig(decay=0.5, every_steps=1))
+    average = ModelEma(model, EmaConfig(decay=0.5, every_steps=1))
     average.updates = 1000
     oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     oracle.n_averaged.fill_(1)
@@ -82,7 +82,7 @@ def test_after_its_warm_up_it_is_torchs_averaged_model() -> None:
 
 def test_off_is_the_model_itself() -> None:
     model = network()
-    average = ModelEma(model, AveragingConfig(decay=0.0))
+    average = ModelEma(model, EmaConfig(decay=0.0))
     average.update(1)
     assert average.model is model
     assert average.state() is None
@@ -92,7 +92,7 @@ def test_off_is_the_model_itself() -> None:
 @pytest.mark.parametrize("every", [2, 3])
 def test_it_moves_only_at_its_steps(every: int) -> None:
     model = network()
-    average = ModelEma(model, AveragingConfig(decay=0.9, every_steps=every))
+    average = ModelEma(model, EmaConfig(decay=0.9, every_steps=every))
     for step in range(1, 7):
         shake(model, step)
         average.update(step)
@@ -101,13 +101,13 @@ def test_it_moves_only_at_its_steps(every: int) -> None:
 
 def test_state_survives_a_restart() -> None:
     model = network()
-    average = ModelEma(model, AveragingConfig(decay=0.9))
+    average = ModelEma(model, EmaConfig(decay=0.9))
     for step in range(1, 4):
         shake(model, step)
         average.update(step)
     state = average.state()
     assert state is not None
-    again = ModelEma(model, AveragingConfig(decay=0.9))
+    again = ModelEma(model, EmaConfig(decay=0.9))
     again.restore(state)
     shake(model, 9)
     average.update(4)
@@ -121,7 +121,7 @@ def test_state_survives_a_restart() -> None:
 
 def test_the_rescaled_decay_of_imagenet1k_v2_is_the_published_arithmetic() -> None:
     """0.99998 with 1024 images a step, every 32 steps, over 600 epochs: 1.09e-3 of the new weights at each update."""
-    words = ("averaging.decay=0.99998", "averaging.every_steps=32", "averaging.form=torchvision")
+    words = ("ema.decay=0.99998", "ema.every_steps=32", "ema.form=torchvision")
     config = compose_config(*(f"optimization.{word}" for word in (*words, "batch_size=1024", "epochs=600")))
     average = build_ema(network(), config.optimization, 1251)
     assert 1 - average.decay == pytest.approx(2e-5 * 1024 * 32 / 600)
@@ -133,7 +133,7 @@ def test_the_rescaled_decay_of_imagenet1k_v2_is_the_published_arithmetic() -> No
 def test_it_is_the_loop_of_torchvisions_references(every: int, warmup_epochs: int) -> None:
     """references/classification/train.py, written out around torch's AveragedModel."""
     steps_per_epoch, epochs, batch_size, decay = 7, 5, 8, 0.99
-    words = ("averaging.form=torchvision", f"averaging.decay={decay}", f"averaging.every_steps={every}")
+    words = ("ema.form=torchvision", f"ema.decay={decay}", f"ema.every_steps={every}")
     words += (f"batch_size={batch_size}", f"epochs={epochs}", f"warmup_epochs={warmup_epochs}")
     config = compose_config(*(f"optimization.{word}" for word in words)).optimization
     model = network()
@@ -156,7 +156,7 @@ def test_it_is_the_loop_of_torchvisions_references(every: int, warmup_epochs: in
 
 
 def test_torchvisions_form_continues_after_a_restart() -> None:
-    config = compose_config("optimization.averaging.form=torchvision", "optimization.averaging.decay=0.99").optimization
+    config = compose_config("optimization.ema.form=torchvision", "optimization.ema.decay=0.99").optimization
     model = network()
     average = build_ema(model, config, 1)
     for step in range(1, 9):
@@ -173,7 +173,7 @@ def test_torchvisions_form_continues_after_a_restart() -> None:
 
 
 def test_off_it_is_the_model_itself() -> None:
-    config = compose_config("optimization.averaging.form=torchvision").optimization
+    config = compose_config("optimization.ema.form=torchvision").optimization
     model = network()
     average = build_ema(model, config, 3)
     average.update(1)
@@ -238,7 +238,7 @@ def test_nothing_else_of_the_network_changes() -> None:
 
 def test_a_network_without_batch_norm_is_refused() -> None:
     model = small_network(norm="none")
-    with pytest.raises(UserError, match=r"recalibrate_images must be 0 for a network without batch norm"):
+    with pytest.raises(UserError, match=r"precise_bn_images must be 0 for a network without batch norm"):
         precise_bn(model, predict_of(model), batches())
 
 
@@ -246,11 +246,11 @@ def test_a_network_without_batch_norm_is_refused() -> None:
 def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
     data_directory: Path, images: int, sizes: list[int]
 ) -> None:
-    config = compose_config("experiment=smoke", "trainer.data_threads=2")
+    config = compose_config("experiment=smoke", "loader.threads=2")
     split = open_split(str(data_directory), "train")
     world = World(0, 1, 0, 1, CPU, "none")
     transform = build_evaluation_transform(config.evaluation)
-    with closing(ThreadedLoader(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with closing(ThreadedLoader(split, build_decoder(config.loader.decoder), config.loader, world)) as threads:
         one, same, other = (PreciseBnBatches(threads, transform, 24, images, seed) for seed in (0, 0, 1))
         found: list[Batch] = list(one)
         assert [len(batch.images) for batch in found] == sizes
@@ -263,7 +263,7 @@ def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
 
 
 def test_a_run_validates_and_saves_the_new_statistics_and_says_so(smoke: Words) -> None:
-    words = smoke("optimization.averaging.decay=0.9", "optimization.averaging.recalibrate_images=48")
+    words = smoke("optimization.ema.decay=0.9", "optimization.ema.precise_bn_images=48")
     record = loop.train(compose_config(*words))
     assert record is not None
     assert record.averaging["batch_norm_recalibrated_on_training_images"] == 48
@@ -276,7 +276,7 @@ def test_a_run_validates_and_saves_the_new_statistics_and_says_so(smoke: Words) 
     normalisation = Normalisation(config.data.mean, config.data.std, CPU)
     predict = predictor(model, normalisation, Precision.fp32, CPU, channels_last=True)
     transform = build_evaluation_transform(config.evaluation)
-    with closing(ThreadedLoader(split, build_decoder(config.data.decoder), config.trainer, world)) as threads:
+    with closing(ThreadedLoader(split, build_decoder(config.loader.decoder), config.loader, world)) as threads:
         precise_bn(model, predict, PreciseBnBatches(threads, transform, 64, 48, config.seed))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)

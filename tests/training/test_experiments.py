@@ -25,18 +25,18 @@ SMALLER = [  # sizes only: what makes the recipe stays
     "model.name=resnet18",
     "trainer.accelerator=cpu",
     "trainer.precision=fp32",
-    "trainer.max_images_per_process=24",
-    "trainer.data_threads=2",
+    "trainer.max_micro_batch_size=24",
+    "loader.threads=2",
     "optimization.batch_size=24",
     "optimization.epochs=1",
     "optimization.warmup_epochs=0.5",
     "optimization.step_epochs=[]",
-    "optimization.averaging.every_steps=1",
+    "optimization.ema.every_steps=1",
     "augmentation.crop_pixels=32",
-    "augmentation.mixing.group_images=8",
-    "augmentation.progressive.start_epoch=0",
-    "augmentation.progressive.end_epoch=1",
-    "augmentation.progressive.multiple=8",
+    "augmentation.mixup.group_size=8",
+    "augmentation.progressive_resizing.start_epoch=0",
+    "augmentation.progressive_resizing.end_epoch=1",
+    "augmentation.progressive_resizing.multiple=8",
     "evaluation.resize_pixels=36",
     "evaluation.crop_pixels=32",
     "evaluation.batch_size=16",
@@ -47,8 +47,8 @@ def smaller(name: str, data_directory: Path, run_dir: Path) -> Config:
     whole = compose_config(f"experiment={name}")
     rate = whole.optimization.learning_rate * 24 / whole.optimization.batch_size
     words = [f"optimization.learning_rate={rate}"]
-    if whole.augmentation.progressive.first_pixels is not None:
-        words.append("augmentation.progressive.first_pixels=24")
+    if whole.augmentation.progressive_resizing.first_pixels is not None:
+        words.append("augmentation.progressive_resizing.first_pixels=24")
     return compose_config(
         f"experiment={name}", *SMALLER, *words, f"data.directory={data_directory}", f"run_dir={run_dir}"
     )
@@ -95,7 +95,7 @@ def test_the_ingredients_of_a_recipe_are_read_back(
     assert (v2.augmentation["mixup_alpha"], v2.augmentation["erasing_probability"]) == (0.2, 0.1)
     assert (v2.loader.images_per_epoch, v2.loader.unique_images_per_epoch) == (96, 24)
     assert rsb.optimizer == "Lamb"
-    assert rsb.augmentation["policy_strength"] == 0.6
+    assert rsb.augmentation["policy_magnitude"] == 0.6
     assert "Binary" in str(mosaic.loss["class"])
     assert mosaic.augmentation["random_resized_crop_pixels"] == 24
     assert any("Blur" in kind for kind in fast.model.modules)
@@ -127,6 +127,6 @@ def test_a_child_differs_from_its_parent_only_where_it_says_so(child: str, paren
         one.pop(key), other.pop(key)
     for config in (one, other):
         config["optimization"].pop("epochs")
-        config["augmentation"]["progressive"].pop("start_epoch")
-        config["augmentation"]["progressive"].pop("end_epoch")
+        config["augmentation"]["progressive_resizing"].pop("start_epoch")
+        config["augmentation"]["progressive_resizing"].pop("end_epoch")
     assert one == other

@@ -27,7 +27,7 @@ from tests.conftest import compose_config
 from tests.worlds import run_world
 
 Words = Callable[..., list[str]]
-AVERAGED = ["optimization.averaging.decay=0.9", "optimization.epochs=3"]
+AVERAGED = ["optimization.ema.decay=0.9", "optimization.epochs=3"]
 
 
 class Killed(BaseException):
@@ -101,7 +101,7 @@ def test_a_killed_run_of_a_published_recipe_continues_bit_by_bit(smoke: Words, t
         *AVERAGED,
         *("model.blur_pool=true", "model.stochastic_depth=0.5", "optimization.optimizer=lamb"),
         *("optimization.learning_rate=0.005", "optimization.weight_decay=0.02", "optimization.warmup_epochs=1"),
-        *("optimization.averaging.form=torchvision", "optimization.averaging.recalibrate_images=50"),
+        *("optimization.ema.form=torchvision", "optimization.ema.precise_bn_images=50"),
         "optimization.loss=binary_cross_entropy",
     )
     assert compare_continued_with_uninterrupted(words, str(tmp_path)) is True
@@ -126,7 +126,7 @@ def test_a_validation_that_fails_costs_no_training(
     epoch: int, moment: str, smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is over and its row is written: what it found is in no checkpoint yet, and comes again."""
-    more = (*AVERAGED, "optimization.averaging.recalibrate_images=50")
+    more = (*AVERAGED, "optimization.ema.precise_bn_images=50")
     whole, cut = smoke(*more, run="whole"), smoke(*more, run="cut")
     uninterrupted = train(whole)
     validate = loop.validate
@@ -306,16 +306,16 @@ def test_another_configuration_is_refused_with_the_difference(smoke: Words) -> N
 
 def test_restart_moves_the_old_run_aside(smoke: Words, tmp_path: Path) -> None:
     train(smoke())
-    record = train(smoke("optimization.momentum=0.8", "trainer.restart=true"))
+    record = train(smoke("optimization.momentum=0.8", "trainer.start_over=true"))
     assert record.parameter_groups[0].settings["momentum"] == 0.8
     assert (tmp_path / "run.old-1" / "records" / "training.json").exists()
 
 
 def test_the_configuration_is_pinned_without_machine_facts(smoke: Words) -> None:
-    record = train(smoke("trainer.data_threads=3"))
+    record = train(smoke("loader.threads=3"))
     stored = yaml.safe_load(Run(compose_config(*smoke()).run_dir).config.read_text())
     assert config_sha256(stored) == record.config_sha256
-    assert "data_threads" not in stored["trainer"]
+    assert "threads" not in stored["loader"]
     assert "directory" not in stored["data"]
 
 
@@ -335,8 +335,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(smoke: Words) 
 
 def test_number_of_threads_changes_nothing(smoke: Words) -> None:
     hashes = {
-        train(smoke(f"trainer.data_threads={threads}", run=f"threads{threads}")).outputs["weights"]
-        for threads in (1, 3)
+        train(smoke(f"loader.threads={threads}", run=f"threads{threads}")).outputs["weights"] for threads in (1, 3)
     }
     assert len(hashes) == 1
 
@@ -358,7 +357,7 @@ def test_given_weights_are_named_by_their_content(smoke: Words, tmp_path: Path) 
 
 
 def test_accumulation_is_recorded_and_reaches_the_same_sizes(smoke: Words) -> None:
-    loader = train(smoke("trainer.max_images_per_process=8")).loader
+    loader = train(smoke("trainer.max_micro_batch_size=8")).loader
     assert (loader.global_batch_size, loader.accumulation_steps, loader.batch_norm_batch_size) == (24, 3, 8)
 
 
@@ -376,7 +375,7 @@ def test_a_network_with_dropout_continues_exactly_too(smoke: Words, tmp_path: Pa
 
 
 def test_the_last_weights_lie_beside_their_checkpoint_for_anybody(smoke: Words, tmp_path: Path) -> None:
-    record = train(smoke("optimization.averaging.decay=0.9"))
+    record = train(smoke("optimization.ema.decay=0.9"))
     (path,) = (tmp_path / "run" / "checkpoints").glob("*.safetensors")
     assert path.stem == checkpoint_files(path.parent)[-1].stem
     assert weights_sha256(load_file(path)) == record.outputs["weights"]
@@ -405,5 +404,5 @@ def test_an_entry_that_training_never_wrote_stops_a_continuation_in_one_sentence
     if value.get("param_groups", 0) is None:
         value = value | {"param_groups": state["optimizer"]["param_groups"]}
     save_checkpoint(path.parent, state["progress"]["step"], {**state, entry: value})
-    with pytest.raises(UserError, match=f"the entry '{entry}' of the checkpoint of step .*trainer.restart=true"):
+    with pytest.raises(UserError, match=f"the entry '{entry}' of the checkpoint of step .*trainer.start_over=true"):
         train(words)

@@ -37,7 +37,7 @@ def test_waiting_is_warned_of_once(logger: MetricLogger, capsys: pytest.CaptureF
 def test_stalls_are_warned_of_too(logger: MetricLogger, capsys: pytest.CaptureFixture[str]) -> None:
     """Threads that decoded took the lock, and a run that went at a third of its speed said "waiting for data 1 %"."""
     logger.warn_of_waiting(2, 0.01, 0.66, 60.0)
-    assert "stalled for 66% of its time in epoch 2 (trainer.data_processes" in capsys.readouterr().err
+    assert "stalled for 66% of its time in epoch 2 (loader.workers" in capsys.readouterr().err
 
 
 def test_the_probe_sees_threads_that_hold_the_gil() -> None:

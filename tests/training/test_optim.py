@@ -64,7 +64,7 @@ def test_binary_cross_entropy_is_torchs_over_smoothed_targets(smoothing: float) 
 
 def test_mosaics_sums_over_classes() -> None:
     logits, labels = example()
-    summed = loss_of("binary_cross_entropy", binary_sum_classes="true")(logits, labels)
+    summed = loss_of("binary_cross_entropy", **{"bce.sum_classes": "true"})(logits, labels)
     expected = nn.BCEWithLogitsLoss(reduction="none")(logits, one_hot(labels)).sum(dim=1).mean()
     torch.testing.assert_close(summed, expected)
     torch.testing.assert_close(summed, CLASSES * loss_of("binary_cross_entropy")(logits, labels))
@@ -83,7 +83,7 @@ def test_soft_targets_are_smoothed_once_as_labels_are(kind: str, smoothing: floa
 
 
 def test_a_threshold_counts_each_class_of_a_mixed_image_as_present() -> None:
-    loss = loss_of("binary_cross_entropy", binary_target_threshold=0.2)
+    loss = loss_of("binary_cross_entropy", **{"bce.target_threshold": 0.2})
     logits, labels = example()
     others = (labels + 1) % CLASSES
     both = one_hot(labels) + one_hot(others)
@@ -93,7 +93,7 @@ def test_a_threshold_counts_each_class_of_a_mixed_image_as_present() -> None:
     torch.testing.assert_close(
         loss(logits, 0.8 * one_hot(labels) + 0.2 * one_hot(others)), nn.BCEWithLogitsLoss()(logits, one_hot(labels))
     )
-    smoothed = loss_of("binary_cross_entropy", binary_target_threshold=0.2, label_smoothing=0.1)
+    smoothed = loss_of("binary_cross_entropy", label_smoothing=0.1, **{"bce.target_threshold": 0.2})
     torch.testing.assert_close(smoothed(logits, labels), loss_of(KINDS[1], label_smoothing=0.1)(logits, labels))
 
 
@@ -139,7 +139,7 @@ def test_half_precision_costs_no_accuracy_of_the_loss(kind: str, soft: bool) -> 
 
 
 def test_facts_are_the_live_loss() -> None:
-    loss = loss_of("binary_cross_entropy", label_smoothing=0.1, binary_target_threshold=0.2)
+    loss = loss_of("binary_cross_entropy", label_smoothing=0.1, **{"bce.target_threshold": 0.2})
     assert loss_facts(loss) == {
         "class": "BinaryCrossEntropy",
         "label_smoothing": 0.1,
@@ -150,7 +150,7 @@ def test_facts_are_the_live_loss() -> None:
     assert loss_facts(loss)["reduction"] == "sum over classes, mean over images"
 
 
-@pytest.mark.parametrize("word", ["binary_sum_classes=true", "binary_target_threshold=0.2", "binary_head_bias=true"])
+@pytest.mark.parametrize("word", ["bce.sum_classes=true", "bce.target_threshold=0.2", "bce.init_head_bias=true"])
 def test_a_setting_without_effect_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=r"or optimization\.loss=binary_cross_entropy"):
         compose_config(f"optimization.{word}")
@@ -211,7 +211,7 @@ def start(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("exempt", [False, True])
 def test_decoupled_sgd_is_its_formula(nesterov: bool, exempt: bool) -> None:
     """Mosaic's: w <- (1 - decay x rate / full rate) w - rate x direction; momentum knows nothing of the decay."""
-    config = settings("sgd_decoupled", f"nesterov={nesterov}", f"decay_norms_and_biases={not exempt}")
+    config = settings("sgdw", f"nesterov={nesterov}", f"decay_norms_and_biases={not exempt}")
     model = network()
     expected = start(model)
     velocities = {name: torch.zeros_like(value) for name, value in expected.items()}
@@ -226,14 +226,14 @@ def test_decoupled_sgd_is_its_formula(nesterov: bool, exempt: bool) -> None:
 
 def test_without_decay_it_is_torchs_sgd_bit_by_bit() -> None:
     mine, theirs = network(), network()
-    stepped(mine, build_optimizer(settings("sgd_decoupled", "weight_decay=0"), mine, CPU))
+    stepped(mine, build_optimizer(settings("sgdw", "weight_decay=0"), mine, CPU))
     stepped(theirs, torch.optim.SGD(theirs.parameters(), lr=PEAK, momentum=0.9))
     assert all(torch.equal(mine.get_parameter(name), value) for name, value in theirs.named_parameters())
 
 
 def test_an_overflow_in_fp16_does_not_even_decay() -> None:
     model = network().float()
-    optimizer = build_optimizer(settings("sgd_decoupled"), model, CPU)
+    optimizer = build_optimizer(settings("sgdw"), model, CPU)
     before = start(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     scaler.scale(model(torch.full((4, 5), 1e30)).sum() * 1e30).backward()  # type: ignore[no-untyped-call]

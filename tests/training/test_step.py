@@ -38,7 +38,7 @@ RATES = [0.05, 0.04, 0.03]
 
 
 def configuration(*overrides: str) -> Config:
-    return compose_config("experiment=smoke", "trainer.cpu_threads=1", "optimization.weight_decay=0.01", *overrides)
+    return compose_config("experiment=smoke", "trainer.torch_threads=1", "optimization.weight_decay=0.01", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +483,7 @@ def waits_of(work: Callable[[], object]) -> list[str]:
     return calls.found + operators.found
 
 
-MIXED = ["augmentation.mixing.mixup_alpha=0.2", "augmentation.mixing.cutmix_alpha=1.0"]
+MIXED = ["augmentation.mixup.mixup_alpha=0.2", "augmentation.mixup.cutmix_alpha=1.0"]
 
 
 @pytest.mark.parametrize(
@@ -491,9 +491,9 @@ MIXED = ["augmentation.mixing.mixup_alpha=0.2", "augmentation.mixing.cutmix_alph
     [
         [],
         ["trainer.precision=bf16"],
-        ["optimization.averaging.decay=0.9", "augmentation.erasing.probability=0.5", *MIXED],
-        ["optimization.loss=binary_cross_entropy", "optimization.binary_target_threshold=0.2", *MIXED],
-        ["optimization.optimizer=sgd_decoupled"],
+        ["optimization.ema.decay=0.9", "augmentation.random_erasing.probability=0.5", *MIXED],
+        ["optimization.loss=binary_cross_entropy", "optimization.bce.target_threshold=0.2", *MIXED],
+        ["optimization.optimizer=sgdw"],
     ],
     ids=lambda overrides: " ".join(overrides)[:60] or "plain",
 )

@@ -27,7 +27,7 @@ from recipe.training.optim import BinaryCrossEntropy
 from tests.conftest import compose_config
 
 Words = Callable[..., list[str]]
-WORDS = ["optimization.epochs=1", "optimization.averaging.decay=0.9"]
+WORDS = ["optimization.epochs=1", "optimization.ema.decay=0.9"]
 VOLATILE = {
     "provenance",
     "outputs",

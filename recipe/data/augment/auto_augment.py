@@ -1,7 +1,7 @@
 """Automatic augmentation: TrivialAugment and RandAugment with random numbers of the sample.
 
 The operations and their ranges are those of torchvision's `TrivialAugmentWide` and `RandAugment`, whose classes draw
-from a global generator that threads share. Strength 0.3 is torchvision's RandAugment magnitude 9 of 30.
+from a global generator that threads share. Magnitude 0.3 is torchvision's RandAugment magnitude 9 of 30.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from recipe.config.schema import PolicyConfig, PolicyKind
+from recipe.config.schema import AutoAugmentConfig, AutoAugmentPolicy
 from recipe.data.augment.rng import Rng
 from recipe.data.transforms import fixed_image
 from recipe.run.records import Setting
 
-TRIVIAL_STEPS = 31  # strengths that TrivialAugmentWide draws from, the ends included
+TRIVIAL_STEPS = 31  # magnitudes that TrivialAugmentWide draws from, the ends included
 FILL = [0.0, 0.0, 0.0]  # pixels from outside of the image
 
 
@@ -32,7 +32,7 @@ class Operation(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The value at strength 1, and whether its sign is drawn."""
+    """The value at magnitude 1, and whether its sign is drawn."""
 
     largest: float
     is_signed: bool
@@ -71,37 +71,37 @@ RAND_RANGES = TRIVIAL_RANGES | {
 class Policy:
     """Chooses operations for a sample, and applies them."""
 
-    kind: PolicyKind = PolicyKind.none
-    operations: int = 1
-    strength: float = 0.0
-    strength_std: float = 0.0
-    operation_probability: float = 1.0
+    name: AutoAugmentPolicy = AutoAugmentPolicy.none
+    num_ops: int = 1
+    magnitude: float = 0.0
+    magnitude_std: float = 0.0
+    probability: float = 1.0
     interpolation: InterpolationMode = InterpolationMode.NEAREST  # torchvision's own default for both
 
     @property
     def is_on(self) -> bool:
-        return self.kind is not PolicyKind.none
+        return self.name is not AutoAugmentPolicy.none
 
     def draw(self, rng: Rng, pixels: int) -> list[Operation]:
         """The operations for one square image of `pixels`, in the order in which they are applied."""
-        if self.kind is PolicyKind.trivial_augment:
-            strength = rng.integer(TRIVIAL_STEPS) / (TRIVIAL_STEPS - 1)
-            return [_operation(rng, self._ranges(pixels), strength)]
+        if self.name is AutoAugmentPolicy.trivial_augment:
+            magnitude = rng.integer(TRIVIAL_STEPS) / (TRIVIAL_STEPS - 1)
+            return [_operation(rng, self._ranges(pixels), magnitude)]
         ranges = self._ranges(pixels)
-        drawn = [_operation(rng, ranges, self._strength(rng)) for _ in range(self.operations)]
-        return [operation for operation in drawn if rng.random() < self.operation_probability]
+        drawn = [_operation(rng, ranges, self._magnitude(rng)) for _ in range(self.num_ops)]
+        return [operation for operation in drawn if rng.random() < self.probability]
 
     def _ranges(self, pixels: int) -> dict[str, Range]:
         """The range of each operation, in an image of `pixels`."""
-        if self.kind is PolicyKind.trivial_augment:
+        if self.name is AutoAugmentPolicy.trivial_augment:
             return TRIVIAL_RANGES
         shift = Range(TRANSLATION_SHARE * pixels, True)
         return RAND_RANGES | {"translate_x": shift, "translate_y": shift}
 
-    def _strength(self, rng: Rng) -> float:
-        if self.strength_std == 0:
-            return self.strength
-        return min(1.0, max(0.0, rng.normal(self.strength, self.strength_std)))
+    def _magnitude(self, rng: Rng) -> float:
+        if self.magnitude_std == 0:
+            return self.magnitude
+        return min(1.0, max(0.0, rng.normal(self.magnitude, self.magnitude_std)))
 
     def apply(self, image: Tensor, operations: list[Operation]) -> Tensor:
         """uint8 [3, H, W] -> the same."""
@@ -110,7 +110,7 @@ class Policy:
         return image
 
     def examples(self) -> list[Tensor]:
-        """A fixed picture after each operation, at three strengths and in both directions; empty where off."""
+        """A fixed picture after each operation, at three magnitudes and in both directions; empty where off."""
         picture = fixed_image(160, 160)
         ranges = self._ranges(picture.shape[-1]) if self.is_on else {}
         return [
@@ -124,27 +124,27 @@ class Policy:
         """The live settings, for the record."""
         if not self.is_on:
             return {}
-        if self.kind is PolicyKind.trivial_augment:
+        if self.name is AutoAugmentPolicy.trivial_augment:
             return {"policy": "TrivialAugment, wide"}
         return {
             "policy": "RandAugment",
-            "policy_operations": self.operations,
-            "policy_strength": self.strength,
-            "policy_strength_std": self.strength_std,
-            "policy_operation_probability": self.operation_probability,
+            "policy_num_ops": self.num_ops,
+            "policy_magnitude": self.magnitude,
+            "policy_magnitude_std": self.magnitude_std,
+            "policy_probability": self.probability,
         }
 
 
-def _operation(rng: Rng, ranges: dict[str, Range], strength: float) -> Operation:
+def _operation(rng: Rng, ranges: dict[str, Range], magnitude: float) -> Operation:
     """One of the operations, all equally likely, at this share of its range."""
     name = list(ranges)[rng.integer(len(ranges))]
     largest, is_signed = ranges[name]
     sign = -1.0 if is_signed and rng.random() < 0.5 else 1.0
-    return Operation(name, sign * largest * strength)
+    return Operation(name, sign * largest * magnitude)
 
 
-def build_policy(config: PolicyConfig) -> Policy:
-    return Policy(config.kind, config.operations, config.strength, config.strength_std, config.operation_probability)
+def build_policy(config: AutoAugmentConfig) -> Policy:
+    return Policy(config.policy, config.num_ops, config.magnitude, config.magnitude_std, config.probability)
 
 
 # ---- the operations: (image, value, interpolation) -> image -------------------------------------------

@@ -168,7 +168,7 @@ class Augmentation:
         sizes = [(96, 128), (150, 100), (40, 400), (64, 64)]
         views = [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]
         central = [self._central(*size, flip=False)[:4] for size in ((30, 201), (201, 30), (45, 51))]
-        indices = np.arange(4 * self.mixing.group_images)
+        indices = np.arange(4 * self.mixing.group_size)
         places = [BatchPlace(epoch, batch, 0, self.pixels(epoch)) for epoch in range(2) for batch in range(2)]
         mixes = [self.mix_parameters(place, indices, np.zeros_like(indices)) for place in places]
         tensors = [tensor for parameters in mixes if parameters is not None for tensor in parameters]
@@ -176,7 +176,7 @@ class Augmentation:
 
 
 def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
-    grows = config.progressive
+    grows = config.progressive_resizing
     return Augmentation(
         seed=seed,
         crop_pixels=config.crop_pixels,
@@ -184,9 +184,9 @@ def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
         ratio=(config.ratio_min, config.ratio_max),
         flip_probability=config.flip_probability,
         interpolation=INTERPOLATIONS[config.interpolation],
-        policy=build_policy(config.policy),
+        policy=build_policy(config.auto_augment),
         growth=Growth(grows.first_pixels, grows.start_epoch, grows.end_epoch, grows.multiple),
-        mixing=build_mixing(config.mixing, seed),
-        erasing=build_erasing(config.erasing, seed),
-        repeats=config.repeats,
+        mixing=build_mixing(config.mixup, seed),
+        erasing=build_erasing(config.random_erasing, seed),
+        repeats=config.repeated_augmentation,
     )

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.config.schema import ErasingConfig, MixingConfig
+from recipe.config.schema import MixupConfig, RandomErasingConfig
 from recipe.data.augment.rng import Rng
 from recipe.errors import UserError
 from recipe.run.records import Setting
@@ -117,9 +117,9 @@ class Mixing:
     seed: int = 0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
-    cutmix_share: float = 0.5
+    switch_probability: float = 0.5
     probability: float = 1.0
-    group_images: int = 8
+    group_size: int = 8
 
     @property
     def is_on(self) -> bool:
@@ -130,7 +130,7 @@ class Mixing:
         generator = np.random.default_rng((MIXING_STREAM, self.seed, epoch, batch, group))
         if generator.random() >= self.probability:
             return GroupMix(1.0, EMPTY, 1.0)
-        is_cutmix = self.cutmix_alpha > 0 and (not self.mixup_alpha or generator.random() < self.cutmix_share)
+        is_cutmix = self.cutmix_alpha > 0 and (not self.mixup_alpha or generator.random() < self.switch_probability)
         alpha = self.cutmix_alpha if is_cutmix else self.mixup_alpha
         lam = float(generator.beta(alpha, alpha))
         if not is_cutmix:
@@ -146,9 +146,9 @@ class Mixing:
         return {
             "mixup_alpha": self.mixup_alpha,
             "cutmix_alpha": self.cutmix_alpha,
-            "cutmix_share": self.cutmix_share,
+            "switch_probability": self.switch_probability,
             "mixing_probability": self.probability,
-            "mixing_group_images": self.group_images,
+            "mixing_group_images": self.group_size,
         }
 
 
@@ -159,13 +159,13 @@ def cut(generator: np.random.Generator, lam: float, pixels: int) -> Rectangle:
     return Rectangle(max(row - half, 0), max(column - half, 0), min(row + half, pixels), min(column + half, pixels))
 
 
-def build_erasing(config: ErasingConfig, seed: int) -> Erasing:
+def build_erasing(config: RandomErasingConfig, seed: int) -> Erasing:
     return Erasing(seed, config.probability, (config.scale_min, config.scale_max), (config.ratio_min, config.ratio_max))
 
 
-def build_mixing(config: MixingConfig, seed: int) -> Mixing:
+def build_mixing(config: MixupConfig, seed: int) -> Mixing:
     return Mixing(
-        seed, config.mixup_alpha, config.cutmix_alpha, config.cutmix_share, config.probability, config.group_images
+        seed, config.mixup_alpha, config.cutmix_alpha, config.switch_probability, config.probability, config.group_size
     )
 
 
@@ -177,7 +177,7 @@ def mix_parameters(
 ) -> MixParameters | None:
     """The parameters for the images of one forward pass; None where erasing and mixing are off.
 
-    Raises `UserError` where `group_images` does not divide the forward pass.
+    Raises `UserError` where `group_size` does not divide the forward pass.
     """
     if not (mixing.is_on or erasing.probability):
         return None
@@ -185,11 +185,11 @@ def mix_parameters(
     erased = [erasing.draw(place.epoch, index, copy, place.pixels) for index, copy in samples]
     mixes: list[GroupMix] = []  # one for each image
     if mixing.is_on:
-        size = mixing.group_images
+        size = mixing.group_size
         if len(indices) % size or place.first % size:
             raise UserError(
-                f"augmentation.mixing.group_images={size} does not divide the {len(indices)} images of one forward "
-                "pass; give a divisor of it, or another trainer.max_images_per_process"
+                f"augmentation.mixup.group_size={size} does not divide the {len(indices)} images of one forward "
+                "pass; give a divisor of it, or another trainer.max_micro_batch_size"
             )
         for group in range(place.first // size, (place.first + len(indices)) // size):
             mixes += [mixing.draw(place.epoch, place.batch, group, place.pixels)] * size
@@ -198,7 +198,7 @@ def mix_parameters(
         lam=torch.tensor([mix.lam for mix in mixes], dtype=torch.float32),
         rectangle=torch.tensor([mix.rectangle for mix in mixes], dtype=torch.int64).view(-1, 4),
         weight=torch.tensor([mix.weight for mix in mixes], dtype=torch.float32),
-        partner=predecessors(len(mixes), mixing.group_images),
+        partner=predecessors(len(mixes), mixing.group_size),
     )
 
 

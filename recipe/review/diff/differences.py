@@ -165,7 +165,7 @@ def live_settings(record: TrainingRecord) -> dict[str, Any]:
     groups = {group.name: msgspec.to_builtins(group.settings) for group in record.parameter_groups}
     chapters = {
         "optimization": {"optimizer": record.optimizer, "groups": groups, "loss": record.loss},
-        "optimization.averaging": record.averaging,
+        "optimization.ema": record.averaging,
         "augmentation": record.augmentation,
         "model.batch_norm": record.model.batch_norm,
         "model.alterations": record.model.alterations,

@@ -32,19 +32,19 @@ TITLES = {
 }
 
 OF_RESULTS = ("evaluation.batch_size", "evaluation.checkpoint")  # which weights are measured, and their last digits
-LAST_DIGITS = re.compile(r"data\.(decoder|images_per_shard)|evaluation\.batch_size|trainer\.(?!precision$).*")
+LAST_DIGITS = re.compile(r"loader\.decoder|data\.images_per_shard|evaluation\.batch_size|trainer\.(?!precision$).*")
 RANKS = [  # theme, keys
     ("optimization", r"optimization\.(learning_rate|weight_decay)"),
     ("optimization", r"optimization\.(batch_size|epochs)"),
     ("optimization", r"learning-rate curve"),
     ("optimization", r"optimization\.(schedule|warmup_\w+|step_\w+)"),
     ("optimization", r"optimization\.(optimizer|momentum|nesterov|decay_norms_and_biases)"),
-    ("optimization", r"optimization\.(loss|label_smoothing|binary_\w+)"),
+    ("optimization", r"optimization\.(loss|label_smoothing|bce\..*)"),
     ("optimization", r"optimization\..*"),
     ("optimization", r"images seen"),
     ("batch norm", r"images per batch norm"),
     ("augmentation", r"augmentation\..*"),
-    ("data", r"data\..*"),
+    ("data", r"(data|loader)\..*"),
     ("model", r"model\.(?!initial).*"),
     ("initial weights", r"model\.initial.*"),
     ("precision", r"trainer\.precision.*"),
@@ -55,23 +55,26 @@ RANKS = [  # theme, keys
 INERT: list[tuple[str, Callable[[Values], bool]]] = [
     (r"optimization\.step_\w+", lambda values: values.get("optimization.schedule") != "step"),
     (r"optimization\.warmup_start_factor", lambda values: values.get("optimization.warmup_epochs") == 0),
-    (r"optimization\.averaging\.(?!decay).*", lambda values: values.get("optimization.averaging.decay") == 0),
-    (r"augmentation\.policy\.(?!kind).*", lambda values: values.get("augmentation.policy.kind") != "rand_augment"),
+    (r"optimization\.ema\.(?!decay).*", lambda values: values.get("optimization.ema.decay") == 0),
     (
-        r"augmentation\.erasing\.(?!probability).*",
-        lambda values: values.get("augmentation.erasing.probability") == 0,
+        r"augmentation\.auto_augment\.(?!policy).*",
+        lambda values: values.get("augmentation.auto_augment.policy") != "rand_augment",
     ),
     (
-        r"augmentation\.mixing\.(?!\w+_alpha).*",
+        r"augmentation\.random_erasing\.(?!probability).*",
+        lambda values: values.get("augmentation.random_erasing.probability") == 0,
+    ),
+    (
+        r"augmentation\.mixup\.(?!\w+_alpha).*",
         lambda values: (
-            values.get("augmentation.mixing.mixup_alpha") == 0 and values.get("augmentation.mixing.cutmix_alpha") == 0
+            values.get("augmentation.mixup.mixup_alpha") == 0 and values.get("augmentation.mixup.cutmix_alpha") == 0
         ),
     ),
     (
-        r"augmentation\.progressive\.(?!first_pixels).*",
-        lambda values: values.get("augmentation.progressive.first_pixels") is None,
+        r"augmentation\.progressive_resizing\.(?!first_pixels).*",
+        lambda values: values.get("augmentation.progressive_resizing.first_pixels") is None,
     ),
-    (r"data\.quality", lambda values: values.get("data.resize_short_side") is None),
+    (r"data\.jpeg_quality", lambda values: values.get("data.resize_short_side") is None),
     (r"data\.\w+_images_per_class", lambda values: values.get("data.source") != "demo"),
 ]
 

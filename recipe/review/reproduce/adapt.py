@@ -41,20 +41,25 @@ def adapt_to_machine(
 ) -> AdaptedConfig:
     """The recipe's configuration for this machine, with directories from here."""
     notes: list[str] = []
-    ours = config_from_overrides([]).trainer
-    names = [key.removeprefix("trainer.") for key in RUNTIME_KEYS if key.startswith("trainer.")]
+    ours = config_from_overrides([])
     accelerator = _accelerator(recipe, notes)
     processes = _processes(recipe, accelerator, notes)
     machine = {
         "accelerator": accelerator,
         "gpus": processes,
-        "max_images_per_process": _images(config, recipe, processes, ours, notes),
-        "cpu_threads": _threads(recipe, notes),
+        "max_micro_batch_size": _images(config, recipe, processes, ours.trainer, notes),
+        "torch_threads": _threads(recipe, notes),
     }
-    trainer = replace(config.trainer, **{name: getattr(ours, name) for name in names} | machine)
+    trainer = replace(config.trainer, **_runtime_values(ours, "trainer") | machine)
+    loader = replace(config.loader, **_runtime_values(ours, "loader"))
     data = replace(config.data, directory=str(data_dir), raw_dir=None if raw_dir is None else str(raw_dir))
-    adapted = replace(config, run_dir=str(run_dir), trainer=trainer, data=data)
+    adapted = replace(config, run_dir=str(run_dir), trainer=trainer, loader=loader, data=data)
     return AdaptedConfig(adapted, machine | {"accelerator": accelerator.value}, notes)
+
+
+def _runtime_values(config: Config, group: str) -> dict[str, Any]:
+    names = [key.removeprefix(f"{group}.") for key in RUNTIME_KEYS if key.startswith(f"{group}.")]
+    return {name: getattr(getattr(config, group), name) for name in names}
 
 
 def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
@@ -90,7 +95,7 @@ def _images(config: Config, recipe: Recipe, processes: int, ours: TrainerConfig,
         return images
     if images is not None:
         notes.append(f"images per forward pass: {images} there do not divide the batch over {processes} process(es)")
-    return ours.max_images_per_process
+    return ours.max_micro_batch_size
 
 
 def _threads(recipe: Recipe, notes: list[str]) -> int | None:

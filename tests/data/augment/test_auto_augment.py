@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from recipe.config.schema import PolicyKind
+from recipe.config.schema import AutoAugmentPolicy
 from recipe.data.augment.auto_augment import (
     OPERATIONS,
     RAND_RANGES,
@@ -23,7 +23,7 @@ from recipe.data.augment.rng import Rng
 from recipe.data.transforms import fixed_image
 
 IMAGE = fixed_image(40, 40)
-TRIVIAL = Policy(PolicyKind.trivial_augment)
+TRIVIAL = Policy(AutoAugmentPolicy.trivial_augment)
 TORCHVISIONS = {name: "".join(word.capitalize() for word in name.split("_")) for name in OPERATIONS} | {
     "autocontrast": "AutoContrast"
 }
@@ -61,7 +61,7 @@ def sampled(policy: Policy, count: int = 4000) -> list[list[Operation]]:
     return [policy.draw(Rng(5, 0, 0, index), 40) for index in range(count)]
 
 
-def test_trivial_augment_draws_one_operation_and_a_strength_evenly() -> None:
+def test_trivial_augment_draws_one_operation_and_a_magnitude_evenly() -> None:
     drawn = [operation for (operation,) in sampled(TRIVIAL)]
     counts = Counter(operation.name for operation in drawn)
     assert counts.keys() == TRIVIAL_RANGES.keys()
@@ -71,8 +71,8 @@ def test_trivial_augment_draws_one_operation_and_a_strength_evenly() -> None:
     assert abs(sum(turn < 0 for turn in turns) / sum(turn != 0 for turn in turns) - 0.5) < 0.15
 
 
-def test_rand_augment_draws_so_many_operations_of_one_strength() -> None:
-    drawn = sampled(Policy(PolicyKind.rand_augment, operations=3, strength=0.3))
+def test_rand_augment_draws_so_many_operations_of_one_magnitude() -> None:
+    drawn = sampled(Policy(AutoAugmentPolicy.rand_augment, num_ops=3, magnitude=0.3))
     assert {len(operations) for operations in drawn} == {3}
     values = {round(abs(o.value), 9) for operations in drawn for o in operations if o.name == "translate_y"}
     assert values == {round(0.3 * TRANSLATION_SHARE * 40, 9)}
@@ -80,14 +80,14 @@ def test_rand_augment_draws_so_many_operations_of_one_strength() -> None:
     assert bits == {4 * 0.3}
 
 
-def test_rand_augment_may_leave_operations_out_and_vary_its_strength() -> None:
-    half = sampled(Policy(PolicyKind.rand_augment, 2, 0.6, operation_probability=0.5))
+def test_rand_augment_may_leave_operations_out_and_vary_its_magnitude() -> None:
+    half = sampled(Policy(AutoAugmentPolicy.rand_augment, 2, 0.6, probability=0.5))
     assert abs(sum(map(len, half)) - 4000) < 5 * np.sqrt(2000)
-    varied = sampled(Policy(PolicyKind.rand_augment, 1, 0.6, strength_std=0.05))
-    strengths = [abs(o.value) / 30 for (o,) in varied if o.name == "rotate"]
-    assert abs(np.mean(strengths) - 0.6) < 0.02
-    assert abs(np.std(strengths) - 0.05) < 0.01
-    wild = sampled(Policy(PolicyKind.rand_augment, 1, 0.9, strength_std=5.0))
+    varied = sampled(Policy(AutoAugmentPolicy.rand_augment, 1, 0.6, magnitude_std=0.05))
+    magnitudes = [abs(o.value) / 30 for (o,) in varied if o.name == "rotate"]
+    assert abs(np.mean(magnitudes) - 0.6) < 0.02
+    assert abs(np.std(magnitudes) - 0.05) < 0.01
+    wild = sampled(Policy(AutoAugmentPolicy.rand_augment, 1, 0.9, magnitude_std=5.0))
     assert {abs(o.value) <= 30 for (o,) in wild if o.name == "rotate"} == {True}
 
 

@@ -99,7 +99,7 @@ def test_a_change_of_anything_changes_the_fingerprint() -> None:
     assert mine.fingerprint() == augmentation().fingerprint()
 
 
-MIXED = Mixing(seed=7, mixup_alpha=0.2, cutmix_alpha=1.0, group_images=8)
+MIXED = Mixing(seed=7, mixup_alpha=0.2, cutmix_alpha=1.0, group_size=8)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_what_the_device_draws_is_in_the_fingerprint() -> None:
             replace(mine, mixing=replace(MIXED, **{name: 0.5}))
             for name in ("mixup_alpha", "cutmix_alpha", "probability")
         ),
-        replace(mine, mixing=replace(MIXED, cutmix_share=0.1)),
-        replace(mine, mixing=replace(MIXED, group_images=4)),
+        replace(mine, mixing=replace(MIXED, switch_probability=0.1)),
+        replace(mine, mixing=replace(MIXED, group_size=4)),
         replace(mine, erasing=Erasing(seed=7, probability=0.5)),
         replace(mine, erasing=Erasing(seed=8, probability=0.5)),
     ]

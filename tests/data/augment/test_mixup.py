@@ -39,8 +39,12 @@ from tests.worlds import run_world
 
 PIXELS, CLASSES = 20, 10
 NOTHING = Rectangle(0, 0, 0, 0)
-MIXED = ["augmentation.mixing.mixup_alpha=0.2", "augmentation.mixing.cutmix_alpha=1.0", "augmentation.repeats=2"]
-ERASED = "augmentation.erasing.probability=0.5"
+MIXED = [
+    "augmentation.mixup.mixup_alpha=0.2",
+    "augmentation.mixup.cutmix_alpha=1.0",
+    "augmentation.repeated_augmentation=2",
+]
+ERASED = "augmentation.random_erasing.probability=0.5"
 
 
 def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -144,7 +148,7 @@ def test_cutmix_rectangles_are_distributed_as_torchvisions() -> None:
 
 
 def test_both_share_the_groups_and_the_probability_leaves_some_alone() -> None:
-    both = Mixing(seed=1, mixup_alpha=0.2, cutmix_alpha=1.0, cutmix_share=0.25, probability=0.5)
+    both = Mixing(seed=1, mixup_alpha=0.2, cutmix_alpha=1.0, switch_probability=0.25, probability=0.5)
     drawn = [both.draw(0, batch, 0, 64) for batch in range(4000)]
     cut = sum(draw.rectangle != NOTHING for draw in drawn)
     alone = sum(draw == GroupMix(1.0, NOTHING, 1.0) for draw in drawn)
@@ -178,9 +182,9 @@ def test_every_part_of_the_key_matters_and_nothing_else() -> None:
 
 
 def test_a_group_that_does_not_divide_a_forward_pass_is_one_sentence() -> None:
-    mixing = Mixing(seed=1, mixup_alpha=1.0, group_images=8)
+    mixing = Mixing(seed=1, mixup_alpha=1.0, group_size=8)
     indices = np.arange(12)
-    with pytest.raises(UserError, match=r"augmentation\.mixing\.group_images=8 does not divide the 12 images"):
+    with pytest.raises(UserError, match=r"augmentation\.mixup\.group_size=8 does not divide the 12 images"):
         mix_parameters(mixing, Erasing(), BatchPlace(0, 0, 0, 64), indices, np.zeros_like(indices))
 
 
@@ -219,7 +223,7 @@ def configuration(*words: str) -> Config:
         "trainer.precision=fp32",
         "augmentation.crop_pixels=20",
         "optimization.batch_size=48",
-        "trainer.data_threads=1",
+        "loader.threads=1",
         *words,
     )
 
@@ -229,7 +233,7 @@ def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
     augmentation = build_augmentation(config.augmentation, config.seed)
     ranks = []
     for rank in range(layout.processes):
-        threads = ThreadedLoader(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
+        threads = ThreadedLoader(Numbers(100), Stripes(), config.loader, ALONE)  # type: ignore[arg-type]
         ranks.append(list(TrainingBatches(threads, augmentation, layout, rank, config.seed).epoch(1)))
         threads.close()
     wholes = []
@@ -243,15 +247,15 @@ def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
 
 @pytest.mark.parametrize("layout", [BatchLayout(48, 2, 1), BatchLayout(48, 3, 1), BatchLayout(48, 1, 2)])
 def test_a_global_batch_is_mixed_and_erased_alike_on_any_number_of_processes(layout: BatchLayout) -> None:
-    config = configuration(*MIXED, ERASED, "augmentation.policy.kind=trivial_augment")
+    config = configuration(*MIXED, ERASED, "augmentation.auto_augment.policy=trivial_augment")
     for one, other in zip(global_batches(config, BatchLayout(48, 1, 1)), global_batches(config, layout), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
 
 
 def test_repeated_augmentation_holds_every_image_so_many_times_in_other_views() -> None:
-    config = configuration("augmentation.repeats=4")
+    config = configuration("augmentation.repeated_augmentation=4")
     augmentation = build_augmentation(config.augmentation, 0)
-    threads = ThreadedLoader(Numbers(100), Stripes(), config.trainer, ALONE)  # type: ignore[arg-type]
+    threads = ThreadedLoader(Numbers(100), Stripes(), config.loader, ALONE)  # type: ignore[arg-type]
     batches = TrainingBatches(threads, augmentation, BatchLayout(48, 1, 1), 0, 0)
     (first,), (second,) = batches.epoch(0)
     facts = batches.facts()
@@ -263,7 +267,9 @@ def test_repeated_augmentation_holds_every_image_so_many_times_in_other_views() 
         assert all(a != b for a, b in zip(batch.indices, batch.indices[1:], strict=False)), "neighbours differ"
     assert not set(first.indices.tolist()) & set(second.indices.tolist())
     assert (facts.images_per_epoch, facts.unique_images_per_epoch) == (96, 24)
-    with pytest.raises(UserError, match=r"augmentation\.repeats=5 does not divide optimization\.batch_size=48"):
+    with pytest.raises(
+        UserError, match=r"augmentation\.repeated_augmentation=5 does not divide optimization\.batch_size=48"
+    ):
         TrainingBatches(threads, replace(augmentation, repeats=5), BatchLayout(48, 1, 1), 0, 0)
 
 
@@ -290,10 +296,10 @@ def test_sizes_grow_as_ffcvs(start: int, end: int, epochs: int) -> None:
 
 def test_views_and_the_record_have_the_sizes_of_their_epochs() -> None:
     config = configuration(
-        "augmentation.progressive.first_pixels=12",
-        "augmentation.progressive.start_epoch=1",
-        "augmentation.progressive.end_epoch=3",
-        "augmentation.progressive.multiple=4",
+        "augmentation.progressive_resizing.first_pixels=12",
+        "augmentation.progressive_resizing.start_epoch=1",
+        "augmentation.progressive_resizing.end_epoch=3",
+        "augmentation.progressive_resizing.multiple=4",
     )
     augmentation = build_augmentation(config.augmentation, 0)
     image = decoded((3).to_bytes(4, "little"), Stripes())
@@ -309,7 +315,7 @@ def test_the_record_names_what_is_on_and_only_that() -> None:
         return set(build_augmentation(configuration(*words).augmentation, 0).facts(1))
 
     plain = keys()
-    assert keys("augmentation.policy.kind=rand_augment") - plain >= {"policy", "policy_strength"}
+    assert keys("augmentation.auto_augment.policy=rand_augment") - plain >= {"policy", "policy_magnitude"}
     assert keys(ERASED) - plain == {"erasing_probability", "erasing_scale", "erasing_ratio"}
     assert keys(*MIXED) - plain >= {"mixup_alpha", "cutmix_alpha", "mixing_group_images", "repeats_in_a_global_batch"}
 
@@ -328,7 +334,7 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
     with start_world(config.trainer) as world:
         layout = BatchLayout(48, world.size, 1)
         augmentation: Augmentation = build_augmentation(config.augmentation, config.seed)
-        threads = ThreadedLoader(Numbers(100), Stripes(), config.trainer, world)  # type: ignore[arg-type]
+        threads = ThreadedLoader(Numbers(100), Stripes(), config.loader, world)  # type: ignore[arg-type]
         batches = TrainingBatches(threads, augmentation, layout, world.rank, config.seed)
         from recipe.training.step import replicate
         from tests.training.test_step import network

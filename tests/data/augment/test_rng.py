@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from recipe.data.augment.rng import Rng
-from recipe.run import CHECKOUT
+from recipe.run.files import CHECKOUT
 
 KEY = {"stream": 2, "seed": 42, "epoch": 3, "index": 1_281_166, "copy": 1}
 COUNT = 20_000

@@ -142,8 +142,8 @@ def test_a_setting_without_effect_is_cosmetic(side: Comparable) -> None:
     step = altered(side, ("config.optimization.schedule", "step"))
     (found,) = compare_recipes(step, altered(step, changed)).differences
     assert found.group is Group.accuracy
-    assert is_inert("augmentation.erasing.ratio_min", {"augmentation.erasing.probability": 0.0})
-    assert not is_inert("augmentation.erasing.probability", {"augmentation.erasing.probability": 0.0})
+    assert is_inert("augmentation.random_erasing.ratio_min", {"augmentation.random_erasing.probability": 0.0})
+    assert not is_inert("augmentation.random_erasing.probability", {"augmentation.random_erasing.probability": 0.0})
 
 
 def test_equal_learning_rates_per_image_are_said_to_be_equal(side: Comparable) -> None:

@@ -285,8 +285,8 @@ def test_processes_and_threads_have_caps_too(block: dict[str, Any], name: str, v
     block["determinism_context"][name] = value
     trainer = plan_of(document(block)).config.trainer
     assert trainer.gpus == 1
-    assert trainer.max_images_per_process <= 4096
-    assert (trainer.cpu_threads or 1) <= 4 * max(2, os.cpu_count() or 1)
+    assert trainer.max_micro_batch_size <= 4096
+    assert (trainer.torch_threads or 1) <= 4 * max(2, os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CHECKOUT / "conf" / "experiment").glob("*.yaml")))

@@ -219,7 +219,7 @@ def test_the_report_is_whole_and_harmless() -> None:
         recipe_id=sha("id"),
         config_sha256=sha("config"),
         provenance=provenance("python -m recipe reproduce x.md --yes"),
-        machine={"cpu_threads": None, "gpus": 1},
+        machine={"torch_threads": None, "gpus": 1},
         checkout=[HOSTILE],
         determinism_context=[],
         stages=["train"],

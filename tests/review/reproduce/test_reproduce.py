@@ -47,7 +47,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         config = compose_config(
             *("experiment=smoke", *SMALL_DEMO, "optimization.batch_size=24", "seed=5", "evaluation.batch_size=48"),
-            *("name=mine", "data.raw_dir=raw", "data.directory=data", "trainer.cpu_threads=2"),
+            *("name=mine", "data.raw_dir=raw", "data.directory=data", "trainer.torch_threads=2"),
         )
         emit(config)
         shutil.copy(Run(config.run_dir).document, "recipe.md")
@@ -91,7 +91,7 @@ def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple
     assert levels["trained weights"] == BIT_EXACT
     assert set(levels.values()) == {BIT_EXACT, EVALUATION_EQUAL}
     assert found.determinism_context == []
-    assert found.machine["cpu_threads"] == 2
+    assert found.machine["torch_threads"] == 2
     training = run.read(TrainingRecord)
     assert training is not None
     assert training.outputs["weights"] in emitted.read_text()

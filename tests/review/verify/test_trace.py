@@ -35,7 +35,7 @@ def test_the_same_code_gives_the_same_bits_and_no_finding(clean: Fingerprint) ->
 
 def test_what_another_recipe_left_behind_changes_nothing() -> None:
     """torch wraps an optimizer class at its first use, and ours is a subclass of one of its own."""
-    decoupled = ("experiment=smoke", "optimization.epochs=1", "optimization.optimizer=sgd_decoupled")
+    decoupled = ("experiment=smoke", "optimization.epochs=1", "optimization.optimizer=sgdw")
     script = "from benchmarks.canary import taken; from recipe.run.records import to_json; import sys;"
     script += f"sys.stdout.buffer.write(to_json(taken({decoupled!r})))"
     alone = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, check=True).stdout
@@ -124,7 +124,7 @@ def test_the_canary_is_the_recipe_but_for_what_a_laptop_cannot_do(name: str, tmp
     small = canary_config(config, tmp_path)
     assert max(small.augmentation.crop_pixels, small.evaluation.crop_pixels) <= LARGEST_PIXELS
     assert small.optimization.batch_size % (small.augmentation.repeats * 1) == 0
-    assert small.optimization.batch_size % small.augmentation.mixing.group_images == 0
+    assert small.optimization.batch_size % small.augmentation.mixup.group_size == 0
     before, after = flatten(config.pinned.values), flatten(small.pinned.values)
     changed = {key for key in before if before[key] != after[key]}
     assert changed <= MADE_SMALLER, changed - MADE_SMALLER
@@ -133,9 +133,9 @@ def test_the_canary_is_the_recipe_but_for_what_a_laptop_cannot_do(name: str, tmp
 MADE_SMALLER = {
     *(f"data.{name}" for name in ("name", "source", "expect", "train_images_per_class", "validation_images_per_class")),
     *(f"optimization.{name}" for name in ("batch_size", "learning_rate")),
-    *(f"optimization.averaging.{name}" for name in ("every_steps", "recalibrate_images")),
+    *(f"optimization.ema.{name}" for name in ("every_steps", "precise_bn_images")),
     *(f"augmentation.{name}" for name in ("crop_pixels", "progressive.first_pixels", "progressive.multiple")),
-    "augmentation.mixing.group_images",
+    "augmentation.mixup.group_size",
     *(f"trainer.{name}" for name in ("precision", "compile", "deterministic", "log_every_steps")),
     *(f"evaluation.{name}" for name in ("resize_pixels", "crop_pixels", "batch_size")),
 }
