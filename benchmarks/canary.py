@@ -153,10 +153,10 @@ def swapped(original: Any) -> Any:
 
 
 def without_flip(original: Any) -> Any:
-    def view(self: Augmentation, *arguments: Any, **named: Any) -> Any:
+    def random_crop(self: Augmentation, *arguments: Any, **named: Any) -> Any:
         return original(self, *arguments, **named)._replace(flip=False)
 
-    return view
+    return random_crop
 
 
 def one_epoch_order(original: Any) -> Any:
@@ -294,7 +294,7 @@ FAULTS = [
     Fault("batch-norm eps 1e-3 for 1e-5", SMALL, other_model(larger_epsilon)),
     Fault("last norms do not start at zero", SMALL, other_model(no_zero_norms)),
     Fault("strides of version 1", RESNET50, other_model(strides_of_version_1)),
-    Fault("no flip", SMALL, replaced(Augmentation, "view", without_flip)),
+    Fault("no flip", SMALL, replaced(Augmentation, "random_crop", without_flip)),
     Fault(
         "every epoch in the order of the first",
         SMALL,

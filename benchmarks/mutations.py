@@ -380,7 +380,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         for text in texts
     ),
     ("crop.py", "flip = rng.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
-    ("crop.py", "view, size = self.view(", "", SQUARE),
+    ("crop.py", "crop, size = self.random_crop(", "", SQUARE),
     ("crop.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
     ("crop.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
     ("auto_augment.py", '"identity": Range(', "", NO_MAGNITUDE),

@@ -38,12 +38,12 @@ def shrunk(content: bytes) -> bytes:
 
 def former_way(image: torch.Tensor, index: int, batch: torch.Tensor) -> None:
     """Crop, resize and mirror through torchvision, then into the batch."""
-    view = AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])
-    box = (view.top, view.left, view.height, view.width)
+    crop = AUGMENTATION.random_crop(0, index, image.shape[-2], image.shape[-1])
+    box = (crop.top, crop.left, crop.height, crop.width)
     cropped = functional.resized_crop(
         image, *box, [PIXELS, PIXELS], interpolation=AUGMENTATION.interpolation, antialias=True
     )
-    batch.copy_(cropped.flip(-1) if view.flip else cropped)
+    batch.copy_(cropped.flip(-1) if crop.flip else cropped)
 
 
 def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
@@ -51,7 +51,9 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
     decoder, pillow = build_decoder(Decoder.nvimgcodec), build_decoder(Decoder.pillow)
     out = empty_image((PIXELS, PIXELS))
     images = [decoded(content, decoder) for content in contents]
-    views = [AUGMENTATION.view(0, index, image.shape[-2], image.shape[-1])[:4] for index, image in enumerate(images)]
+    crops = [
+        AUGMENTATION.random_crop(0, index, image.shape[-2], image.shape[-1])[:4] for index, image in enumerate(images)
+    ]
 
     def each(do: Callable[[int], Any]) -> Callable[[], None]:
         def all_of_them() -> None:
@@ -63,9 +65,9 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
     return {
         "decode all of it": each(lambda i: decoded(contents[i], decoder)),
         "decode all of it, Pillow": each(lambda i: decoded(contents[i], pillow)),
-        "decode what the crop needs": each(lambda i: decoder.open(contents[i]).part(*views[i])),
+        "decode what the crop needs": each(lambda i: decoder.open(contents[i]).part(*crops[i])),
         "read the header": each(lambda i: decoder.open(contents[i]).size),
-        "draw the crop": each(lambda i: AUGMENTATION.view(0, i, 300, 400)),
+        "draw the crop": each(lambda i: AUGMENTATION.random_crop(0, i, 300, 400)),
         "crop, resize, mirror, copy: torchvision": each(lambda i: former_way(images[i], i, out)),
         "crop, resize, mirror, copy: now": each(lambda i: AUGMENTATION.write(WholePicture(images[i]), 0, i, 0, out)),
         "everything: whole picture, torchvision": each(lambda i: former_way(decoded(contents[i], decoder), i, out)),

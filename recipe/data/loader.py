@@ -62,7 +62,7 @@ class ThreadedLoader:
         images = empty_images(count, request.pixels, self.pin)
         tasks = [
             self.pool.submit(
-                fill, images, request, self.split, self.decoder, first, min(first + IMAGES_PER_TASK, count)
+                fill_images, images, request, self.split, self.decoder, first, min(first + IMAGES_PER_TASK, count)
             )
             for first in range(0, count, IMAGES_PER_TASK)
         ]
@@ -96,7 +96,9 @@ def prefetch(batches: Iterator[PendingBatch], depth: int) -> Iterator[Batch]:
             batch.cancel()
 
 
-def fill(images: Tensor, request: BatchRequest, split: Split, decoder: ImageDecoder, first: int, last: int) -> None:
+def fill_images(
+    images: Tensor, request: BatchRequest, split: Split, decoder: ImageDecoder, first: int, last: int
+) -> None:
     """Decode and transform images `first` to `last` (exclusive) of a request into the same rows of `images`."""
     for i in range(first, last):
         index = int(request.indices[i])

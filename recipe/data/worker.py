@@ -31,7 +31,7 @@ from recipe.config.schema import Decoder
 from recipe.data.batches import BatchRequest
 from recipe.data.decoding import build_decoder
 from recipe.data.images import silence_decoders
-from recipe.data.loader import IMAGES_PER_TASK, fill
+from recipe.data.loader import IMAGES_PER_TASK, fill_images
 from recipe.data.shards import Split
 from recipe.distributed import PARENT_DEATH_SIGNAL
 from recipe.errors import UserError
@@ -48,7 +48,7 @@ class Setup(NamedTuple):
     memory: int  # the descriptor of the memory that holds the batches
 
 
-class Task(NamedTuple):
+class FillTask(NamedTuple):
     """Fill a share of a batch; a share without images cancels the batch."""
 
     number: int  # of the batch
@@ -87,13 +87,13 @@ class Worker:
     def serve(self) -> None:
         """Take tasks until the socket ends."""
         while True:
-            task: Task = pickle.loads(self.link.recv_bytes())
+            task: FillTask = pickle.loads(self.link.recv_bytes())
             if task.first == task.last:
                 self.cancelled.add(task.number)
             else:
                 self.begin(task)
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: FillTask) -> None:
         """Hand a share to the threads; the last to finish replies."""
         request: BatchRequest = pickle.loads(task.request)
         starts = range(task.first, task.last, IMAGES_PER_TASK)
@@ -101,7 +101,7 @@ class Worker:
         for first in starts:
             self.pool.submit(share.fill, first, min(first + IMAGES_PER_TASK, task.last))
 
-    def images(self, task: Task, request: BatchRequest) -> Tensor:
+    def images(self, task: FillTask, request: BatchRequest) -> Tensor:
         """The task's batch in the shared memory, uint8 [N, 3, pixels, pixels]; maps memory that was added since."""
         count, pixels = len(request.indices), request.pixels
         if task.offset + count * pixels * pixels * 3 > len(self.memory):
@@ -117,7 +117,7 @@ class Worker:
 class Share:
     """The part of one batch that one worker fills."""
 
-    def __init__(self, worker: Worker, task: Task, request: BatchRequest, images: Tensor, parts: int) -> None:
+    def __init__(self, worker: Worker, task: FillTask, request: BatchRequest, images: Tensor, parts: int) -> None:
         self.worker, self.task, self.request, self.images = worker, task, request, images
         self.missing_parts = parts
         self.lock = threading.Lock()
@@ -128,7 +128,7 @@ class Share:
         number, worker, failure = self.task.number, self.worker, None
         try:
             if self.failure is None and number not in worker.cancelled:
-                fill(self.images, self.request, worker.splits[self.task.split], worker.decoder, first, last)
+                fill_images(self.images, self.request, worker.splits[self.task.split], worker.decoder, first, last)
         except UserError as error:
             failure = Reply(number, message=str(error))
         except BaseException:

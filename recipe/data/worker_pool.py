@@ -38,7 +38,7 @@ from recipe.data.batches import Batch, BatchRequest, Loader
 from recipe.data.decoding import build_decoder
 from recipe.data.loader import PendingBatch, ThreadedLoader, collate, empty_images, prefetch
 from recipe.data.shards import Split
-from recipe.data.worker import SIGNAL_BASE, Reply, Setup, Task, batch_at
+from recipe.data.worker import SIGNAL_BASE, FillTask, Reply, Setup, batch_at
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError, WorkerError
 from recipe.run.signals import FROM_OUTSIDE, blocked
@@ -172,7 +172,7 @@ class WorkerPool:
             self.pending[number] = batch
         pickled = pickle.dumps(request)
         for link, (first, last) in zip(self.links, shares, strict=False):
-            send(link, Task(number, split, pickled, slot.offset, first, last))
+            send(link, FillTask(number, split, pickled, slot.offset, first, last))
         return number
 
     def result(self, number: int) -> Batch:
@@ -195,7 +195,7 @@ class WorkerPool:
                 return
             batch.is_cancelled = True
         for link in self.links:
-            send(link, Task(number, 0, b"", 0, 0, 0))
+            send(link, FillTask(number, 0, b"", 0, 0, 0))
 
     def close(self) -> None:
         """End the workers: closing their sockets is enough, since they have nothing to lose."""
@@ -285,7 +285,7 @@ def start_workers(setup: Setup, count: int) -> tuple[subprocess.Popen[bytes], li
     return process, [Connection(end.detach()) for end, _ in pairs]
 
 
-def send(link: Connection, task: Task) -> None:
+def send(link: Connection, task: FillTask) -> None:
     """Send a task; the receiving thread notices a dead worker."""
     try:
         link.send_bytes(pickle.dumps(task))

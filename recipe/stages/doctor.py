@@ -128,8 +128,8 @@ def sample(split: Split, seed: int) -> list[int]:
 def crop(decoder: ImageDecoder, content: bytes, augmentation: Augmentation, index: int) -> Tensor:
     """What training decodes of an image, uint8 [3, H, W]: the part that a crop shows."""
     picture = decoder.open(content)
-    view = augmentation.view(0, index, *picture.size)
-    return picture.part(view.top, view.left, view.height, view.width)
+    box = augmentation.random_crop(0, index, *picture.size)
+    return picture.part(box.top, box.left, box.height, box.width)
 
 
 def rate(count: int, work: Callable[[], object]) -> float:

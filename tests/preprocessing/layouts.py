@@ -174,7 +174,7 @@ def data_config(raw_dir: Path | str, directory: Path, **changes: Any) -> DataCon
         "raw_dir": str(raw_dir),
         "directory": str(directory),
         "expect": Expectation.nothing,
-        "corrupt": Corrupt.stop,
+        "on_corrupt": Corrupt.stop,
         "images_per_shard": 5,
         "processes": 1,
     }

@@ -806,9 +806,7 @@ def test_random_damage_is_an_image_or_a_reason() -> None:
 
 def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
     raw = write_official(tmp_path / "tars", train=train_images() | {"n02085620_3": jpeg("a")[:300]})
-    with pytest.raises(
-        UserError, match=r"n02085620_3 in .*img_train.tar \(at byte \d+\) is corrupt: .*on_corrupt=skip"
-    ):
+    with pytest.raises(UserError, match=r"n02085620_3 in .*img_train.tar \(at byte \d+\) is corrupt: .*_corrupt=skip"):
         preprocess(config(raw, tmp_path / "out"))
     write_extracted(tmp_path / "raw")
     (tmp_path / "raw/train/n02085620/n02085620_3.JPEG").write_bytes(b"")
@@ -882,7 +880,7 @@ def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     assert {val.key(i): val.read(i) for i in range(len(val))} == validation
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     settings = manifest["settings"]
-    assert (settings["resize_short_side"], settings["quality"], settings["resize_filter"]) == (64, 80, "bilinear")
+    assert (settings["resize_short_side"], settings["jpeg_quality"], settings["resize_filter"]) == (64, 80, "bilinear")
     assert "64 pixels resized to it (bilinear, antialiased)" in record.stored_as
 
 

@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from recipe.config.schema import AugmentationConfig
 from recipe.data.augment.auto_augment import Policy, build_policy
 from recipe.data.augment.mixup import (
+    ATTEMPTS,
     BatchPlace,
     Erasing,
     Mixing,
@@ -40,10 +41,9 @@ from recipe.data.transforms import (
 from recipe.run.records import Setting
 
 CROP_STREAM, POLICY_STREAM = 2, 5  # keep their random numbers apart from one another and from the order's
-ATTEMPTS = 10  # to find a crop that fits, as torchvision's RandomResizedCrop
 
 
-class View(NamedTuple):
+class Crop(NamedTuple):
     """The crop and flip of one sample, in pixels of the decoded image."""
 
     top: int
@@ -54,7 +54,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Growth:
+class ProgressiveResizing:
     """Sizes of training images by epoch: a line between two epochs, rounded to multiples (FFCV's ImageNet recipes)."""
 
     first_pixels: int | None = None  # None: one size throughout
@@ -82,7 +82,7 @@ class Augmentation:
     interpolation: InterpolationMode
     antialias: bool = True
     policy: Policy = field(default_factory=Policy)
-    growth: Growth = field(default_factory=Growth)
+    resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
     mixing: Mixing = field(default_factory=Mixing)
     erasing: Erasing = field(default_factory=Erasing)
     repeats: int = 1
@@ -96,13 +96,13 @@ class Augmentation:
 
     def write(self, picture: Picture, epoch: int, index: int, copy: int, out: Tensor) -> None:
         """The same from a picture whose crop alone is decoded, into `out`, which is channels-last."""
-        view, size = self.view(epoch, index, *picture.size, copy), (out.shape[-2], out.shape[-1])
-        part = picture.part(view.top, view.left, view.height, view.width)
-        if not (view.flip or self.policy.is_on):
+        crop, size = self.random_crop(epoch, index, *picture.size, copy), (out.shape[-2], out.shape[-1])
+        part = picture.part(crop.top, crop.left, crop.height, crop.width)
+        if not (crop.flip or self.policy.is_on):
             resize(part, size, self.interpolation, self.antialias, out)
             return
         resized = resize(part, size, self.interpolation, self.antialias)
-        image = resized[None].flip(-1)[0] if view.flip else resized  # torch mirrors batches faster than images
+        image = resized[None].flip(-1)[0] if crop.flip else resized  # torch mirrors batches faster than images
         if self.policy.is_on:
             rng = Rng(POLICY_STREAM, self.seed, epoch, index, copy)
             image = self.policy.apply(image, self.policy.draw(rng, size[0]))
@@ -110,7 +110,7 @@ class Augmentation:
 
     def pixels(self, epoch: int) -> int:
         """The size of the views of an epoch, counted from 0."""
-        return self.growth.pixels(epoch, self.crop_pixels)
+        return self.resizing.pixels(epoch, self.crop_pixels)
 
     def mix_parameters(
         self, place: BatchPlace, indices: NDArray[np.int64], copies: NDArray[np.int64]
@@ -118,8 +118,8 @@ class Augmentation:
         """The parameters of erasing and mixing for the images of one forward pass; None where both are off."""
         return mix_parameters(self.mixing, self.erasing, place, indices, copies)
 
-    def view(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> View:
-        """Draw for copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
+    def random_crop(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> Crop:
+        """The crop of copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
         rng = Rng(CROP_STREAM, self.seed, epoch, index, copy)
         flip = rng.random() < self.flip_probability
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
@@ -129,21 +129,21 @@ class Augmentation:
             crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 top, left = rng.integer(height - crop_height + 1), rng.integer(width - crop_width + 1)
-                return View(top, left, crop_height, crop_width, flip)
+                return Crop(top, left, crop_height, crop_width, flip)
         return self._central(height, width, flip)
 
-    def _central(self, height: int, width: int, flip: bool) -> View:
+    def _central(self, height: int, width: int, flip: bool) -> Crop:
         """The largest central crop whose shape is allowed, where no random one fitted."""
         crop_height, crop_width = height, width
         if width / height < self.ratio[0]:
             crop_height = max(1, round(width / self.ratio[0]))
         elif width / height > self.ratio[1]:
             crop_width = max(1, round(height * self.ratio[1]))
-        return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
+        return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
     def facts(self, epochs: int) -> dict[str, Setting]:
         """The live settings over a training of so many epochs, for the record."""
-        view: dict[str, Setting] = {
+        crop: dict[str, Setting] = {
             "random_resized_crop_pixels": self._sizes(epochs),
             "scale": list(self.scale),
             "ratio": list(self.ratio),
@@ -152,7 +152,7 @@ class Augmentation:
             "horizontal_flip_probability": self.flip_probability,
         }
         repeats: dict[str, Setting] = {"repeats_in_a_global_batch": self.repeats} if self.repeats > 1 else {}
-        return view | self.policy.facts() | repeats | self.erasing.facts() | self.mixing.facts()
+        return crop | self.policy.facts() | repeats | self.erasing.facts() | self.mixing.facts()
 
     def _sizes(self, epochs: int) -> Setting:
         """One size, or each with the epoch, counted from 1, in which it begins."""
@@ -176,7 +176,7 @@ class Augmentation:
 
 
 def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
-    grows = config.progressive_resizing
+    resizing = config.progressive_resizing
     return Augmentation(
         seed=seed,
         crop_pixels=config.crop_pixels,
@@ -185,7 +185,9 @@ def build_augmentation(config: AugmentationConfig, seed: int) -> Augmentation:
         flip_probability=config.flip_probability,
         interpolation=INTERPOLATIONS[config.interpolation],
         policy=build_policy(config.auto_augment),
-        growth=Growth(grows.first_pixels, grows.start_epoch, grows.end_epoch, grows.multiple),
+        resizing=ProgressiveResizing(
+            resizing.first_pixels, resizing.start_epoch, resizing.end_epoch, resizing.multiple
+        ),
         mixing=build_mixing(config.mixup, seed),
         erasing=build_erasing(config.random_erasing, seed),
         repeats=config.repeated_augmentation,

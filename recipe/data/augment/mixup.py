@@ -23,7 +23,7 @@ from recipe.errors import UserError
 from recipe.run.records import Setting
 
 MIXING_STREAM, ERASING_STREAM = 6, 7  # keep these random numbers apart from those of the order and the crop
-ATTEMPTS = 10  # to find a rectangle that fits, as torchvision
+ATTEMPTS = 10  # to find a crop or rectangle that fits, as torchvision's RandomResizedCrop and RandomErasing
 
 
 class Rectangle(NamedTuple):
@@ -35,7 +35,7 @@ class Rectangle(NamedTuple):
     right: int
 
 
-EMPTY = Rectangle(0, 0, 0, 0)
+NO_RECTANGLE = Rectangle(0, 0, 0, 0)
 
 
 class BatchPlace(NamedTuple):
@@ -88,7 +88,7 @@ class Erasing:
         """The rectangle of one sample; empty where nothing is erased."""
         rng = Rng(ERASING_STREAM, self.seed, epoch, index, copy)
         if rng.random() >= self.probability:
-            return EMPTY
+            return NO_RECTANGLE
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for _ in range(ATTEMPTS):
             area = pixels * pixels * rng.uniform(*self.scale)
@@ -97,7 +97,7 @@ class Erasing:
             if height < pixels and width < pixels:
                 top, left = rng.integer(pixels - height + 1), rng.integer(pixels - width + 1)
                 return Rectangle(top, left, top + height, left + width)
-        return EMPTY
+        return NO_RECTANGLE
 
     def facts(self) -> dict[str, Setting]:
         """The live settings, for the record."""
@@ -129,12 +129,12 @@ class Mixing:
         """The parameters of one group of global batch `batch`, for square images of `pixels`."""
         generator = np.random.default_rng((MIXING_STREAM, self.seed, epoch, batch, group))
         if generator.random() >= self.probability:
-            return GroupMix(1.0, EMPTY, 1.0)
+            return GroupMix(1.0, NO_RECTANGLE, 1.0)
         is_cutmix = self.cutmix_alpha > 0 and (not self.mixup_alpha or generator.random() < self.switch_probability)
         alpha = self.cutmix_alpha if is_cutmix else self.mixup_alpha
         lam = float(generator.beta(alpha, alpha))
         if not is_cutmix:
-            return GroupMix(lam, EMPTY, lam)
+            return GroupMix(lam, NO_RECTANGLE, lam)
         rectangle = cut(generator, lam, pixels)
         area = (rectangle.bottom - rectangle.top) * (rectangle.right - rectangle.left)
         return GroupMix(1.0, rectangle, 1.0 - area / (pixels * pixels))

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from statistics import NormalDist
 
 KEY = struct.Struct("<6Q")  # stream, seed, epoch, index, copy; number of the block
-WORDS = struct.Struct("<8Q")  # of a block: all 64 bytes of BLAKE2b (RFC 7693)
+BLOCK = struct.Struct("<8Q")  # all 64 bytes of BLAKE2b (RFC 7693), as words
 
 
 class Rng:
@@ -25,7 +25,7 @@ class Rng:
     def word(self) -> int:
         """64 random bits."""
         if not self.words:
-            self.words = list(WORDS.unpack(blake2b(KEY.pack(*self.key, self.blocks)).digest()))
+            self.words = list(BLOCK.unpack(blake2b(KEY.pack(*self.key, self.blocks)).digest()))
             self.blocks += 1
         return self.words.pop()
 

@@ -28,17 +28,17 @@ def augmentation(**changes: object) -> Augmentation:
 def test_pixels_are_torchvisions_under_the_same_parameters() -> None:
     mine = augmentation()
     for index in range(20):
-        view = mine.view(3, index, 120, 160)
-        crop = functional.crop(IMAGE, view.top, view.left, view.height, view.width)
+        box = mine.random_crop(3, index, 120, 160)
+        crop = functional.crop(IMAGE, box.top, box.left, box.height, box.width)
         expected = v2.Resize([32, 32], antialias=True)(crop)
-        if view.flip:
+        if box.flip:
             expected = v2.RandomHorizontalFlip(p=1.0)(expected)
         assert torch.equal(mine(IMAGE, 3, index), expected)
 
 
 def test_distribution_is_torchvisions() -> None:
     mine = augmentation()
-    views = np.array([mine.view(0, index, 120, 160)[:4] for index in range(4000)])
+    views = np.array([mine.random_crop(0, index, 120, 160)[:4] for index in range(4000)])
     torch.manual_seed(0)
     oracle = v2.RandomResizedCrop(32, antialias=True)
     theirs = np.array(
@@ -53,7 +53,7 @@ def test_distribution_is_torchvisions() -> None:
 
 def test_half_of_the_samples_are_flipped() -> None:
     mine = augmentation()
-    flips = sum(mine.view(0, index, 120, 160).flip for index in range(4000))
+    flips = sum(mine.random_crop(0, index, 120, 160).flip for index in range(4000))
     assert abs(flips - 2000) < 5 * np.sqrt(1000)
 
 
@@ -69,7 +69,7 @@ def test_the_same_sample_from_any_number_of_threads() -> None:
 def test_seed_epoch_and_image_all_matter() -> None:
     mine = augmentation()
     views = {
-        (seed, epoch, index): replace(mine, seed=seed).view(epoch, index, 120, 160)
+        (seed, epoch, index): replace(mine, seed=seed).random_crop(epoch, index, 120, 160)
         for seed in (7, 8)
         for epoch in range(4)
         for index in range(8)
@@ -78,10 +78,10 @@ def test_seed_epoch_and_image_all_matter() -> None:
 
 
 def test_extreme_shapes_fall_back_to_a_central_crop() -> None:
-    view = augmentation().view(0, 0, 10, 1000)
-    assert (view.top, view.height) == (0, 10)
-    assert view.width == round(10 * 4 / 3)
-    assert view.left == (1000 - view.width) // 2
+    box = augmentation().random_crop(0, 0, 10, 1000)
+    assert (box.top, box.height) == (0, 10)
+    assert box.width == round(10 * 4 / 3)
+    assert box.left == (1000 - box.width) // 2
 
 
 def test_a_change_of_anything_changes_the_fingerprint() -> None:

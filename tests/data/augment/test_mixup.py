@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from recipe.config.schema import Config
-from recipe.data.augment.crop import Augmentation, Growth, build_augmentation
+from recipe.data.augment.crop import Augmentation, ProgressiveResizing, build_augmentation
 from recipe.data.augment.mixup import (
     BatchPlace,
     Erasing,
@@ -288,8 +288,8 @@ def ffcvs_size(epoch: int, low: int, high: int, start: int, end: int) -> int:
 
 @pytest.mark.parametrize(("start", "end", "epochs"), [(65, 76, 88), (11, 13, 16), (23, 28, 32)])
 def test_sizes_grow_as_ffcvs(start: int, end: int, epochs: int) -> None:
-    growth = Growth(160, start, end, 32)
-    assert [growth.pixels(epoch, 192) for epoch in range(epochs)] == [
+    resizing = ProgressiveResizing(160, start, end, 32)
+    assert [resizing.pixels(epoch, 192) for epoch in range(epochs)] == [
         ffcvs_size(epoch, 160, 192, start, end) for epoch in range(epochs)
     ]
 
