@@ -26,6 +26,12 @@ from recipe.run.records import (
 )
 
 FORMAT = "recipe/1"
+RECORD_OF_CLAIM = {  # chapter of the claims -> record
+    "data": "preprocessing",
+    "training": "training",
+    "evaluation": "evaluation",
+    "serialization": "serialization",
+}
 DYNAMICS = (
     *("epoch", "learning_rate", "train_loss", "train_top1"),
     *("validation_loss", "validation_top1", "validation_top5"),

@@ -12,7 +12,7 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.document.blocks import difference
-from recipe.document.recipe_json import as_json, identity
+from recipe.document.recipe_json import RECORD_OF_CLAIM, as_json, identity
 from recipe.document.render import generated_blocks
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
@@ -27,12 +27,6 @@ from recipe.run.records import RECORDS, Record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NOT_PUBLISHED = ("checkpoints", "tensorboard", "onnx/", "predictions/", "inference.ipynb")
-RECORD_OF_CLAIM = {
-    "data": "preprocessing",
-    "training": "training",
-    "evaluation": "evaluation",
-    "serialization": "serialization",
-}
 RENDER = "run a stage of this run again: it writes the document from the records"
 RESTORE = "take the file from version control, or run its stage again"
 

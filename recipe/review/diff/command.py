@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from recipe.document.recipe_json import RECORD_OF_CLAIM
 from recipe.errors import UserError
 from recipe.review.diff.differences import (
     Difference,
@@ -167,7 +168,7 @@ def noise(before: dict[str, Any], after: dict[str, Any]) -> str:
 def not_compared(a: Comparable, b: Comparable) -> list[str]:
     """Chapters that only one of them, or neither, has."""
     lines = []
-    for chapter in ("data", "training", "evaluation", "serialization"):
+    for chapter in RECORD_OF_CLAIM:
         in_a, in_b = bool(a.claims(chapter)), bool(b.claims(chapter))
         if in_a != in_b:
             lines.append(f"{chapter}: {'B' if in_a else 'A'} does not have a record of it")

@@ -39,8 +39,7 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
 
-STAGES = ("preprocess", "train", "evaluate", "serialize")
-CLAIMED_BY = {"preprocess": "data", "train": "training", "evaluate": "evaluation", "serialize": "serialization"}
+CLAIMS = {"preprocess": "data", "train": "training", "evaluate": "evaluation", "serialize": "serialization"}  # by stage
 DOCUMENT_HASH_FILE = "reproduces"  # in the run directory: the SHA-256 of the document
 REPORT = "reproduction.md"
 RUN_NAME_DIGITS = 12  # of that hash
@@ -53,7 +52,7 @@ def describe(parser: ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
     parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
     parser.add_argument("--weights", help="the file of initial weights, where the recipe starts from given ones")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, help="only these; by default all that it claims")
+    parser.add_argument("--stages", nargs="+", choices=CLAIMS, help="only these; by default all that it claims")
 
 
 def answer(arguments: Namespace) -> int:
@@ -148,7 +147,7 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
 
 def chosen_stages(asked: list[str] | None, recipe: Recipe) -> list[str]:
     """The stages that were asked for, else those that the recipe claims, in their order."""
-    claimed = [stage for stage in STAGES if getattr(recipe.claims, CLAIMED_BY[stage]) is not None]
+    claimed = [stage for stage, claim in CLAIMS.items() if getattr(recipe.claims, claim) is not None]
     absent = [stage for stage in asked or [] if stage not in claimed]
     if absent:
         raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to compare it with")

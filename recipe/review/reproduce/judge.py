@@ -21,6 +21,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
+from recipe.document.recipe_json import RECORD_OF_CLAIM
 from recipe.document.run_data import RunData
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.parse import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
@@ -68,11 +69,10 @@ def judge_claims(recipe: Recipe, facts: RunData, changed: list[str]) -> list[Jud
         judged += judge_training(claims.training, facts.training, context)
         judged += judge_evaluation(claims, facts, context)
         judged += judge_exports(claims, facts)
-    for stage in ("data", "training", "evaluation", "serialization"):
-        record = facts.preprocessing if stage == "data" else getattr(facts, stage)
-        if getattr(claims, stage) is not None and record is None:
+    for claim, record in RECORD_OF_CLAIM.items():
+        if getattr(claims, claim) is not None and getattr(facts, record) is None:
             why = "the stage was not run (--stages)"
-            judged.append(JudgedClaim(claim=stage, level=CANNOT_TELL, claimed=None, found=None, why=why))
+            judged.append(JudgedClaim(claim=claim, level=CANNOT_TELL, claimed=None, found=None, why=why))
     return judged
 
 
