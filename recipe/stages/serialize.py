@@ -209,7 +209,7 @@ def compared_with_eager(
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     eager = predictor(export.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     interface = files[0].model.metadata.interface  # the file's, not the configuration's
-    views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the export_variants model"))
+    views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the exported model"))
     with open_loaders([split], config.loader, world) as (loader,):
         ours, theirs = (EvaluationBatches(loader, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
