@@ -406,7 +406,7 @@ def _choose_arithmetic(trainer: TrainerConfig, world: World) -> None:
 
 
 def memory_format(trainer: TrainerConfig) -> torch.memory_format:
-    """How images and weights lie in memory."""
+    """Memory layout of images and weights."""
     return torch.channels_last if trainer.channels_last else torch.contiguous_format
 
 

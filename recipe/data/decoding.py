@@ -1,7 +1,7 @@
 """From the bytes of an image file to its pixels, no further than somebody looks at them.
 
 A crop for training needs about half of a picture. nvImageCodec, NVIDIA's layer over libjpeg-turbo (and over the decoder
-of a GPU, which is not used here), leaves out the rows and columns that nobody asked for, with the pixels that decoding
+of a GPU, which is not used here), leaves out rows and columns outside the crop, with the pixels that decoding
 all of it would give; damage in what it leaves out is not seen. Pillow has the same pixels and decodes whole pictures.
 What nvImageCodec refuses, Pillow is asked for: preprocessing has stored only what that reads. Neither applies an EXIF
 orientation: ImageNet training never did, and one image in a thousand carries one.
@@ -49,7 +49,7 @@ class Picture(Protocol):
         """Height and width in pixels."""
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 RGB of shape [3, height, width], channels last in memory, where other pixels may lie between rows."""
+        """uint8 RGB of shape [3, height, width], channels last in memory, where other pixels may be between rows."""
 
 
 class ImageDecoder(Protocol):
@@ -112,7 +112,7 @@ class NvImageCodecDecoder:
             decodes = self.region(sound, 0, 0, 8, 8) is not None
         except (AttributeError, RuntimeError) as error:
             raise cannot_be_used(" ".join(str(error).split())) from error
-        if not decodes:  # else Pillow would do everything, slowly, and nobody would know why
+        if not decodes:  # else Pillow would decode everything, slowly and without a message
             raise cannot_be_used("it does not decode JPEG here")
 
     def open(self, content: bytes) -> Picture:

@@ -62,7 +62,7 @@ PUBLISHED = (
     PublishedRow("V100 16 GB", "MXNet", "fp16", "mean 3.48, p95 3.68, p99 3.86", None, f"{NVIDIA} for MXNet"),
     PublishedRow(
         "V100 32 GB",
-        "onnxruntime with TensorRT, behind a Triton server, its client included",
+        "onnxruntime with TensorRT, in a Triton server, its client included",
         "fp16",
         "mean 2.84, p95 3.05, p99 3.14",
         None,

@@ -40,7 +40,7 @@ class Deployable(nn.Module):
             self.register_buffer(name, torch.tensor(values).mul(255).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """The same arithmetic as `Normalisation` and the model behind it."""
+        """The same arithmetic as `Normalisation` followed by the model."""
         logits: Tensor = self.model((images - self.mean) / self.std)
         return logits
 

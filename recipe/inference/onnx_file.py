@@ -1,4 +1,4 @@
-"""The exported file as such: the metadata that a stranger needs, and a session that asks it for logits.
+"""An exported ONNX file: its metadata, and a session that computes logits.
 
 One file holds everything: graph, weights, and under `metadata_props` the classes, how pixels are made, the hashes of
 what it came from and the accuracy of the model. No external data, no path, no date.
@@ -63,7 +63,7 @@ class Metadata(Record, frozen=True, kw_only=True):
     manifest_sha256: str
     training: TrainingCode
     accuracy: MeasuredAccuracy
-    licence: str  # declared for the data set; empty where nobody said
+    licence: str  # declared for the data set; empty if not declared
     versions: dict[str, str]  # of what exported it
 
 
@@ -74,7 +74,7 @@ def to_properties(metadata: Metadata) -> dict[str, str]:
 
 
 def from_properties(properties: dict[str, str], where: str) -> Metadata:
-    """Read back and validate; a file from a stranger may hold anything."""
+    """Read back and validate the metadata of a file that may come from somebody else."""
     fields = {field.name: field for field in msgspec.structs.fields(Metadata)}
     try:
         values = {

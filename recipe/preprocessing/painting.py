@@ -50,7 +50,7 @@ class View:
         return np.hypot(x, y) / self.between(0.7, 1.0), np.arctan2(y, x) + turn
 
     def colour(self, hue: Span, saturation: Span, value: Span) -> Colour:
-        turn = self.between(*hue) % 1.0  # red lies at 0, so its spans start below
+        turn = self.between(*hue) % 1.0  # red is at 0, so its spans start below
         return np.array(colorsys.hsv_to_rgb(turn, self.between(*saturation), self.between(*value)))
 
     def clouds(self, cells: int) -> Plane:

@@ -172,7 +172,7 @@ class Team:
 
     @contextmanager
     def _failure_of_others(self) -> Iterator[None]:
-        """Turn an error of torch into the failure behind it."""
+        """Turn an error of torch into the failure that caused it."""
         try:
             yield
         except RuntimeError as error:

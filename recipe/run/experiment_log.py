@@ -26,5 +26,5 @@ def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
 
 
 def place_of(directory: Path) -> str:
-    """A hash that tells directories with the same portable path apart, without naming them."""
+    """A hash that distinguishes directories with the same portable path, without naming them."""
     return hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]

@@ -86,7 +86,7 @@ class ClaimedFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClaimedSeeds(msgspec.Struct, frozen=True, kw_only=True):
-    """Several runs that differ in their seed only: how far honest runs lie apart."""
+    """The spread of several runs that differ in their seed only."""
 
     seeds: list[int]
     images: Count
