@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 
-# Control characters with which untrusted text could move, colour or reorder a terminal's lines; tab and newline stay.
+# Controls with which untrusted text could move, colour or reorder lines of a terminal; tab and newline stay.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SAVED = 75  # stopped from outside, saved, and continued by the same command (EX_TEMPFAIL)
 
