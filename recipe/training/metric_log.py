@@ -144,7 +144,7 @@ class MetricLogger:
         return f"  ETA {tqdm.format_interval((time.perf_counter() - self.started) / done * left)}"
 
     def warn_of_waiting(self, epoch: int, data_wait_fraction: float, stalled: float, seconds: float) -> None:
-        """Warn once a session of what keeps a device from being busy; an epoch of a few seconds is too short to judge."""
+        """Warn once a session of what keeps a device from being busy; a few seconds are too short to judge."""
         if self.has_warned or seconds < SECONDS_TO_JUDGE or max(data_wait_fraction, stalled) <= WAITING_LIMIT:
             return
         self.has_warned = True
