@@ -20,7 +20,7 @@ def main(composed: DictConfig) -> None:
     """Preprocess the experiment's data set and begin its document."""
     with one_job():
         config, launch = job_config(composed), launched()
-        if not launch.is_first:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
+        if not launch.is_rank0:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
             preprocess(config, launch)
             return
         run = Run(config.run_dir)

@@ -153,7 +153,7 @@ def collect(predictions: Predictions, world: World, images: int) -> Predictions 
     return whole
 
 
-def require_finite(predictions: Predictions, where: str) -> None:
+def check_finite(predictions: Predictions, where: str) -> None:
     """Raise `NonFiniteError` where logits were not numbers that can be compared."""
     finite = np.isfinite(predictions.losses) & np.isfinite(predictions.margins)
     if not finite.all():

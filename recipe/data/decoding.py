@@ -41,7 +41,7 @@ class UndecodableError(Exception):
     """The bytes are no image that this decoder reads; the text says why."""
 
 
-class Picture(Protocol):
+class EncodedImage(Protocol):
     """An image that is decoded when somebody looks at it, and no further than that."""
 
     @property
@@ -57,11 +57,11 @@ class ImageDecoder(Protocol):
 
     name: str
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         """The picture in a file's bytes; this, or looking at it, raises `UndecodableError`."""
 
 
-class WholePicture:
+class WholeImage:
     """Decoded as a whole: uint8 [3, H, W]."""
 
     def __init__(self, image: Tensor) -> None:
@@ -85,7 +85,7 @@ class PillowDecoder:
     def __init__(self) -> None:
         lift_pillows_limit()  # preprocessing has held every image to data.max_pixels
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         """The picture, decoded."""
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
@@ -94,7 +94,7 @@ class PillowDecoder:
             raise
         except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
             raise UndecodableError(reason(content, error)) from error
-        return WholePicture(torch.from_numpy(pixels).permute(2, 0, 1))
+        return WholeImage(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 class NvImageCodecDecoder:
@@ -115,12 +115,12 @@ class NvImageCodecDecoder:
         if not decodes:  # else Pillow would decode everything, slowly and without a message
             raise cannot_be_used("it does not decode JPEG here")
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         """The picture, of which nothing but the header was read if it is a JPEG."""
         if content[:2] == JPEG_START:
             stream = self.library.CodeStream(content)
             with contextlib.suppress(RuntimeError):  # a header that it cannot read, and Pillow perhaps can
-                return PartialPicture(self, content, stream)
+                return PartialImage(self, content, stream)
         return self.pillow.open(content)
 
     def region(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Tensor | None:
@@ -142,7 +142,7 @@ class NvImageCodecDecoder:
         return self.per_thread.codec
 
 
-class PartialPicture:
+class PartialImage:
     """A JPEG of which the rows and columns are decoded that are looked at; all of it where it is no sequential one.
 
     Of a progressive JPEG all has to be read for any pixel, and where its last scans are missing, libjpeg smooths what

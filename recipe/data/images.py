@@ -48,7 +48,7 @@ SIGNATURES = (  # of the first bytes
 )
 SIGNATURE_BYTES = 32
 FILE_BYTES_PER_PIXEL = 8  # of an uncompressed picture with 16 bits and transparency
-FILE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
+IMAGE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view after it, which readers of JPEG ignore
 COLOURS = {"RGB": "RGB", "L": "GRAY"}  # of a JPEG that keeps its bytes: Pillow's name -> simplejpeg's
 JPEG_SIDE_MAX = 65_500  # pixels that libjpeg writes

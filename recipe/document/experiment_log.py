@@ -79,7 +79,7 @@ def update_log_record(run: Run, shown_run_dir: str) -> None:
 def read_log(log: Path, name: str | None, run: str, place: str | None = None) -> JournalRecord:
     """Every stage of the runs of this name, and of this run, oldest first."""
     lines, unreadable = read_lines(log)
-    entries = list(entries_of([attempt for attempt in attempts(lines) if attempt.is_of(name, run, place)]))
+    entries = list(journal_entries([attempt for attempt in attempts(lines) if attempt.is_of(name, run, place)]))
     return JournalRecord(
         name=name or "",
         entries=entries[-ENTRIES_MAX:],
@@ -123,7 +123,7 @@ def attempts(lines: list[LogLine]) -> list[Attempt]:
     return started
 
 
-def entries_of(joined: list[Attempt]) -> Iterator[JournalEntry]:
+def journal_entries(joined: list[Attempt]) -> Iterator[JournalEntry]:
     """Each attempt with its parent and the changes from it."""
     names = run_names([attempt.start for attempt in joined])
     trained: list[LogLine] = []

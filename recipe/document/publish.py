@@ -40,7 +40,7 @@ LONGEST_ADDRESS = 2000
 LICENCES = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 
 
-def describe(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """The arguments of the verb."""
     parser.add_argument("run", help="the directory of a run that was trained and evaluated")
     parser.add_argument("--output", help="the folder to write; recipes/<name> by default")
@@ -51,7 +51,7 @@ def describe(parser: ArgumentParser) -> None:
     parser.add_argument("--allow-stale", action="store_true", help="publish sections whose inputs have changed since")
 
 
-def answer(arguments: Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """Publish, and print what to commit."""
     output = publish(
         Run(arguments.run),
@@ -88,17 +88,17 @@ def publish(
     what should not be published."""
     main, others = finished_run(run), [finished_run(other) for other in seeds]
     output = output or RECIPES / main.facts.name
-    require_address(artefacts)
-    require_licence(licence)
+    check_address(artefacts)
+    check_licence(licence)
     for other in others:
-        require_same_recipe(main, other)
-    require_own_folder(output, main)
+        check_same_recipe(main, other)
+    check_own_folder(output, main)
     page = page_with_table(output)
     if page is not None:
         with_table(page)  # an edited table is refused before the work
     code = [*stage_problems(main.facts), *seed_problems(main, others), *tree_problems(NOT_SOURCE)]
-    allowed = refuse_unless(allow_modified, "--allow-modified", code)
-    allowed += refuse_unless(allow_stale, "--allow-stale", list(stale_problems(main.facts)))
+    allowed = check_allowed(allow_modified, "--allow-modified", code)
+    allowed += check_allowed(allow_stale, "--allow-stale", list(stale_problems(main.facts)))
     rows = main.facts.metrics
     publication = PublicationRecord(
         run_dir=main.facts.run_dir,
@@ -136,7 +136,7 @@ def finished_run(run: Run) -> FinishedRun:
     return FinishedRun(run, facts, facts.preprocessing, facts.training, facts.evaluation)
 
 
-def refuse_unless(is_allowed: bool, flag: str, problems: list[str]) -> list[str]:
+def check_allowed(is_allowed: bool, flag: str, problems: list[str]) -> list[str]:
     """The problems that were allowed; raises `UserError` where there are some and they were not."""
     if problems and not is_allowed:
         raise UserError(f"not published: {'; '.join(problems)}. To publish it all the same, and say so, add {flag}")
@@ -175,7 +175,7 @@ def stale_problems(facts: RunData) -> Iterator[str]:
             yield f"the section {name} is stale ({'; '.join(section.reasons)})"
 
 
-def require_address(address: str | None) -> None:
+def check_address(address: str | None) -> None:
     """An https address without credentials, in one word."""
     if address is None:
         return
@@ -189,13 +189,13 @@ def require_address(address: str | None) -> None:
         raise UserError("--artefacts holds a user name or a password: leave it out, the page is for everyone")
 
 
-def require_licence(licence: str) -> None:
+def check_licence(licence: str) -> None:
     """A name as the Hub spells licences."""
     if not LICENCES.fullmatch(licence):
         raise UserError(f"--licence {licence!r} cannot be: it must be a name of the Hub's list, such as {LICENCE}")
 
 
-def require_own_folder(output: Path, main: FinishedRun) -> None:
+def check_own_folder(output: Path, main: FinishedRun) -> None:
     """A new folder, an empty one, or a published recipe of the same recipe_id."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -214,7 +214,7 @@ def require_own_folder(output: Path, main: FinishedRun) -> None:
 # ---- several seeds ----------------------------------------------------------------------------------
 
 
-def require_same_recipe(main: FinishedRun, other: FinishedRun) -> None:
+def check_same_recipe(main: FinishedRun, other: FinishedRun) -> None:
     """A run that differs in its seed only, measured in the same way; raises `UserError` for any other."""
     for what, theirs, ours in (
         ("recipe_id", other.training.recipe_id, main.training.recipe_id),

@@ -179,7 +179,7 @@ def with_table(page: Path) -> bytes:
     rows = [table_row(folder) for folder in folders]
     content = table(TABLE_HEAD, rows) if rows else "No recipe is published yet."
     before = page.read_bytes().decode(errors="surrogateescape")
-    return blocks.merge(before, {TABLE_BLOCK: f"\n{content}\n\n"}).encode(errors="surrogateescape")
+    return blocks.merge_blocks(before, {TABLE_BLOCK: f"\n{content}\n\n"}).encode(errors="surrogateescape")
 
 
 def published_folders(recipes: Path) -> list[Path]:

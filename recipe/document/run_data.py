@@ -52,10 +52,10 @@ class Section:
     reasons: tuple[str, ...] = ()
 
 
-Attempt = Callable[[Path, Callable[[], Any]], Any]  # reads one file, given its path and how to read it
+FileReader = Callable[[Path, Callable[[], Any]], Any]  # reads one file, given its path and how to read it
 
 
-def load(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: read()) -> RunData:
+def load(run: Run, shown_run_dir: str, attempt: FileReader = lambda path, read: read()) -> RunData:
     """Read the files of a run, each through `attempt`, which may return None for one that cannot be read.
 
     `shown_run_dir` is used until a document records its own, so that the page of a run that was moved or copied stays

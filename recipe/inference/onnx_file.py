@@ -24,7 +24,7 @@ from recipe.run.records import Interface, Record
 
 INPUT, OUTPUT = "images", "logits"
 CPU_PROVIDER = "CPUExecutionProvider"
-FILE_BYTES_MAX = 2**31  # a protobuf cannot be longer
+ONNX_BYTES_MAX = 2**31  # a protobuf cannot be longer
 FATAL_ONLY = 4  # onnxruntime's own log; its errors are raised as well
 
 
@@ -109,7 +109,7 @@ class OnnxModel:
         except Exception as error:  # onnxruntime has a class of its own for every kind of damage
             raise UserError(f"{where} cannot be opened by onnxruntime: {_reason(error)}") from error
         self.provider: str = self.session.get_providers()[0]
-        self._require_own_shapes()
+        self._check_own_shapes()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 logits [N, classes]."""
@@ -123,7 +123,7 @@ class OnnxModel:
             raise UserError(f"{self.where} gives {found} where float32 logits {list(shape)} were promised")
         return torch.from_numpy(logits)
 
-    def _require_own_shapes(self) -> None:
+    def _check_own_shapes(self) -> None:
         """The graph takes and gives what the metadata says, as far as its shapes are fixed."""
         interface = self.metadata.interface
         crop = interface.crop_pixels
@@ -193,4 +193,4 @@ def onnx_protocol(eager: str, variant: str) -> str:
 
 def read_onnx(path: Path, where: str) -> bytes:
     """The bytes of a file, which hold all of it."""
-    return read_file(path, where, FILE_BYTES_MAX)
+    return read_file(path, where, ONNX_BYTES_MAX)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.identity import config_sha256, recipe_id
-from recipe.document.recipe_json import FORMAT
+from recipe.document.recipe_json import RECIPE_FORMAT
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
 from recipe.run.directory import Run
@@ -51,7 +51,9 @@ class OpenedRecipe:
     def required_block(self) -> dict[str, Any]:
         """The JSON block; raises `UserError` where the document has none."""
         if self.block is None:
-            raise UserError(f"{self.name} holds no ```json block of format {FORMAT}: it was not written by a run")
+            raise UserError(
+                f"{self.name} holds no ```json block of format {RECIPE_FORMAT}: it was not written by a run"
+            )
         return self.block
 
     def claims(self, chapter: str) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def json_block(document: str) -> dict[str, Any] | None:
     blocks = [block for text in JSON_FENCE.findall(document) if (block := _parse_block(text)) is not None]
     if len(blocks) > 1:
         raise UserError(
-            f"the document holds {len(blocks)} ```json blocks of format {FORMAT}: one of them is not its own"
+            f"the document holds {len(blocks)} ```json blocks of format {RECIPE_FORMAT}: one of them is not its own"
         )
     return blocks[0] if blocks else None
 
@@ -117,7 +119,7 @@ def _parse_block(text: str) -> dict[str, Any] | None:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+    if not isinstance(value, dict) or value.get("format") != RECIPE_FORMAT:
         return None
     if repeated:
         raise UserError(f"the recipe's JSON block has the key {repeated[0]!r} twice: it can be read in two ways")

@@ -37,7 +37,7 @@ class RecordReader:
             return None
         try:
             value = read()
-            refuse_impossible_numbers(value)
+            check_numbers(value)
         except (UserError, OSError, ValueError, RecursionError) as error:
             self.findings.append(unreadable(self.name_of(path), str(error)))
             return None
@@ -53,7 +53,7 @@ def unreadable(place: str, why: str) -> Finding:
     )
 
 
-def refuse_impossible_numbers(value: Any) -> None:
+def check_numbers(value: Any) -> None:
     """Raise `UserError` for numbers that no run has: readers divide by some of them."""
     plain = msgspec.to_builtins(value)
     json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999

@@ -67,7 +67,7 @@ class Run:
         """The bytes of one of the run's files; raises `UserError` as `files.opened` does."""
         return read_file(path, display_path(path), bytes_max, self.directory)
 
-    def require_readable(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> None:
+    def check_readable(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> None:
         """Raise the `UserError` of `content` without reading; an absent file is fine."""
         if os.path.lexists(path):
             with opened(path, display_path(path), bytes_max, self.directory):

@@ -34,7 +34,7 @@ class Launch:
     is_elastic: bool = False  # started by torch's elastic engine
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that writes the run."""
         return self.rank == 0
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 LINE_EVERY_SECONDS = 30.0
 
 
-class Progress:
+class ProgressPrinter:
     """Counts towards `total`; what is `done` already does not flatter the rate."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, scale: int = 1000) -> None:
@@ -29,7 +29,7 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressPrinter:
         return self
 
     def __exit__(

@@ -92,7 +92,7 @@ def output_failure() -> OSError | None:
 
 
 @contextmanager
-def one_clear_sentence() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Print a `UserError` as one line and exit with its code; leave every other exception alone.
 
     Every command enters this first, so that it also protects the standard streams.

@@ -58,7 +58,7 @@ class EnergyMeter:
 
 def accelerator_uuids(world: World) -> list[str]:
     """NVML's names of this run's devices; none on a CPU and where several machines run it."""
-    if not world.is_first or world.device.type != "cuda" or world.size != world.local_size:
+    if not world.is_rank0 or world.device.type != "cuda" or world.size != world.local_size:
         return []
     uuids = [getattr(torch.cuda.get_device_properties(index), "uuid", None) for index in range(world.local_size)]
     return [f"GPU-{uuid}" for uuid in uuids] if all(uuids) else []

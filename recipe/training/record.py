@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recipe.distributed import arithmetic_switches, device_versions, hardware
+from recipe.distributed import arithmetic_switches, device_versions, hardware_of
 from recipe.evaluation import protocol_name, view_name
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
@@ -21,7 +21,7 @@ def training_record(training: Training) -> TrainingRecord:
     return TrainingRecord(
         config_sha256=config.pinned.config_sha256,
         recipe_id=config.pinned.recipe_id,
-        provenance=training.stage.finish(hardware(world), device_versions(world)),
+        provenance=training.stage.finish(hardware_of(world), device_versions(world)),
         inputs={"manifest": training.manifest_sha256, "initial weights": training.facts.initial_weights_sha256},
         outputs=_outputs(training),
         seed=config.seed,

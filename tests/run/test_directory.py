@@ -201,7 +201,7 @@ MEANS = ("loss", "top1_accuracy", "top5_accuracy")
 
 def metric_row(step: int) -> dict[str, Any]:
     numbers = {name: step / 30 for name in (*MEANS, "images_per_second", "seconds")}
-    absent = dict.fromkeys(("data_wait_fraction", "held_up_fraction", *(f"train_{name}" for name in MEANS)))
+    absent = dict.fromkeys(("data_wait_fraction", "stalled_fraction", *(f"train_{name}" for name in MEANS)))
     return (
         {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step, "learning_rate": 0.1} | numbers | absent
     )

@@ -25,13 +25,13 @@ from recipe.review.opening import OpenedRecipe, open_recipe
 from recipe.review.reading import RecordReader
 
 
-def describe(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure hashes, counts and figures again")
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
 
 
-def answer(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for an unreadable recipe."""
     report = check(open_recipe(arguments.path), executes=arguments.execute)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))

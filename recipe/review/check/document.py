@@ -12,7 +12,7 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.document.blocks import difference
-from recipe.document.recipe_json import RECORD_OF_CLAIM, as_json, identity
+from recipe.document.recipe_json import RECORD_OF_CLAIM, as_json, recipe_claims
 from recipe.document.render import generated_blocks
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
@@ -83,7 +83,7 @@ def json_block_findings(
 
 def claim_differences(name: str, block: dict[str, Any], facts: RunData, unreadable: set[str]) -> list[Finding]:
     """Claims of the JSON block that the records do not give, and records that it does not mention."""
-    expected = json.loads(as_json(identity(facts)))
+    expected = json.loads(as_json(recipe_claims(facts)))
     claims, findings = dict_or_empty(block.get("claims")), []
     for claim, record in RECORD_OF_CLAIM.items():
         place = f"records/{record}.json"

@@ -54,7 +54,7 @@ def weights_findings(facts: RunData, run: Run) -> Iterator[Finding]:
         return
     path, recorded = files[-1], facts.training.outputs.get("weights")
     try:
-        run.require_readable(path, WEIGHTS_BYTES_MAX)
+        run.check_readable(path, WEIGHTS_BYTES_MAX)
         digest = weights_sha256(read_weights(path, "file").tensors)
     except UserError as error:
         yield Finding(Level.executed, f"checkpoints/{path.name}", str(error), AGAIN)

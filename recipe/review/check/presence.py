@@ -34,7 +34,7 @@ SUBSECTIONS = {  # of the block that three commands write
 
 
 @dataclass(frozen=True)
-class Seen:
+class ItemState:
     """One item in one document: `present`, `unknown` (the document says so), `not measured` or `missing`."""
 
     item: Item
@@ -53,27 +53,27 @@ class Seen:
         }
 
 
-def seen_items(page: Page) -> list[Seen]:
+def seen_items(page: Page) -> list[ItemState]:
     """Every item, looked for in the generated block that holds it."""
     return [seen_item(page, item) for item in ITEMS]
 
 
-def seen_item(page: Page, item: Item) -> Seen:
+def seen_item(page: Page, item: Item) -> ItemState:
     block = page.blocks.get(item.block)
     if block is None:
-        return Seen(item, "missing")
+        return ItemState(item, "missing")
     content = block.content.replace("\r\n", "\n")
     row = re.search(item.row, content, re.MULTILINE)
     if row is None:
         match = NOT_MEASURED.search(content, max(content.find(SUBSECTIONS.get(item.name, "")), 0))
         command = (match[1] or match[2]) if match else ""
-        return Seen(item, "not measured" if match else "missing", page.place(item.block), command)
+        return ItemState(item, "not measured" if match else "missing", page.place(item.block), command)
     line = content[row.start() :].partition("\n")[0]
     is_unknown = UNKNOWN in line or "spread unknown" in line
-    return Seen(item, "unknown" if is_unknown else "present", page.place(item.block))
+    return ItemState(item, "unknown" if is_unknown else "present", page.place(item.block))
 
 
-def presence_findings(page: Page, seen: list[Seen]) -> list[Finding]:
+def presence_findings(page: Page, seen: list[ItemState]) -> list[Finding]:
     """Missing blocks, stages that were not run, and items that are missing or unknown."""
     missing_blocks = [block_id for block_id in BLOCKS if block_id not in page.blocks]
     findings = [
@@ -92,9 +92,9 @@ def presence_findings(page: Page, seen: list[Seen]) -> list[Finding]:
     return findings
 
 
-def not_measured(seen: list[Seen]) -> list[Finding]:
+def not_measured(seen: list[ItemState]) -> list[Finding]:
     """One finding for each command that has not run; a note where the guideline does not ask for its items."""
-    commands: dict[str, list[Seen]] = {}
+    commands: dict[str, list[ItemState]] = {}
     for one in seen:
         if one.state == "not measured":
             commands.setdefault(one.command, []).append(one)
@@ -110,7 +110,7 @@ def not_measured(seen: list[Seen]) -> list[Finding]:
     ]
 
 
-def item_finding(one: Seen) -> Finding:
+def item_finding(one: ItemState) -> Finding:
     """An item that the document calls unknown, or whose row is missing."""
     what = f"{one.item.section}: {one.item.name} is {'*unknown*' if one.state == 'unknown' else 'missing'}"
     mend = MENDS.get(one.item.name, "say it under a `description` key of the configuration, and run the stage again")

@@ -26,13 +26,13 @@ SHARES = (0.25, 0.5, 0.75, 1.0)  # of training, at which dynamics are compared
 NORMAL_95 = 1.96
 
 
-def describe(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("A", "B"):
         parser.add_argument(name.lower(), metavar=name, help="a run, a published recipe, or a document")
     parser.add_argument("--json", action="store_true", help="print the differences for programs")
 
 
-def answer(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """0: the recipes and their results are the same; 1: they differ. Raises `UserError` for other files."""
     try:
         a, b = (Comparable.from_recipe(open_recipe(path)) for path in (arguments.a, arguments.b))

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from recipe.config.identity import flatten
-from recipe.document.recipe_json import identity
+from recipe.document.recipe_json import recipe_claims
 from recipe.errors import UserError
 from recipe.review.findings import LINE_LENGTH_MAX, shorten
 from recipe.review.opening import OpenedRecipe, dict_or_empty
@@ -39,7 +39,7 @@ class Comparable:
         facts = reader.facts()
         for finding in reader.findings:
             raise UserError(shorten(f"{recipe.name}, {finding.place}: {finding.what}", LINE_LENGTH_MAX))
-        return cls(recipe.name, json.loads(json.dumps(identity(facts))), facts.training)
+        return cls(recipe.name, json.loads(json.dumps(recipe_claims(facts))), facts.training)
 
     def claims(self, chapter: str) -> dict[str, Any]:
         """The claims of a chapter; empty where its stage has not run."""

@@ -45,7 +45,7 @@ REPORT = "reproduction.md"
 RUN_NAME_DIGITS = 12  # of that hash
 
 
-def describe(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
@@ -55,7 +55,7 @@ def describe(parser: ArgumentParser) -> None:
     parser.add_argument("--stages", nargs="+", choices=CLAIMS, help="only these; by default all that it claims")
 
 
-def answer(arguments: Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """1 where a claim was found wrong, else 0."""
     if launched().is_elastic:
         raise UserError("reproduce starts its own processes: run it without torchrun")
@@ -102,7 +102,7 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
     identity = subject.required_block()
     recipe, config = parse_recipe(identity), parse_config(identity)
-    require_known_network(config)
+    check_known_network(config)
     digest = hashlib.sha256(subject.document.encode()).hexdigest()
     run_dir = chosen_run_dir(arguments.run_dir, digest)
     stages = chosen_stages(arguments.stages, recipe)
@@ -119,7 +119,7 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
     )
 
 
-def require_known_network(config: Config) -> None:
+def check_known_network(config: Config) -> None:
     """Raise `UserError` for a network that does not exist, before the data are made."""
     if config.model.name != "small" and config.model.name not in list_models(module=torchvision.models):
         raise UserError(f"model.name={shown(config.model.name)} is not a network of this version of torchvision")

@@ -17,7 +17,7 @@ import msgspec
 from recipe.config.identity import config_sha256
 from recipe.data.manifest import MANIFEST, read_manifest
 from recipe.data.shards import is_file_with
-from recipe.document.recipe_json import identity
+from recipe.document.recipe_json import recipe_claims
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.models.build import weights_sha256
@@ -62,7 +62,7 @@ def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> 
     if recipe.block is None:
         yield Link("document", NOT_HERE, "no JSON block")
         return
-    expected = json.loads(json.dumps(identity(facts)))
+    expected = json.loads(json.dumps(recipe_claims(facts)))
     wrong = sorted(key for key in expected if expected[key] != recipe.block.get(key))
     if wrong:
         yield Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
@@ -142,7 +142,7 @@ def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
             yield Link(name, NOT_HERE, f"its tensors should have SHA-256 {str(recorded)[:16]}")
             continue
         try:
-            run.require_readable(path, WEIGHTS_BYTES_MAX)
+            run.check_readable(path, WEIGHTS_BYTES_MAX)
             digest = weights_sha256(read(path))
         except UserError as error:
             yield Link(name, BROKEN, str(error))
