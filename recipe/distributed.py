@@ -37,8 +37,7 @@ from recipe.run.environment import machine, usable_cores
 from recipe.run.files import display_path
 from recipe.run.launcher import launched
 from recipe.run.records import Hardware, Setting
-from recipe.run.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
-from recipe.run.terminal import protect_streams
+from recipe.run.terminal import FROM_OUTSIDE, handlers_put_back, heeded, protect_streams, start_resource_tracker
 
 Result = TypeVar("Result")
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills

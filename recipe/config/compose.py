@@ -32,9 +32,8 @@ from omegaconf.errors import OmegaConfBaseException
 from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.errors import CONTROLS, UserError, how_to_continue
-from recipe.run.directory import Run
+from recipe.run.directory import JOURNAL, Run
 from recipe.run.environment import remember_typed_words, typed_words
-from recipe.run.experiment_log import JOURNAL
 from recipe.run.files import CHECKOUT, disk_errors, display_path
 from recipe.run.launcher import launched, report_ignored
 from recipe.run.terminal import protect_streams, report_user_errors

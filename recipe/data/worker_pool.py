@@ -41,7 +41,7 @@ from recipe.data.shards import Split
 from recipe.data.worker import SIGNAL_BASE, FillTask, Reply, Setup, batch_at
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError, WorkerError
-from recipe.run.signals import FROM_OUTSIDE, blocked
+from recipe.run.terminal import FROM_OUTSIDE, blocked
 
 THREADS_PER_WORKER = 2  # by default: one waits for a disk while the other decodes
 SECONDS_TO_END = 3.0  # for workers whose sockets are closed, before they are killed

@@ -17,8 +17,7 @@ from msgspec.structs import replace
 
 from recipe.config.identity import differences
 from recipe.errors import UserError
-from recipe.run.directory import Run
-from recipe.run.experiment_log import JOURNAL, place_of
+from recipe.run.directory import JOURNAL, Run, place_of
 from recipe.run.files import is_elsewhere, opened, portable_path
 from recipe.run.records import JournalEntry, JournalRecord
 

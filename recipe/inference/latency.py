@@ -32,7 +32,7 @@ from recipe.distributed import World, arithmetic_switches, device_versions, hard
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
 from recipe.inference.classifier import Classifier
-from recipe.inference.evaluated import Evaluated, load_evaluated
+from recipe.inference.export import Evaluated, load_evaluated
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.run.directory import Run
 from recipe.run.files import display_path, redact_paths

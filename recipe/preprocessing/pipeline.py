@@ -84,7 +84,7 @@ from recipe.run.launcher import ALONE, Launch
 from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
 from recipe.run.records import Archive, ClassName, PreprocessingRecord, to_json
-from recipe.run.signals import blocked, interruptible, start_resource_tracker
+from recipe.run.terminal import blocked, interruptible, start_resource_tracker
 
 LOCK = "lock"
 DECODERS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")  # in Pillow; None for one that it lacks

@@ -1,10 +1,11 @@
-"""Run: the known files of a run directory.
+"""Run: the known files of a run directory; runs/journal.jsonl: a line for each stage started and ended, over all runs.
 
 A result is a directory: naming it again continues it. Every file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,16 +20,19 @@ from recipe.errors import UserError
 from recipe.run import metric_rows as metrics
 from recipe.run.files import (
     RECORD_BYTES_MAX,
+    at_once,
     disk_errors,
     display_path,
     exclusive_lock,
     file_name,
     opened,
+    portable_path,
     read_file,
     write_atomically,
 )
-from recipe.run.records import RECORDS, AnyRecord, EvaluationRecord, Record, TimingRecord, from_json, to_json
+from recipe.run.records import RECORDS, AnyRecord, EvaluationRecord, Record, TimingRecord, from_json, now, to_json
 
+JOURNAL = Path("runs", "journal.jsonl")  # below the current directory, also for runs elsewhere
 RECORD_NAMES = {kind: name for name, kind in RECORDS.items()}
 
 
@@ -163,3 +167,21 @@ def plain_yaml(text: str) -> Any:
     except TypeError as error:
         raise ValueError(f"it holds a value that JSON cannot: {error}") from error
     return values
+
+
+# ---- the journal of all runs ------------------------------------------------------------------------
+
+
+def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
+    """Append one event of a stage of `run`; raises `DiskError` if that fails."""
+    run_and_place = {"run": portable_path(run.directory), "place": place_of(run.directory)}
+    row = {"time": now(), **run_and_place, "stage": stage, "event": event, **facts}
+    with disk_errors(JOURNAL):
+        JOURNAL.parent.mkdir(parents=True, exist_ok=True)
+        with open(JOURNAL, "a", opener=at_once) as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+def place_of(directory: Path) -> str:
+    """A hash that distinguishes directories with the same portable path, without naming them."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]

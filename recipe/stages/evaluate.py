@@ -49,8 +49,7 @@ from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.models.build import build_model, check_forward, restored_model, weights_sha256
 from recipe.models.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.models.pretrained import GivenWeights, load_state, published_accuracy, published_weights
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import EvaluationRecord, Protocol, Setting, TrainingRecord

@@ -27,13 +27,12 @@ from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbna
 from recipe.document.render import check_document, write_document
 from recipe.errors import DiskError, UserError
 from recipe.inference.classifier import Classifier
-from recipe.inference.evaluated import load_evaluated
+from recipe.inference.export import load_evaluated
 from recipe.inference.latency import measure_timing
 from recipe.inference.onnx_file import OnnxModel
 from recipe.inference.pictures import bytes_of, pixels_of
-from recipe.run.directory import Run
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.environment import shown_argument
-from recipe.run.experiment_log import append_to_journal
 from recipe.run.files import CHECKOUT, display_path, portable_path, redact_paths, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import ClassifiedPicture, Guess, InferenceRecord, TimingRecord

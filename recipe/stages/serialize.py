@@ -30,20 +30,20 @@ from recipe.data.worker_pool import open_loaders
 from recipe.distributed import World, device_versions, hardware_of, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
-from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.export import (
     OPSET,
+    Evaluated,
     export_fp32,
     fp16_facts,
     int8_facts,
+    load_evaluated,
     to_fp16,
     to_int8,
     with_properties,
 )
 from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, TrainingCode, onnx_protocol, to_properties
 from recipe.inference.parity import Comparison, check_any_batch, check_parity, compare, limit_of
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import CHECKOUT, display_path, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import SerializationRecord, Setting, VariantFacts

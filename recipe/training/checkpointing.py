@@ -24,8 +24,7 @@ from recipe.config.identity import config_sha256, differences
 from recipe.config.schema import Config, OptimizerKind
 from recipe.errors import SAVED, DiskError, NonFiniteError, UserError, how_to_continue
 from recipe.models.checkpoint import State, checkpoint_files, newest_checkpoint, prune_checkpoints, save_checkpoint
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path
 from recipe.run.records import Session, TrainingRecord, now
 from recipe.training.build import Progress, Training

@@ -21,8 +21,7 @@ from recipe.distributed import World, start_world
 from recipe.models.build import resolve_weights
 from recipe.models.checkpoint import prune_checkpoints, write_eval_weights
 from recipe.models.pretrained import GivenWeights
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path
 from recipe.run.provenance import Stage, source_sha256
 from recipe.run.records import TrainingRecord
@@ -36,9 +35,8 @@ from recipe.training.checkpointing import (
     save_and_exit,
     save_where_due,
 )
-from recipe.training.energy import EnergyMeter
 from recipe.training.metrics import measure_steps, validate, validation_predictor
-from recipe.training.record import training_record
+from recipe.training.record import EnergyMeter, training_record
 from recipe.training.shutdown import Stopped, graceful_shutdown
 from recipe.training.watchdog import Watchdog
 

@@ -19,8 +19,7 @@ import torch
 
 from recipe.distributed import World
 from recipe.run.launcher import launched
-from recipe.run.signals import handlers_put_back, heeded
-from recipe.run.terminal import is_writable
+from recipe.run.terminal import handlers_put_back, heeded, is_writable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_POLLS = 16  # of several processes with accelerators: each poll waits for the device

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from recipe.errors import DiskError, UserError
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import CHECKOUT, portable_path, redact_paths, write_atomically
 from recipe.run.records import (
     RECORD_LISTS,

@@ -99,7 +99,7 @@ def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
 LATE = """
 import os, signal
 from recipe.run.terminal import report_user_errors
-from recipe.run.signals import handlers_put_back
+from recipe.run.terminal import handlers_put_back
 
 class Late:
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):

@@ -14,15 +14,13 @@ from typing import Any
 
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
+from recipe.review.check.checklist import Page, presence_findings, seen_items
 from recipe.review.check.code import code_findings
-from recipe.review.check.document import document_findings, edit_findings, output_findings
-from recipe.review.check.files import executed_findings
-from recipe.review.check.page import Page
-from recipe.review.check.presence import presence_findings, seen_items
+from recipe.review.check.document import document_findings, edit_findings
+from recipe.review.check.files import executed_findings, output_findings
 from recipe.review.check.records import record_findings
 from recipe.review.findings import LINE_LENGTH_MAX, Finding, Kind, Level, shorten
-from recipe.review.opening import OpenedRecipe, open_recipe
-from recipe.review.reading import RecordReader
+from recipe.review.opening import OpenedRecipe, RecordReader, open_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 from recipe.document.recipe_json import RECORD_OF_CLAIM
 from recipe.errors import UserError
 from recipe.review.diff.differences import (
+    Comparable,
     Difference,
     circumstance_differences,
     config_differences,
     derived_differences,
     hidden_differences,
+    is_finite_number,
 )
 from recipe.review.diff.impact import TITLES, Group, rank_of, theme_of
-from recipe.review.diff.inputs import Comparable, is_finite_number
 from recipe.review.findings import LINE_LENGTH_MAX, shorten
 from recipe.review.opening import open_recipe
 

@@ -25,12 +25,10 @@ from recipe.errors import UserError
 from recipe.preprocessing.pipeline import preprocess
 from recipe.review.opening import open_recipe
 from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
-from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict
+from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict, reproduction_page
 from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
-from recipe.review.reproduce.report import reproduction_page
-from recipe.run.directory import Run
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.environment import machine
-from recipe.run.experiment_log import append_to_journal
 from recipe.run.files import display_path, portable_path, write_atomically
 from recipe.run.launcher import launched
 from recipe.run.provenance import Stage

@@ -23,9 +23,8 @@ from recipe.errors import UserError
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
 from recipe.models.pretrained import read_weights
-from recipe.review.opening import OpenedRecipe
-from recipe.review.outputs import counted_predictions, file_fault, path_inside
-from recipe.review.reading import RecordReader
+from recipe.review.check.files import counted_predictions, file_fault, path_inside
+from recipe.review.opening import OpenedRecipe, RecordReader
 from recipe.run.directory import Run
 from recipe.run.files import WEIGHTS_BYTES_MAX, display_path
 from recipe.run.records import PreprocessingRecord

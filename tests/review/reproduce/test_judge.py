@@ -20,9 +20,9 @@ from recipe.review.reproduce.judge import (
     NUMERICALLY_EQUAL,
     judge_claims,
     overall_verdict,
+    reproduction_page,
 )
 from recipe.review.reproduce.parse import Recipe, parse_recipe
-from recipe.review.reproduce.report import reproduction_page
 from recipe.run.records import (
     Epoch,
     JudgedClaim,
