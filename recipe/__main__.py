@@ -60,7 +60,6 @@ def _parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def console() -> None:
-    """The installed command `recipe`."""
     raise SystemExit(main())
 
 

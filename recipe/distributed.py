@@ -187,7 +187,6 @@ def processes_per_node(trainer: TrainerConfig) -> int:
 
 
 def device_type(trainer: TrainerConfig) -> str:
-    """`cuda` or `cpu`."""
     if trainer.accelerator is Accelerator.auto:
         return "cuda" if torch.cuda.is_available() else "cpu"
     return str(trainer.accelerator.value)
@@ -210,7 +209,6 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every process."""
         if self.size > 1:
             dist.barrier()
 
@@ -406,7 +404,6 @@ def _choose_arithmetic(trainer: TrainerConfig, world: World) -> None:
 
 
 def memory_format(trainer: TrainerConfig) -> torch.memory_format:
-    """Memory layout of images and weights."""
     return torch.channels_last if trainer.channels_last else torch.contiguous_format
 
 

@@ -41,7 +41,6 @@ class Predictions:
 
     @property
     def images(self) -> int:
-        """How many images were seen."""
         return len(self.indices)
 
     def correct(self, within: int) -> NDArray[np.bool_]:
@@ -51,7 +50,6 @@ class Predictions:
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy."""
         return float(self.losses.sum() / self.images)
 
     def accuracy(self, within: int) -> float:

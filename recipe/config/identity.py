@@ -130,7 +130,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
     values: dict[str, Any] = {}
     for key, value in flat.items():
         *groups, last = key.split(".")

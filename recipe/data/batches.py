@@ -50,7 +50,6 @@ class TrainingRequest(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Height and width of the images."""
         return self.place.pixels
 
     def write(self, picture: EncodedImage, i: int, out: Tensor) -> None:
@@ -70,7 +69,6 @@ class EvaluationRequest(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Height and width of the images."""
         return self.transform.crop_pixels
 
     def write(self, picture: EncodedImage, i: int, out: Tensor) -> None:
@@ -245,7 +243,6 @@ class TrainingBatches:
         return np.concatenate([request.indices for requests in zip(*ranks, strict=True) for request in requests])
 
     def facts(self) -> LoaderFacts:
-        """How batches are made, for the record."""
         orders = [self._delivered_order(epoch).astype("<i8", copy=False) for epoch in range(2)]
         digest = hashlib.sha256()
         for order in orders:

@@ -69,7 +69,6 @@ class WholeImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
         return self.image.shape[-2], self.image.shape[-1]
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:

@@ -255,7 +255,6 @@ def without_metadata(image: Image.Image) -> Image.Image:
 
 
 def as_png(image: Image.Image, unusual: str, is_rotated: bool) -> StoredImage:
-    """The lossless stored form of an unusual image."""
     rgb = as_rgb(image)
     return StoredImage(encoded(rgb, "PNG"), "png", rgb.width, rgb.height, False, is_rotated, unusual, AS_PNG)
 
@@ -272,7 +271,6 @@ def resized(image: Image.Image, short_side: int, quality: int, unusual: str | No
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    """The bytes of an image file."""
     stream = io.BytesIO()
     image.save(stream, form, **options)
     return stream.getvalue()

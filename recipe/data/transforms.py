@@ -71,7 +71,6 @@ class EvaluationTransform:
         return pixels_sha256([self(fixed_image(*size)) for size in ((300, 400), (40, 30), (512, 256))])
 
     def facts(self) -> dict[str, Setting]:
-        """What this object does, for the record."""
         return {
             "resize_short_side_pixels": self.resize_pixels,
             "center_crop_pixels": self.crop_pixels,
@@ -81,7 +80,6 @@ class EvaluationTransform:
 
 
 def build_evaluation_transform(config: EvaluationConfig) -> EvaluationTransform:
-    """The evaluation view that the configuration describes."""
     return EvaluationTransform(config.resize_pixels, config.crop_pixels, INTERPOLATIONS[config.interpolation])
 
 
@@ -174,7 +172,6 @@ class Normalisation:
         }
 
     def facts(self) -> dict[str, Setting]:
-        """The same, for the record."""
         return {name: list(values) for name, values in self.values().items()}
 
 

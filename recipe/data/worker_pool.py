@@ -321,7 +321,6 @@ class WorkerLoader:
         self.threads, self.workers = pool.threads, len(pool.links)
 
     def load(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """Batches in the order of the requests, decoded ahead."""
         yield from prefetch(map(self._submit, requests), self.prefetch_batches)
 
     def _submit(self, request: BatchRequest) -> PendingBatch:

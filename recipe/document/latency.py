@@ -85,7 +85,6 @@ def machine_title(record: TimingRecord) -> str:
 
 
 def single_pictures(record: TimingRecord) -> list[Latency]:
-    """The cells of one picture, from its bytes to the answer."""
     return [cell for cell in record.cells if cell.what == BOTH and cell.batch_size == 1]
 
 
@@ -101,7 +100,6 @@ def measured_rows(timing: Sequence[TimingRecord]) -> list[MeasuredRow]:
 
 
 def published_rows(model: str) -> tuple[PublishedRow, ...]:
-    """The published figures of this model."""
     return PUBLISHED if model == "resnet50" else ()
 
 

@@ -69,12 +69,10 @@ class FinishedRun:
 
     @property
     def where(self) -> str:
-        """The run's path for a person."""
         return display_path(self.run.directory)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of the verb."""
     parser.add_argument("run", help="the directory of a run that was trained and evaluated")
     parser.add_argument("--output", help="the folder to write; recipes/<name> by default")
     parser.add_argument("--artefacts", metavar="URL", help="where weights and exported files are, https only")
@@ -85,7 +83,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Publish, and print what to commit."""
     output = publish(
         Run(arguments.run),
         Path(arguments.output) if arguments.output else None,
@@ -287,7 +284,6 @@ def published_seeds(main: FinishedRun, others: Sequence[FinishedRun], published:
 
 
 def seeds_record(entries: Sequence[FinishedRun]) -> SeedsRecord:
-    """The record of these runs of one recipe."""
     first = entries[0]
     return SeedsRecord(
         recipe_id=first.training.recipe_id,
@@ -413,7 +409,6 @@ def thinned(rows: Sequence[MetricRow]) -> list[MetricRow]:
 
 
 def metric_lines(rows: Sequence[MetricRow]) -> bytes:
-    """As the run writes them."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
@@ -447,7 +442,6 @@ def published_folders(recipes: Path) -> list[Path]:
 
 
 def table_row(folder: Path) -> tuple[str, ...]:
-    """A recipe in one line, from its records."""
     facts = load(Run(folder), "")
     evaluation, training, data = facts.evaluation, facts.training, facts.preprocessing
     if evaluation is None or training is None or data is None or facts.publication is None:

@@ -69,7 +69,6 @@ def as_json(values: dict[str, Any]) -> str:
 
 
 def training_code(training: TrainingRecord) -> dict[str, Any]:
-    """The code that trained."""
     provenance = training.provenance
     return {
         "command": provenance.command,
@@ -135,7 +134,6 @@ def evaluation_claims(evaluation: EvaluationRecord) -> dict[str, Any]:
 
 
 def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
-    """Each exported file."""
     return {
         entry.variant: {
             "sha256": entry.sha256,

@@ -122,7 +122,6 @@ def environment() -> Environment:
 
 
 def context(facts: RunData) -> dict[str, Any]:
-    """The variables of the templates."""
     training, evaluation = facts.training, facts.evaluation
     epochs = training.epochs if training else []
     return {
@@ -194,7 +193,6 @@ def descriptions(facts: RunData) -> dict[str, Any]:
 
 
 def declared_items(facts: RunData, key: str) -> list[str]:
-    """A `description` key that holds a list."""
     values = descriptions(facts).get(key)
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 

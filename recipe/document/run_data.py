@@ -86,7 +86,6 @@ Check = Callable[[RunData, LaterRecord], list[str]]
 
 
 def sections(facts: RunData) -> dict[str, Section]:
-    """The state of every section that a stage fills."""
     data = Section(PRESENT if facts.preprocessing else NOT_MEASURED)
     training = section(facts, [facts.training], data_reasons, config_reasons)
     evaluation = section(facts, [facts.evaluation], trained_reasons, data_reasons, config_reasons)
@@ -167,5 +166,4 @@ def source_changed(provenance: Provenance) -> bool:
 
 
 def short(digest: str | None) -> str:
-    """The first digits of a hash."""
     return digest[:12] if digest else "(no hash recorded)"

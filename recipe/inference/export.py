@@ -153,12 +153,10 @@ def to_int8(graph: onnx.ModelProto, calibration: Iterator[Tensor], reduce_range:
 
 
 def fp16_facts() -> dict[str, Setting]:
-    """How the fp16 file was made."""
     return {"method": "weights and activations converted; input and output left as they are"}
 
 
 def int8_facts(images: int, reduce_range: bool) -> dict[str, Setting]:
-    """How the int8 file was made."""
     return {
         "method": "static quantisation, QDQ, signed weights per channel, unsigned activations between their extremes",
         "calibration_training_images": images,

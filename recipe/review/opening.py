@@ -47,7 +47,6 @@ class OpenedRecipe:
 
     @property
     def name(self) -> str:
-        """The path for a person."""
         return display_path(self.path)
 
     def facts(self) -> RunData:
@@ -70,7 +69,6 @@ class OpenedRecipe:
 
 
 def dict_or_empty(value: object) -> dict[str, Any]:
-    """A JSON object, or an empty one for a value of any other type."""
     return value if isinstance(value, dict) else {}
 
 

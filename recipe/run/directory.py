@@ -60,7 +60,6 @@ class Run:
         write_atomically(self.record_file(type(record)), to_json(record))
 
     def read(self, kind: type[AnyRecord]) -> AnyRecord | None:
-        """The record of this kind, or None where its stage has not run."""
         path = self.record_file(kind)
         return self.read_record(path, kind) if os.path.lexists(path) else None
 
@@ -86,7 +85,6 @@ class Run:
         return self.predictions / f"{file_name(protocol, 'the protocol')}.npz"
 
     def patch_file(self, sha256: str) -> Path:
-        """The changes of a working tree since its commit."""
         return self.records / "patches" / f"{file_name(sha256[:16], 'the patch')}.patch"
 
     def timing_file(self, machine: str) -> Path:
@@ -101,14 +99,12 @@ class Run:
         write_atomically(self.other_evaluations / f"{name}.json", to_json(record))
 
     def read_all(self, directory: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
-        """Every record of a folder, by file name."""
         return [self.read_record(path, kind) for path in sorted(directory.glob("*.json"))]
 
     def read_record(self, path: Path, kind: type[AnyRecord]) -> AnyRecord:
         return from_json(self.content(path), kind, display_path(path))
 
     def write_config(self, pinned: Mapping[str, Any]) -> None:
-        """Pin the configuration, which later stages read."""
         write_atomically(self.config, yaml.safe_dump(dict(pinned), sort_keys=False).encode())
 
     def read_config(self) -> dict[str, Any] | None:
@@ -143,7 +139,6 @@ class Run:
             yield
 
     def directory_exists(self) -> None:
-        """Create the directory; raises `DiskError`."""
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 

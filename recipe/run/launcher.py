@@ -35,7 +35,6 @@ class Launch:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the process that writes the run."""
         return self.rank == 0
 
 

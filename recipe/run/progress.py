@@ -50,7 +50,6 @@ class ProgressPrinter:
         self.add(count - self.count)
 
     def line(self) -> str:
-        """One line for a log file."""
         rate = (self.count - self.initial) / max(time.perf_counter() - self.started, 1e-9)
         remaining = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
         count, total, speed = (tqdm.format_sizeof(n, "", self.scale) for n in (self.count, self.total, rate))

@@ -75,7 +75,6 @@ class Findings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of this verb."""
     parser.description = "Measure what bounds the speed of an experiment on this machine."
     parser.add_argument("words", nargs="*", metavar="key=value", help="as for train.py: experiment=demo trainer.gpus=8")
 
@@ -92,7 +91,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examined(config: Config, world: World) -> Findings:
-    """All stages, each alone."""
     split, decoder = open_split(config.data.directory, "train"), build_decoder(config.loader.decoder)
     chosen = sample(split, config.seed)
     augmentation = build_augmentation(config.augmentation, config.seed)
@@ -208,7 +206,6 @@ def model_rate(config: Config, world: World, processes: int) -> float:
 
 
 def report(findings: Findings) -> str:
-    """A table of the rates, and the verdict."""
     lines = [
         f"reading                     {findings.read:10,.0f} images/s (this sample was read before: from the cache)",
         f"decoding crops, one core    {findings.decode:10,.0f} images/s",

@@ -262,7 +262,6 @@ class Measurement:
 
 
 def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measurement:
-    """Predict every image of the validation set."""
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
     with open_loaders([split], config.loader, world) as (loader,):
@@ -307,7 +306,6 @@ def _views(predict: Predict) -> dict[str, Setting]:
 
 
 def _protocol(evaluated: EvaluatedModel, measurement: Measurement) -> Protocol:
-    """The protocol of the metric, read back from the live objects."""
     transform = measurement.batches.transform
     return Protocol(
         name=evaluated.protocol,

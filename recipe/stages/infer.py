@@ -199,7 +199,6 @@ def main(words: list[str]) -> None:
 
 
 def with_words(notebook: Any, words: list[str]) -> Any:
-    """The notebook with `words` in its cell of parameters."""
     cells = [cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", [])]
     assert len(cells) == 1, f"{NOTEBOOK.name} has {len(cells)} cells with the tag {PARAMETERS}"
     cells[0].source = f"words = {words!r}"

@@ -182,7 +182,6 @@ def metadata(export: Export, variant: Variant) -> Metadata:
 
 
 def exporting_versions() -> dict[str, str]:
-    """The packages that shape the file."""
     return {package: version(package) for package in EXPORTING_PACKAGES}
 
 
@@ -278,7 +277,6 @@ def write_variant(export: Export, file: ExportedFile, predictions: Predictions, 
 
 
 def variant_facts(export: Export, file: ExportedFile, found: Comparison, split: Split) -> VariantFacts:
-    """One file compared with the eager model."""
     return VariantFacts(
         variant=file.variant.value,
         file=export.run.onnx_file(file.variant.value).relative_to(export.run.directory).as_posix(),

@@ -98,7 +98,6 @@ class Training:
     failed_saves: int = 0  # in a row, on the first process
 
     def note_memory(self) -> None:
-        """Keep the peak of the accelerator's memory."""
         if self.world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
             self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)

@@ -217,7 +217,6 @@ def _small_training(config: Config) -> Iterator[Training]:
 
 
 def _model_facts(facts: ModelFacts) -> dict[str, Setting]:
-    """Facts of the finished network."""
     return {
         "modules": dict(facts.modules),
         "batch_norm": facts.batch_norm,

@@ -161,21 +161,17 @@ class MetricLogger:
         )
 
     def step(self) -> None:
-        """Advance the bar by one optimizer step."""
         self.bar.update()
 
     def close(self) -> None:
-        """End the bar."""
         self.bar.close()
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:
-    """Rows of metrics.jsonl."""
     return "".join(json.dumps(msgspec.structs.asdict(row)) + "\n" for row in rows).encode()
 
 
 def as_event(row: Row) -> Event:
-    """One TensorBoard event with every number of the row."""
     values = {name: value for name, value in msgspec.structs.asdict(row).items() if isinstance(value, float)}
     summary = Summary(
         value=[Summary.Value(tag=f"{row.split}/{name}", simple_value=value) for name, value in values.items()]

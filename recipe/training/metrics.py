@@ -139,7 +139,6 @@ def _measured_row(training: Training, **measured: Any) -> Row:
 
 
 def _epoch(training: Training, row: Row, validation_seconds: float) -> Epoch:
-    """The epoch that ends with this validation row."""
     progress = training.progress
     stalled = round(progress.epoch_stalled_seconds / progress.epoch_seconds, 4)
     training.note_memory()

@@ -58,12 +58,10 @@ class DiffReport:
     not_compared: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The comparison for programs."""
         differences = [{**asdict(difference), "group": difference.group.name} for difference in self.differences]
         return {"format": "diff/1", **vars(self), "differences": differences}
 
     def lines(self) -> list[str]:
-        """The comparison for people."""
         lines = [f"A: {self.a}", f"B: {self.b}", *([self.same_recipe] if self.same_recipe else [])]
         sections = {
             title: [difference.line() for difference in self.differences if difference.group is group]

@@ -49,17 +49,14 @@ class Comparable:
         return cls(recipe.name, json.loads(json.dumps(recipe_claims(facts))), facts.training)
 
     def claims(self, chapter: str) -> dict[str, Any]:
-        """The claims of a chapter; empty where its stage has not run."""
         return dict_or_empty(dict_or_empty(self.block.get("claims")).get(chapter))
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration, flat."""
         return flatten(dict_or_empty(self.block.get("config")))
 
     @property
     def epochs(self) -> dict[str, list[Any]]:
-        """The columns of the dynamics."""
         columns = dict_or_empty(self.claims("training").get("epochs"))
         return {name: values for name, values in columns.items() if isinstance(values, list)}
 

@@ -82,7 +82,6 @@ class ReproductionPlan:
 
     @property
     def config(self) -> Config:
-        """The configuration adapted to this machine."""
         return self.adapted.config
 
     @property
@@ -202,7 +201,6 @@ def chosen_weights(asked: str | None, config: Config) -> str | None:
 
 
 def _show(plan: ReproductionPlan) -> None:
-    """Print the plan, for a decision."""
     recipe = plan.recipe
     print(f"document     {display_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
@@ -283,7 +281,6 @@ def _preprocess(plan: ReproductionPlan, run: Run) -> None:
 
 
 def judge_run(plan: ReproductionPlan, run: Run, stage: Stage) -> ReproductionRecord:
-    """The records of the run beside the claims of the recipe."""
     facts = load(run, portable_path(run.directory))
     training = facts.training
     changed = changed_words(plan.recipe.determinism_context, training.determinism_context) if training else []

@@ -54,7 +54,6 @@ class DeterminismContext:
 
     @property
     def why_not(self) -> str:
-        """Why other bits are expected."""
         reasons = list(self.changed)
         if not self.is_deterministic:
             reasons.append("its algorithms are not deterministic, or it was continued inexactly")
@@ -98,7 +97,6 @@ def rounded_bits(claim: str, claimed: str, found: str, context: DeterminismConte
 
 
 def judge_data(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
-    """The images, their classes and the shards."""
     claimed, data = claims.data, facts.preprocessing
     if claimed is None or data is None:
         return
@@ -162,7 +160,6 @@ def near(theirs: dict[str, float | None], ours: dict[str, float]) -> tuple[str, 
 
 
 def weights(claimed: ClaimedTraining, training: TrainingRecord, context: DeterminismContext) -> JudgedClaim:
-    """The trained weights."""
     theirs, ours = claimed.weights_sha256, training.outputs.get("weights")
     if theirs == ours:
         level, why = BIT_EXACT, "the same hash"
@@ -195,7 +192,6 @@ def judge_evaluation(claims: Claims, facts: RunData, context: DeterminismContext
 def judge_counts(
     claims: Claims, evaluation: EvaluationRecord, theirs: int, ours: int, is_top1: bool
 ) -> tuple[str, str]:
-    """Level and reason for one count."""
     claimed = claims.evaluation
     assert claimed is not None, "the caller looked"
     if claimed.protocol != evaluation.protocol.name or claimed.images != evaluation.images:
@@ -326,7 +322,6 @@ def reproduction_page(record: ReproductionRecord) -> str:
 
 
 def row(claim: JudgedClaim) -> tuple[str, ...]:
-    """One claim."""
     return text(claim.claim), f"**{claim.level}**", value(claim.claimed), value(claim.found), text(claim.why)
 
 

@@ -100,7 +100,6 @@ def recorded_settings(recipe: OpenedRecipe) -> tuple[list[str], set[str]]:
 
 
 def claimed_code(recipe: OpenedRecipe) -> dict[str, Any]:
-    """The code of the training, as the document claims it."""
     return dict_or_empty(recipe.required_block().get("code"))
 
 

@@ -40,7 +40,6 @@ class Link(msgspec.Struct, frozen=True):
     detail: str
 
     def line(self) -> str:
-        """The link for a person."""
         return f"{self.state:<9} {self.name}: {self.detail}"
 
 
@@ -153,7 +152,6 @@ def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
 
 
 def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
-    """Files that a stage left in the run."""
     for name, digest in outputs.items():
         path = path_inside(run.directory, name)
         if path is None:

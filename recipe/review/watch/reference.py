@@ -151,7 +151,6 @@ def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
 
 
 def phases_of(reference: SeedsRecord) -> list[int]:
-    """The phase of the schedule of every epoch."""
     settings = schedule_of(reference.config, "the reference")
     falls = settings.step_epochs if settings.schedule == "step" else []
     return phases(settings.epochs, [settings.warmup_epochs, *falls])

@@ -121,7 +121,6 @@ def notes(watch: Watch, watched: Watched) -> list[str]:
 
 
 def as_json_line(watch: Watch, watched: Watched, judgement: Judgement) -> str:
-    """The verdict for programs, on one line."""
     report = {
         "verdict": judgement.verdict,
         "reason": judgement.reason,
