@@ -226,7 +226,13 @@ def config_from_overrides(words: list[str]) -> Config:
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CHECKOUT / "conf")), _explaining():
+    conf = CHECKOUT / "conf"
+    if not conf.is_dir():  # installed as a wheel
+        raise UserError(
+            "the package is installed without conf/ and its scripts: work in a checkout, with "
+            "`pip install --editable .`"
+        )
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf)), _explaining():
         yield
 
 
