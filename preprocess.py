@@ -9,8 +9,7 @@ from recipe.config.compose import job_config, one_job, run_command
 from recipe.data.manifest import copy_record
 from recipe.document.render import check_document, write_document
 from recipe.preprocessing.pipeline import preprocess
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path, portable_path
 from recipe.run.launcher import launched
 
@@ -20,7 +19,7 @@ def main(composed: DictConfig) -> None:
     """Preprocess the experiment's data set and begin its document."""
     with one_job():
         config, launch = job_config(composed), launched()
-        if not launch.is_first:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
+        if not launch.is_rank0:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
             preprocess(config, launch)
             return
         run = Run(config.run_dir)

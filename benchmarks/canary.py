@@ -32,7 +32,7 @@ from torch import nn  # noqa: E402
 from recipe.config.compose import config_from_overrides  # noqa: E402
 from recipe.data.augment.crop import Augmentation  # noqa: E402
 from recipe.data.batches import EvaluationBatches, TrainingBatches  # noqa: E402
-from recipe.data.decoding import PartialPicture  # noqa: E402
+from recipe.data.decoding import PartialImage  # noqa: E402
 from recipe.data.transforms import EvaluationTransform, Normalisation  # noqa: E402
 from recipe.evaluation import Predictions  # noqa: E402
 from recipe.review.verify.trace import TOLERANCE, compare_traces  # noqa: E402
@@ -139,7 +139,7 @@ def other_labels(original: Any) -> Any:
 
 
 def in_bgr(original: Any) -> Any:
-    def part(self: PartialPicture, *box: int) -> torch.Tensor:
+    def part(self: PartialImage, *box: int) -> torch.Tensor:
         return original(self, *box).flip(0)
 
     return part
@@ -289,7 +289,7 @@ FAULTS = [
     Fault("momentum 0.85 for 0.9", SMALL, other_optimizer(momentum=0.85)),
     Fault("Nesterov's momentum", SMALL, other_optimizer(nesterov=True)),
     Fault("mean and deviation swapped", SMALL, replaced(Normalisation, "__init__", swapped)),
-    Fault("BGR for RGB", SMALL, replaced(PartialPicture, "part", in_bgr)),
+    Fault("BGR for RGB", SMALL, replaced(PartialImage, "part", in_bgr)),
     Fault("labels + 1", SMALL, replaced(TrainingBatches, "epoch", other_labels)),
     Fault("batch-norm eps 1e-3 for 1e-5", SMALL, other_model(larger_epsilon)),
     Fault("last norms do not start at zero", SMALL, other_model(no_zero_norms)),

@@ -33,7 +33,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from recipe.run.provenance import source_sha256  # noqa: E402
-from recipe.training.energy import accelerator_joules  # noqa: E402
+from recipe.training.record import accelerator_joules  # noqa: E402
 
 SAVED = 75  # exit code of a training that was stopped and can be continued
 PATIENCE_SECONDS = 60  # for a part that was told to stop

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional  # noqa: E402
 
 from recipe.config.schema import MAX_PIXELS, Decoder  # noqa: E402
 from recipe.data.augment.crop import Augmentation  # noqa: E402
-from recipe.data.decoding import WholePicture, build_decoder, decoded  # noqa: E402
+from recipe.data.decoding import WholeImage, build_decoder, decoded  # noqa: E402
 from recipe.data.images import Rules, store  # noqa: E402
 from recipe.data.transforms import INTERPOLATIONS, empty_image  # noqa: E402
 
@@ -69,7 +69,7 @@ def parts_of(contents: list[bytes]) -> dict[str, Callable[[], Any]]:
         "read the header": each(lambda i: decoder.open(contents[i]).size),
         "draw the crop": each(lambda i: AUGMENTATION.random_crop(0, i, 300, 400)),
         "crop, resize, mirror, copy: torchvision": each(lambda i: former_way(images[i], i, out)),
-        "crop, resize, mirror, copy: now": each(lambda i: AUGMENTATION.write(WholePicture(images[i]), 0, i, 0, out)),
+        "crop, resize, mirror, copy: now": each(lambda i: AUGMENTATION.write(WholeImage(images[i]), 0, i, 0, out)),
         "everything: whole picture, torchvision": each(lambda i: former_way(decoded(contents[i], decoder), i, out)),
         "everything: now": each(lambda i: AUGMENTATION.write(decoder.open(contents[i]), 0, i, 0, out)),
     }

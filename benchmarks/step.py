@@ -42,7 +42,7 @@ from recipe.config.compose import to_config
 from recipe.config.schema import Config
 from recipe.data.batches import Batch
 from recipe.data.transforms import Normalisation
-from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
+from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of, memory_format, start_world
 from recipe.evaluation import predictor
 from recipe.inference.latency import clock_facts, machine_name
 from recipe.models.build import build_model
@@ -416,7 +416,7 @@ def kernel_group(name: str) -> str:
 
 def report(results: Results, world: World, arguments: argparse.Namespace) -> None:
     """The table as text and as JSON, by machine."""
-    machine = hardware(world)
+    machine = hardware_of(world)
     device = "cpu-" if world.device.type == "cpu" else ""
     name = f"step-{device}{machine_name(machine)}-{arguments.batch}x{arguments.pixels}"
     with TemporaryDirectory() as nowhere:  # where the patch of a modified tree would go

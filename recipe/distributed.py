@@ -37,8 +37,7 @@ from recipe.run.environment import machine, usable_cores
 from recipe.run.files import display_path
 from recipe.run.launcher import launched
 from recipe.run.records import Hardware, Setting
-from recipe.run.signals import FROM_OUTSIDE, handlers_put_back, heeded, start_resource_tracker
-from recipe.run.terminal import protect_streams
+from recipe.run.terminal import FROM_OUTSIDE, handlers_put_back, heeded, protect_streams, start_resource_tracker
 
 Result = TypeVar("Result")
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills
@@ -188,7 +187,6 @@ def processes_per_node(trainer: TrainerConfig) -> int:
 
 
 def device_type(trainer: TrainerConfig) -> str:
-    """`cuda` or `cpu`."""
     if trainer.accelerator is Accelerator.auto:
         return "cuda" if torch.cuda.is_available() else "cpu"
     return str(trainer.accelerator.value)
@@ -206,12 +204,11 @@ class World:
     backend: str  # nccl, gloo, or "none" where there is one process
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process writes files: only one does."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every process."""
         if self.size > 1:
             dist.barrier()
 
@@ -225,11 +222,11 @@ class World:
         """Every process's value, in the order of ranks, on the first process; None on the others."""
         if self.size == 1:
             return [value]
-        gathered: list[Any] | None = [None] * self.size if self.is_first else None
+        gathered: list[Any] | None = [None] * self.size if self.is_rank0 else None
         dist.gather_object(value, gathered)
         return gathered
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_rank0(self, value: Any) -> Any:
         """The first process's value, on every process."""
         if self.size == 1:
             return value
@@ -237,20 +234,20 @@ class World:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def read_by_first(self, read: Callable[[], Any]) -> Any:
+    def read_on_rank0(self, read: Callable[[], Any]) -> Any:
         """What `read` returns on the first process, on every process; if it fails there, every process stops."""
         found = None
-        with self.first_decides():
-            found = read() if self.is_first else None
-        return self.from_first(found)
+        with self.rank0_errors_everywhere():
+            found = read() if self.is_rank0 else None
+        return self.broadcast_from_rank0(found)
 
-    def copy_from_first(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         """Make parameters and buffers equal to the first process's, which are the truth."""
         if self.size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
 
-    def must_agree(self, what: str, value: str) -> None:
+    def assert_equal_across_ranks(self, what: str, value: str) -> None:
         """Stop on every process unless all of them hold the same value (a stale checkout on one node, say)."""
         values: list[Any] = [value]
         if self.size > 1:
@@ -263,14 +260,15 @@ class World:
             )
 
     @contextmanager
-    def first_decides(self) -> Iterator[None]:
+    def rank0_errors_everywhere(self) -> Iterator[None]:
         """A block that only the first process fills; if it fails there, every process stops."""
         problem: BaseException | None = None
         try:
             yield
         except Exception as error:
             problem = error
-        stopped = self.from_first(None if problem is None else (str(problem), getattr(problem, "exit_code", 1)))
+        reason = None if problem is None else (str(problem), getattr(problem, "exit_code", 1))
+        stopped = self.broadcast_from_rank0(reason)
         if problem is not None:
             raise problem
         if stopped is not None:
@@ -283,7 +281,7 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
     place = launched()
     if place.is_elastic:
         _end_with_launcher()
-        _refuse_stale_addresses()
+        _check_addresses()
     processes_per_node(trainer)
     kind = device_type(trainer)
     device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device("cpu")
@@ -321,7 +319,7 @@ def join(timeout: timedelta) -> dist.Store:  # type: ignore[name-defined]
     Raises `UserError` where they cannot be reached.
     """
     _end_with_launcher()
-    _refuse_stale_addresses()
+    _check_addresses()
     try:
         _meet("gloo", timeout)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -351,7 +349,7 @@ def _meet(backend: str, timeout: timedelta, device: torch.device | None = None) 
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 
-def _refuse_stale_addresses() -> None:
+def _check_addresses() -> None:
     """On several nodes each counts restarts for itself, so the count cannot tell attempts apart there."""
     nodes, restarts = (int(os.environ.get(name, "0")) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     if nodes > 1 and restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -406,7 +404,6 @@ def _choose_arithmetic(trainer: TrainerConfig, world: World) -> None:
 
 
 def memory_format(trainer: TrainerConfig) -> torch.memory_format:
-    """How images and weights lie in memory."""
     return torch.channels_last if trainer.channels_last else torch.contiguous_format
 
 
@@ -415,7 +412,7 @@ def threads_per_process(asked: int | None, world: World) -> int:
     return asked or max(1, usable_cores() // world.local_size)
 
 
-def hardware(world: World) -> Hardware:
+def hardware_of(world: World) -> Hardware:
     """The machine, with the facts of the accelerator that torch knows."""
     if world.device.type != "cuda":
         return machine()

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 
-# What a stranger's words could do to a terminal: move, colour, title, reorder. Lines of a diff stay lines.
+# Controls with which untrusted text could move, colour or reorder lines of a terminal; tab and newline stay.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SAVED = 75  # stopped from outside, saved, and continued by the same command (EX_TEMPFAIL)
 

@@ -41,7 +41,6 @@ class Predictions:
 
     @property
     def images(self) -> int:
-        """How many images were seen."""
         return len(self.indices)
 
     def correct(self, within: int) -> NDArray[np.bool_]:
@@ -51,7 +50,6 @@ class Predictions:
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy."""
         return float(self.losses.sum() / self.images)
 
     def accuracy(self, within: int) -> float:
@@ -153,7 +151,7 @@ def collect(predictions: Predictions, world: World, images: int) -> Predictions 
     return whole
 
 
-def require_finite(predictions: Predictions, where: str) -> None:
+def check_finite(predictions: Predictions, where: str) -> None:
     """Raise `NonFiniteError` where logits were not numbers that can be compared."""
     finite = np.isfinite(predictions.losses) & np.isfinite(predictions.margins)
     if not finite.all():

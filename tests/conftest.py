@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from recipe.config.compose import to_config
 from recipe.config.schema import Config
 from recipe.run.files import CHECKOUT
-from recipe.run.signals import handlers_put_back
+from recipe.run.terminal import handlers_put_back
 
 if TYPE_CHECKING:
     from recipe.data.augment.crop import Augmentation

@@ -18,7 +18,7 @@ from recipe.distributed import (
     World,
     device_type,
     device_versions,
-    hardware,
+    hardware_of,
     launch,
     processes_per_node,
     start_world,
@@ -132,22 +132,22 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_world_of_one_reduces_to_itself() -> None:
     alone = world()
-    assert alone.is_first
+    assert alone.is_rank0
     assert alone.sum(torch.tensor([3])).tolist() == [3]
     assert alone.gather("x") == ["x"]
-    assert alone.from_first("x") == "x"
+    assert alone.broadcast_from_rank0("x") == "x"
     alone.barrier()
-    alone.must_agree("anything", "0")
+    alone.assert_equal_across_ranks("anything", "0")
 
 
 def test_a_failure_of_the_first_keeps_its_kind() -> None:
-    with pytest.raises(DiskError, match="full"), world().first_decides():
+    with pytest.raises(DiskError, match="full"), world().rank0_errors_everywhere():
         raise DiskError("full")
 
 
 def test_hardware_on_a_cpu_names_no_accelerator() -> None:
-    assert hardware(world()).accelerator is None
-    assert hardware(world()).cores == usable_cores()
+    assert hardware_of(world()).accelerator is None
+    assert hardware_of(world()).cores == usable_cores()
     assert device_versions(world()) == {"torch": torch.__version__}
 
 
@@ -171,7 +171,7 @@ def two_processes(directory: Path) -> Config:
 
 def disagreement(worlds: World, mine: str) -> str:
     try:
-        worlds.must_agree("the source code", mine)
+        worlds.assert_equal_across_ranks("the source code", mine)
     except UserError as error:
         return str(error)
     return "agreed"
@@ -179,8 +179,8 @@ def disagreement(worlds: World, mine: str) -> str:
 
 def decision(worlds: World, fails: bool) -> str:
     try:
-        with worlds.first_decides():
-            if worlds.is_first and fails:
+        with worlds.rank0_errors_everywhere():
+            if worlds.is_rank0 and fails:
                 raise DiskError("no space")
     except UserError as error:
         return f"exit code {error.exit_code}: {error}"
@@ -202,7 +202,7 @@ def report(config: Config) -> dict[str, Any]:
         }
         found.barrier()
         gathered = found.gather(mine)
-    return {"first": found.is_first, "ranks": gathered}
+    return {"first": found.is_rank0, "ranks": gathered}
 
 
 def second_fails(config: Config) -> None:
@@ -216,7 +216,7 @@ def second_fails(config: Config) -> None:
 def second_fails_inside(config: Config) -> None:
     """Rank 1 fails inside the group while the first one waits for it in a collective operation."""
     with start_world(config.trainer) as found:
-        if not found.is_first:
+        if not found.is_rank0:
             raise DiskError("shard x is damaged") if config.seed == 0 else RuntimeError("out of memory")
         found.barrier()
 
@@ -250,7 +250,7 @@ def test_a_launched_process_that_failed_does_not_wait_for_the_others_to_leave(
 def different_data(config: Config) -> None:
     """Two nodes, two data sets."""
     with start_world(config.trainer) as found:
-        found.must_agree("the data set's manifest", str(found.rank))
+        found.assert_equal_across_ranks("the data set's manifest", str(found.rank))
 
 
 @pytest.mark.slow

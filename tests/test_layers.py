@@ -16,7 +16,7 @@ FLOORS = (
     " < stages < review < __main__"
 )
 LEVELS = {name: level for level, names in enumerate(FLOORS.split(" < ")) for name in names.split()}
-ENTRY_POINTS = {"main", "describe", "answer"}  # of a script or a verb
+ENTRY_POINTS = {"main", "add_arguments", "run"}  # of a script or a verb
 WITHOUT_TORCH = [
     *("run.provenance", "config.compose", "document.render", "preprocessing.pipeline", "preprocessing.demo"),
     *("review.check.command", "review.diff.command"),

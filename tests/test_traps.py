@@ -36,7 +36,7 @@ from recipe.config import schema as configuration
 from recipe.config.schema import Config
 from recipe.data.augment.crop import build_augmentation
 from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, TrainingBatches
-from recipe.data.decoding import NvImageCodecDecoder, Picture, PillowDecoder, build_decoder
+from recipe.data.decoding import EncodedImage, NvImageCodecDecoder, PillowDecoder, build_decoder
 from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
 from recipe.data.transforms import (
@@ -529,7 +529,7 @@ def test_statistics_are_made_equal_before_they_are_used_and_saved(
         events.append("save")
         return save(*arguments)
 
-    monkeypatch.setattr(World, "copy_from_first", lambda self, module: events.append("copy"))
+    monkeypatch.setattr(World, "broadcast_module", lambda self, module: events.append("copy"))
     monkeypatch.setattr(metrics, "evaluate", validating)
     monkeypatch.setattr(checkpointing, "save_checkpoint", saving)
     loop.train(compose_config(*smoke("optimization.ema.decay=0.9")))
@@ -581,7 +581,7 @@ def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatc
     words = ["optimization.epochs=1", "loader.threads=1"]
     opened, step = NvImageCodecDecoder.open, TrainStep.__call__
 
-    def slowly_opened(self: NvImageCodecDecoder, content: bytes) -> Picture:
+    def slowly_opened(self: NvImageCodecDecoder, content: bytes) -> EncodedImage:
         time.sleep(0.008)
         return opened(self, content)
 

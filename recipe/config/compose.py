@@ -32,12 +32,11 @@ from omegaconf.errors import OmegaConfBaseException
 from recipe.config.identity import RUNTIME_KEYS, flatten, new_name, unflatten
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.errors import CONTROLS, UserError, how_to_continue
-from recipe.run.directory import Run
+from recipe.run.directory import JOURNAL, Run
 from recipe.run.environment import remember_typed_words, typed_words
-from recipe.run.experiment_log import JOURNAL
 from recipe.run.files import CHECKOUT, disk_errors, display_path
 from recipe.run.launcher import launched, report_ignored
-from recipe.run.terminal import one_clear_sentence, protect_streams
+from recipe.run.terminal import protect_streams, report_user_errors
 
 FAILED_JOBS = "RECIPE_FAILED_JOBS"  # environment variable: the file in which the jobs of a multirun note failures
 
@@ -48,7 +47,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`; errors in the command line are one sentence each."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
     remember_typed_words()
-    with one_clear_sentence(), _explaining(), _failures_named():
+    with report_user_errors(), _explaining(), _failures_named():
         launched()  # refuses here, before anything is written
         report_ignored()
         sys.argv[1:] = _without_unusable_values(_paths_quoted(sys.argv[1:]))
@@ -64,7 +63,7 @@ def one_job() -> Iterator[None]:
     """
     protect_streams()
     if HydraConfig.get().mode != RunMode.MULTIRUN or launched().is_elastic:
-        with one_clear_sentence():
+        with report_user_errors():
             yield
         return
     try:
@@ -191,10 +190,10 @@ def _swept() -> list[Override]:
     if hydra.mode != RunMode.MULTIRUN:
         return []
     words = [word for word in _paths_quoted(typed_words()[1:]) if "=" in word and not word.startswith("-")]
-    typed_overrides = _parsed(words)
+    typed_overrides = _parse_overrides(words)
     swept = {override.key_or_group for override in typed_overrides if override.is_sweep_override()}
     swept |= set(hydra.sweeper.get("params") or {})
-    return [override for override in _parsed(_task_words()) if override.key_or_group in swept]
+    return [override for override in _parse_overrides(_task_words()) if override.key_or_group in swept]
 
 
 def evaluation_config(composed: DictConfig) -> Config:
@@ -288,7 +287,7 @@ def _with_experiment(given: list[str], name: str) -> list[str]:
 
     Raises `UserError` where they name another experiment.
     """
-    experiments = [override for override in _parsed(given) if override.key_or_group == "experiment"]
+    experiments = [override for override in _parse_overrides(given) if override.key_or_group == "experiment"]
     if experiments and compose("config", given).name != name:
         raise UserError(
             f"this run is of experiment={name}, not experiment={experiments[0].value()}; leave it out "
@@ -308,7 +307,9 @@ def _without_unusable_values(words: list[str]) -> list[str]:
         return words
     settings = [word for word in words if "=" in word and not word.startswith(("-", "hydra"))]
     sweeps = {
-        word: override for word, override in zip(settings, _parsed(settings), strict=True) if override.is_choice_sweep()
+        word: override
+        for word, override in zip(settings, _parse_overrides(settings), strict=True)
+        if override.is_choice_sweep()
     }
     fixed = [word for word in settings if word not in sweeps]
     kept = list(words)
@@ -362,7 +363,7 @@ def _path_quoted(word: str, is_multirun: bool) -> str:
 def _is_text(word: str, path: str, is_multirun: bool) -> bool:
     """Whether Hydra reads this value as plain, quoted or escaped text, or as a sweep."""
     try:
-        (override,) = _parsed([word])
+        (override,) = _parse_overrides([word])
     except HydraException:
         return False
     if override.is_sweep_override():
@@ -371,11 +372,11 @@ def _is_text(word: str, path: str, is_multirun: bool) -> bool:
     return isinstance(value, str) and (value == path or path[0] in "'\"" or "\\" in path)
 
 
-def _parsed(overrides: list[str]) -> list[Override]:
+def _parse_overrides(overrides: list[str]) -> list[Override]:
     return list(OverridesParser.create().parse_overrides(overrides))
 
 
 def _keys(given: list[str], composed: Iterable[str]) -> set[str]:
     """The keys that the command line sets; a group stands for all of its keys."""
-    touched = {override.key_or_group.replace("/", ".") for override in _parsed(given)} - {"experiment"}
+    touched = {override.key_or_group.replace("/", ".") for override in _parse_overrides(given)} - {"experiment"}
     return {key for key in composed if any(f"{key}.".startswith(f"{word}.") for word in touched)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-# Each key with its value where nobody has chosen one yet: a recipe does not hold these.
+# Facts of the machine, not part of a recipe, each with its neutral value.
 RUNTIME_KEYS: dict[str, Any] = {
     "run_dir": ".",
     "reference": None,
@@ -130,7 +130,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
     values: dict[str, Any] = {}
     for key, value in flat.items():
         *groups, last = key.split(".")

@@ -37,7 +37,7 @@ NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 # Bounds, checked by msgspec. OmegaConf ignores them.
 Natural = Annotated[int, Meta(ge=0)]
-Count = Annotated[int, Meta(ge=1)]
+PositiveInt = Annotated[int, Meta(ge=1)]
 Pixels = Annotated[int, Meta(ge=8)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -195,11 +195,11 @@ class DataConfig:
     directory: File  # the processed shards, index and manifest
     expect: Expectation
     on_corrupt: Corrupt = Corrupt.stop
-    max_pixels: Count = MAX_PIXELS  # of an image; larger ones are treated as `on_corrupt` says
+    max_pixels: PositiveInt = MAX_PIXELS  # of an image; larger ones are treated as `on_corrupt` says
     resize_short_side: Pixels | None = None  # of training images (bilinear, JPEG); None keeps the original bytes
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90  # of resized training images
     validation_fraction: Share = 0.1  # held out by hash where a folder has no validation set
-    images_per_shard: Count = 1000
+    images_per_shard: PositiveInt = 1000
     processes: Natural | None = None  # of preprocess.py; None: one per core (torchrun's share them); 0: no other
     train_images_per_class: Natural = 0  # of the demo, which is drawn
     validation_images_per_class: Natural = 0
@@ -227,7 +227,7 @@ class EmaConfig:
     """Exponential moving average of weights and buffers; a decay of 0 switches it off."""
 
     decay: BelowOne = 0.0  # per update; of the torchvision form before it is rescaled
-    every_steps: Count = 1
+    every_steps: PositiveInt = 1
     form: EmaForm = EmaForm.warmup  # torchvision: as references/classification has it
     precise_bn_images: Natural = 0  # training images for batch-norm statistics, estimated before each validation
 
@@ -245,8 +245,8 @@ class BceConfig:
 class OptimizationConfig:
     """Loss, optimizer and schedule. Batch size and learning rate are global, for any number of GPUs."""
 
-    epochs: Count
-    batch_size: Count  # images per optimizer step, over all processes
+    epochs: PositiveInt
+    batch_size: PositiveInt  # images per optimizer step, over all processes
     learning_rate: Positive  # at the end of the warm-up, for this batch size
     optimizer: OptimizerKind
     momentum: BelowOne  # of lamb: the first of its two betas
@@ -259,7 +259,7 @@ class OptimizationConfig:
     schedule: ScheduleKind
     warmup_epochs: NonNegative  # linear from warmup_start_factor x learning_rate, per optimizer step
     warmup_start_factor: Fraction
-    step_epochs: list[Count]  # of the step schedule: epochs after which the rate is multiplied by step_factor
+    step_epochs: list[PositiveInt]  # of the step schedule: epochs after which the rate is multiplied by step_factor
     step_factor: float
     ema: EmaConfig
 
@@ -269,7 +269,7 @@ class AutoAugmentConfig:
     """Automatic augmentation; all but the policy belongs to rand_augment."""
 
     policy: AutoAugmentPolicy
-    num_ops: Count  # for each image
+    num_ops: PositiveInt  # for each image
     magnitude: Fraction  # share of an operation's range: torchvision's 9 of 30 is 0.3, timm's m6 of 10 is 0.6
     magnitude_std: NonNegative  # of a normal distribution around it, cut off at 0 and 1
     probability: Fraction  # that a chosen operation is applied at all
@@ -304,7 +304,7 @@ class ProgressiveResizingConfig:
     first_pixels: Pixels | None
     start_epoch: NonNegative  # epochs completed when growing begins
     end_epoch: float  # and ends
-    multiple: Count  # sizes are rounded to multiples of this
+    multiple: PositiveInt  # sizes are rounded to multiples of this
 
 
 @dataclass(kw_only=True)
@@ -322,7 +322,7 @@ class AugmentationConfig:
     random_erasing: RandomErasingConfig
     mixup: MixupConfig
     progressive_resizing: ProgressiveResizingConfig
-    repeated_augmentation: Count  # differently augmented copies of an image in one global batch
+    repeated_augmentation: PositiveInt  # differently augmented copies of an image in one global batch
 
 
 @dataclass(kw_only=True)
@@ -332,27 +332,27 @@ class LoaderConfig:
     decoder: Decoder
     order: ImageOrder
     workers: Natural | None  # processes that decode for each process; 0: threads of its own; None: by device
-    threads: Count | None  # that decode and augment for each process; None: the cores divided by the processes
-    prefetch_batches: Count
+    threads: PositiveInt | None  # that decode and augment for each process; None: the cores divided by the processes
+    prefetch_batches: PositiveInt
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
     """Processes, arithmetic and cadences."""
 
-    gpus: Count | None  # processes on this node; None: torchrun's number, else every visible GPU, else one CPU process
+    gpus: PositiveInt | None  # processes on this node; None: of torchrun, else all visible GPUs, else one CPU process
     accelerator: Accelerator
     precision: Precision
     channels_last: bool
     compile: bool
     cuda_graphs: bool  # of the compiled network: replay its kernels, the same ones, as one graph
     deterministic: bool
-    max_micro_batch_size: Count  # caps one forward pass; gradient accumulation is derived from it
-    torch_threads: Count | None  # of torch in each process; None: the cores divided by the processes
-    log_every_steps: Count
-    keep_checkpoints: Count
-    save_every_steps: Count | None  # also inside an epoch; None: after each epoch, and when the run is stopped
-    timeout_seconds: Count  # of a collective operation
+    max_micro_batch_size: PositiveInt  # caps one forward pass; gradient accumulation is derived from it
+    torch_threads: PositiveInt | None  # of torch in each process; None: the cores divided by the processes
+    log_every_steps: PositiveInt
+    keep_checkpoints: PositiveInt
+    save_every_steps: PositiveInt | None  # also inside an epoch; None: after each epoch, and when the run is stopped
+    timeout_seconds: PositiveInt  # of a collective operation
     max_restarts: Natural  # of all processes, from the newest checkpoint, when one of them dies; of our own launch
     start_over: bool  # move an old run aside and start over
 
@@ -365,7 +365,7 @@ class EvaluationConfig:
     crop_pixels: Pixels
     interpolation: Interpolation
     flip: bool  # average the logits of an image and of its mirror image
-    batch_size: Count  # images per forward pass; another shape can change the last digits of logits
+    batch_size: PositiveInt  # images per forward pass; another shape can change the last digits of logits
     checkpoint: str  # last, best, or the name of a file in the run's checkpoints/
     backend: Backend  # onnx: an exported model of the run
     variant: Variant  # of the onnx backend
@@ -380,9 +380,9 @@ class SerializationConfig:
     fp32_tolerance: BelowOne  # largest difference of a logit / largest logit, over all validation images
     fp16_accuracy_drop_max: BelowOne  # of top-1, as a fraction
     int8_accuracy_drop_max: BelowOne
-    int8_calibration_images: Count  # training images, never validation ones
+    int8_calibration_images: PositiveInt  # training images, never validation ones
     int8_reduce_range: bool  # 7 bits for weights: no saturation on processors without VNNI
-    batch_size: Count  # images per forward pass of the comparison
+    batch_size: PositiveInt  # images per forward pass of the comparison
 
 
 @dataclass(kw_only=True)
@@ -390,8 +390,8 @@ class TimingConfig:
     """Cells of the latency table."""
 
     seconds_per_cell: Positive
-    batch_sizes: list[Count]
-    compiled_batch_sizes: list[Count]  # each one is compiled, for up to a minute
+    batch_sizes: list[PositiveInt]
+    compiled_batch_sizes: list[PositiveInt]  # each one is compiled, for up to a minute
     backends: list[TimedBackend]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from recipe.config.schema import ImageOrder, OptimizationConfig, TrainerConfig
 from recipe.data.augment.crop import Augmentation
 from recipe.data.augment.mixup import BatchPlace, MixParameters
-from recipe.data.decoding import Picture
+from recipe.data.decoding import EncodedImage
 from recipe.data.shards import Split
 from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
@@ -50,10 +50,9 @@ class TrainingRequest(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Height and width of the images."""
         return self.place.pixels
 
-    def write(self, picture: Picture, i: int, out: Tensor) -> None:
+    def write(self, picture: EncodedImage, i: int, out: Tensor) -> None:
         """Augment image `i` of the batch into `out`, uint8 [3, pixels, pixels]."""
         self.augmentation.write(picture, self.place.epoch, int(self.indices[i]), int(self.copies[i]), out)
 
@@ -70,10 +69,9 @@ class EvaluationRequest(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Height and width of the images."""
         return self.transform.crop_pixels
 
-    def write(self, picture: Picture, i: int, out: Tensor) -> None:
+    def write(self, picture: EncodedImage, i: int, out: Tensor) -> None:
         """Transform image `i` of the batch into `out`, uint8 [3, pixels, pixels]."""
         out.copy_(self.transform(picture.part(0, 0, *picture.size)))
 
@@ -245,7 +243,6 @@ class TrainingBatches:
         return np.concatenate([request.indices for requests in zip(*ranks, strict=True) for request in requests])
 
     def facts(self) -> LoaderFacts:
-        """How batches are made, for the record."""
         orders = [self._delivered_order(epoch).astype("<i8", copy=False) for epoch in range(2)]
         digest = hashlib.sha256()
         for order in orders:

@@ -1,7 +1,7 @@
 """From the bytes of an image file to its pixels, no further than somebody looks at them.
 
 A crop for training needs about half of a picture. nvImageCodec, NVIDIA's layer over libjpeg-turbo (and over the decoder
-of a GPU, which is not used here), leaves out the rows and columns that nobody asked for, with the pixels that decoding
+of a GPU, which is not used here), leaves out rows and columns outside the crop, with the pixels that decoding
 all of it would give; damage in what it leaves out is not seen. Pillow has the same pixels and decodes whole pictures.
 What nvImageCodec refuses, Pillow is asked for: preprocessing has stored only what that reads. Neither applies an EXIF
 orientation: ImageNet training never did, and one image in a thousand carries one.
@@ -41,7 +41,7 @@ class UndecodableError(Exception):
     """The bytes are no image that this decoder reads; the text says why."""
 
 
-class Picture(Protocol):
+class EncodedImage(Protocol):
     """An image that is decoded when somebody looks at it, and no further than that."""
 
     @property
@@ -49,7 +49,7 @@ class Picture(Protocol):
         """Height and width in pixels."""
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 RGB of shape [3, height, width], channels last in memory, where other pixels may lie between rows."""
+        """uint8 RGB of shape [3, height, width], channels last in memory, where other pixels may be between rows."""
 
 
 class ImageDecoder(Protocol):
@@ -57,11 +57,11 @@ class ImageDecoder(Protocol):
 
     name: str
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         """The picture in a file's bytes; this, or looking at it, raises `UndecodableError`."""
 
 
-class WholePicture:
+class WholeImage:
     """Decoded as a whole: uint8 [3, H, W]."""
 
     def __init__(self, image: Tensor) -> None:
@@ -69,7 +69,6 @@ class WholePicture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
         return self.image.shape[-2], self.image.shape[-1]
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -85,7 +84,7 @@ class PillowDecoder:
     def __init__(self) -> None:
         lift_pillows_limit()  # preprocessing has held every image to data.max_pixels
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         """The picture, decoded."""
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
@@ -94,7 +93,7 @@ class PillowDecoder:
             raise
         except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
             raise UndecodableError(reason(content, error)) from error
-        return WholePicture(torch.from_numpy(pixels).permute(2, 0, 1))
+        return WholeImage(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 class NvImageCodecDecoder:
@@ -112,15 +111,15 @@ class NvImageCodecDecoder:
             decodes = self.region(sound, 0, 0, 8, 8) is not None
         except (AttributeError, RuntimeError) as error:
             raise cannot_be_used(" ".join(str(error).split())) from error
-        if not decodes:  # else Pillow would do everything, slowly, and nobody would know why
+        if not decodes:  # else Pillow would decode everything, slowly and without a message
             raise cannot_be_used("it does not decode JPEG here")
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         """The picture, of which nothing but the header was read if it is a JPEG."""
         if content[:2] == JPEG_START:
             stream = self.library.CodeStream(content)
             with contextlib.suppress(RuntimeError):  # a header that it cannot read, and Pillow perhaps can
-                return PartialPicture(self, content, stream)
+                return PartialImage(self, content, stream)
         return self.pillow.open(content)
 
     def region(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Tensor | None:
@@ -142,7 +141,7 @@ class NvImageCodecDecoder:
         return self.per_thread.codec
 
 
-class PartialPicture:
+class PartialImage:
     """A JPEG of which the rows and columns are decoded that are looked at; all of it where it is no sequential one.
 
     Of a progressive JPEG all has to be read for any pixel, and where its last scans are missing, libjpeg smooths what

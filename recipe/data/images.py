@@ -48,7 +48,7 @@ SIGNATURES = (  # of the first bytes
 )
 SIGNATURE_BYTES = 32
 FILE_BYTES_PER_PIXEL = 8  # of an uncompressed picture with 16 bits and transparency
-FILE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
+IMAGE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view after it, which readers of JPEG ignore
 COLOURS = {"RGB": "RGB", "L": "GRAY"}  # of a JPEG that keeps its bytes: Pillow's name -> simplejpeg's
 JPEG_SIDE_MAX = 65_500  # pixels that libjpeg writes
@@ -255,7 +255,6 @@ def without_metadata(image: Image.Image) -> Image.Image:
 
 
 def as_png(image: Image.Image, unusual: str, is_rotated: bool) -> StoredImage:
-    """The lossless stored form of an unusual image."""
     rgb = as_rgb(image)
     return StoredImage(encoded(rgb, "PNG"), "png", rgb.width, rgb.height, False, is_rotated, unusual, AS_PNG)
 
@@ -272,7 +271,6 @@ def resized(image: Image.Image, short_side: int, quality: int, unusual: str | No
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    """The bytes of an image file."""
     stream = io.BytesIO()
     image.save(stream, form, **options)
     return stream.getvalue()

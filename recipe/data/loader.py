@@ -54,7 +54,6 @@ class ThreadedLoader:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def load(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """Batches in the order of the requests, decoded ahead."""
         yield from prefetch(map(self._submit, requests), self.prefetch_batches)
 
     def _submit(self, request: BatchRequest) -> PendingBatch:

@@ -165,7 +165,6 @@ def size_of(path: Path) -> int | None:
 
 
 def is_file_with(path: Path, sha256: str) -> bool:
-    """Whether the file is there with this content."""
     if not path.is_file():
         return False
     with path.open("rb") as handle:

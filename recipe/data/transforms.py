@@ -71,7 +71,6 @@ class EvaluationTransform:
         return pixels_sha256([self(fixed_image(*size)) for size in ((300, 400), (40, 30), (512, 256))])
 
     def facts(self) -> dict[str, Setting]:
-        """What this object does, for the record."""
         return {
             "resize_short_side_pixels": self.resize_pixels,
             "center_crop_pixels": self.crop_pixels,
@@ -81,7 +80,6 @@ class EvaluationTransform:
 
 
 def build_evaluation_transform(config: EvaluationConfig) -> EvaluationTransform:
-    """The evaluation view that the configuration describes."""
     return EvaluationTransform(config.resize_pixels, config.crop_pixels, INTERPOLATIONS[config.interpolation])
 
 
@@ -89,7 +87,7 @@ def centre_of_resized(image: Tensor, size: tuple[int, int], crop: int, interpola
     """uint8 [3, H, W] -> uint8 [3, crop, crop], the centre of the image in `size`, of which nothing else is made.
 
     For very long images: one of 60,000 x 2 pixels would have 6 GB at a short side of 256. Pillow resizes a part whose
-    edges lie between pixels, with the weights that it would have in the image; as many rows and columns around it as
+    edges are between pixels, with the weights that it would have in the image; as many rows and columns around it as
     the filter reaches are handed over. Differs from `resize` by rounding, one level of 255 or two with bicubic weights.
     """
     corners: list[tuple[float, float]] = []
@@ -130,12 +128,12 @@ KERNELS = {
 
 
 def empty_image(size: tuple[int, int]) -> Tensor:
-    """uint8 [3, *size] whose channels lie last in memory."""
+    """uint8 [3, *size] with channels last in memory."""
     return torch.empty((*size, 3), dtype=torch.uint8).permute(2, 0, 1)
 
 
 def writes_natively(image: Tensor, interpolation: InterpolationMode, out: Tensor) -> bool:
-    """Whether torch's kernel could resize the image into `out`: it refuses some ways to lie in memory."""
+    """Whether torch's kernel could resize the image into `out`: it refuses some memory layouts."""
     if image.stride(0) != 1:
         image = empty_image((image.shape[-2], image.shape[-1])).copy_(image)
     try:
@@ -174,7 +172,6 @@ class Normalisation:
         }
 
     def facts(self) -> dict[str, Setting]:
-        """The same, for the record."""
         return {name: list(values) for name, values in self.values().items()}
 
 
@@ -199,7 +196,7 @@ def pixels_sha256(images: list[Tensor]) -> str:
 
 
 def interface_from(transform: EvaluationTransform, normalisation: Normalisation, manifest: Manifest) -> Interface:
-    """What travels with weights: whoever has only a checkpoint makes the pixels of the evaluation that measured it."""
+    """The input of the network as its evaluation prepared it; stored with the weights."""
     mean_and_std = normalisation.values()
     return Interface(
         classes=manifest.classes,

@@ -97,7 +97,7 @@ class Worker:
         """Hand a share to the threads; the last to finish replies."""
         request: BatchRequest = pickle.loads(task.request)
         starts = range(task.first, task.last, IMAGES_PER_TASK)
-        share = Share(self, task, request, self.images(task, request), len(starts))
+        share = WorkerShare(self, task, request, self.images(task, request), len(starts))
         for first in starts:
             self.pool.submit(share.fill, first, min(first + IMAGES_PER_TASK, task.last))
 
@@ -114,7 +114,7 @@ class Worker:
             self.link.send_bytes(pickle.dumps(reply))
 
 
-class Share:
+class WorkerShare:
     """The part of one batch that one worker fills."""
 
     def __init__(self, worker: Worker, task: FillTask, request: BatchRequest, images: Tensor, parts: int) -> None:

@@ -41,7 +41,7 @@ from recipe.data.shards import Split
 from recipe.data.worker import SIGNAL_BASE, FillTask, Reply, Setup, batch_at
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError, WorkerError
-from recipe.run.signals import FROM_OUTSIDE, blocked
+from recipe.run.terminal import FROM_OUTSIDE, blocked
 
 THREADS_PER_WORKER = 2  # by default: one waits for a disk while the other decodes
 SECONDS_TO_END = 3.0  # for workers whose sockets are closed, before they are killed
@@ -321,7 +321,6 @@ class WorkerLoader:
         self.threads, self.workers = pool.threads, len(pool.links)
 
     def load(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """Batches in the order of the requests, decoded ahead."""
         yield from prefetch(map(self._submit, requests), self.prefetch_batches)
 
     def _submit(self, request: BatchRequest) -> PendingBatch:

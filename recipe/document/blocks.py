@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from recipe.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
-MARKER = re.compile(
+BLOCK_MARKER = re.compile(
     rf"(?<![^\n{BYTE_ORDER_MARK}])<!-- recipe:"
     r"(?:begin (?P<begin>[a-z0-9_-]+) sha256=(?P<sha256>[0-9a-f]{64})|end (?P<end>[a-z0-9_-]+)) -->[ \t]*(?:\r?\n|\Z)"
 )
@@ -52,13 +52,13 @@ class Block:
         return content_sha256(self.content) != self.sha256
 
 
-def merge(document: str, generated: Mapping[str, str]) -> str:
+def merge_blocks(document: str, generated: Mapping[str, str]) -> str:
     """Put the generated blocks into the document; a missing block is inserted after its predecessor.
 
     `generated` maps block ids to contents, in the order of the template. Raises `UserError` where a block was edited.
     """
     pieces = split(document)
-    refuse_edits(pieces, generated)
+    check_edits(pieces, generated)
     for position, piece in enumerate(pieces):
         if isinstance(piece, Block) and piece.id in generated:
             pieces[position] = _updated(piece, generated[piece.id])
@@ -77,7 +77,7 @@ def split(document: str) -> list[Prose | Block]:
     seen: set[str] = set()
     begin: re.Match[str] | None = None
     place = 0
-    for marker in MARKER.finditer(document):
+    for marker in BLOCK_MARKER.finditer(document):
         if begin is None:
             if marker["end"]:
                 raise UserError(
@@ -104,7 +104,7 @@ def split(document: str) -> list[Prose | Block]:
     return [piece for piece in pieces if piece.text]
 
 
-def refuse_edits(pieces: list[Prose | Block], generated: Mapping[str, str]) -> None:
+def check_edits(pieces: list[Prose | Block], generated: Mapping[str, str]) -> None:
     """Raise `UserError` with the id, both hashes and a diff of an edited block; blocks of unknown ids are ignored."""
     for block in edited_blocks(pieces):
         if block.id in generated:
@@ -156,7 +156,7 @@ def _updated(block: Block, content: str) -> Block:
 
 def _new_block(block_id: str, content: str) -> Block:
     assert content.endswith("\n"), block_id
-    assert not MARKER.search(content), block_id
+    assert not BLOCK_MARKER.search(content), block_id
     sha256 = content_sha256(content)
     begin, end = f"<!-- recipe:begin {block_id} sha256={sha256} -->\n", f"<!-- recipe:end {block_id} -->\n"
     return Block(block_id, sha256, begin, content, end)

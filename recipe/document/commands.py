@@ -47,7 +47,6 @@ def checkout_commands(provenance: Provenance) -> list[str]:
 
 
 def to_preprocess(facts: RunData) -> str:
-    """The command that fills the Data chapter."""
     return f"python preprocess.py {experiment(facts)}"
 
 
@@ -66,7 +65,6 @@ def to_evaluate(facts: RunData) -> str:
 
 
 def to_serialize(facts: RunData) -> str:
-    """The command that fills the Serialization section."""
     return f"python serialize.py {places(facts)}"
 
 

@@ -11,7 +11,7 @@ from recipe.run.records import Schedule, TrainingRecord
 
 MetricRow = dict[str, Any]
 Points = Sequence[tuple[float, float]]
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Throughput:
     warm_epochs: int
     warm_images_per_second: float | None  # median
     data_wait_fraction: float  # median of the warm epochs, else of all
-    held_up_fraction: float | None  # likewise
+    stalled_fraction: float | None  # likewise
 
 
 def throughput(training: TrainingRecord) -> Throughput | None:
@@ -37,7 +37,7 @@ def throughput(training: TrainingRecord) -> Throughput | None:
         warm_epochs=len(warm),
         warm_images_per_second=statistics.median(epoch.images_per_second for epoch in warm) if warm else None,
         data_wait_fraction=statistics.median(epoch.data_wait_fraction for epoch in warm or cold),
-        held_up_fraction=median_of([epoch.held_up_fraction for epoch in warm or cold]),
+        stalled_fraction=median_of([epoch.stalled_fraction for epoch in warm or cold]),
     )
 
 
@@ -55,7 +55,7 @@ def schedule_rows(schedule: Schedule, most: int = 8) -> list[tuple[int, float]]:
     return sorted({*evenly(schedule.points, most), peak})
 
 
-def evenly(items: Sequence[Item], most: int) -> list[Item]:
+def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most `most` items at even distances, the first and the last among them."""
     if len(items) <= most:
         return list(items)

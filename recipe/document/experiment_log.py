@@ -17,8 +17,7 @@ from msgspec.structs import replace
 
 from recipe.config.identity import differences
 from recipe.errors import UserError
-from recipe.run.directory import Run
-from recipe.run.experiment_log import JOURNAL, place_of
+from recipe.run.directory import JOURNAL, Run, place_of
 from recipe.run.files import is_elsewhere, opened, portable_path
 from recipe.run.records import JournalEntry, JournalRecord
 
@@ -79,7 +78,7 @@ def update_log_record(run: Run, shown_run_dir: str) -> None:
 def read_log(log: Path, name: str | None, run: str, place: str | None = None) -> JournalRecord:
     """Every stage of the runs of this name, and of this run, oldest first."""
     lines, unreadable = read_lines(log)
-    entries = list(entries_of([attempt for attempt in attempts(lines) if attempt.is_of(name, run, place)]))
+    entries = list(journal_entries([attempt for attempt in attempts(lines) if attempt.is_of(name, run, place)]))
     return JournalRecord(
         name=name or "",
         entries=entries[-ENTRIES_MAX:],
@@ -123,7 +122,7 @@ def attempts(lines: list[LogLine]) -> list[Attempt]:
     return started
 
 
-def entries_of(joined: list[Attempt]) -> Iterator[JournalEntry]:
+def journal_entries(joined: list[Attempt]) -> Iterator[JournalEntry]:
     """Each attempt with its parent and the changes from it."""
     names = run_names([attempt.start for attempt in joined])
     trained: list[LogLine] = []

@@ -206,7 +206,6 @@ def line(axes: Axes, pairs: Points, color: str, label: str, form: str) -> None:
 
 
 def legend(axes: Axes, place: Literal["best", "lower right"] = "best") -> None:
-    """Add a legend, if there is a series."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=place).get_frame().set_linewidth(0)
 

@@ -72,7 +72,6 @@ def percent(fraction: float | None) -> Markdown:
 
 
 def accuracy(correct: int, images: int) -> Markdown:
-    """An accuracy with its counts."""
     return Markdown(f"{percent(correct / images if images else None)} ({correct:,} of {images:,})")
 
 
@@ -84,17 +83,15 @@ def number(value: float | None, decimals: int = 0, unit: str = "") -> Markdown:
 
 
 def images_per_second_text(images_per_second: float | None) -> Markdown:
-    """Images per second, with a decimal below 100."""
     return number(images_per_second, 0 if images_per_second is not None and images_per_second >= 100 else 1)
 
 
 def significant(value: float | None, digits: int = 4) -> Markdown:
-    """A quantity that spans orders of magnitude, such as a learning images_per_second_text."""
+    """A quantity that spans orders of magnitude, such as a learning rate."""
     return Markdown(NOTHING if value is None else f"{value:.{digits}g}")
 
 
 def duration(seconds: float | None) -> Markdown:
-    """Seconds, minutes and seconds, or hours and minutes."""
     if seconds is None or not math.isfinite(seconds):
         return Markdown(NOTHING)
     if seconds < 59.95:
@@ -133,7 +130,6 @@ def settings(values: dict[str, Setting]) -> list[tuple[Markdown, Markdown]]:
 
 
 def name_values(values: dict[str, str]) -> Markdown:
-    """Names with their values on one line."""
     return Markdown(", ".join(f"{text(name)} {text(value)}" for name, value in values.items()) or "none")
 
 
@@ -153,7 +149,6 @@ def hardware(machine: Hardware) -> Markdown:
 
 
 def tree(provenance: Provenance) -> Markdown:
-    """Commit and working tree of a stage."""
     state = provenance.tree_at_start
     commit = code(provenance.commit or "unknown")
     if state.state == "clean":
@@ -170,7 +165,6 @@ def tree(provenance: Provenance) -> Markdown:
 
 
 def without_commit(state: TreeState) -> str:
-    """The state of a tree without a commit, and the reason."""
     return f"{state.state}, because {state.reason}" if state.reason else state.state
 
 
@@ -202,7 +196,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
 
 
 def guesses(classes: list[Guess]) -> Markdown:
-    """The best classes with their probabilities."""
     return Markdown(", ".join(f"{text(guess.name)} {percent(guess.probability)}" for guess in classes))
 
 

@@ -62,7 +62,7 @@ PUBLISHED = (
     PublishedRow("V100 16 GB", "MXNet", "fp16", "mean 3.48, p95 3.68, p99 3.86", None, f"{NVIDIA} for MXNet"),
     PublishedRow(
         "V100 32 GB",
-        "onnxruntime with TensorRT, behind a Triton server, its client included",
+        "onnxruntime with TensorRT, in a Triton server, its client included",
         "fp16",
         "mean 2.84, p95 3.05, p99 3.14",
         None,
@@ -85,7 +85,6 @@ def machine_title(record: TimingRecord) -> str:
 
 
 def single_pictures(record: TimingRecord) -> list[Latency]:
-    """The cells of one picture, from its bytes to the answer."""
     return [cell for cell in record.cells if cell.what == BOTH and cell.batch_size == 1]
 
 
@@ -101,7 +100,6 @@ def measured_rows(timing: Sequence[TimingRecord]) -> list[MeasuredRow]:
 
 
 def published_rows(model: str) -> tuple[PublishedRow, ...]:
-    """The published figures of this model."""
     return PUBLISHED if model == "resnet50" else ()
 
 

@@ -32,8 +32,8 @@ def readme(facts: RunData, licence: str, run_document: str, published: str | Non
     """
     generated = generated_blocks(facts)
     own_keys, body = ("", None) if published is None else split_front_matter(published, card(facts, licence))
-    blocks.refuse_edits(blocks.split(run_document), generated)
-    document = blocks.merge(run_document if body is None else body, generated)
+    blocks.check_edits(blocks.split(run_document), generated)
+    document = blocks.merge_blocks(run_document if body is None else body, generated)
     if body is not None:
         document = with_prose_of(document, run_document)
     return front_matter(card(facts, licence), own_keys) + ("\n" if body is None else "") + document

@@ -25,7 +25,13 @@ from recipe.run.records import (
     TrainingRecord,
 )
 
-FORMAT = "recipe/1"
+RECIPE_FORMAT = "recipe/1"
+RECORD_OF_CLAIM = {  # chapter of the claims -> record
+    "data": "preprocessing",
+    "training": "training",
+    "evaluation": "evaluation",
+    "serialization": "serialization",
+}
 DYNAMICS = (
     *("epoch", "learning_rate", "train_loss", "train_top1"),
     *("validation_loss", "validation_top1", "validation_top5"),
@@ -33,15 +39,15 @@ DYNAMICS = (
 PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")  # a string holds no line break as it is, only \n
 
 
-def identity(facts: RunData) -> dict[str, Any]:
+def recipe_claims(facts: RunData) -> dict[str, Any]:
     """The pinned configuration with its hashes, and every claim; nulls where nothing was run yet."""
     training = facts.training
     return {
-        "format": FORMAT,
+        "format": RECIPE_FORMAT,
         "config": facts.config,
         "config_sha256": config_sha256(facts.config) if facts.config else None,
         "recipe_id": recipe_id(facts.config) if facts.config else None,
-        "code": code(training) if training else None,
+        "code": training_code(training) if training else None,
         "determinism_context": training.determinism_context if training else None,
         "claims": {
             "data": data_claims(facts.preprocessing) if facts.preprocessing else None,
@@ -62,8 +68,7 @@ def as_json(values: dict[str, Any]) -> str:
     return PLAIN_LIST.sub(lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", indented)
 
 
-def code(training: TrainingRecord) -> dict[str, Any]:
-    """The code that trained."""
+def training_code(training: TrainingRecord) -> dict[str, Any]:
     provenance = training.provenance
     return {
         "command": provenance.command,
@@ -129,7 +134,6 @@ def evaluation_claims(evaluation: EvaluationRecord) -> dict[str, Any]:
 
 
 def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
-    """Each exported file."""
     return {
         entry.variant: {
             "sha256": entry.sha256,

@@ -20,7 +20,7 @@ from recipe.config.identity import flatten
 from recipe.document import blocks, commands, curves, formatting, latency
 from recipe.document.experiment_log import update_log_record
 from recipe.document.formatting import Markdown
-from recipe.document.recipe_json import as_json, identity
+from recipe.document.recipe_json import as_json, recipe_claims
 from recipe.document.run_data import RunData, Section, load, sections, source_changed
 from recipe.errors import UserError
 from recipe.run.directory import Run
@@ -49,7 +49,7 @@ def render(facts: RunData, existing: str | None) -> str:
 
     Raises `UserError` where a generated block of `existing` was edited by hand.
     """
-    return blocks.merge(existing or "", generated_blocks(facts))
+    return blocks.merge_blocks(existing or "", generated_blocks(facts))
 
 
 def write_document(run: Run, shown_run_dir: str) -> None:
@@ -122,7 +122,6 @@ def environment() -> Environment:
 
 
 def context(facts: RunData) -> dict[str, Any]:
-    """The variables of the templates."""
     training, evaluation = facts.training, facts.evaluation
     epochs = training.epochs if training else []
     return {
@@ -194,7 +193,6 @@ def descriptions(facts: RunData) -> dict[str, Any]:
 
 
 def declared_items(facts: RunData, key: str) -> list[str]:
-    """A `description` key that holds a list."""
     values = descriptions(facts).get(key)
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
@@ -224,13 +222,13 @@ def class_tables(evaluation: EvaluationRecord) -> dict[str, list[Any]]:
 
 def recipe_json(facts: RunData) -> Markdown:
     """The JSON block, from which a program can run the recipe again and test its claims."""
-    return Markdown(as_json(identity(facts)))
+    return Markdown(as_json(recipe_claims(facts)))
 
 
 def json_file(facts: RunData) -> bytes:
     """The content of recipe.json, with sorted keys."""
     content = {
-        **identity(facts),
+        **recipe_claims(facts),
         "name": facts.name,
         "records": {name: msgspec.to_builtins(getattr(facts, name)) for name in RECORDS},
         "timing": {record.machine: msgspec.to_builtins(record) for record in facts.timing},

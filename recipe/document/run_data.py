@@ -52,10 +52,10 @@ class Section:
     reasons: tuple[str, ...] = ()
 
 
-Attempt = Callable[[Path, Callable[[], Any]], Any]  # reads one file, given its path and how to read it
+FileReader = Callable[[Path, Callable[[], Any]], Any]  # reads one file, given its path and how to read it
 
 
-def load(run: Run, shown_run_dir: str, attempt: Attempt = lambda path, read: read()) -> RunData:
+def load(run: Run, shown_run_dir: str, attempt: FileReader = lambda path, read: read()) -> RunData:
     """Read the files of a run, each through `attempt`, which may return None for one that cannot be read.
 
     `shown_run_dir` is used until a document records its own, so that the page of a run that was moved or copied stays
@@ -86,7 +86,6 @@ Check = Callable[[RunData, LaterRecord], list[str]]
 
 
 def sections(facts: RunData) -> dict[str, Section]:
-    """The state of every section that a stage fills."""
     data = Section(PRESENT if facts.preprocessing else NOT_MEASURED)
     training = section(facts, [facts.training], data_reasons, config_reasons)
     evaluation = section(facts, [facts.evaluation], trained_reasons, data_reasons, config_reasons)
@@ -167,5 +166,4 @@ def source_changed(provenance: Provenance) -> bool:
 
 
 def short(digest: str | None) -> str:
-    """The first digits of a hash."""
     return digest[:12] if digest else "(no hash recorded)"

@@ -1,4 +1,4 @@
-"""One class for whoever has a model and a picture: `Classifier.load(path)("puppy.jpg", top=5)`.
+"""The class for users of a model: `Classifier.load(path)("puppy.jpg", top=5)`.
 
 A checkpoint and an exported file are used alike. Each says itself how its pixels are made and what its classes are
 called, so nothing has to be repeated and no list of names can be off by one. An exported file needs none of the code

@@ -1,8 +1,9 @@
-"""From a network to the bytes of an ONNX file: fp32 by torch's exporter, fp16 and int8 made from that graph.
+"""The evaluated checkpoint of a run, whose accuracy is known, and the bytes of an ONNX file made from a network.
 
-uint8 pixels go in and the cast and the normalisation are part of the graph, since a wrong mean or BGR for RGB is the
-commonest error of a deployment. Equal weights give equal bytes: what the exporter notes about this machine (hundreds of
-paths in stack traces) is taken out. Nothing here judges the result; `parity` does.
+fp32 is made by torch's exporter, fp16 and int8 from that graph. uint8 pixels go in and the cast and the normalisation
+are part of the graph, since a wrong mean or BGR for RGB is the commonest error of a deployment. Equal weights give
+equal bytes: what the exporter notes about this machine (hundreds of paths in stack traces) is taken out. Nothing here
+judges the result; `parity` does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -19,8 +21,56 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
+from recipe.errors import UserError
 from recipe.inference.onnx_file import INPUT, OUTPUT
-from recipe.run.records import Interface, Setting
+from recipe.models.build import restored_model, weights_sha256
+from recipe.models.checkpoint import eval_weights, interface_of, load_checkpoint
+from recipe.run.directory import Run
+from recipe.run.files import display_path
+from recipe.run.records import EvaluationRecord, Interface, Setting, TrainingRecord
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The network with its weights on the CPU, its interface and its records."""
+
+    where: str  # the checkpoint's file
+    model: nn.Module  # in evaluation mode
+    interface: Interface
+    weights_sha256: str
+    manifest_sha256: str  # of the data set that it was trained on
+    training: TrainingRecord
+    evaluation: EvaluationRecord
+
+
+def load_evaluated(run: Run) -> Evaluated:
+    """Load the checkpoint of the evaluation record. Raises `UserError` with the command to run first, or again."""
+    here = display_path(run.directory)
+    training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
+    if training is None:
+        raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
+    if evaluation is None:
+        raise UserError(
+            f"{here} holds no evaluation, and a model of unknown accuracy is not used: "
+            f"run `python evaluate.py run_dir={here}` first"
+        )
+    path = run.checkpoints / evaluation.protocol.checkpoint
+    where, state = display_path(path), load_checkpoint(path)
+    weights = weights_sha256(eval_weights(state))
+    if weights != evaluation.inputs.get("weights"):
+        raise UserError(
+            f"{where} holds other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"
+        )
+    return Evaluated(
+        where=where,
+        model=restored_model(state, where).eval(),
+        interface=interface_of(state, where),
+        weights_sha256=weights,
+        manifest_sha256=state["manifest_sha256"],
+        training=training,
+        evaluation=evaluation,
+    )
+
 
 EXAMPLE_BATCH = 2  # 1 was taken for a constant by earlier exporters (pytorch#157621)
 OPSET = 20
@@ -40,7 +90,7 @@ class Deployable(nn.Module):
             self.register_buffer(name, torch.tensor(values).mul(255).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """The same arithmetic as `Normalisation` and the model behind it."""
+        """The same arithmetic as `Normalisation` followed by the model."""
         logits: Tensor = self.model((images - self.mean) / self.std)
         return logits
 
@@ -103,12 +153,10 @@ def to_int8(graph: onnx.ModelProto, calibration: Iterator[Tensor], reduce_range:
 
 
 def fp16_facts() -> dict[str, Setting]:
-    """How the fp16 file was made."""
     return {"method": "weights and activations converted; input and output left as they are"}
 
 
 def int8_facts(images: int, reduce_range: bool) -> dict[str, Setting]:
-    """How the int8 file was made."""
     return {
         "method": "static quantisation, QDQ, signed weights per channel, unsigned activations between their extremes",
         "calibration_training_images": images,

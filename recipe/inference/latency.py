@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from recipe.config.identity import to_dict
 from recipe.config.schema import Config, Precision, TimedBackend, Variant
 from recipe.data.transforms import Normalisation
-from recipe.distributed import World, arithmetic_switches, device_versions, hardware
+from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of
 from recipe.errors import UserError
 from recipe.evaluation import Predict, predictor
 from recipe.inference.classifier import Classifier
-from recipe.inference.evaluated import Evaluated, load_evaluated
+from recipe.inference.export import Evaluated, load_evaluated
 from recipe.inference.onnx_file import OnnxModel, read_onnx
 from recipe.run.directory import Run
 from recipe.run.files import display_path, redact_paths
-from recipe.run.progress import Progress
+from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
 from recipe.run.records import BOTH, MODEL, PREPROCESSING, Absent, Hardware, Latency, Setting, TimingRecord
 
@@ -146,7 +146,7 @@ def measure_timing(run: Run, config: Config, world: World, picture: Path, comman
     stage = Stage(run.directory, command)
     bench = _bench(run, config, world, picture)
     cells = _warmed_up(list(_cells(bench)), bench.absent)
-    with Progress("measuring latency", TIMING_ROUNDS * len(cells), "cells") as progress:
+    with ProgressPrinter("measuring latency", TIMING_ROUNDS * len(cells), "cells") as progress:
         for _ in range(TIMING_ROUNDS):
             for cell in cells:
                 cell.measure(config.timing.seconds_per_cell / TIMING_ROUNDS)
@@ -269,7 +269,7 @@ def _torchvisions_own_way(bench: Bench) -> Callable[[], Tensor]:
 def _warmed_up(cells: list[Cell], absent: list[Absent]) -> list[Cell]:
     """The cells that run, after a few untimed calls: caches, cuDNN's choice, compilation."""
     ready = []
-    with Progress("warming up and compiling", len(cells), "cells") as progress:
+    with ProgressPrinter("warming up and compiling", len(cells), "cells") as progress:
         for cell in cells:
             if reason := _reason_not_to_run(cell):
                 named = f"{cell.backend}, {cell.precision}, {cell.what}, batch {cell.batch_size}"
@@ -293,7 +293,7 @@ def _reason_not_to_run(cell: Cell) -> str | None:
 
 
 def timing_record(bench: Bench, stage: Stage, cells: list[Cell], picture: Path) -> TimingRecord:
-    machine = hardware(bench.world)
+    machine = hardware_of(bench.world)
     latencies = [cell.latency() for cell in cells]
     with Image.open(picture) as image:
         size = list(image.size)

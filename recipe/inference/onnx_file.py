@@ -1,4 +1,4 @@
-"""The exported file as such: the metadata that a stranger needs, and a session that asks it for logits.
+"""An exported ONNX file: its metadata, and a session that computes logits.
 
 One file holds everything: graph, weights, and under `metadata_props` the classes, how pixels are made, the hashes of
 what it came from and the accuracy of the model. No external data, no path, no date.
@@ -24,7 +24,7 @@ from recipe.run.records import Interface, Record
 
 INPUT, OUTPUT = "images", "logits"
 CPU_PROVIDER = "CPUExecutionProvider"
-FILE_BYTES_MAX = 2**31  # a protobuf cannot be longer
+ONNX_BYTES_MAX = 2**31  # a protobuf cannot be longer
 FATAL_ONLY = 4  # onnxruntime's own log; its errors are raised as well
 
 
@@ -63,7 +63,7 @@ class Metadata(Record, frozen=True, kw_only=True):
     manifest_sha256: str
     training: TrainingCode
     accuracy: MeasuredAccuracy
-    licence: str  # declared for the data set; empty where nobody said
+    licence: str  # declared for the data set; empty if not declared
     versions: dict[str, str]  # of what exported it
 
 
@@ -74,7 +74,7 @@ def to_properties(metadata: Metadata) -> dict[str, str]:
 
 
 def from_properties(properties: dict[str, str], where: str) -> Metadata:
-    """Read back and validate; a file from a stranger may hold anything."""
+    """Read back and validate the metadata of a file that may come from somebody else."""
     fields = {field.name: field for field in msgspec.structs.fields(Metadata)}
     try:
         values = {
@@ -109,7 +109,7 @@ class OnnxModel:
         except Exception as error:  # onnxruntime has a class of its own for every kind of damage
             raise UserError(f"{where} cannot be opened by onnxruntime: {_reason(error)}") from error
         self.provider: str = self.session.get_providers()[0]
-        self._require_own_shapes()
+        self._check_own_shapes()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 logits [N, classes]."""
@@ -123,7 +123,7 @@ class OnnxModel:
             raise UserError(f"{self.where} gives {found} where float32 logits {list(shape)} were promised")
         return torch.from_numpy(logits)
 
-    def _require_own_shapes(self) -> None:
+    def _check_own_shapes(self) -> None:
         """The graph takes and gives what the metadata says, as far as its shapes are fixed."""
         interface = self.metadata.interface
         crop = interface.crop_pixels
@@ -193,4 +193,4 @@ def onnx_protocol(eager: str, variant: str) -> str:
 
 def read_onnx(path: Path, where: str) -> bytes:
     """The bytes of a file, which hold all of it."""
-    return read_file(path, where, FILE_BYTES_MAX)
+    return read_file(path, where, ONNX_BYTES_MAX)

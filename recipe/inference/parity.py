@@ -18,11 +18,11 @@ from torch import Tensor
 from recipe.config.schema import SerializationConfig, Variant
 from recipe.data.batches import Batch
 from recipe.errors import UserError
-from recipe.evaluation import Predict, Predictions, concatenate, predictions_of, require_finite
-from recipe.run.progress import Progress
+from recipe.evaluation import Predict, Predictions, check_finite, concatenate, predictions_of
+from recipe.run.progress import ProgressPrinter
 from recipe.run.records import Flip
 
-EXAMPLES_MAX = 20
+FLIP_EXAMPLES_MAX = 20
 NAMED_MAX = 5  # images in an error message
 TRIED_BATCHES = (1, 2, 7)
 
@@ -98,7 +98,7 @@ class Comparison:
                 exported_class=int(self.exported.top[index, 0]),
                 eager_margin=float(self.eager.margins[index]),
             )
-            for index in self.flips[:EXAMPLES_MAX]
+            for index in self.flips[:FLIP_EXAMPLES_MAX]
         ]
 
 
@@ -112,7 +112,7 @@ def compare(
     """One pass over the validation set; the two sides' batches hold the same images, each with its own pixels."""
     reference = Side(eager)
     sides = {variant: Side(predict) for variant, predict in exported.items()}
-    with Progress("comparing exported models with the eager one", images, "images") as progress:
+    with ProgressPrinter("comparing exported models with the eager one", images, "images") as progress:
         for ours, theirs in zip(eager_batches, exported_batches, strict=True):
             assert torch.equal(ours.indices, theirs.indices), "the two sides see the same images"
             logits = reference.take(ours, None)
@@ -121,7 +121,7 @@ def compare(
             progress.add(len(ours.indices))
     predictions = concatenate(reference.parts)
     assert np.array_equal(predictions.indices, np.arange(images)), "every image once"
-    require_finite(predictions, "the evaluated checkpoint")
+    check_finite(predictions, "the evaluated checkpoint")
     scale = max(reference.largest_logit, 1e-30)
     return {
         variant: Comparison(
@@ -156,7 +156,7 @@ def passes(variant: Variant, found: Comparison, config: SerializationConfig) -> 
     return -found.top1_change <= accuracy_drop_max(variant, config) and np.isfinite(found.relative_logit_error)
 
 
-def require_parity(
+def check_parity(
     comparisons: Mapping[Variant, Comparison], config: SerializationConfig, key_of: Callable[[int], str]
 ) -> None:
     """Stop with what is wrong and on which images, unless every variant passes."""
@@ -183,7 +183,7 @@ def complaint(variant: Variant, found: Comparison, config: SerializationConfig, 
     )
 
 
-def require_any_batch(predict: Predict, images: Tensor) -> None:
+def check_any_batch(predict: Predict, images: Tensor) -> None:
     """Batches of 1, 2 and 7 give the rows of one larger batch: the batch is dynamic, and rows do not mix."""
     whole = predict(images)
     scale = float(whole.abs().max())

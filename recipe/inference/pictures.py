@@ -56,7 +56,7 @@ def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_P
         try:
             with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
                 if image.width * image.height > max_pixels:
-                    raise too_large(where, f"{image.width} x {image.height} pixels", max_pixels)
+                    raise picture_too_large(where, f"{image.width} x {image.height} pixels", max_pixels)
                 flaw = flaw_of(image, content)
                 if flaw is not None and flaw.loses_pixels:
                     raise UserError(f"{where} is damaged: {flaw.what}; use a sound copy")
@@ -66,7 +66,7 @@ def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_P
         except MemoryError as error:
             raise UserError(f"there is not enough memory to read {where}; make the picture smaller") from error
         except Image.DecompressionBombError as error:
-            raise too_large(where, "more pixels than Pillow reads", max_pixels) from error
+            raise picture_too_large(where, "more pixels than Pillow reads", max_pixels) from error
         except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
             raise UserError(f"{where} is not a picture that can be read: {reason(content, error)}") from error
 
@@ -79,7 +79,7 @@ def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple
     return read_file(Path(picture), where, FILE_BYTES_PER_PIXEL * max_pixels), where
 
 
-def too_large(where: str, what: str, max_pixels: int) -> UserError:
+def picture_too_large(where: str, what: str, max_pixels: int) -> UserError:
     """The sentence for a picture that claims too much."""
     return UserError(f"{where} is too large: {what}, while max_pixels={max_pixels}; make it smaller, or give more")
 

@@ -100,7 +100,7 @@ class SmallResNet(nn.Module):
     def __init__(self, classes: int, norm: str = "batch", zero_init_last_norm: bool = True, width: int = 16) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=norm == "none")
-        self.stem_norm = _norm(norm, width)
+        self.stem_norm = _norm_layer(norm, width)
         self.blocks = nn.Sequential(
             SmallBlock(width, width, 1, norm),
             SmallBlock(width, 2 * width, 2, norm),
@@ -128,9 +128,9 @@ class SmallBlock(nn.Module):
         super().__init__()
         bias = norm == "none"
         self.convolution1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias)
-        self.norm1 = _norm(norm, outputs)
+        self.norm1 = _norm_layer(norm, outputs)
         self.convolution2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias)
-        self.norm2 = _norm(norm, outputs)
+        self.norm2 = _norm_layer(norm, outputs)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if inputs != outputs else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class SmallBlock(nn.Module):
         return functional.relu(self.norm2(self.convolution2(residual)) + self.shortcut(features))
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
+def _norm_layer(kind: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 

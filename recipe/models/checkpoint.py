@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import safetensors.torch
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from recipe.errors import DiskError, UserError
 from recipe.run.files import WEIGHTS_BYTES_MAX, display_path, opened, read_file, write_atomically
+from recipe.run.metric_rows import Count
 from recipe.run.records import Interface
 
 State = dict[str, Any]
-FORMAT = "checkpoint/2"
+CHECKPOINT_FORMAT = "checkpoint/2"
 CHECKSUMS_BYTES_MAX = 2**20
 ZIP = b"PK\x03\x04"
 REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]{1,100})")  # in torch's words
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class Position(msgspec.Struct):
@@ -62,7 +62,7 @@ class Entries(msgspec.Struct):
 def save_checkpoint(directory: Path, step: int, state: State) -> Path:
     """Write `state` durably under the number of its step; raises `DiskError` and leaves no partial file."""
     buffer = io.BytesIO()  # a file name would become part of the archive's bytes
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     content = buffer.getvalue()
     path = directory / f"step-{step:08d}.pt"
     checksum, new = _checksum_file(path), f"{hashlib.sha256(content).hexdigest()}\n".encode()
@@ -92,8 +92,8 @@ def load_checkpoint(path: Path) -> State:
             raise UserError(f"{where} is damaged: its SHA-256 is not the one written beside it")
         handle.seek(0)
         state: State = unpickled(handle, where)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{where} is not of format {FORMAT!r}")
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{where} is not of format {CHECKPOINT_FORMAT!r}")
     _check_entries(state, where)
     return state
 
@@ -195,7 +195,7 @@ def unpickled(handle: BufferedReader, where: str, is_mapped: bool = False) -> An
     handle.seek(0)
     is_archive = start == ZIP
     if is_archive:
-        _refuse_zip_bomb(handle, where, size)
+        _check_zip_bomb(handle, where, size)
     source = f"/dev/fd/{handle.fileno()}" if is_mapped and is_archive else handle  # torch decides by a path's suffix
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -210,7 +210,7 @@ def unpickled(handle: BufferedReader, where: str, is_mapped: bool = False) -> An
         ) from error
 
 
-def _refuse_zip_bomb(handle: BufferedReader, where: str, size: int) -> None:
+def _check_zip_bomb(handle: BufferedReader, where: str, size: int) -> None:
     """torch.save does not compress: an archive that unpacks to more than its size is a zip bomb."""
     try:
         with zipfile.ZipFile(handle) as archive:

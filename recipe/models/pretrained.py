@@ -26,7 +26,7 @@ from torchvision.models import WeightsEnum
 
 from recipe.config.schema import Config, Interpolation, Precision
 from recipe.errors import NonFiniteError, UserError
-from recipe.models.checkpoint import FORMAT, ZIP, eval_entry, is_plain, named_tensors, unpickled
+from recipe.models.checkpoint import CHECKPOINT_FORMAT, ZIP, eval_entry, is_plain, named_tensors, unpickled
 from recipe.run.files import WEIGHTS_BYTES_MAX, display_path, opened
 
 AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
@@ -93,7 +93,7 @@ def _state_dictionary(content: Any, where: str) -> tuple[str | None, dict[str, T
     if named_tensors(content):
         return None, _plain(content, where)
     if isinstance(content, dict):
-        if content.get("format") == FORMAT:
+        if content.get("format") == CHECKPOINT_FORMAT:
             return _entry_of_ours(content, where)
         for entry in ENTRIES:
             if named_tensors(content.get(entry)):

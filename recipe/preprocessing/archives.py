@@ -22,7 +22,7 @@ from recipe.errors import UserError
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.listing import belongs_to_system
 from recipe.run.files import display_path, write_atomically
-from recipe.run.progress import Progress
+from recipe.run.progress import ProgressPrinter
 from recipe.run.records import Archive
 
 MEMBER_BYTES_MAX = 20_000_000  # the largest image of ILSVRC2012 has about 16 MB
@@ -127,16 +127,16 @@ def devkit_members(path: Path) -> dict[str, bytes]:
 def digests(paths: Sequence[Path], published_md5: Mapping[str, str], cache: Path) -> list[Archive]:
     """Size, md5 and sha256 of each archive; read once, then kept in `cache` by name, size and time of change."""
     known: dict[str, tuple[str, str]] = json.loads(cache.read_bytes()) if cache.exists() else {}
-    unread = sum(path.stat().st_size for path in paths if identity(path) not in known)
-    with Progress("reading archives for their md5 and sha256", unread, "B", scale=1024) as progress:
+    unread = sum(path.stat().st_size for path in paths if file_stamp(path) not in known)
+    with ProgressPrinter("reading archives for their md5 and sha256", unread, "B", scale=1024) as progress:
         for path in paths:
-            if identity(path) not in known:
-                known[identity(path)] = md5_and_sha256(path, progress.add)
+            if file_stamp(path) not in known:
+                known[file_stamp(path)] = md5_and_sha256(path, progress.add)
                 write_atomically(cache, json.dumps(known, indent=1).encode())
-    return [as_record(path, *known[identity(path)], published_md5.get(path.name)) for path in paths]
+    return [as_record(path, *known[file_stamp(path)], published_md5.get(path.name)) for path in paths]
 
 
-def identity(path: Path) -> str:
+def file_stamp(path: Path) -> str:
     """Stands for a file's content as long as the file is not written."""
     status = path.stat()
     return f"{path.name} {status.st_size} {status.st_mtime_ns}"

@@ -27,7 +27,7 @@ from recipe.preprocessing.imagenet import DEVKIT_ARCHIVE, DEVKIT_FOLDER, TRAIN_A
 from recipe.preprocessing.painting import CLASS_NAMES, VERSION, jpeg
 from recipe.run.files import display_path, temporary_sibling
 
-MARKER = "demo.json"
+DEMO_MARKER = "demo.json"
 DRAWING = b"being drawn"
 ARCHIVES = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE, DEVKIT_ARCHIVE)
 REAL_DATA = (*ARCHIVES, DEVKIT_FOLDER, "train", "val", "ILSVRC")  # what a raw_dir of the real images holds
@@ -127,15 +127,15 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def _is_current(directory: Path, marker: str) -> bool:
     """The marker gets its text after the archives, so it vouches for all three."""
-    path = directory / MARKER
+    path = directory / DEMO_MARKER
     complete = path.is_file() and all((directory / name).is_file() for name in ARCHIVES)
     return complete and path.read_text() == marker
 
 
-def _refuse_real_data(directory: Path) -> None:
+def _check_no_real_data(directory: Path) -> None:
     """Drawn archives bear the names of the real ones, which must never be written over, nor be taken for them."""
     present = [name for name in REAL_DATA if (directory / name).exists()]
-    if present and not _is_ours(directory / MARKER):
+    if present and not _is_ours(directory / DEMO_MARKER):
         raise UserError(
             f"data.raw_dir={display_path(directory)} holds {present[0]}, which the demo did not draw and would "
             "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name what it is "
@@ -172,9 +172,9 @@ def write_demo_archives(directory: Path, train_images_per_class: int, validation
     if _is_current(directory, marker):
         return
     directory.mkdir(parents=True, exist_ok=True)
-    _refuse_real_data(directory)
-    with _replacing(directory / MARKER) as stream:
+    _check_no_real_data(directory)
+    with _replacing(directory / DEMO_MARKER) as stream:
         stream.write(DRAWING)  # vouches for nothing, but says whose files these are
     _draw(directory, train_images_per_class, validation_images_per_class)
-    with _replacing(directory / MARKER) as stream:
+    with _replacing(directory / DEMO_MARKER) as stream:
         stream.write(marker.encode())

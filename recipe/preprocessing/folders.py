@@ -27,7 +27,7 @@ from recipe.preprocessing.listing import (
     Naming,
     Raw,
     Rows,
-    entries_of,
+    folder_entries,
     is_hidden,
     is_image,
 )
@@ -35,7 +35,7 @@ from recipe.run.files import display_path, printable
 
 IMAGE_NAME = re.compile(rf"^(.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE | re.DOTALL)
 UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
-LABEL_CONVENTION = "position among the sorted names of the class folders, counted from 0"
+FOLDER_LABEL_CONVENTION = "position among the sorted names of the class folders, counted from 0"
 IMAGENETTE_FOLDER = "imagenette2"
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 SPLIT_FOLDERS = ("train", *VALIDATION_FOLDERS, "test")
@@ -78,7 +78,7 @@ def position_of(class_id: str, positions: Mapping[str, int], key: str) -> int:
 
 def class_folders(root: Path) -> list[str]:
     """The sorted names of the folders in `root`, without hidden ones: the order of torchvision's ImageFolder."""
-    names = [entry.name for entry in entries_of(root) if entry.is_dir() and not is_hidden(entry.name)]
+    names = [entry.name for entry in folder_entries(root) if entry.is_dir() and not is_hidden(entry.name)]
     for name in names:
         if name != printable(name) or "\n" in name or CONTROLS.search(name):
             raise UserError(f"the class folder {name!r} in {display_path(root)} has no printable name; rename it")
@@ -131,7 +131,7 @@ def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
     The folder of validation images may also be called valid or validation.
     """
     root, validation_root = split_folders(raw_dir)
-    raw = Raw("class folders", LABEL_CONVENTION, "", keeps_png=True, raw_dir=raw_dir)
+    raw = Raw("class folders", FOLDER_LABEL_CONVENTION, "", keeps_png=True, raw_dir=raw_dir)
     train = Listing(raw)
     raw.class_ids = list_class_folders(root, train, folder_keys)
     if root != raw_dir:
@@ -172,7 +172,7 @@ def train_is_a_class(raw_dir: Path, names: list[str]) -> bool:
 
 def check_no_flat_images(folder: Path) -> None:
     """Raise `UserError` for images beside or instead of class folders: they have no class."""
-    flat = [entry.name for entry in entries_of(folder) if is_image(folder, entry.name) and not entry.is_dir()]
+    flat = [entry.name for entry in folder_entries(folder) if is_image(folder, entry.name) and not entry.is_dir()]
     if flat:
         raise UserError(
             f"{display_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
@@ -188,7 +188,8 @@ def list_imagenette(raw_dir: Path) -> Raw:
     from torchvision.datasets import Imagenette  # imports torch: seconds that only this source pays
 
     raw = list_folder_data_set(raw_dir / IMAGENETTE_FOLDER, validation_fraction=0.0)
-    raw.layout, raw.label_convention, raw.keeps_png = "Imagenette 2, full size", imagenet.LABEL_CONVENTION, False
+    raw.layout, raw.keeps_png = "Imagenette 2, full size", False
+    raw.label_convention = imagenet.WORDNET_LABEL_CONVENTION
     known = Imagenette(raw_dir, split="train", size="full", download=False)
     raw.class_names = {wnid: ", ".join(names) for wnid, names in zip(known.wnids, known.classes, strict=True)}
     raw.archives = [path for path in [raw_dir / f"{IMAGENETTE_FOLDER}.tgz"] if path.is_file()]

@@ -34,7 +34,7 @@ LOOKED_FOR = (
 def list_ilsvrc(raw_dir: Path) -> Raw:
     """Training tar or train/<wnid>/, with validation tar, val/<wnid>/ or a flat val/ and the devkit."""
     tars = [raw_dir / imagenet.TRAIN_ARCHIVE, raw_dir / imagenet.VALIDATION_ARCHIVE]
-    raw = Raw("", imagenet.LABEL_CONVENTION, VALIDATION_SPLIT, keeps_png=False, raw_dir=raw_dir)
+    raw = Raw("", imagenet.WORDNET_LABEL_CONVENTION, VALIDATION_SPLIT, keeps_png=False, raw_dir=raw_dir)
     train = Listing(raw)
     if tars[0].is_file():
         raw.class_ids = list_train_tar(tars[0], train)
@@ -139,7 +139,9 @@ def ilsvrc_validation_keys(class_id: str, names: list[str]) -> dict[str, str]:
 
 def list_kaggle(raw_dir: Path) -> Raw:
     """ILSVRC/Data/CLS-LOC/{train/<wnid>,val}/ with the labels in a CSV file beside ILSVRC/."""
-    raw = Raw("ILSVRC2012, Kaggle", imagenet.LABEL_CONVENTION, VALIDATION_SPLIT, keeps_png=False, raw_dir=raw_dir)
+    raw = Raw(
+        "ILSVRC2012, Kaggle", imagenet.WORDNET_LABEL_CONVENTION, VALIDATION_SPLIT, keeps_png=False, raw_dir=raw_dir
+    )
     train, validation = (Listing(raw), Listing(raw))
     raw.class_ids = list_class_folders(raw_dir / KAGGLE_IMAGES / "train", train, ilsvrc_train_keys)
     raw.rows["train"] = train.sorted_rows("the training set")

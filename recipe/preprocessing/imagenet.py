@@ -28,7 +28,7 @@ VALIDATION_IMAGES_PER_CLASS = 50
 CLASSES = 1000
 CLASS_LIST_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
-LABEL_CONVENTION = "position among the sorted WordNet IDs, counted from 0 (not the devkit's ILSVRC2012_ID)"
+WORDNET_LABEL_CONVENTION = "position among the sorted WordNet IDs, counted from 0 (not the devkit's ILSVRC2012_ID)"
 WHERE_TO_GET = (
     "register at image-net.org and download the ILSVRC2012 archives, or join the Kaggle competition "
     "imagenet-object-localization-challenge"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.data.images import FILE_BYTES_MAX, SIGNATURE_BYTES, format_of
+from recipe.data.images import IMAGE_BYTES_MAX, SIGNATURE_BYTES, format_of
 from recipe.errors import UserError
 from recipe.run.files import display_path
 
@@ -52,7 +52,7 @@ SYSTEM_NAMES = (  # of an operating system, a network disk or an editor: passed 
 )
 SYSTEM_NAME = re.compile("|".join(map(translate, SYSTEM_NAMES)), re.IGNORECASE)
 USUAL_SUFFIX = re.compile(r"\.[a-z][a-z0-9_+-]{0,15}")
-EXAMPLES_MAX = 3  # of what is left out, for each reason and each class
+EXAMPLES_PER_REASON = 3  # of what is left out, for each reason and each class
 LOST_SHOWN = 10
 HIDDEN, NESTED, BESIDE, NO_SPLIT = "hidden", "folders in a class folder", "beside the class folders", "of no split"
 Naming = Callable[[str, list[str]], dict[str, str]]  # (class, file names) -> accepted file name -> key
@@ -81,7 +81,7 @@ class Tally:
     def add(self, name: str) -> None:
         """One more."""
         self.count += 1
-        if len(self.examples) < EXAMPLES_MAX:
+        if len(self.examples) < EXAMPLES_PER_REASON:
             self.examples.append(name if name.isprintable() else repr(name))
 
 
@@ -112,7 +112,7 @@ class Raw:
 
     def leave_out_all(self, folder: Path, used: list[str], reason: str) -> None:
         """Count everything in a folder that is not `used`."""
-        for entry in entries_of(folder):
+        for entry in folder_entries(folder):
             if entry.name not in used:
                 self.leave_out(entry, reason)
 
@@ -144,11 +144,11 @@ class Listing:
     def add_folder(self, folder: Path, class_id: str, naming: Naming, label_of: Labeller) -> None:
         """Append the images of one folder; `naming` gives the accepted file names and their keys."""
         number = self.container(folder)
-        entries = entries_of(folder)
+        entries = folder_entries(folder)
         visible = [entry for entry in entries if not is_hidden(entry.name)]
         files = {entry.name: entry.stat() if entry.is_file() else None for entry in visible}
         for name, status in files.items():
-            if status is not None and status.st_size > FILE_BYTES_MAX:
+            if status is not None and status.st_size > IMAGE_BYTES_MAX:
                 raise UserError(f"{display_path(folder / name)} has {status.st_size:,} bytes; no image is that large")
         keys = naming(class_id, [name for name, status in files.items() if status and is_image(folder, name)])
         unreadable = [name for name, status in files.items() if not status and has_suffix(name, IMAGE_SUFFIXES)]
@@ -257,7 +257,7 @@ def reraise(error: OSError) -> None:
 # ---- what is left out -------------------------------------------------------------------------------
 
 
-def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+def folder_entries(folder: Path) -> list[os.DirEntry[str]]:
     """Files and folders in the order of their names, without those of the operating system."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not belongs_to_system(entry.name)), key=lambda entry: entry.name)

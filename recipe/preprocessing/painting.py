@@ -15,7 +15,7 @@ from PIL import Image
 
 Plane = NDArray[np.float64]  # height x width
 Colour = NDArray[np.float64]  # red, green, blue in 0..1
-Picture = NDArray[np.float64]  # height x width x 3
+Canvas = NDArray[np.float64]  # height x width x 3
 Span = tuple[float, float]  # from, to
 
 VERSION = 1  # part of every seed and of the data set's marker: raise it when any painter changes
@@ -50,7 +50,7 @@ class View:
         return np.hypot(x, y) / self.between(0.7, 1.0), np.arctan2(y, x) + turn
 
     def colour(self, hue: Span, saturation: Span, value: Span) -> Colour:
-        turn = self.between(*hue) % 1.0  # red lies at 0, so its spans start below
+        turn = self.between(*hue) % 1.0  # red is at 0, so its spans start below
         return np.array(colorsys.hsv_to_rgb(turn, self.between(*saturation), self.between(*value)))
 
     def clouds(self, cells: int) -> Plane:
@@ -61,7 +61,7 @@ class View:
         return np.asarray(fine, dtype=np.float64)
 
 
-Painter = Callable[[View], Picture]
+Painter = Callable[[View], Canvas]
 
 
 def _inside(distance: Plane, edge: float = _EDGE) -> Plane:
@@ -69,11 +69,11 @@ def _inside(distance: Plane, edge: float = _EDGE) -> Plane:
     return np.clip(distance / edge + 0.5, 0.0, 1.0)
 
 
-def _blend(below: Colour | Picture, above: Colour | Picture, cover: Plane) -> Picture:
+def _blend(below: Colour | Canvas, above: Colour | Canvas, cover: Plane) -> Canvas:
     return below + (above - below) * cover[..., None]
 
 
-def _ground(view: View, hue: Span, saturation: Span, value: Span) -> Picture:
+def _ground(view: View, hue: Span, saturation: Span, value: Span) -> Canvas:
     """A cluttered backdrop for an object: two related colours in patches, and some stray blobs."""
     one, other = view.colour(hue, saturation, value), view.colour(hue, saturation, value)
     picture = _blend(one, other, _inside(view.clouds(4), edge=3.0))
@@ -87,14 +87,14 @@ def _ground(view: View, hue: Span, saturation: Span, value: Span) -> Picture:
 # ---- the twelve painters: textures first, then scenes, then objects ---------------------------------
 
 
-def _zebra_stripes(view: View) -> Picture:
+def _zebra_stripes(view: View) -> Canvas:
     across, _ = view.turned(180)
     stripes = np.sin(2 * np.pi * (view.between(1.6, 2.8) * across + 0.28 * view.clouds(4)))
     hide = view.colour((0.05, 0.14), (0.02, 0.2), (0.85, 1.0))
     return _blend(hide, view.colour((0.0, 1.0), (0.0, 0.2), (0.02, 0.15)), _inside(stripes, edge=0.5))
 
 
-def _polka_dots(view: View) -> Picture:
+def _polka_dots(view: View) -> Canvas:
     across, down = view.turned(180)
     pitch = view.between(1.5, 2.4)
     across, down = across * pitch, down * pitch
@@ -105,7 +105,7 @@ def _polka_dots(view: View) -> Picture:
     return _blend(cloth, dot, _inside(view.between(0.26, 0.34) - offset, edge=_EDGE * pitch))
 
 
-def _checkerboard(view: View) -> Picture:
+def _checkerboard(view: View) -> Canvas:
     across, down = view.turned(45)
     pitch = np.pi * view.between(1.5, 2.4)
     squares = np.sin(across * pitch) * np.sin(down * pitch)
@@ -114,7 +114,7 @@ def _checkerboard(view: View) -> Picture:
     return _blend(dark, light, _inside(squares, edge=0.2))
 
 
-def _honeycomb(view: View) -> Picture:
+def _honeycomb(view: View) -> Canvas:
     across, down = view.turned(30)
     pitch, step = view.between(1.6, 2.5), np.sqrt(3)
     border = np.zeros_like(across)
@@ -127,7 +127,7 @@ def _honeycomb(view: View) -> Picture:
     return _blend(wax, cell, _inside(border - 0.09 + 0.02 * view.clouds(5), edge=0.12))
 
 
-def _brick_wall(view: View) -> Picture:
+def _brick_wall(view: View) -> Canvas:
     across, down = view.turned(8)
     pitch = view.between(2.0, 3.4)
     row = np.floor(down * pitch)
@@ -140,7 +140,7 @@ def _brick_wall(view: View) -> Picture:
     return _blend(mortar, brick, _inside(border - 0.09, edge=0.1))
 
 
-def _tartan(view: View) -> Picture:
+def _tartan(view: View) -> Canvas:
     hue, pitch = view.between(0, 1), view.between(0.7, 1.2)
     wool = view.colour((hue, hue), (0.6, 0.9), (0.35, 0.7))
     bands = [
@@ -155,7 +155,7 @@ def _tartan(view: View) -> Picture:
     return picture
 
 
-def _sunset(view: View) -> Picture:
+def _sunset(view: View) -> Canvas:
     down = view.y + view.between(-0.12, 0.12) * view.x
     horizon = view.between(0.15, 0.6)
     glow = np.clip((down + 1.2) / (horizon + 1.2), 0, 1) ** view.between(1.0, 1.8)
@@ -169,7 +169,7 @@ def _sunset(view: View) -> Picture:
     return _blend(sky, land, _inside(down - horizon + 0.05 * view.clouds(6)))
 
 
-def _ocean_waves(view: View) -> Picture:
+def _ocean_waves(view: View) -> Canvas:
     across, down = view.turned(12)
     swell = view.between(0.08, 0.16) * np.sin(view.between(3, 6) * across) + 0.05 * view.clouds(5)
     phase = (view.between(1.8, 3.0) * (down + swell)) % 1
@@ -180,7 +180,7 @@ def _ocean_waves(view: View) -> Picture:
     return _blend(water, foam, _inside(crest - 0.72 + 0.05 * view.clouds(9), edge=0.2))
 
 
-def _bullseye(view: View) -> Picture:
+def _bullseye(view: View) -> Canvas:
     radius, _ = view.polar(0)
     hue = view.between(-0.05, 0.05) + view.generator.choice([0.0, 0.62])
     rings = np.sin(np.pi * radius * view.generator.choice([4, 5, 6]))
@@ -189,7 +189,7 @@ def _bullseye(view: View) -> Picture:
     return _blend(_ground(view, (0.1, 0.35), (0.2, 0.5), (0.3, 0.7)), target, _inside(1.0 - radius))
 
 
-def _starfish(view: View) -> Picture:
+def _starfish(view: View) -> Canvas:
     radius, angle = view.polar(180)
     spike = abs((angle * 5 / (2 * np.pi)) % 1 - 0.5) * 2  # 1 along an arm, 0 between two arms
     outline = 0.34 + 0.72 * spike**2
@@ -199,7 +199,7 @@ def _starfish(view: View) -> Picture:
     return _blend(sand, arm, _inside(outline - radius))
 
 
-def _sunflower(view: View) -> Picture:
+def _sunflower(view: View) -> Canvas:
     radius, angle = view.polar(180)
     petals = view.generator.integers(6, 10)  # |cos| doubles them
     outline = 0.72 + 0.28 * abs(np.cos(petals * angle))
@@ -210,7 +210,7 @@ def _sunflower(view: View) -> Picture:
     return _blend(_ground(view, (0.25, 0.4), (0.4, 0.8), (0.2, 0.55)), flower, _inside(outline - radius))
 
 
-def _snowflake(view: View) -> Picture:
+def _snowflake(view: View) -> Canvas:
     radius, angle = view.polar(180)
     folded = abs((angle / (np.pi / 3)) % 1 - 0.5) * np.pi / 3  # one twelfth, mirrored to the whole
     along, aside = radius * np.cos(folded), radius * np.sin(folded)
@@ -254,7 +254,7 @@ def _empty_view(generator: np.random.Generator) -> View:
     return View(generator, (x + 0.5 - width / 2) / half, (y + 0.5 - height / 2) / half)
 
 
-def _photographed(picture: Picture, view: View) -> NDArray[np.uint8]:
+def _photographed(picture: Canvas, view: View) -> NDArray[np.uint8]:
     """Uneven light, exposure, a slight colour cast, some haze and sensor noise."""
     direction = view.between(0, 2 * np.pi)
     light = 1 + view.between(0, 0.25) * (view.x * np.cos(direction) + view.y * np.sin(direction))

@@ -50,7 +50,15 @@ from recipe.preprocessing import imagenet
 from recipe.preprocessing.archives import digests
 from recipe.preprocessing.folders import look_alike_lines
 from recipe.preprocessing.ilsvrc import check_ilsvrc2012, check_published_md5
-from recipe.preprocessing.listing import Raw, Rows, entries_of, in_parts, left_out_in_words, listing_sha256, loss_lines
+from recipe.preprocessing.listing import (
+    Raw,
+    Rows,
+    folder_entries,
+    in_parts,
+    left_out_in_words,
+    listing_sha256,
+    loss_lines,
+)
 from recipe.preprocessing.shard_writer import (
     WORK,
     Merged,
@@ -61,7 +69,7 @@ from recipe.preprocessing.shard_writer import (
     Task,
     WriterSettings,
     finished,
-    merge,
+    merge_parts,
     npy_bytes,
     part_of,
     run_task,
@@ -73,15 +81,15 @@ from recipe.preprocessing.summary import is_ilsvrc2012, print_summary, record_of
 from recipe.run.environment import machine, usable_cores
 from recipe.run.files import disk_errors, display_path, exclusive_lock, write_atomically
 from recipe.run.launcher import ALONE, Launch
-from recipe.run.progress import Progress
+from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
 from recipe.run.records import Archive, ClassName, PreprocessingRecord, to_json
-from recipe.run.signals import blocked, interruptible, start_resource_tracker
+from recipe.run.terminal import blocked, interruptible, start_resource_tracker
 
 LOCK = "lock"
 DECODERS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")  # in Pillow; None for one that it lacks
 SHARD_FILE = re.compile(r"^(train|val)-\d{5,}\.tar$")
-POLL_SECONDS = 1.0
+VISIBLE_POLL_SECONDS = 1.0
 VISIBLE_SECONDS = 180.0  # a network file system shows a new file up to a minute late
 
 
@@ -92,13 +100,13 @@ def preprocess(config: Config, launch: Launch = ALONE) -> PreprocessingRecord:
     """
     data, directory = config.data, Path(config.data.directory)
     with interruptible(), Team(launch) as team:
-        if not launch.is_first:
+        if not launch.is_rank0:
             return assist(data, directory, team)
-        record = finished_record(data, directory)
+        record = finished_preprocessing(data, directory)
         if record is None:
             check_directory(directory, check_raw_dir(data), data)
             with sole_writer(directory):
-                record = finished_record(data, directory)  # another process may have finished while this one started
+                record = finished_preprocessing(data, directory)  # another process may have finished meanwhile
                 if record is None:
                     stage, raw = Stage(directory), find_raw(data)
                     record = repair(data, directory, raw) or make(data, directory, raw, stage, team)
@@ -106,7 +114,7 @@ def preprocess(config: Config, launch: Launch = ALONE) -> PreprocessingRecord:
         return record
 
 
-def finished_record(data: DataConfig, directory: Path) -> PreprocessingRecord | None:
+def finished_preprocessing(data: DataConfig, directory: Path) -> PreprocessingRecord | None:
     """The record of a finished data set with all its files; raises `UserError` for one of other settings."""
     if not (directory / MANIFEST).is_file():
         return None
@@ -140,7 +148,7 @@ def check_same_listing(data: DataConfig, directory: Path, manifest: Manifest) ->
         return
     raw_dir = Path(data.raw_dir)
     with read_errors(raw_dir):
-        if not (raw_dir.is_dir() and entries_of(raw_dir)):
+        if not (raw_dir.is_dir() and folder_entries(raw_dir)):
             return
     rows = find_raw(data).rows
     if listing_sha256(rows) == manifest.listing_sha256:
@@ -163,7 +171,7 @@ def check_directory(directory: Path, raw_dir: Path, data: DataConfig) -> None:
             f"data.directory={display_path(directory)} and data.raw_dir={display_path(raw_dir)} are inside "
             "one another; give data.directory= a place of its own"
         )
-    names = {entry.name for entry in entries_of(directory)} if directory.is_dir() else set()
+    names = {entry.name for entry in folder_entries(directory)} if directory.is_dir() else set()
     if names - {LOCK} and not names & {MANIFEST, RECORD, WORK}:
         raise UserError(
             f"data.directory={display_path(directory)} holds files that preprocess.py did not write, and some of them "
@@ -193,12 +201,12 @@ def make(data: DataConfig, directory: Path, raw: Raw, stage: Stage, team: Team) 
     started = time.perf_counter()
     parts = kept_parts(directory, tasks, team)
     total = sum(len(task.rows) for task in tasks)
-    with Progress("making shards", total, "images", done=team.images) as progress:
+    with ProgressPrinter("making shards", total, "images", done=team.images) as progress:
         parts, counts = make_share(data, directory, raw, tasks, parts, team, progress.reach)
         processes, fresh_images, continued_shards = team.sum_counts(counts, progress.reach)
     parts |= {task.name: await_part(directory, task) for task in tasks if task.name not in parts}
     seconds = time.perf_counter() - started
-    merged = {name: merge([parts[task.name] for task in tasks if task.split == name]) for name in SPLITS}
+    merged = {name: merge_parts([parts[task.name] for task in tasks if task.split == name]) for name in SPLITS}
     check_images_left(raw, merged)
     write_data_set(data, directory, raw, merged)
     record = record_of(
@@ -279,7 +287,7 @@ def await_visible(is_visible: Callable[[], bool], problem: str) -> None:
     while not is_visible():
         if time.monotonic() > deadline:
             raise UserError(f"{problem}: give all processes the same folder, and run the same command to continue")
-        time.sleep(POLL_SECONDS)
+        time.sleep(VISIBLE_POLL_SECONDS)
 
 
 def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord | None:
@@ -298,7 +306,7 @@ def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord |
         return None
     # In the work folder: a shard that differs from the manifest but has its size must never get its name.
     settings, processes = writer_settings(data, directory / WORK, raw), process_count(data, damaged)
-    with Progress("making shards", sum(len(task.rows) for task in damaged), "images") as progress:
+    with ProgressPrinter("making shards", sum(len(task.rows) for task in damaged), "images") as progress:
         parts = make_shards(settings, damaged, processes, progress.add)
     wrong = sorted(name for name, part in parts.items() if part.shard != shards[name])
     with disk_errors(directory):
@@ -310,7 +318,7 @@ def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord |
             f"{wrong[0]} was made again but is not what it was: the raw images or Pillow changed; delete "
             f"{display_path(directory / MANIFEST)} to make the whole data set again"
         )
-    return finished_record(data, directory)
+    return finished_preprocessing(data, directory)
 
 
 def check_raw(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
@@ -416,14 +424,14 @@ def make_shards(
         parts[task.name] = part_of(task, note)
         on_images(len(task.rows))
 
-    def must_stop() -> bool:
+    def should_stop() -> bool:
         check()
         return False
 
     if not tasks or processes == 0:
         reader = RawReader(settings.containers)
         for task in tasks:
-            add(task, ShardMaker(task, settings, reader, must_stop).make())
+            add(task, ShardMaker(task, settings, reader, should_stop).make())
         return parts
     start_resource_tracker()
     context = get_context("spawn")
@@ -433,7 +441,7 @@ def make_shards(
         with blocked((signal.SIGINT, signal.SIGHUP)):  # a terminal sends them to all; workers are stopped in order
             futures = {executor.submit(run_task, task): task for task in tasks}
         while futures:
-            for future in wait(futures, POLL_SECONDS, FIRST_COMPLETED).done:
+            for future in wait(futures, VISIBLE_POLL_SECONDS, FIRST_COMPLETED).done:
                 add(futures.pop(future), future.result())  # lets go of the future, which keeps its note
             check()
     except BrokenProcessPool as error:

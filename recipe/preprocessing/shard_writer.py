@@ -130,12 +130,12 @@ class RawReader:
 
 @dataclass
 class ShardMaker:
-    """Makes one shard and collects its facts; `must_stop` is asked before each image."""
+    """Makes one shard and collects its facts; `should_stop` is asked before each image."""
 
     task: Task
     settings: WriterSettings
     reader: RawReader
-    must_stop: Callable[[], bool]
+    should_stop: Callable[[], bool]
     stored: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
@@ -165,7 +165,7 @@ class ShardMaker:
         """(key, extension, stored bytes, label) of every sound image."""
         rules = self.settings.rules[self.task.split]
         for position, row in enumerate(self.task.rows):
-            if self.must_stop():
+            if self.should_stop():
                 raise StoppedError
             content, key = self.reader.read(row), bytes(row["key"]).decode("ascii")
             self.raw_sha256.append(hashlib.sha256(content).hexdigest())
@@ -231,7 +231,7 @@ def finished(directory: Path, task: Task) -> Note | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredBytes:
     """Where an image's bytes are in its shard."""
 
     offset: int
@@ -246,16 +246,16 @@ class ShardWriter:
         self.sha256 = hashlib.sha256()
         self.bytes = 0
 
-    def add(self, key: str, extension: str, content: bytes, label: int) -> Place:
+    def add(self, key: str, extension: str, content: bytes, label: int) -> StoredBytes:
         """Append an image and its label."""
         place = self.member(f"{key}.{extension}", content)
         self.member(f"{key}.cls", str(label).encode("ascii"))
         return place
 
-    def member(self, name: str, content: bytes) -> Place:
+    def member(self, name: str, content: bytes) -> StoredBytes:
         """Append a regular file without owner, at time 0."""
         self.write(tar_header(name, len(content)))
-        place = Place(self.bytes, len(content))
+        place = StoredBytes(self.bytes, len(content))
         self.write(content)
         self.write(bytes(-len(content) % tarfile.BLOCKSIZE))
         return place
@@ -292,7 +292,7 @@ def tar_header(name: str, size: int) -> bytes:
     )
 
 
-def write_shard(path: Path, images: Iterable[tuple[str, str, bytes, int]]) -> tuple[Shard, list[Place]]:
+def write_shard(path: Path, images: Iterable[tuple[str, str, bytes, int]]) -> tuple[Shard, list[StoredBytes]]:
     """Write (key, extension, content, label) of each image under a temporary name, then give it its own."""
     with disk_errors(path), temporary_sibling(path) as temporary:
         with temporary.open("wb") as handle:
@@ -348,7 +348,7 @@ def part_of(task: Task, note: Note) -> Part:
     return Part(task.rows, note.shard, stored, index, bytes.fromhex(note.raw_sha256), note.unusual)
 
 
-def merge(parts: Sequence[Part]) -> Merged:
+def merge_parts(parts: Sequence[Part]) -> Merged:
     """Put the shards of a split together, in their order."""
     unusual = [part.unusual for part in parts]
     return Merged(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store, Work  # type: ignore[attr-defined]
 
 NO_LIMIT = timedelta(days=3650)  # of an operation of gloo
-POLL_SECONDS = 0.2
+STORE_POLL_SECONDS = 0.2
 PLAN, IMAGES, RECORD, FAILURE = "plan", "images", "record", "failure"  # keys of the store
 
 
@@ -115,7 +115,7 @@ class Team:
             return counts
         while not self.link.is_completed():
             on_images(self.count_images(0))
-            time.sleep(POLL_SECONDS)
+            time.sleep(STORE_POLL_SECONDS)
         self.check()
         return tuple(sum(column) for column in zip(counts, *(tensor.tolist() for tensor in self.counts), strict=True))
 
@@ -168,11 +168,11 @@ class Team:
         with self._failure_of_others():
             while not condition():
                 self.check()
-                time.sleep(POLL_SECONDS)
+                time.sleep(STORE_POLL_SECONDS)
 
     @contextmanager
     def _failure_of_others(self) -> Iterator[None]:
-        """Turn an error of torch into the failure behind it."""
+        """Turn an error of torch into the failure that caused it."""
         try:
             yield
         except RuntimeError as error:

@@ -63,8 +63,8 @@ def record_of(
         validation_split=raw.validation_split,
         shard_order=SHARD_ORDER,
         stored_as=stored_as(data),
-        odd_images=unusual_counts(merged),
-        odd_examples=[image for split in merged.values() for image in split.unusual.converted][:EXAMPLES_MAX],
+        unusual_images=unusual_counts(merged),
+        unusual_examples=[image for split in merged.values() for image in split.unusual.converted][:EXAMPLES_MAX],
         rejected=[image for split in merged.values() for image in split.unusual.rejected],
         left_out=tallies(raw.left_out),
         lost_images=tallies(raw.lost_images),
@@ -153,7 +153,7 @@ def portable(path: Path, outside: str) -> str:
 def print_summary(record: PreprocessingRecord, merged: dict[str, Merged]) -> None:
     """Print counts, and warn of images that grew and of what is unexpected on ILSVRC2012."""
     images = ", ".join(f"{facts.images:,} {name}" for name, facts in record.splits.items())
-    unusual = ", ".join(f"{count:,} {kind}" for kind, count in record.odd_images.items()) or "none"
+    unusual = ", ".join(f"{count:,} {kind}" for kind, count in record.unusual_images.items()) or "none"
     converted = [image for split in merged.values() for image in split.unusual.converted]
     print(
         f"{record.processed_path}: {images} images; unusual: {unusual}; converted: {len(converted)}; "

@@ -53,6 +53,5 @@ def shorten(value: object, length: int = 60) -> str:
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -2,6 +2,8 @@
 
 It may come from anybody. The document is read as text in which one fenced block is JSON of a known format; records are
 decoded by type; nothing of it is run, imported or expanded.
+
+Records are read one by one, so that a broken file does not hide another (level *well-formed*).
 """
 
 from __future__ import annotations
@@ -11,18 +13,24 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from recipe.config.identity import config_sha256, recipe_id
-from recipe.document.recipe_json import FORMAT
+from recipe.document.recipe_json import RECIPE_FORMAT
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
+from recipe.review.findings import Finding, Level
 from recipe.run.directory import Run
 from recipe.run.files import display_path, portable_path, read_file
+from recipe.run.records import EnergyRecord, EvaluationRecord, SerializationRecord, TrainingRecord
 
 DOCUMENT_NAMES = ("recipe.md", "README.md")  # of a run, of a published recipe
+LARGEST_INTEGER = 2**63  # in a record
 LARGEST_DOCUMENT_BYTES = 16 * 2**20
 JSON_FENCE = re.compile(r"^```json[ \t\r]*\n(.*?)(?:^```[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -39,7 +47,6 @@ class OpenedRecipe:
 
     @property
     def name(self) -> str:
-        """The path for a person."""
         return display_path(self.path)
 
     def facts(self) -> RunData:
@@ -51,7 +58,9 @@ class OpenedRecipe:
     def required_block(self) -> dict[str, Any]:
         """The JSON block; raises `UserError` where the document has none."""
         if self.block is None:
-            raise UserError(f"{self.name} holds no ```json block of format {FORMAT}: it was not written by a run")
+            raise UserError(
+                f"{self.name} holds no ```json block of format {RECIPE_FORMAT}: it was not written by a run"
+            )
         return self.block
 
     def claims(self, chapter: str) -> dict[str, Any]:
@@ -60,7 +69,6 @@ class OpenedRecipe:
 
 
 def dict_or_empty(value: object) -> dict[str, Any]:
-    """A JSON object, or an empty one for a value of any other type."""
     return value if isinstance(value, dict) else {}
 
 
@@ -95,7 +103,7 @@ def json_block(document: str) -> dict[str, Any] | None:
     blocks = [block for text in JSON_FENCE.findall(document) if (block := _parse_block(text)) is not None]
     if len(blocks) > 1:
         raise UserError(
-            f"the document holds {len(blocks)} ```json blocks of format {FORMAT}: one of them is not its own"
+            f"the document holds {len(blocks)} ```json blocks of format {RECIPE_FORMAT}: one of them is not its own"
         )
     return blocks[0] if blocks else None
 
@@ -117,7 +125,7 @@ def _parse_block(text: str) -> dict[str, Any] | None:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+    if not isinstance(value, dict) or value.get("format") != RECIPE_FORMAT:
         return None
     if repeated:
         raise UserError(f"the recipe's JSON block has the key {repeated[0]!r} twice: it can be read in two ways")
@@ -142,3 +150,61 @@ def contradictions(block: dict[str, Any]) -> list[str]:
         for name, digest in computed.items()
         if block.get(name) != digest
     ]
+
+
+# ---- the records ------------------------------------------------------------------------------------
+
+
+class RecordReader:
+    """Reads the files of a run; an unreadable one is a finding."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.findings: list[Finding] = []
+
+    def facts(self) -> RunData:
+        """The facts of all readable files; the others are None or empty."""
+        return load(self.run, portable_path(self.run.directory), self._read)
+
+    def _read(self, path: Path, read: Callable[[], Any]) -> Any:
+        """One file; None where it is absent, or unreadable, which is a finding."""
+        if not os.path.lexists(path):
+            return None
+        try:
+            value = read()
+            check_numbers(value)
+        except (UserError, OSError, ValueError, RecursionError) as error:
+            self.findings.append(unreadable(self.name_of(path), str(error)))
+            return None
+        return value
+
+    def name_of(self, path: Path) -> str:
+        return path.relative_to(self.run.directory).as_posix()
+
+
+def unreadable(place: str, why: str) -> Finding:
+    return Finding(
+        Level.well_formed, place, f"it cannot be read: {why}", "take it from version control, or run its stage again"
+    )
+
+
+def check_numbers(value: Any) -> None:
+    """Raise `UserError` for numbers that no run has: readers divide by some of them."""
+    plain = msgspec.to_builtins(value)
+    json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999
+    if any(isinstance(number, int) and abs(number) >= LARGEST_INTEGER for number in numbers_in(plain)):
+        raise UserError("it holds an integer that nothing here counts to")
+    if isinstance(value, TrainingRecord) and (value.schedule.steps_per_epoch < 1 or value.schedule.steps < 1):
+        raise UserError("it holds a training without steps")
+    if isinstance(value, EvaluationRecord | SerializationRecord) and value.images < 1:
+        raise UserError("it holds a count over no image")
+    if isinstance(value, EnergyRecord) and (value.seconds <= 0 or value.joules < 0):
+        raise UserError("it holds an energy of no time, or a negative one")
+
+
+def numbers_in(value: Any) -> Iterator[int | float]:
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(entry)
+    elif isinstance(value, int | float):
+        yield value

@@ -1,10 +1,11 @@
-"""Run: the known files of a run directory.
+"""Run: the known files of a run directory; runs/journal.jsonl: a line for each stage started and ended, over all runs.
 
 A result is a directory: naming it again continues it. Every file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,16 +20,19 @@ from recipe.errors import UserError
 from recipe.run import metric_rows as metrics
 from recipe.run.files import (
     RECORD_BYTES_MAX,
+    at_once,
     disk_errors,
     display_path,
     exclusive_lock,
     file_name,
     opened,
+    portable_path,
     read_file,
     write_atomically,
 )
-from recipe.run.records import RECORDS, AnyRecord, EvaluationRecord, Record, TimingRecord, from_json, to_json
+from recipe.run.records import RECORDS, AnyRecord, EvaluationRecord, Record, TimingRecord, from_json, now, to_json
 
+JOURNAL = Path("runs", "journal.jsonl")  # below the current directory, also for runs elsewhere
 RECORD_NAMES = {kind: name for name, kind in RECORDS.items()}
 
 
@@ -56,7 +60,6 @@ class Run:
         write_atomically(self.record_file(type(record)), to_json(record))
 
     def read(self, kind: type[AnyRecord]) -> AnyRecord | None:
-        """The record of this kind, or None where its stage has not run."""
         path = self.record_file(kind)
         return self.read_record(path, kind) if os.path.lexists(path) else None
 
@@ -67,7 +70,7 @@ class Run:
         """The bytes of one of the run's files; raises `UserError` as `files.opened` does."""
         return read_file(path, display_path(path), bytes_max, self.directory)
 
-    def require_readable(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> None:
+    def check_readable(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> None:
         """Raise the `UserError` of `content` without reading; an absent file is fine."""
         if os.path.lexists(path):
             with opened(path, display_path(path), bytes_max, self.directory):
@@ -82,7 +85,6 @@ class Run:
         return self.predictions / f"{file_name(protocol, 'the protocol')}.npz"
 
     def patch_file(self, sha256: str) -> Path:
-        """The changes of a working tree since its commit."""
         return self.records / "patches" / f"{file_name(sha256[:16], 'the patch')}.patch"
 
     def timing_file(self, machine: str) -> Path:
@@ -97,14 +99,12 @@ class Run:
         write_atomically(self.other_evaluations / f"{name}.json", to_json(record))
 
     def read_all(self, directory: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
-        """Every record of a folder, by file name."""
         return [self.read_record(path, kind) for path in sorted(directory.glob("*.json"))]
 
     def read_record(self, path: Path, kind: type[AnyRecord]) -> AnyRecord:
         return from_json(self.content(path), kind, display_path(path))
 
     def write_config(self, pinned: Mapping[str, Any]) -> None:
-        """Pin the configuration, which later stages read."""
         write_atomically(self.config, yaml.safe_dump(dict(pinned), sort_keys=False).encode())
 
     def read_config(self) -> dict[str, Any] | None:
@@ -139,7 +139,6 @@ class Run:
             yield
 
     def directory_exists(self) -> None:
-        """Create the directory; raises `DiskError`."""
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
@@ -163,3 +162,21 @@ def plain_yaml(text: str) -> Any:
     except TypeError as error:
         raise ValueError(f"it holds a value that JSON cannot: {error}") from error
     return values
+
+
+# ---- the journal of all runs ------------------------------------------------------------------------
+
+
+def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
+    """Append one event of a stage of `run`; raises `DiskError` if that fails."""
+    run_and_place = {"run": portable_path(run.directory), "place": place_of(run.directory)}
+    row = {"time": now(), **run_and_place, "stage": stage, "event": event, **facts}
+    with disk_errors(JOURNAL):
+        JOURNAL.parent.mkdir(parents=True, exist_ok=True)
+        with open(JOURNAL, "a", opener=at_once) as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+def place_of(directory: Path) -> str:
+    """A hash that distinguishes directories with the same portable path, without naming them."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]

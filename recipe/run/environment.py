@@ -103,7 +103,6 @@ def variables() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The model name of the processor, where the system has one."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -34,8 +34,7 @@ class Launch:
     is_elastic: bool = False  # started by torch's elastic engine
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the process that writes the run."""
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
 

@@ -16,13 +16,13 @@ BYTES_MAX = 256 * 2**20  # of a file: 700,000 rows
 GAPS_SHOWN = 3
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # finite
-Split = Literal["train", "validation"]
+SplitName = Literal["train", "validation"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
 
-    split: Split  # train: since the row before; validation: all of the set, at the end of an epoch
+    split: SplitName  # train: since the row before; validation: all of the set, at the end of an epoch
     epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     step: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     images_seen: Count
@@ -33,7 +33,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     images_per_second: Number
     data_wait_fraction: Number | None
     seconds: Number  # of training, validation included, since the run began
-    held_up_fraction: Number | None = None  # of the main thread, beside a GPU; `recipe.training.metric_log.StallProbe`
+    stalled_fraction: Number | None = None  # of the main thread, beside a GPU; `recipe.training.metric_log.StallProbe`
     train_loss: Number | None = None  # of validation rows: these three are means over the training images of the epoch
     train_top1_accuracy: Number | None = None
     train_top5_accuracy: Number | None = None
@@ -56,7 +56,7 @@ EPOCH_FIELDS = {  # of `recipe.run.records.Epoch` -> of the validation row that 
 
 
 class Place(NamedTuple):
-    split: Split
+    split: SplitName
     epoch: int
     step: int
 
@@ -71,10 +71,10 @@ def read_rows(lines: BinaryIO, where: str) -> Iterator[Row]:
         if not is_complete and len(line) < LONGEST_ROW_BYTES:
             return
         if line.strip():
-            yield _row(line, is_complete, f"line {number} of {where}")
+            yield _parse_row(line, is_complete, f"line {number} of {where}")
 
 
-def _row(line: bytes, is_complete: bool, where: str) -> Row:
+def _parse_row(line: bytes, is_complete: bool, where: str) -> Row:
     try:
         if not is_complete:
             raise ValueError(f"it is longer than {LONGEST_ROW_BYTES} bytes")

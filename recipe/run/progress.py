@@ -11,7 +11,7 @@ from tqdm import tqdm
 LINE_EVERY_SECONDS = 30.0
 
 
-class Progress:
+class ProgressPrinter:
     """Counts towards `total`; what is `done` already does not flatter the rate."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, scale: int = 1000) -> None:
@@ -29,7 +29,7 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressPrinter:
         return self
 
     def __exit__(
@@ -50,7 +50,6 @@ class Progress:
         self.add(count - self.count)
 
     def line(self) -> str:
-        """One line for a log file."""
         rate = (self.count - self.initial) / max(time.perf_counter() - self.started, 1e-9)
         remaining = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
         count, total, speed = (tqdm.format_sizeof(n, "", self.scale) for n in (self.count, self.total, rate))

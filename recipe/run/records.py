@@ -129,8 +129,8 @@ class PreprocessingRecord(Record, frozen=True, kw_only=True):
     validation_split: str  # how the validation set was chosen
     shard_order: str
     stored_as: str
-    odd_images: dict[str, int]  # kind -> count
-    odd_examples: list[UnusualImage]  # at most 20; the manifest lists all
+    unusual_images: dict[str, int]  # kind -> count
+    unusual_examples: list[UnusualImage]  # at most 20; the manifest lists all
     rejected: list[UnusualImage]
     left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without files of an operating system
     lost_images: dict[str, LeftOut] = {}  # class (or split) -> unused files named like images
@@ -203,7 +203,7 @@ class Epoch(Record, frozen=True, kw_only=True):
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
-    held_up_fraction: float | None = None  # of the main thread, stalled by the GIL or for want of a core; beside a GPU
+    stalled_fraction: float | None = None  # of the main thread, stalled by the GIL or for want of a core; beside a GPU
 
 
 class Session(Record, frozen=True, kw_only=True):

@@ -39,7 +39,7 @@ from recipe.training.step import TrainStep, compiled
 SAMPLE = 200  # images
 SAMPLE_BYTES = 2**30  # of them, decoded
 ROUNDS = 3
-STEPS = 5
+MEASURED_STEPS = 5
 SMALL_SIDE = 256  # pixels; what re-encoding would make of the short side
 CPU_IMAGES = 16  # of a step on a CPU, where a whole batch would take minutes
 MARGIN = 1.1  # of loading over training, so that a device is not kept waiting
@@ -74,13 +74,12 @@ class Findings:
         return bounds if self.copy is None else bounds | {"the copy to the device": self.copy}
 
 
-def describe(parser: argparse.ArgumentParser) -> None:
-    """The command line of this verb."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure what bounds the speed of an experiment on this machine."
     parser.add_argument("words", nargs="*", metavar="key=value", help="as for train.py: experiment=demo trainer.gpus=8")
 
 
-def answer(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure and print; the data set must have been prepared."""
     config = config_from_overrides(arguments.words)
     images = read_manifest(config.data.directory).splits["train"].images
@@ -92,7 +91,6 @@ def answer(arguments: argparse.Namespace) -> int:
 
 
 def examined(config: Config, world: World) -> Findings:
-    """All stages, each alone."""
     split, decoder = open_split(config.data.directory, "train"), build_decoder(config.loader.decoder)
     chosen = sample(split, config.seed)
     augmentation = build_augmentation(config.augmentation, config.seed)
@@ -198,17 +196,16 @@ def model_rate(config: Config, world: World, processes: int) -> float:
     labels = torch.zeros(count, dtype=torch.int64, device=world.device)
 
     def work() -> None:
-        for _ in range(STEPS):
+        for _ in range(MEASURED_STEPS):
             train_step([Batch(images, labels, torch.arange(count))], learning_rate=0.0)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
 
     work()
-    return rate(STEPS * count, work)
+    return rate(MEASURED_STEPS * count, work)
 
 
 def report(findings: Findings) -> str:
-    """A table of the rates, and the verdict."""
     lines = [
         f"reading                     {findings.read:10,.0f} images/s (this sample was read before: from the cache)",
         f"decoding crops, one core    {findings.decode:10,.0f} images/s",

@@ -30,27 +30,26 @@ from recipe.data.transforms import (
     transform_of,
 )
 from recipe.data.worker_pool import open_loaders
-from recipe.distributed import World, arithmetic_switches, device_versions, hardware, memory_format, start_world
+from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of, memory_format, start_world
 from recipe.errors import UserError
 from recipe.evaluation import (
     FlipAverage,
     Predict,
     Predictions,
+    check_finite,
     class_table,
     collect,
     evaluate,
     predictions_file,
     predictor,
     protocol_name,
-    require_finite,
     view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
 from recipe.models.build import build_model, check_forward, restored_model, weights_sha256
 from recipe.models.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.models.pretrained import GivenWeights, load_state, published_accuracy, published_weights
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import EvaluationRecord, Protocol, Setting, TrainingRecord
@@ -63,7 +62,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
     """Evaluate the run's checkpoint; returns the record on the first process, None on the others."""
     with start_world(config.trainer) as world:
         run = Run(config.run_dir)
-        stage = Stage(run.directory) if world.is_first else None
+        stage = Stage(run.directory) if world.is_rank0 else None
         if stage is not None:
             append_to_journal(run, "evaluate", "started", name=config.name)
         manifest, manifest_hash = open_dataset(config.data)
@@ -119,7 +118,7 @@ def checkpoint_model(run: Run, config: Config, world: World, manifest_hash: str)
         path = chosen_checkpoint(run, config.evaluation.checkpoint)
         return path.name, load_checkpoint(path)
 
-    name, state = world.read_by_first(read)  # a training that goes on may save another one meanwhile
+    name, state = world.read_on_rank0(read)  # a training that goes on may save another one meanwhile
     check_same_dataset(name, state["manifest_sha256"], manifest_hash, config.data)
     is_average = state["average"] is not None
     predict, normalisation = _torch_predict(restored_model(state, name), config, world)
@@ -193,8 +192,8 @@ def published_model(config: Config, world: World, manifest: Manifest, manifest_h
     """Published weights, by their name in torchvision or from a file."""
     asked = config.evaluation.weights
     assert asked is not None, "the caller looked"
-    given: GivenWeights = world.read_by_first(lambda: published_weights(config.model.name, asked))
-    if world.is_first:
+    given: GivenWeights = world.read_on_rank0(lambda: published_weights(config.model.name, asked))
+    if world.is_rank0:
         print(given, file=sys.stderr, flush=True)
     state = given.tensors
     blurs = any(name.endswith(".blur") for name in state)  # the weights say which network they are of
@@ -263,12 +262,11 @@ class Measurement:
 
 
 def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measurement:
-    """Predict every image of the validation set."""
     split = open_split(config.data.directory, "val")
     started = time.perf_counter()
     with open_loaders([split], config.loader, world) as (loader,):
         batches = EvaluationBatches(loader, evaluated.transform, config.evaluation.batch_size, world)
-        progress = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_first and sys.stderr.isatty()))
+        progress = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_rank0 and sys.stderr.isatty()))
         predictions = collect(evaluate(evaluated.predict, progress), world, len(split))
     return Measurement(config, batches, predictions, time.perf_counter() - started)
 
@@ -279,14 +277,14 @@ def evaluation_record(
     """Write the predictions and return their record."""
     predictions, protocol = measurement.predictions, _protocol(evaluated, measurement)
     assert predictions is not None, "only the first process describes"
-    require_finite(predictions, evaluated.checkpoint)
+    check_finite(predictions, evaluated.checkpoint)
     split = measurement.batches.loader.split
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
     path = run.predictions_file(protocol.name)
     write_atomically(path, content)
     return EvaluationRecord(
         config_sha256=config_sha256(config_of_run(run, measurement.config)),
-        provenance=stage.finish(hardware(world), device_versions(world)),
+        provenance=stage.finish(hardware_of(world), device_versions(world)),
         inputs=evaluated.inputs,
         outputs={path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()},
         protocol=protocol,
@@ -308,7 +306,6 @@ def _views(predict: Predict) -> dict[str, Setting]:
 
 
 def _protocol(evaluated: EvaluatedModel, measurement: Measurement) -> Protocol:
-    """The protocol of the metric, read back from the live objects."""
     transform = measurement.batches.transform
     return Protocol(
         name=evaluated.protocol,

@@ -22,22 +22,21 @@ from recipe.config.compose import stage_config_from_overrides
 from recipe.config.schema import Config, Precision, Variant
 from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
-from recipe.distributed import World, device_versions, hardware, start_world
+from recipe.distributed import World, device_versions, hardware_of, start_world
 from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
 from recipe.errors import DiskError, UserError
 from recipe.inference.classifier import Classifier
-from recipe.inference.evaluated import load_evaluated
+from recipe.inference.export import load_evaluated
 from recipe.inference.latency import measure_timing
 from recipe.inference.onnx_file import OnnxModel
 from recipe.inference.pictures import bytes_of, pixels_of
-from recipe.run.directory import Run
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.environment import shown_argument
-from recipe.run.experiment_log import append_to_journal
 from recipe.run.files import CHECKOUT, display_path, portable_path, redact_paths, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import ClassifiedPicture, Guess, InferenceRecord, TimingRecord
-from recipe.run.terminal import one_clear_sentence
+from recipe.run.terminal import report_user_errors
 
 NOTEBOOK = CHECKOUT / "inference.ipynb"
 PARAMETERS = "parameters"  # tag of the cell that names the run
@@ -85,7 +84,7 @@ class Demonstration:
         evaluation, interface = self.checkpoint.evaluation, self.checkpoint.interface
         names = [entry.name for entry in interface.classes]
         some = ", ".join(names[:CLASSES_NAMED]) + (", ..." if len(names) > CLASSES_NAMED else "")
-        device = hardware(self.world).accelerator or hardware(self.world).processor
+        device = hardware_of(self.world).accelerator or hardware_of(self.world).processor
         return "\n".join(
             [
                 f"{self.config.name}: {self.config.model.name} trained on {self.config.data.name}, in "
@@ -158,7 +157,7 @@ class Demonstration:
         self.run.write(
             InferenceRecord(
                 config_sha256=self.checkpoint.training.config_sha256,
-                provenance=self.stage.finish(hardware(self.world), device_versions(self.world)),
+                provenance=self.stage.finish(hardware_of(self.world), device_versions(self.world)),
                 inputs={"weights": self.checkpoint.weights_sha256, "manifest": self.checkpoint.manifest_sha256},
                 outputs=outputs,
                 class_count=len(interface.classes),
@@ -190,7 +189,7 @@ def main(words: list[str]) -> None:
     """Execute the notebook on the run that `words` name."""
     import nbformat
 
-    with one_clear_sentence():
+    with report_user_errors():
         run = Run(stage_config_from_overrides(words, own_group="timing").run_dir)
         check_document(run)
         notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
@@ -200,7 +199,6 @@ def main(words: list[str]) -> None:
 
 
 def with_words(notebook: Any, words: list[str]) -> Any:
-    """The notebook with `words` in its cell of parameters."""
     cells = [cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", [])]
     assert len(cells) == 1, f"{NOTEBOOK.name} has {len(cells)} cells with the tag {PARAMETERS}"
     cells[0].source = f"words = {words!r}"

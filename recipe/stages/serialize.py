@@ -27,23 +27,23 @@ from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
 from recipe.data.transforms import Normalisation, build_evaluation_transform, transform_of
 from recipe.data.worker_pool import open_loaders
-from recipe.distributed import World, device_versions, hardware, start_world
+from recipe.distributed import World, device_versions, hardware_of, start_world
 from recipe.errors import UserError
 from recipe.evaluation import Predictions, predictions_file, predictor
-from recipe.inference.evaluated import Evaluated, load_evaluated
 from recipe.inference.export import (
     OPSET,
+    Evaluated,
     export_fp32,
     fp16_facts,
     int8_facts,
+    load_evaluated,
     to_fp16,
     to_int8,
     with_properties,
 )
 from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, TrainingCode, onnx_protocol, to_properties
-from recipe.inference.parity import Comparison, compare, limit_of, require_any_batch, require_parity
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.inference.parity import Comparison, check_any_batch, check_parity, compare, limit_of
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import CHECKOUT, display_path, write_atomically
 from recipe.run.provenance import Stage
 from recipe.run.records import SerializationRecord, Setting, VariantFacts
@@ -84,7 +84,7 @@ def load_export(run: Run, config: Config) -> Export:
     checkpoint = load_evaluated(run)
     _, manifest_hash = open_dataset(config.data)
     check_same_dataset(checkpoint.where, checkpoint.manifest_sha256, manifest_hash, config.data)
-    _refuse_flip(checkpoint, run)
+    _check_not_flipped(checkpoint, run)
     measured, own = checkpoint.evaluation.protocol, transform_of(checkpoint.interface, checkpoint.where)
     if measured.transform_sha256 != own.fingerprint():
         raise UserError(
@@ -95,7 +95,7 @@ def load_export(run: Run, config: Config) -> Export:
     return Export(run, config, checkpoint)
 
 
-def _refuse_flip(checkpoint: Evaluated, run: Run) -> None:
+def _check_not_flipped(checkpoint: Evaluated, run: Run) -> None:
     """An exported model sees one view of an image, so its accuracy must be that of one view."""
     if "views" in checkpoint.evaluation.protocol.transform:
         raise UserError(
@@ -182,7 +182,6 @@ def metadata(export: Export, variant: Variant) -> Metadata:
 
 
 def exporting_versions() -> dict[str, str]:
-    """The packages that shape the file."""
     return {package: version(package) for package in EXPORTING_PACKAGES}
 
 
@@ -209,13 +208,13 @@ def compared_with_eager(
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     eager = predictor(export.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     interface = files[0].model.metadata.interface  # the file's, not the configuration's
-    views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the export_variants model"))
+    views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the exported model"))
     with open_loaders([split], config.loader, world) as (loader,):
         ours, theirs = (EvaluationBatches(loader, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
-    require_parity(comparisons, config.serialization, split.key)
+    check_parity(comparisons, config.serialization, split.key)
     for file in files:
-        require_any_batch(file.model, noise_images(interface.crop_pixels))
+        check_any_batch(file.model, noise_images(interface.crop_pixels))
     return comparisons
 
 
@@ -241,7 +240,7 @@ def serialization_record(
     return SerializationRecord(
         config_sha256=export.checkpoint.training.config_sha256,
         settings=to_dict(export.config.serialization),
-        provenance=stage.finish(hardware(world), exporting_versions() | device_versions(world)),
+        provenance=stage.finish(hardware_of(world), exporting_versions() | device_versions(world)),
         inputs={"weights": export.checkpoint.weights_sha256, "manifest": export.checkpoint.manifest_sha256},
         outputs={name: sha256 for entry in written for name, sha256 in entry.items()},
         checkpoint=export.checkpoint.evaluation.protocol.checkpoint,
@@ -278,7 +277,6 @@ def write_variant(export: Export, file: ExportedFile, predictions: Predictions, 
 
 
 def variant_facts(export: Export, file: ExportedFile, found: Comparison, split: Split) -> VariantFacts:
-    """One file compared with the eager model."""
     return VariantFacts(
         variant=file.variant.value,
         file=export.run.onnx_file(file.variant.value).relative_to(export.run.directory).as_posix(),

@@ -64,7 +64,7 @@ class Progress:
         if len(tallies) == world.size:
             mine: list[float] = tallies[world.rank]
             return mine
-        return [sum(column) for column in zip([0.0] * 4, *tallies, strict=True)] if world.is_first else [0.0] * 4
+        return [sum(column) for column in zip([0.0] * 4, *tallies, strict=True)] if world.is_rank0 else [0.0] * 4
 
     def lap(self) -> tuple[float, float]:
         """(seconds since the last row, of which waited for data)."""
@@ -98,7 +98,6 @@ class Training:
     failed_saves: int = 0  # in a row, on the first process
 
     def note_memory(self) -> None:
-        """Keep the peak of the accelerator's memory."""
         if self.world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
             self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
@@ -118,9 +117,9 @@ def build_training(
 
     `config` and the given initial `weights` are those of `resolve_weights`.
     """
-    with world.first_decides():
-        manifest, manifest_hash = open_dataset(config.data, run if world.is_first else None)
-    world.must_agree("the data set's manifest", manifest_hash)
+    with world.rank0_errors_everywhere():
+        manifest, manifest_hash = open_dataset(config.data, run if world.is_rank0 else None)
+    world.assert_equal_across_ranks("the data set's manifest", manifest_hash)
     bce = config.optimization.bce
     model = build_model(config.model, len(manifest.classes), config.seed, bce.init_head_bias, weights)
     facts = model_facts(model, config.model, len(manifest.classes))

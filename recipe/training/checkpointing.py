@@ -24,8 +24,7 @@ from recipe.config.identity import config_sha256, differences
 from recipe.config.schema import Config, OptimizerKind
 from recipe.errors import SAVED, DiskError, NonFiniteError, UserError, how_to_continue
 from recipe.models.checkpoint import State, checkpoint_files, newest_checkpoint, prune_checkpoints, save_checkpoint
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path
 from recipe.run.records import Session, TrainingRecord, now
 from recipe.training.build import Progress, Training
@@ -55,7 +54,7 @@ def pin(run: Run, config: Config) -> None:
         )
 
 
-def finished_record(run: Run) -> TrainingRecord | None:
+def finished_training(run: Run) -> TrainingRecord | None:
     """The record of a run that needs no more training, else None."""
     record, stored = run.read(TrainingRecord), run.read_config()
     if record is None or stored is None or record.config_sha256 != config_sha256(stored):
@@ -92,11 +91,11 @@ def check_space(training: Training) -> None:
 def resumed(training: Training) -> Iterator[None]:
     """Continue from the newest checkpoint, or begin; the first process opens the metric log there, and closes it."""
     world, progress = training.world, training.progress
-    restore(training, world.read_by_first(lambda: saved_state(training.run)))
+    restore(training, world.read_on_rank0(lambda: saved_state(training.run)))
     training.wait.continue_from(*progress.lap())
     with ExitStack() as held:
-        with world.first_decides():
-            if world.is_first:
+        with world.rank0_errors_everywhere():
+            if world.is_rank0:
                 training.metric_log = MetricLogger(
                     training.run,
                     training.config.optimization.epochs,
@@ -202,7 +201,7 @@ def save(training: Training, must_succeed: bool = False) -> None:
     """
     seconds, waited_seconds = training.wait.so_far()
     tallies = training.world.gather(training.train_step.tally.tolist())
-    with training.world.first_decides():
+    with training.world.rank0_errors_everywhere():
         if tallies is not None:  # the first process
             training.progress.window = {"tallies": tallies, "seconds": seconds, "waited_seconds": waited_seconds}
             training.note_memory()
@@ -221,7 +220,7 @@ def save_and_exit(training: Training) -> None:
     """Answer a stop request: the same command continues the run."""
     save(training, must_succeed=True)
     progress = training.progress
-    if training.world.is_first:
+    if training.world.is_rank0:
         try:
             append_to_journal(training.run, "train", "stopped", step=progress.step)
         except DiskError as error:  # the checkpoint is saved

@@ -76,7 +76,6 @@ class ModelEma:
             self.model.load_state_dict(state["model"])
 
     def facts(self) -> dict[str, Setting]:
-        """The live settings, for the record."""
         if not self.is_on:
             return {"kind": "none"}
         facts: dict[str, Setting] = {
@@ -120,7 +119,6 @@ class TorchvisionEma(ModelEma):
         return self.decay if self.updates else 0.0
 
     def facts(self) -> dict[str, Setting]:
-        """With the decay that is applied and the one that was asked for."""
         if not self.is_on:
             return super().facts()
         start = f"copies while epoch < {self.warmup_epochs:g}, counted from 0, and at the first update after that"

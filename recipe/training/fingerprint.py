@@ -43,7 +43,7 @@ from recipe.training.optim import build_schedule, loss_facts, optimizer_facts
 from recipe.training.shutdown import StopRequest
 from recipe.training.watchdog import Watchdog
 
-STEPS = 10
+TRACED_STEPS = 10
 # Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
 # ten they are a percent apart; so they stay within some ten-thousandths (measured: benchmarks/results/canary.md).
 RATE_SHARE = 0.05
@@ -217,7 +217,6 @@ def _small_training(config: Config) -> Iterator[Training]:
 
 
 def _model_facts(facts: ModelFacts) -> dict[str, Setting]:
-    """Facts of the finished network."""
     return {
         "modules": dict(facts.modules),
         "batch_norm": facts.batch_norm,
@@ -262,15 +261,15 @@ def _evenly(total: int, count: int) -> list[int]:
     return [round(place * (total - 1) / max(1, count - 1)) for place in range(count)]
 
 
-def _probes(training: Training, start: Start) -> Iterator[tuple[ProbeStep, Tally]]:
+def _probes(training: Training, start: Start) -> Iterator[tuple[ProbeStep, StepCounts]]:
     """All steps; from the middle on the EMA has as many updates as late in a training, when its decay has warmed up."""
-    for number, position in enumerate(_evenly(training.learning_rate.steps, STEPS)):
-        if number == STEPS // 2:
+    for number, position in enumerate(_evenly(training.learning_rate.steps, TRACED_STEPS)):
+        if number == TRACED_STEPS // 2:
             training.ema.updates = MANY_UPDATES
         yield _probe(training, position, start)
 
 
-def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, Tally]:
+def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, StepCounts]:
     """Take the step at `position` and note its effects."""
     progress = training.progress
     epoch, batch = divmod(position, training.batches.batches_per_epoch)
@@ -278,10 +277,10 @@ def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, 
     batches = training.batches.epoch(epoch, batch)
     parts = next(batches)
     batches.close()  # type: ignore[attr-defined]  # it is a generator
-    seen = Seen([], [])
+    seen = StepTensors([], [])
     with _hooked(training, seen):
         take_step(training, parts)
-    tally = Tally(*training.train_step.take_tally().tolist())
+    tally = StepCounts(*training.train_step.take_tally().tolist())
     images = torch.cat([batch.flatten() for batch in seen.images])
     probe = ProbeStep(
         step=position,
@@ -291,13 +290,13 @@ def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, 
         images_mean=images.mean().item(),
         images_std=images.std().item(),
         loss=tally.loss / tally.images,
-        gradient_norm=_norm(seen.gradients),
+        gradient_norm=_l2_norm(seen.gradients),
         distances=_distances(training, start),
     )
     return probe, tally
 
 
-class Tally(NamedTuple):
+class StepCounts(NamedTuple):
     """The counts of a step; the loss is a sum over its images."""
 
     loss: float
@@ -306,7 +305,7 @@ class Tally(NamedTuple):
     images: float
 
 
-class Seen(NamedTuple):
+class StepTensors(NamedTuple):
     """The inputs of the network in each forward pass, and the gradients that the optimizer gets."""
 
     images: list[Tensor]
@@ -314,7 +313,7 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def _hooked(training: Training, seen: Seen) -> Iterator[None]:
+def _hooked(training: Training, seen: StepTensors) -> Iterator[None]:
     """Collect both during a step."""
 
     def look_at_images(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -340,14 +339,14 @@ def _distances(training: Training, start: Start) -> dict[str, float]:
     """How far each parameter group, and the EMA where there is one, has moved from its start."""
     distances = {}
     for group, before in zip(training.train_step.optimizer.param_groups, start.groups, strict=True):
-        distances[group["name"]] = _norm([now - then for now, then in zip(group["params"], before, strict=True)])
+        distances[group["name"]] = _l2_norm([now - then for now, then in zip(group["params"], before, strict=True)])
     if training.ema.is_on:
         now = _floating(training.ema.model)
-        distances["average"] = _norm([one - other for one, other in zip(now, start.average, strict=True)])
+        distances["average"] = _l2_norm([one - other for one, other in zip(now, start.average, strict=True)])
     return distances
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _l2_norm(tensors: list[Tensor]) -> float:
     """Euclidean, over all elements, summed in double precision."""
     return math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in tensors))
 

@@ -21,24 +21,22 @@ from recipe.distributed import World, start_world
 from recipe.models.build import resolve_weights
 from recipe.models.checkpoint import prune_checkpoints, write_eval_weights
 from recipe.models.pretrained import GivenWeights
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path
 from recipe.run.provenance import Stage, source_sha256
 from recipe.run.records import TrainingRecord
 from recipe.training.build import Training, build_training
 from recipe.training.checkpointing import (
     check_space,
-    finished_record,
+    finished_training,
     pin,
     resumed,
     save,
     save_and_exit,
     save_where_due,
 )
-from recipe.training.energy import EnergyMeter
 from recipe.training.metrics import measure_steps, validate, validation_predictor
-from recipe.training.record import training_record
+from recipe.training.record import EnergyMeter, training_record
 from recipe.training.shutdown import Stopped, graceful_shutdown
 from recipe.training.watchdog import Watchdog
 
@@ -58,21 +56,21 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
         graceful_shutdown(world) as stop_request,
         _one_writer(config, world) as run,
     ):
-        finished = finished_record(run) if world.is_first else None
-        if world.from_first(finished is not None):
+        finished = finished_training(run) if world.is_rank0 else None
+        if world.broadcast_from_rank0(finished is not None):
             return finished
-        stage = _started(run, config, weights) if world.is_first else None
+        stage = _started(run, config, weights) if world.is_rank0 else None
         with (
             Watchdog(world, run, config.trainer.timeout_seconds) as watchdog,
             build_training(config, world, run, stage, stop_request, watchdog, weights) as training,
             resumed(training),
         ):
-            with world.first_decides():
-                if world.is_first:
+            with world.rank0_errors_everywhere():
+                if world.is_rank0:
                     check_space(training)
             meter = EnergyMeter(world)
             fit(training, after_validation)
-            return _leave_record(training, meter) if world.is_first else None
+            return _leave_record(training, meter) if world.is_rank0 else None
 
 
 def _started(run: Run, config: Config, weights: GivenWeights | None) -> Stage:
@@ -99,7 +97,7 @@ def fit(training: Training, after_validation: AfterValidation | None = None) -> 
             predict = validation_predictor(training)
             save(training, must_succeed=epoch + 1 == epochs)
             validate(training, predict)
-            if after_validation is not None and training.world.is_first:
+            if after_validation is not None and training.world.is_rank0:
                 after_validation(training.run)
             _complete_epoch(training)
     except Stopped:
@@ -168,12 +166,12 @@ def _one_writer(config: Config, world: World) -> Iterator[Run]:
     """The run directory with its configuration pinned, locked by the first process; all processes must agree on it."""
     run = Run(config.run_dir)
     with ExitStack() as held:
-        with world.first_decides():
-            if world.is_first:
+        with world.rank0_errors_everywhere():
+            if world.is_rank0:
                 if config.trainer.start_over and run.config.exists():
                     print(f"the old run is now {display_path(run.archive())}", flush=True)
                 held.enter_context(run.lock())
                 pin(run, config)
-        world.must_agree("the configuration", config.pinned.config_sha256)
-        world.must_agree("the source code", source_sha256())
+        world.assert_equal_across_ranks("the configuration", config.pinned.config_sha256)
+        world.assert_equal_across_ranks("the source code", source_sha256())
         yield run

@@ -30,7 +30,7 @@ from recipe.run.directory import Run
 from recipe.run.files import disk_errors, write_atomically
 from recipe.run.metric_rows import Place, Row, missing_rows, planned_places
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 PROBE_OPERATIONS = 64
 WAITING_LIMIT = 0.1  # share of the time that may go unmentioned
 SECONDS_TO_JUDGE = 10.0  # an epoch shorter than this is mostly its own start
@@ -120,7 +120,7 @@ class MetricLogger:
         """Above the bar on a terminal, as a plain line elsewhere."""
         speed = f"{row.images_per_second:,.0f} images/s"
         waiting = "" if row.data_wait_fraction is None else f"  waiting for data {row.data_wait_fraction:.0%}"
-        waiting += f"  stalled {row.held_up_fraction:.0%}" if (row.held_up_fraction or 0) > WAITING_LIMIT else ""
+        waiting += f"  stalled {row.stalled_fraction:.0%}" if (row.stalled_fraction or 0) > WAITING_LIMIT else ""
         line = (
             f"epoch {row.epoch}/{self.epochs}  step {row.step}  {row.split:<10}  loss {row.loss:.4f}  "
             f"top-1 {row.top1_accuracy:.2%}  {speed}{waiting}{self._remaining(row)}"
@@ -144,7 +144,7 @@ class MetricLogger:
         return f"  ETA {tqdm.format_interval((time.perf_counter() - self.started) / done * left)}"
 
     def warn_of_waiting(self, epoch: int, data_wait_fraction: float, stalled: float, seconds: float) -> None:
-        """Warn once a session of what keeps a device from being busy; an epoch of a few seconds tells nothing yet."""
+        """Warn once a session of what keeps a device from being busy; a few seconds are too short to judge."""
         if self.has_warned or seconds < SECONDS_TO_JUDGE or max(data_wait_fraction, stalled) <= WAITING_LIMIT:
             return
         self.has_warned = True
@@ -161,21 +161,17 @@ class MetricLogger:
         )
 
     def step(self) -> None:
-        """Advance the bar by one optimizer step."""
         self.bar.update()
 
     def close(self) -> None:
-        """End the bar."""
         self.bar.close()
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:
-    """Rows of metrics.jsonl."""
     return "".join(json.dumps(msgspec.structs.asdict(row)) + "\n" for row in rows).encode()
 
 
 def as_event(row: Row) -> Event:
-    """One TensorBoard event with every number of the row."""
     values = {name: value for name, value in msgspec.structs.asdict(row).items() if isinstance(value, float)}
     summary = Summary(
         value=[Summary.Value(tag=f"{row.split}/{name}", simple_value=value) for name, value in values.items()]
@@ -242,7 +238,7 @@ class DataWait:
         self.since = time.perf_counter()
         self.probe = probe
 
-    def timed(self, items: Iterator[Item]) -> Iterator[Item]:
+    def timed(self, items: Iterator[T]) -> Iterator[T]:
         """The same items."""
         while True:
             before = time.perf_counter()

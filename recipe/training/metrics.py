@@ -29,7 +29,7 @@ def measure_steps(training: Training) -> None:
     progress.epoch_waited_seconds += waited_seconds
     stalled = training.wait.stalled_fraction()
     progress.epoch_stalled_seconds += (stalled or 0.0) * seconds
-    row = _row(
+    row = _measured_row(
         training,
         split="train",
         loss=loss / images,
@@ -37,9 +37,9 @@ def measure_steps(training: Training) -> None:
         top5_accuracy=top5 / images,
         images_per_second=round(images / seconds, 2),
         data_wait_fraction=round(waited_seconds / seconds, 4),
-        held_up_fraction=stalled,
+        stalled_fraction=stalled,
     )
-    with training.world.first_decides():
+    with training.world.rank0_errors_everywhere():
         _write(training, row)
 
 
@@ -47,7 +47,7 @@ def validate(training: Training, predict: Predict) -> None:
     """A `validation` row: every image once, by `validation_predictor`; its time is counted since the last lap."""
     predictions = predict_validation(training, predict)
     seconds, _ = training.wait.lap()
-    with training.world.first_decides():
+    with training.world.rank0_errors_everywhere():
         if predictions is not None:
             _note_validation(training, predictions, seconds)
 
@@ -58,7 +58,7 @@ def validation_predictor(training: Training) -> Predict:
     Call this before the epoch's checkpoint, so that the checkpoint holds the weights that are validated.
     """
     config, world, model = training.config, training.world, training.ema.model
-    world.copy_from_first(training.model)
+    world.broadcast_module(training.model)
     predict = predictor(
         model,
         training.train_step.normalisation,
@@ -69,7 +69,7 @@ def validation_predictor(training: Training) -> Predict:
     )
     if training.ema.is_on:
         _recalibrate_ema(training, predict)
-        world.copy_from_first(model)
+        world.broadcast_module(model)
     return predict
 
 
@@ -85,8 +85,8 @@ def predict_validation(training: Training, predict: Predict) -> Predictions | No
 def _recalibrate_ema(training: Training, predict: Predict) -> None:
     """Precise BN of the averaged weights, if asked for, on the first process."""
     images, world = training.ema.precise_bn_images, training.world
-    with world.first_decides():
-        if images and world.is_first:
+    with world.rank0_errors_everywhere():
+        if images and world.is_rank0:
             batches = PreciseBnBatches(
                 loader=training.batches.loader,
                 transform=training.validation.transform,
@@ -102,7 +102,7 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
     progress = training.progress
     progress.validation_seconds += seconds
     loss, top1, top5, images = progress.epoch_tally
-    row = _row(
+    row = _measured_row(
         training,
         split="validation",
         loss=predictions.loss,
@@ -121,11 +121,11 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
     progress.epochs.append(epoch)
     _write(training, row)
     if training.metric_log is not None:
-        stalled = epoch.held_up_fraction or 0.0
+        stalled = epoch.stalled_fraction or 0.0
         training.metric_log.warn_of_waiting(epoch.epoch, epoch.data_wait_fraction, stalled, epoch.seconds)
 
 
-def _row(training: Training, **measured: Any) -> Row:
+def _measured_row(training: Training, **measured: Any) -> Row:
     """The numbers of a row with their place in the run."""
     progress = training.progress
     return Row(
@@ -139,7 +139,6 @@ def _row(training: Training, **measured: Any) -> Row:
 
 
 def _epoch(training: Training, row: Row, validation_seconds: float) -> Epoch:
-    """The epoch that ends with this validation row."""
     progress = training.progress
     stalled = round(progress.epoch_stalled_seconds / progress.epoch_seconds, 4)
     training.note_memory()
@@ -147,7 +146,7 @@ def _epoch(training: Training, row: Row, validation_seconds: float) -> Epoch:
         seconds=round(progress.epoch_seconds, 3),
         images_per_second=round(training.batches.images_per_epoch / progress.epoch_seconds, 2),
         data_wait_fraction=round(progress.epoch_waited_seconds / progress.epoch_seconds, 4),
-        held_up_fraction=None if training.wait.probe is None else stalled,
+        stalled_fraction=None if training.wait.probe is None else stalled,
         validation_seconds=round(validation_seconds, 3),
         **{name: getattr(row, field) for name, field in EPOCH_FIELDS.items()},
     )

@@ -62,7 +62,6 @@ def build_loss(config: OptimizationConfig) -> Loss:
 
 
 def loss_facts(loss: Loss) -> dict[str, Setting]:
-    """The live loss, for the record."""
     facts: dict[str, Setting] = {"class": type(loss).__name__, "label_smoothing": loss.label_smoothing}
     if isinstance(loss, nn.CrossEntropyLoss):
         return facts | {"reduction": loss.reduction}

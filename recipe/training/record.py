@@ -1,14 +1,18 @@
-"""The record of the Training chapter, read back from the live objects of the run: never from a list of arguments."""
+"""The records of a training, read back from its live objects: its course and result, and the energy that it took."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
+import pynvml
 import torch
 
-from recipe.distributed import arithmetic_switches, device_versions, hardware
+from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of
 from recipe.evaluation import protocol_name, view_name
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
-from recipe.run.records import Setting, TrainingRecord
+from recipe.run.records import EnergyRecord, Session, Setting, TrainingRecord
 from recipe.training.build import Training
 from recipe.training.optim import loss_facts, optimizer_facts
 
@@ -21,7 +25,7 @@ def training_record(training: Training) -> TrainingRecord:
     return TrainingRecord(
         config_sha256=config.pinned.config_sha256,
         recipe_id=config.pinned.recipe_id,
-        provenance=training.stage.finish(hardware(world), device_versions(world)),
+        provenance=training.stage.finish(hardware_of(world), device_versions(world)),
         inputs={"manifest": training.manifest_sha256, "initial weights": training.facts.initial_weights_sha256},
         outputs=_outputs(training),
         seed=config.seed,
@@ -72,3 +76,55 @@ def _arithmetic(training: Training) -> dict[str, Setting]:
         "compiled": any(hasattr(module, "_orig_mod") for module in training.train_step.model.modules()),
         "gradient_scaler": training.train_step.scaler.is_enabled(),
     } | arithmetic_switches()
+
+
+def accelerator_joules(uuids: Sequence[str] | None = None) -> float | None:
+    """The sum over these devices (`GPU-...`), or over all of the machine, since the driver was loaded.
+
+    It counts everything that uses a device. None without a driver, a device, or a counter (before Volta).
+    """
+    try:
+        pynvml.nvmlInit()
+        try:
+            if uuids is None:
+                devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            else:
+                devices = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+            millijoules: int = sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, devices))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return millijoules / 1000 if devices else None
+
+
+class EnergyMeter:
+    """Reads the counter of this run's accelerators now, for the difference later; off where several machines run it."""
+
+    def __init__(self, world: World) -> None:
+        self.uuids = accelerator_uuids(world)
+        self.began, self.joules = time.perf_counter(), self.read()
+
+    def read(self) -> float | None:
+        return accelerator_joules(self.uuids) if self.uuids else None
+
+    def record(self, sessions: Sequence[Session]) -> EnergyRecord | None:
+        """The energy since the start; None without a counter, and where another session trained a part."""
+        now = self.read()
+        if self.joules is None or now is None or len(sessions) != 1:
+            return None
+        return EnergyRecord(
+            inputs={},
+            joules=round(now - self.joules, 3),
+            seconds=time.perf_counter() - self.began,
+            accelerators=len(self.uuids),
+            counter="NVML",
+        )
+
+
+def accelerator_uuids(world: World) -> list[str]:
+    """NVML's names of this run's devices; none on a CPU and where several machines run it."""
+    if not world.is_rank0 or world.device.type != "cuda" or world.size != world.local_size:
+        return []
+    uuids = [getattr(torch.cuda.get_device_properties(index), "uuid", None) for index in range(world.local_size)]
+    return [f"GPU-{uuid}" for uuid in uuids] if all(uuids) else []

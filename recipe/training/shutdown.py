@@ -19,13 +19,12 @@ import torch
 
 from recipe.distributed import World
 from recipe.run.launcher import launched
-from recipe.run.signals import handlers_put_back, heeded
-from recipe.run.terminal import is_writable
+from recipe.run.terminal import handlers_put_back, heeded, is_writable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STEPS_BETWEEN_POLLS = 16  # of several processes with accelerators: each poll waits for the device
 ECHO_SECONDS = 3.0  # a terminal's Ctrl-C reaches a launched process twice: directly, and handed on by its launcher
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class Stopped(Exception):  # noqa: N818 (a way out, not an error)
@@ -51,7 +50,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.interrupted_at = self.interrupted_at or now
         is_new, self.requested_at = self.requested_at is None, self.requested_at or now
-        if is_new and self.world.is_first:
+        if is_new and self.world.is_rank0:
             text = f"{signal.Signals(number).name}: saving after this step; Ctrl-C (again) stops without\n"
             with suppress(OSError):  # the terminal may be gone
                 if is_writable(2):
@@ -68,7 +67,7 @@ class StopRequest:
         requests = torch.tensor([float(self.requested_at is not None)], device=self.world.device)
         return bool(self.world.sum(requests).item() > 0)
 
-    def polled(self, items: Iterable[Item], common: int) -> Iterator[Item]:
+    def polled(self, items: Iterable[T], common: int) -> Iterator[T]:
         """The same items with a poll after each of the first `common`, which every process has, and one at the end."""
         for number, item in enumerate(items, start=1):
             yield item

@@ -28,7 +28,7 @@ from recipe.run.files import display_path
 
 ALARM_SHARE = 0.8  # of the time-out: early enough to be written before the waiting processes end
 RESET_SHARE = 0.05  # of the time-out between two resets: setting an alarm starts a thread, 0.15 ms
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class Watchdog:
@@ -68,7 +68,7 @@ class Watchdog:
             self.set_at = now
             faulthandler.dump_traceback_later(ALARM_SHARE * self.timeout_seconds, file=self.file or sys.stderr)
 
-    def watched(self, items: Iterable[Item]) -> Iterator[Item]:
+    def watched(self, items: Iterable[T]) -> Iterator[T]:
         """The same items, each of them progress."""
         for item in items:
             yield item

@@ -26,7 +26,7 @@ from recipe.data.batches import (
     derive_layout,
     epoch_order,
 )
-from recipe.data.decoding import Picture, UndecodableError, WholePicture, build_decoder
+from recipe.data.decoding import EncodedImage, UndecodableError, WholeImage, build_decoder
 from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
 from recipe.data.transforms import EvaluationTransform
@@ -56,8 +56,8 @@ class GreySquares:
 
     name = "grey squares"
 
-    def open(self, content: bytes) -> Picture:
-        return WholePicture(torch.full((3, 8, 8), int(content), dtype=torch.uint8))
+    def open(self, content: bytes) -> EncodedImage:
+        return WholeImage(torch.full((3, 8, 8), int(content), dtype=torch.uint8))
 
 
 def world(rank: int = 0, size: int = 1) -> World:
@@ -307,7 +307,7 @@ class Refusing:
 
     name = "refusing"
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         raise UndecodableError("unknown kind")
 
 

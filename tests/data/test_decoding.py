@@ -21,7 +21,7 @@ from recipe.data import decoding
 from recipe.data.decoding import (
     ImageDecoder,
     NvImageCodecDecoder,
-    PartialPicture,
+    PartialImage,
     PillowDecoder,
     UndecodableError,
     decoded,
@@ -104,7 +104,7 @@ def test_any_part_has_the_pixels_of_the_whole_by_pillow(
 ) -> None:
     content = jpeg(*size, **KINDS[kind])
     whole, picture = decoded(content, PILLOW), decoder.open(content)
-    assert isinstance(picture, PartialPicture)
+    assert isinstance(picture, PartialImage)
     assert picture.size == size == tuple(whole.shape[-2:])
     assert torch.equal(decoded(content, decoder), whole)
     generator = np.random.default_rng(0)

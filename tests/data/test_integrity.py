@@ -252,7 +252,7 @@ def test_damage_stops_with_the_name_or_is_left_out_and_listed(tmp_path: Path) ->
         preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, images_per_shard=50))
     record = preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, on_corrupt=Corrupt.skip))
     assert sorted(found.key for found in record.rejected) == ["cat/half", "dog/rows"]
-    assert record.odd_images == {"stray bytes in a JPEG": 1}
+    assert record.unusual_images == {"stray bytes in a JPEG": 1}
 
 
 def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
@@ -268,7 +268,7 @@ def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
     record = preprocess(config(raw, tmp_path / "out"))
     assert record.rejected == []
     found = "damaged JPEG: it is truncated (premature end of data segment)"
-    assert record.odd_images == {found: 1}
+    assert record.unusual_images == {found: 1}
     assert [image.key for image in read_manifest(tmp_path / "out").converted] == ["n02085620_7"]
     (tmp_path / "out" / "train-00001.tar").unlink()
     preprocess(config(raw, tmp_path / "out"))  # the repair knows it too

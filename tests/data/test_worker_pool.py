@@ -23,7 +23,7 @@ from recipe.data.transforms import EvaluationTransform
 from recipe.data.worker_pool import WorkerLoader, even_shares, open_loaders, worker_count
 from recipe.distributed import World
 from recipe.errors import UserError, WorkerError
-from recipe.run.signals import FROM_OUTSIDE
+from recipe.run.terminal import FROM_OUTSIDE
 from tests.conftest import compose_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")

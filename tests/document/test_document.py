@@ -155,8 +155,8 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
         "validation_split": "the archive ILSVRC2012_img_val.tar",
         "shard_order": "shuffled with seed 0",
         "stored_as": "original JPEG bytes",
-        "odd_images": {"CMYK": 1, "grey": 6},
-        "odd_examples": [
+        "unusual_images": {"CMYK": 1, "grey": 6},
+        "unusual_examples": [
             UnusualImage(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")
         ],
         "rejected": [],
@@ -737,7 +737,7 @@ def test_hostile_words_stay_words() -> None:
     records = {
         "preprocessing": preprocessing_record(
             data_set=HOSTILE,
-            odd_images={HOSTILE: 1},
+            unusual_images={HOSTILE: 1},
             raw_path=HOSTILE,
             outputs={"manifest": sha("manifest"), HOSTILE: HOSTILE},
             rejected=[UnusualImage(split=HOSTILE, key=HOSTILE, what=HOSTILE, done=HOSTILE)],

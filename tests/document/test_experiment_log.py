@@ -14,8 +14,7 @@ from recipe.document import experiment_log, figures
 from recipe.document.experiment_log import NO_END, read_log, update_log_record
 from recipe.document.render import write_document
 from recipe.errors import DiskError
-from recipe.run.directory import Run
-from recipe.run.experiment_log import JOURNAL, append_to_journal, place_of
+from recipe.run.directory import JOURNAL, Run, append_to_journal, place_of
 from recipe.run.records import JournalRecord
 from tests.document.test_document import HOSTILE, assert_tables_are_even, document, outside_code, section, write_run
 

@@ -14,12 +14,11 @@ import pytest
 import yaml
 
 from recipe.__main__ import main
-from recipe.document import figures, published_folder
+from recipe.document import figures
 from recipe.document import publish as publishing
 from recipe.document.blocks import Block, split
 from recipe.document.model_card import CARD_END
-from recipe.document.publish import publish
-from recipe.document.published_folder import RECIPES, thinned, with_table
+from recipe.document.publish import RECIPES, publish, thinned, with_table
 from recipe.document.render import render, write_document
 from recipe.document.run_data import load
 from recipe.errors import UserError
@@ -376,7 +375,7 @@ def test_a_failure_in_the_middle_changes_nothing(run: Run, monkeypatch: pytest.M
     run.write(evaluation_record(correct_top5=470))
     for name in ("json_file", "copy_figures"):
         with monkeypatch.context() as patch:
-            patch.setattr(published_folder, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(publishing, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 publish(run)
         assert tree(folder) == before
@@ -387,7 +386,7 @@ def test_a_failure_in_the_middle_changes_nothing(run: Run, monkeypatch: pytest.M
 
 
 def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published_folder, "METRIC_ROWS_MAX", 10)
+    monkeypatch.setattr(publishing, "METRIC_ROWS_MAX", 10)
     rows = metric_rows()
     kept = thinned(rows)
     assert Counter(row["split"] for row in kept) == {"train": 8, "validation": 8}

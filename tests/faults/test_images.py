@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipe.config.schema import Config, Corrupt
-from recipe.data.decoding import Picture, PillowDecoder, UndecodableError
+from recipe.data.decoding import EncodedImage, PillowDecoder, UndecodableError
 from recipe.data.manifest import read_manifest
 from recipe.data.shards import open_split
 from recipe.distributed import launch
@@ -48,7 +48,7 @@ def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Pat
     left_out = {found.key: found.what for found in record.rejected}
     assert left_out.keys() == damaged.keys()
     assert [key for key, (_, reason) in damaged.items() if reason not in left_out[key]] == [], left_out
-    assert record.odd_images == {what: 1 for _, what in odd.values()}
+    assert record.unusual_images == {what: 1 for _, what in odd.values()}
     split = open_split(tmp_path / "out", "train")
     assert {split.key(place) for place in range(len(split))} == images.keys() - damaged.keys()
 
@@ -86,7 +86,7 @@ def train_noting_refusals(config: Config) -> TrainingRecord | None:
     """Train; the moment at which an image was refused is the first line of `refused`, that of the end of `ended`."""
     decode = PillowDecoder.open
 
-    def noting(self: PillowDecoder, content: bytes) -> Picture:
+    def noting(self: PillowDecoder, content: bytes) -> EncodedImage:
         try:
             return decode(self, content)
         except UndecodableError:

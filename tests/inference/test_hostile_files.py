@@ -20,7 +20,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from recipe.config.schema import Backend, Config
 from recipe.errors import NonFiniteError, UserError
 from recipe.inference.classifier import Classifier
-from recipe.inference.evaluated import load_evaluated
+from recipe.inference.export import load_evaluated
 from recipe.inference.pictures import pixels_of
 from recipe.models.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.run.directory import Run

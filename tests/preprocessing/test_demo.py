@@ -65,7 +65,7 @@ def redness(image: bytes) -> float:
 
 def test_drawing_twice_gives_the_same_bytes(archives: Path, tmp_path: Path) -> None:
     demo.write_demo_archives(tmp_path, TRAIN_COUNT, VALIDATION_COUNT)
-    assert {path.name for path in tmp_path.iterdir()} == {*ARCHIVES, demo.MARKER}
+    assert {path.name for path in tmp_path.iterdir()} == {*ARCHIVES, demo.DEMO_MARKER}
     for path in archives.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
@@ -190,7 +190,7 @@ def test_an_interrupted_redraw_leaves_no_marker_and_no_partial_file(
     monkeypatch.setattr(demo, "_validation_images", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         demo.write_demo_archives(tmp_path, 2, 1)
-    assert {path.name for path in tmp_path.iterdir()} == {*ARCHIVES, demo.MARKER}
+    assert {path.name for path in tmp_path.iterdir()} == {*ARCHIVES, demo.DEMO_MARKER}
     monkeypatch.undo()
     demo.write_demo_archives(tmp_path, 2, 1)  # and is continued, since the files are known to be ours
     assert len(train_images(tmp_path)) == 2 * len(demo.CLASS_NAMES)
@@ -202,7 +202,7 @@ def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, m
     """`make preprocess RAW_DIR=/data/ilsvrc2012` with the experiment forgotten, in any layout."""
     (tmp_path / name).write_bytes(b"the real one")
     if marker is not None:
-        (tmp_path / demo.MARKER).write_text(marker)
+        (tmp_path / demo.DEMO_MARKER).write_text(marker)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match=rf"holds {name}, which the demo did not draw.*experiment=resnet50_imagenet"):
         demo.write_demo_archives(tmp_path, 1, 1)
@@ -210,7 +210,7 @@ def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, m
 
 
 def test_the_marker_tells_what_was_drawn(archives: Path) -> None:
-    assert json.loads((archives / demo.MARKER).read_text()) == {
+    assert json.loads((archives / demo.DEMO_MARKER).read_text()) == {
         "version": demo.VERSION,
         "train_images_per_class": TRAIN_COUNT,
         "validation_images_per_class": VALIDATION_COUNT,

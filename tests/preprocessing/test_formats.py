@@ -169,7 +169,7 @@ def test_a_folder_of_all_formats_is_trained_on(tmp_path: Path, capsys: pytest.Ca
     assert stored.keys() == images.keys()
     for key, content in images.items():
         assert np.array_equal(shown(stored[key]), shown(content)), key
-    assert record.odd_images == {"AVIF": 2, "BMP": 2, "GIF": 2, "JPEG 2000": 2, "TIFF": 2, "WebP": 2}
+    assert record.unusual_images == {"AVIF": 2, "BMP": 2, "GIF": 2, "JPEG 2000": 2, "TIFF": 2, "WebP": 2}
     said = capsys.readouterr().err
     assert "converted: 12; skipped: 0" in said
 

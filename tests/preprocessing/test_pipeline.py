@@ -231,7 +231,7 @@ sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import pipeline, shard_writer
 from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
-from recipe.run.terminal import one_clear_sentence
+from recipe.run.terminal import report_user_errors
 from tests.preprocessing.layouts import config
 
 out = Path({out!r})
@@ -251,7 +251,7 @@ def late(*arguments):
 
 pipeline.write_data_set = late
 if __name__ == "__main__":
-    with one_clear_sentence():
+    with report_user_errors():
         preprocess(config({raw!r}, out, processes=2))
 """
 
@@ -557,11 +557,11 @@ def test_the_note_goes_before_its_shard_is_written_anew(official: Path, tmp_path
 def never(look: Callable[[], None]) -> Callable[[], bool]:
     """Never asks to stop, and looks whenever it is called."""
 
-    def must_stop() -> bool:
+    def should_stop() -> bool:
         look()
         return False
 
-    return must_stop
+    return should_stop
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -672,7 +672,7 @@ def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
         ("train", "n02085620_5"): ("PNG not named .png", "stored as lossless RGB PNG"),
         ("val", "ILSVRC2012_val_00000003"): ("CMYK JPEG", "stored as lossless RGB PNG"),
     }
-    assert record.odd_images == {
+    assert record.unusual_images == {
         "CMYK JPEG": 2,
         "PNG not named .png": 1,
         "grayscale": 1,
@@ -908,7 +908,7 @@ def test_a_folder_data_set_end_to_end(tmp_path: Path) -> None:
         write_files(tmp_path / "raw" / name, {"a.png": encoded(pixels(name), "PNG"), "a.jpg": jpeg(name)}, "")
     record = preprocess(config(tmp_path / "raw", tmp_path / "out", source=Source.folder, validation_fraction=0.25))
     assert record.splits["train"].images + record.splits["val"].images == 28
-    assert record.odd_images == {}
+    assert record.unusual_images == {}
     assert record.label_convention == "position among the sorted names of the class folders, counted from 0"
     assert read_manifest(tmp_path / "out").settings["validation_fraction"] == 0.25
     found = {}

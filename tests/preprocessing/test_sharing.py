@@ -36,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import shard_writer
 from recipe.preprocessing.pipeline import preprocess
-from recipe.run.terminal import one_clear_sentence
+from recipe.run.terminal import report_user_errors
 from recipe.run.launcher import launched
 from tests.preprocessing.layouts import config
 
@@ -52,7 +52,7 @@ def slow(*arguments):
 
 shard_writer.store = slow
 if __name__ == "__main__":
-    with one_clear_sentence():
+    with report_user_errors():
         preprocess(config(Path(raw), Path({out!r}), **changes), launched())
 """
 

@@ -16,8 +16,8 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.errors import UserError
+from recipe.review.check.files import read_predictions
 from recipe.review.opening import open_recipe
-from recipe.review.outputs import read_predictions
 from recipe.review.verify.files import BROKEN, links
 from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT, file_name, is_inside, read_file

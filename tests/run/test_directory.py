@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from recipe.errors import DiskError, UserError
-from recipe.run.directory import Run
-from recipe.run.experiment_log import append_to_journal
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import CHECKOUT, portable_path, redact_paths, write_atomically
 from recipe.run.records import (
     RECORD_LISTS,
@@ -201,7 +200,7 @@ MEANS = ("loss", "top1_accuracy", "top5_accuracy")
 
 def metric_row(step: int) -> dict[str, Any]:
     numbers = {name: step / 30 for name in (*MEANS, "images_per_second", "seconds")}
-    absent = dict.fromkeys(("data_wait_fraction", "held_up_fraction", *(f"train_{name}" for name in MEANS)))
+    absent = dict.fromkeys(("data_wait_fraction", "stalled_fraction", *(f"train_{name}" for name in MEANS)))
     return (
         {"split": "train", "epoch": 1, "step": step, "images_seen": 8 * step, "learning_rate": 0.1} | numbers | absent
     )

@@ -31,7 +31,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checkout = tmp_path / "checkout"
     for name, content in (
         ("recipe/__init__.py", ""),
-        ("recipe/models/build.py", "width = 16\n"),
+        ("recipe/model.py", "width = 16\n"),
         ("conf/model/small.yaml", "name: small\n"),
         ("train.py", "print('train')\n"),
         ("README.md", "words\n"),
@@ -246,7 +246,7 @@ def test_the_callers_git_variables_change_nothing(
 
 @pytest.mark.parametrize("mark", ["--assume-unchanged", "--skip-worktree"])
 def test_an_edit_that_the_index_is_asked_to_overlook_is_seen(mark: str, repository: Path) -> None:
-    git(repository, "update-index", mark, "recipe/models/build.py")
+    git(repository, "update-index", mark, "recipe/model.py")
     assert tree_state(outputs(repository)).state == "clean"
     (repository / "recipe" / "model.py").write_text("width = 32\n")
     assert tree_state(outputs(repository)).state == "modified"
@@ -450,7 +450,7 @@ def test_the_source_hash_sees_content_and_names_of_source_only(repository: Path)
     assert source_sha256() == before
     found = {before}
     for name in (
-        "recipe/models/build.py",
+        "recipe/model.py",
         "recipe/document/recipe.md.j2",
         "conf/model/small.yaml",
         "train.py",

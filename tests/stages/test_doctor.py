@@ -49,10 +49,10 @@ def test_an_examination(
     smoke: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "SAMPLE", 8)
-    monkeypatch.setattr(doctor, "STEPS", 1)
+    monkeypatch.setattr(doctor, "MEASURED_STEPS", 1)
     parser = argparse.ArgumentParser()
-    doctor.describe(parser)
-    assert doctor.answer(parser.parse_args(smoke("trainer.gpus=null"))) == 0
+    doctor.add_arguments(parser)
+    assert doctor.run(parser.parse_args(smoke("trainer.gpus=null"))) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == [
         "reading",
@@ -71,9 +71,9 @@ def test_a_damaged_image_is_named(
     key, shard = with_damaged_image(data_directory, tmp_path / "damaged")
     monkeypatch.setattr(doctor, "SAMPLE", 10**6)
     parser = argparse.ArgumentParser()
-    doctor.describe(parser)
+    doctor.add_arguments(parser)
     words = smoke("trainer.gpus=null", f"data.directory={tmp_path / 'damaged'}")
     with pytest.raises(UserError, match="the shard is damaged; delete that file") as stopped:
-        doctor.answer(parser.parse_args(words))
+        doctor.run(parser.parse_args(words))
     assert key in str(stopped.value)
     assert shard in str(stopped.value)

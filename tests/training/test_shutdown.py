@@ -98,15 +98,15 @@ def test_a_process_that_has_saved_does_not_end_by_the_next_signal() -> None:
 
 LATE = """
 import os, signal
-from recipe.run.terminal import one_clear_sentence
-from recipe.run.signals import handlers_put_back
+from recipe.run.terminal import report_user_errors
+from recipe.run.terminal import handlers_put_back
 
 class Late:
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
         kill(process, number)
 
 late = Late()  # deleted after the interpreter has put back all handlers
-with one_clear_sentence(), handlers_put_back():
+with report_user_errors(), handlers_put_back():
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     raise {ending}
 """

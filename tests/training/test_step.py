@@ -365,7 +365,7 @@ def _checks_of_training(config: Config, world: World) -> dict[str, Any]:
             tally = world.sum(train_step.take_tally()).tolist()
             trainable = weights_sha256(dict(model.named_parameters()))
             buffers = weights_sha256(dict(model.named_buffers()))
-            world.copy_from_first(model)
+            world.broadcast_module(model)
             found[f"{norm}-{accumulation}"] = {
                 "weights": {name: value.numpy() for name, value in weights(model).items()},
                 "tally": tally,
@@ -380,7 +380,7 @@ def _checks_of_world(world: World) -> dict[str, Any]:
     return {
         "sum": world.sum(torch.tensor([1, world.rank])).tolist(),
         "gather": world.gather(world.rank * 10),
-        "first": world.from_first({"rank": world.rank}),
+        "first": world.broadcast_from_rank0({"rank": world.rank}),
     }
 
 

@@ -121,7 +121,6 @@ class Policy:
         ]
 
     def facts(self) -> dict[str, Setting]:
-        """The live settings, for the record."""
         if not self.is_on:
             return {}
         if self.name is AutoAugmentPolicy.trivial_augment:

@@ -30,7 +30,7 @@ from recipe.data.augment.mixup import (
     mix_parameters,
 )
 from recipe.data.augment.rng import Rng
-from recipe.data.decoding import Picture, WholePicture
+from recipe.data.decoding import EncodedImage, WholeImage
 from recipe.data.transforms import (
     INTERPOLATIONS,
     empty_image,
@@ -91,10 +91,10 @@ class Augmentation:
         """uint8 [3, H, W] -> uint8 [3, pixels, pixels]; the same for any thread, process or restart."""
         pixels = self.pixels(epoch)
         out = empty_image((pixels, pixels))
-        self.write(WholePicture(image), epoch, index, copy, out)
+        self.write(WholeImage(image), epoch, index, copy, out)
         return out
 
-    def write(self, picture: Picture, epoch: int, index: int, copy: int, out: Tensor) -> None:
+    def write(self, picture: EncodedImage, epoch: int, index: int, copy: int, out: Tensor) -> None:
         """The same from a picture whose crop alone is decoded, into `out`, which is channels-last."""
         crop, size = self.random_crop(epoch, index, *picture.size, copy), (out.shape[-2], out.shape[-1])
         part = picture.part(crop.top, crop.left, crop.height, crop.width)

@@ -100,7 +100,6 @@ class Erasing:
         return NO_RECTANGLE
 
     def facts(self) -> dict[str, Setting]:
-        """The live settings, for the record."""
         if not self.probability:
             return {}
         return {
@@ -140,7 +139,6 @@ class Mixing:
         return GroupMix(1.0, rectangle, 1.0 - area / (pixels * pixels))
 
     def facts(self) -> dict[str, Setting]:
-        """The live settings, for the record."""
         if not self.is_on:
             return {}
         return {

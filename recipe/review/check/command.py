@@ -14,24 +14,22 @@ from typing import Any
 
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
+from recipe.review.check.checklist import Page, presence_findings, seen_items
 from recipe.review.check.code import code_findings
-from recipe.review.check.document import document_findings, edit_findings, output_findings
-from recipe.review.check.files import executed_findings
-from recipe.review.check.page import Page
-from recipe.review.check.presence import presence_findings, seen_items
+from recipe.review.check.document import document_findings, edit_findings
+from recipe.review.check.files import executed_findings, output_findings
 from recipe.review.check.records import record_findings
 from recipe.review.findings import LINE_LENGTH_MAX, Finding, Kind, Level, shorten
-from recipe.review.opening import OpenedRecipe, open_recipe
-from recipe.review.reading import RecordReader
+from recipe.review.opening import OpenedRecipe, RecordReader, open_recipe
 
 
-def describe(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure hashes, counts and figures again")
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
 
 
-def answer(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for an unreadable recipe."""
     report = check(open_recipe(arguments.path), executes=arguments.execute)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))

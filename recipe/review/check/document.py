@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,22 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.document.blocks import difference
-from recipe.document.recipe_json import as_json, identity
+from recipe.document.recipe_json import RECORD_OF_CLAIM, as_json, recipe_claims
 from recipe.document.render import generated_blocks
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
+from recipe.review.check.checklist import Page
 from recipe.review.check.code import command_findings, source_sha256_here
-from recipe.review.check.page import Page
+from recipe.review.check.files import RESTORE, absent_files
 from recipe.review.check.records import config_findings
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty
-from recipe.review.outputs import file_fault, path_inside
 from recipe.run.directory import Run
 from recipe.run.records import RECORDS, Record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NOT_PUBLISHED = ("checkpoints", "tensorboard", "onnx/", "predictions/", "inference.ipynb")
-RECORD_OF_CLAIM = {
-    "data": "preprocessing",
-    "training": "training",
-    "evaluation": "evaluation",
-    "serialization": "serialization",
-}
 RENDER = "run a stage of this run again: it writes the document from the records"
-RESTORE = "take the file from version control, or run its stage again"
 
 
 def document_findings(page: Page, recipe: OpenedRecipe, facts: RunData | None, unreadable: set[str]) -> list[Finding]:
@@ -89,7 +82,7 @@ def json_block_findings(
 
 def claim_differences(name: str, block: dict[str, Any], facts: RunData, unreadable: set[str]) -> list[Finding]:
     """Claims of the JSON block that the records do not give, and records that it does not mention."""
-    expected = json.loads(as_json(identity(facts)))
+    expected = json.loads(as_json(recipe_claims(facts)))
     claims, findings = dict_or_empty(block.get("claims")), []
     for claim, record in RECORD_OF_CLAIM.items():
         place = f"records/{record}.json"
@@ -212,35 +205,3 @@ def link_findings(page: Page, folder: Path) -> list[Finding]:
                 what = f"{where} of {page.name} shows it; it is not a PNG"
                 findings.append(Finding(Level.well_formed, shorten(target), what, RESTORE))
     return findings + absent_files(page.name, absent)
-
-
-def absent_files(place: str, names: list[str]) -> list[Finding]:
-    if not names:
-        return []
-    what = f"not in this folder, and not checked: {first_few(sorted(set(names)))}"
-    return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
-
-
-def output_findings(facts: RunData, run: Run, level: Level) -> list[Finding]:
-    """Recorded files whose SHA-256 is another; exported models, which are large, at the level *executed* only."""
-    findings, absent = [], []
-    for record, name, digest in recorded_outputs(facts):
-        if name.startswith("onnx/") != (level is Level.executed):
-            continue
-        path = path_inside(run.directory, name)
-        if path is None:
-            what = f"it names {shorten(name)}, which is not a file of the recipe"
-            findings.append(Finding(Level.well_formed, f"records/{record}, outputs", what, RESTORE))
-        elif not os.path.exists(path):
-            absent.append(name)
-        elif fault := file_fault(path, {digest}, f"in records/{record}"):
-            findings.append(Finding(level, name, fault, RESTORE))
-    return findings + absent_files("recorded outputs", absent)
-
-
-def recorded_outputs(facts: RunData) -> Iterator[tuple[str, str, str]]:
-    """(record, file, SHA-256) of every output that is a file of the recipe."""
-    for name, record in facts.stages():
-        for file, digest in getattr(record, "outputs", {}).items():
-            if "/" in file:
-                yield f"{name}.json", file, digest

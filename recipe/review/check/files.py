@@ -1,19 +1,126 @@
-"""Level *executed*: hashes, counts and figures, measured again."""
+"""Level *executed*: the files that stages left in a run, with hashes, counts and figures computed again."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.review.check.document import output_findings
-from recipe.review.findings import Finding, Kind, Level, first_few
-from recipe.review.outputs import counted_predictions, file_fault, path_inside
+from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.run.directory import Run
-from recipe.run.files import WEIGHTS_BYTES_MAX
+from recipe.run.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, is_inside, opened
+from recipe.run.records import ClassCounts
 
+RESTORE = "take the file from version control, or run its stage again"
 AGAIN = "take the file from where the run was made, or run its stage again"
+ARRAYS = ("key", "label", "top5")
+ARRAY_KINDS = {("U", label, top) for label in "iu" for top in "iu"}
+
+
+def path_inside(folder: Path, name: str) -> Path | None:
+    """The file of this name; None where it is outside the folder: a record may come from anybody."""
+    path = folder / name
+    return path if not os.path.isabs(name) and is_inside(path, folder) else None
+
+
+def file_fault(path: Path, hashes: Container[str], where: str) -> str | None:
+    """Why the SHA-256 of a file is not one of `hashes`, which are `where`; None where it is."""
+    try:
+        with opened(path, "it", WEIGHTS_BYTES_MAX) as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    except UserError as error:
+        return str(error)
+    return None if digest in hashes else f"its SHA-256 is not the one {where}"
+
+
+@dataclass(frozen=True)
+class CountedPredictions:
+    """A file of predictions and the counts that a record claims for it."""
+
+    record: str
+    metric: str  # the evaluation's protocol, or the exported variant
+    file: str
+    images: int
+    correct_top1: int
+    correct_top5: int
+    per_class: list[ClassCounts]
+
+    def faults(self, path: Path) -> list[str]:
+        """The counts that are others in the file; raises `UserError` where it cannot be read."""
+        key, label, top = read_predictions(path)
+        is_top1, is_top5 = ((top[:, :within] == label[:, None]).any(axis=1) for within in (1, 5))
+        faults = ["it holds an image twice"] if len(np.unique(key)) != len(key) else []
+        for name, count, claimed in (
+            ("images", len(label), self.images),
+            ("correct_top1", int(is_top1.sum()), self.correct_top1),
+            ("correct_top5", int(is_top5.sum()), self.correct_top5),
+        ):
+            if count != claimed:
+                faults.append(f"{name} is {count:,}, records/{self.record}.json has {claimed:,}")
+        for row in self.per_class:
+            of_class = label == row.index
+            counts = (int(of_class.sum()), int((of_class & is_top1).sum()), int((of_class & is_top5).sum()))
+            if counts != (row.images, row.correct_top1, row.correct_top5):
+                faults.append(f"class {row.index} has {counts}, records/{self.record}.json has other counts")
+        return faults
+
+
+def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
+    """Every file of predictions that a record names."""
+    for record in (facts.evaluation, *facts.other_evaluations):
+        for file in record.outputs if record is not None else ():
+            if record is not None and file.endswith(".npz"):
+                protocol = record.protocol.name
+                name = "evaluation" if record is facts.evaluation else f"evaluations/{protocol}"
+                counts = (record.images, record.correct_top1, record.correct_top5, record.per_class)
+                yield CountedPredictions(name, protocol, file, *counts)
+    exported = facts.serialization
+    for entry in exported.variants if exported is not None else ():
+        for file in exported.outputs if exported is not None else ():
+            if exported is not None and file.endswith(f"-onnx-{entry.variant}.npz"):
+                counts = (exported.images, entry.correct_top1, entry.correct_top5, [])
+                yield CountedPredictions("serialization", entry.variant, file, *counts)
+
+
+def read_predictions(path: Path) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """Keys [images], labels [images] and best classes [images, k]; raises `UserError`. Nothing is unpickled."""
+    try:
+        with opened(path, "it", RECORD_BYTES_MAX) as handle, zipfile.ZipFile(handle) as archive:
+            key, label, top = (_read_array(archive, f"{name}.npy") for name in ARRAYS)
+    except UserError:
+        raise
+    except Exception as error:  # zip, zlib and numpy raise about anything for damaged bytes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"it is not a file of predictions: {reason}") from error
+    fits = label.ndim == 1 and top.ndim == 2 and top.shape[1] >= 1 and key.shape == label.shape == top.shape[:1]
+    if not fits or (key.dtype.kind, label.dtype.kind, top.dtype.kind) not in ARRAY_KINDS:
+        raise UserError("its arrays are not those of predictions")
+    return key, label, top
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array of the archive; its size is compared with the entry's before memory is taken."""
+    size = archive.getinfo(name).file_size
+    if size > RECORD_BYTES_MAX:
+        raise UserError(f"{name} unpacks to {size:,} bytes; at most {RECORD_BYTES_MAX:,} are read")
+    with archive.open(name) as entry:
+        version = np.lib.format.read_magic(entry)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read_header(entry)
+    if math.prod(shape) * kind.itemsize > size:
+        raise UserError(f"{name} claims the shape {shape} of {kind.name[:50]}, which its {size:,} bytes do not hold")
+    with archive.open(name) as entry:
+        return np.lib.format.read_array(entry, allow_pickle=False)
 
 
 def executed_findings(facts: RunData, run: Run) -> list[Finding]:
@@ -25,6 +132,38 @@ def executed_findings(facts: RunData, run: Run) -> list[Finding]:
         *prediction_findings(facts, run),
         *figure_findings(facts, run),
     ]
+
+
+def absent_files(place: str, names: list[str]) -> list[Finding]:
+    if not names:
+        return []
+    what = f"not in this folder, and not checked: {first_few(sorted(set(names)))}"
+    return [Finding(Level.resolvable, place, what, kind=Kind.cannot_tell)]
+
+
+def output_findings(facts: RunData, run: Run, level: Level) -> list[Finding]:
+    """Recorded files whose SHA-256 is another; exported models, which are large, at the level *executed* only."""
+    findings, absent = [], []
+    for record, name, digest in recorded_outputs(facts):
+        if name.startswith("onnx/") != (level is Level.executed):
+            continue
+        path = path_inside(run.directory, name)
+        if path is None:
+            what = f"it names {shorten(name)}, which is not a file of the recipe"
+            findings.append(Finding(Level.well_formed, f"records/{record}, outputs", what, RESTORE))
+        elif not os.path.exists(path):
+            absent.append(name)
+        elif fault := file_fault(path, {digest}, f"in records/{record}"):
+            findings.append(Finding(level, name, fault, RESTORE))
+    return findings + absent_files("recorded outputs", absent)
+
+
+def recorded_outputs(facts: RunData) -> Iterator[tuple[str, str, str]]:
+    """(record, file, SHA-256) of every output that is a file of the recipe."""
+    for name, record in facts.stages():
+        for file, digest in getattr(record, "outputs", {}).items():
+            if "/" in file:
+                yield f"{name}.json", file, digest
 
 
 def checkpoint_findings(run: Run) -> Iterator[Finding]:
@@ -54,7 +193,7 @@ def weights_findings(facts: RunData, run: Run) -> Iterator[Finding]:
         return
     path, recorded = files[-1], facts.training.outputs.get("weights")
     try:
-        run.require_readable(path, WEIGHTS_BYTES_MAX)
+        run.check_readable(path, WEIGHTS_BYTES_MAX)
         digest = weights_sha256(read_weights(path, "file").tensors)
     except UserError as error:
         yield Finding(Level.executed, f"checkpoints/{path.name}", str(error), AGAIN)

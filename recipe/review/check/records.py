@@ -10,8 +10,8 @@ from typing import Any
 from recipe.config.identity import config_sha256, differences, flatten, recipe_id
 from recipe.document.curves import MetricRow
 from recipe.document.run_data import STALE, RunData, sections
+from recipe.review.check.checklist import HEADINGS
 from recipe.review.check.code import SHA256
-from recipe.review.check.presence import HEADINGS
 from recipe.review.findings import Finding, Level, first_few
 from recipe.run.metric_rows import EPOCH_FIELDS, Place, missing_rows, planned_places
 from recipe.run.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord

@@ -8,16 +8,18 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from recipe.document.recipe_json import RECORD_OF_CLAIM
 from recipe.errors import UserError
 from recipe.review.diff.differences import (
+    Comparable,
     Difference,
     circumstance_differences,
     config_differences,
     derived_differences,
     hidden_differences,
+    is_finite_number,
 )
 from recipe.review.diff.impact import TITLES, Group, rank_of, theme_of
-from recipe.review.diff.inputs import Comparable, is_finite_number
 from recipe.review.findings import LINE_LENGTH_MAX, shorten
 from recipe.review.opening import open_recipe
 
@@ -25,13 +27,13 @@ SHARES = (0.25, 0.5, 0.75, 1.0)  # of training, at which dynamics are compared
 NORMAL_95 = 1.96
 
 
-def describe(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("A", "B"):
         parser.add_argument(name.lower(), metavar=name, help="a run, a published recipe, or a document")
     parser.add_argument("--json", action="store_true", help="print the differences for programs")
 
 
-def answer(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """0: the recipes and their results are the same; 1: they differ. Raises `UserError` for other files."""
     try:
         a, b = (Comparable.from_recipe(open_recipe(path)) for path in (arguments.a, arguments.b))
@@ -56,12 +58,10 @@ class DiffReport:
     not_compared: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The comparison for programs."""
         differences = [{**asdict(difference), "group": difference.group.name} for difference in self.differences]
         return {"format": "diff/1", **vars(self), "differences": differences}
 
     def lines(self) -> list[str]:
-        """The comparison for people."""
         lines = [f"A: {self.a}", f"B: {self.b}", *([self.same_recipe] if self.same_recipe else [])]
         sections = {
             title: [difference.line() for difference in self.differences if difference.group is group]
@@ -167,7 +167,7 @@ def noise(before: dict[str, Any], after: dict[str, Any]) -> str:
 def not_compared(a: Comparable, b: Comparable) -> list[str]:
     """Chapters that only one of them, or neither, has."""
     lines = []
-    for chapter in ("data", "training", "evaluation", "serialization"):
+    for chapter in RECORD_OF_CLAIM:
         in_a, in_b = bool(a.claims(chapter)), bool(b.claims(chapter))
         if in_a != in_b:
             lines.append(f"{chapter}: {'B' if in_a else 'A'} does not have a record of it")

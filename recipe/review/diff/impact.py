@@ -91,7 +91,6 @@ def rank_of(key: str) -> int:
 
 
 def theme_of(key: str) -> str:
-    """The chapter that a key belongs to."""
     rank = rank_of(key)
     return RANKS[rank][0] if rank < len(RANKS) else key
 

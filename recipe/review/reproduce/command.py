@@ -25,12 +25,10 @@ from recipe.errors import UserError
 from recipe.preprocessing.pipeline import preprocess
 from recipe.review.opening import open_recipe
 from recipe.review.reproduce.adapt import AdaptedConfig, adapt_to_machine, changed_words, checkout_differences
-from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict
+from recipe.review.reproduce.judge import DIFFERS, judge_claims, overall_verdict, reproduction_page
 from recipe.review.reproduce.parse import ClaimedData, Recipe, parse_config, parse_recipe, shown
-from recipe.review.reproduce.report import reproduction_page
-from recipe.run.directory import Run
+from recipe.run.directory import Run, append_to_journal
 from recipe.run.environment import machine
-from recipe.run.experiment_log import append_to_journal
 from recipe.run.files import display_path, portable_path, write_atomically
 from recipe.run.launcher import launched
 from recipe.run.provenance import Stage
@@ -39,24 +37,23 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
 
-STAGES = ("preprocess", "train", "evaluate", "serialize")
-CLAIMED_BY = {"preprocess": "data", "train": "training", "evaluate": "evaluation", "serialize": "serialization"}
+CLAIMS = {"preprocess": "data", "train": "training", "evaluate": "evaluation", "serialize": "serialization"}  # by stage
 DOCUMENT_HASH_FILE = "reproduces"  # in the run directory: the SHA-256 of the document
 REPORT = "reproduction.md"
 RUN_NAME_DIGITS = 12  # of that hash
 
 
-def describe(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
     parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
     parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
     parser.add_argument("--weights", help="the file of initial weights, where the recipe starts from given ones")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, help="only these; by default all that it claims")
+    parser.add_argument("--stages", nargs="+", choices=CLAIMS, help="only these; by default all that it claims")
 
 
-def answer(arguments: Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """1 where a claim was found wrong, else 0."""
     if launched().is_elastic:
         raise UserError("reproduce starts its own processes: run it without torchrun")
@@ -85,7 +82,6 @@ class ReproductionPlan:
 
     @property
     def config(self) -> Config:
-        """The configuration adapted to this machine."""
         return self.adapted.config
 
     @property
@@ -103,7 +99,7 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
     identity = subject.required_block()
     recipe, config = parse_recipe(identity), parse_config(identity)
-    require_known_network(config)
+    check_known_network(config)
     digest = hashlib.sha256(subject.document.encode()).hexdigest()
     run_dir = chosen_run_dir(arguments.run_dir, digest)
     stages = chosen_stages(arguments.stages, recipe)
@@ -120,7 +116,7 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
     )
 
 
-def require_known_network(config: Config) -> None:
+def check_known_network(config: Config) -> None:
     """Raise `UserError` for a network that does not exist, before the data are made."""
     if config.model.name != "small" and config.model.name not in list_models(module=torchvision.models):
         raise UserError(f"model.name={shown(config.model.name)} is not a network of this version of torchvision")
@@ -148,7 +144,7 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
 
 def chosen_stages(asked: list[str] | None, recipe: Recipe) -> list[str]:
     """The stages that were asked for, else those that the recipe claims, in their order."""
-    claimed = [stage for stage in STAGES if getattr(recipe.claims, CLAIMED_BY[stage]) is not None]
+    claimed = [stage for stage, claim in CLAIMS.items() if getattr(recipe.claims, claim) is not None]
     absent = [stage for stage in asked or [] if stage not in claimed]
     if absent:
         raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to compare it with")
@@ -205,7 +201,6 @@ def chosen_weights(asked: str | None, config: Config) -> str | None:
 
 
 def _show(plan: ReproductionPlan) -> None:
-    """Print the plan, for a decision."""
     recipe = plan.recipe
     print(f"document     {display_path(plan.document)}, SHA-256 {plan.document_sha256}")
     print(f"recipe       {plan.config.name}, recipe_id {recipe.recipe_id[:16]}, seed {plan.config.seed}")
@@ -286,7 +281,6 @@ def _preprocess(plan: ReproductionPlan, run: Run) -> None:
 
 
 def judge_run(plan: ReproductionPlan, run: Run, stage: Stage) -> ReproductionRecord:
-    """The records of the run beside the claims of the recipe."""
     facts = load(run, portable_path(run.directory))
     training = facts.training
     changed = changed_words(plan.recipe.determinism_context, training.determinism_context) if training else []

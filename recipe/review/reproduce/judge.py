@@ -21,10 +21,12 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
+from recipe.document.formatting import NOTHING, code, duration, hardware, setting, table, text, tree
+from recipe.document.recipe_json import RECORD_OF_CLAIM
 from recipe.document.run_data import RunData
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.parse import ClaimedSeeds, ClaimedTraining, Claims, Recipe, shown
-from recipe.run.records import EvaluationRecord, JudgedClaim, Setting, TrainingRecord
+from recipe.run.records import EvaluationRecord, JudgedClaim, ReproductionRecord, Setting, TrainingRecord
 
 BIT_EXACT, NUMERICALLY_EQUAL = "BIT-EXACT", "NUMERICALLY EQUAL"
 CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"
@@ -52,7 +54,6 @@ class DeterminismContext:
 
     @property
     def why_not(self) -> str:
-        """Why other bits are expected."""
         reasons = list(self.changed)
         if not self.is_deterministic:
             reasons.append("its algorithms are not deterministic, or it was continued inexactly")
@@ -68,11 +69,10 @@ def judge_claims(recipe: Recipe, facts: RunData, changed: list[str]) -> list[Jud
         judged += judge_training(claims.training, facts.training, context)
         judged += judge_evaluation(claims, facts, context)
         judged += judge_exports(claims, facts)
-    for stage in ("data", "training", "evaluation", "serialization"):
-        record = facts.preprocessing if stage == "data" else getattr(facts, stage)
-        if getattr(claims, stage) is not None and record is None:
+    for claim, record in RECORD_OF_CLAIM.items():
+        if getattr(claims, claim) is not None and getattr(facts, record) is None:
             why = "the stage was not run (--stages)"
-            judged.append(JudgedClaim(claim=stage, level=CANNOT_TELL, claimed=None, found=None, why=why))
+            judged.append(JudgedClaim(claim=claim, level=CANNOT_TELL, claimed=None, found=None, why=why))
     return judged
 
 
@@ -97,7 +97,6 @@ def rounded_bits(claim: str, claimed: str, found: str, context: DeterminismConte
 
 
 def judge_data(claims: Claims, facts: RunData) -> Iterator[JudgedClaim]:
-    """The images, their classes and the shards."""
     claimed, data = claims.data, facts.preprocessing
     if claimed is None or data is None:
         return
@@ -161,7 +160,6 @@ def near(theirs: dict[str, float | None], ours: dict[str, float]) -> tuple[str, 
 
 
 def weights(claimed: ClaimedTraining, training: TrainingRecord, context: DeterminismContext) -> JudgedClaim:
-    """The trained weights."""
     theirs, ours = claimed.weights_sha256, training.outputs.get("weights")
     if theirs == ours:
         level, why = BIT_EXACT, "the same hash"
@@ -194,7 +192,6 @@ def judge_evaluation(claims: Claims, facts: RunData, context: DeterminismContext
 def judge_counts(
     claims: Claims, evaluation: EvaluationRecord, theirs: int, ours: int, is_top1: bool
 ) -> tuple[str, str]:
-    """Level and reason for one count."""
     claimed = claims.evaluation
     assert claimed is not None, "the caller looked"
     if claimed.protocol != evaluation.protocol.name or claimed.images != evaluation.images:
@@ -281,3 +278,59 @@ def overall_verdict(claims: list[JudgedClaim]) -> str:
     if open_claims:
         return f"{CANNOT_TELL}: {open_claims}; no claim was found wrong"
     return "no claim was found wrong, at the levels below"
+
+
+# ---- reproduction.md --------------------------------------------------------------------------------
+
+
+WORDS = """A level says how much was shown. BIT-EXACT: the same bits. NUMERICALLY EQUAL: within the stated tolerance,
+over the first epoch. STATISTICALLY CONSISTENT: not further apart than several runs of the recipe, whose number and
+spread are given; smaller differences cannot be seen. EVALUATION EQUAL: the same weights give the same counts, but for a
+few images. DIFFERS: it is not what the recipe claims. CANNOT TELL: this comparison can show neither.
+
+The recipe's own numbers are taken from its document and deserve the trust of its author; this report adds the
+measurements of a second party."""
+
+
+def reproduction_page(record: ReproductionRecord) -> str:
+    provenance = record.provenance
+    sections = [
+        f"# Reproduction of {text(record.name)}",
+        f"**{text(record.verdict)}**",
+        table(
+            ("What", ""),
+            [
+                ("Document, SHA-256", code(record.document_sha256)),
+                ("recipe_id", code(record.recipe_id)),
+                ("config_sha256", code(record.config_sha256)),
+                ("Stages run", text(", ".join(record.stages))),
+                ("Code here", f"{tree(provenance)}, source {code(provenance.source_sha256)}"),
+                ("Hardware here", hardware(provenance.hardware)),
+                ("Settings of this machine", setting(record.machine)),
+                ("Started, took", f"{text(provenance.started)}, {duration(provenance.seconds)}"),
+            ],
+        ),
+        "## Claims",
+        table(("Claim", "Level", "Claimed", "Found", "Why"), [row(claim) for claim in record.claims]),
+        WORDS,
+        "## How this checkout differs from the recipe's",
+        bullets(record.checkout),
+        "## How the circumstances of training differ",
+        bullets(record.determinism_context),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def row(claim: JudgedClaim) -> tuple[str, ...]:
+    return text(claim.claim), f"**{claim.level}**", value(claim.claimed), value(claim.found), text(claim.why)
+
+
+def value(found: Setting) -> str:
+    """A value of a cell; of hashes the first digits, the record has all."""
+    if isinstance(found, str):
+        return code(found[:16]) or NOTHING
+    return NOTHING if found is None else setting(found)
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {text(line)}" for line in lines) or "In nothing that was recorded."

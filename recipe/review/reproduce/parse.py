@@ -25,13 +25,13 @@ CHECKPOINTS = ("last", "best")
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Word = Annotated[str, msgspec.Meta(max_length=300)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_NUMBER)]
+BoundedCount = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_NUMBER)]
 
 
 class ClaimedSplit(msgspec.Struct, frozen=True, kw_only=True):
     """One split of the data set."""
 
-    images: Count
+    images: BoundedCount
     raw_sha256: Sha256
 
 
@@ -49,13 +49,13 @@ class ClaimedTraining(msgspec.Struct, frozen=True, kw_only=True):
 
     initial_weights_sha256: Sha256
     architecture_sha256: Sha256
-    parameters: Count
+    parameters: BoundedCount
     order_sha256: Sha256
     augmentation_sha256: Sha256
-    steps: Count
-    steps_per_epoch: Count
-    images_seen: Count
-    batch_norm_batch_size: Count
+    steps: BoundedCount
+    steps_per_epoch: BoundedCount
+    images_seen: BoundedCount
+    batch_norm_batch_size: BoundedCount
     processes: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_NUMBER)]
     accelerator: Word | None
     is_exact: bool
@@ -70,9 +70,9 @@ class ClaimedEvaluation(msgspec.Struct, frozen=True, kw_only=True):
     transform_sha256: Sha256
     decoder: Word
     weights_sha256: Sha256
-    images: Count
-    correct_top1: Count
-    correct_top5: Count
+    images: BoundedCount
+    correct_top1: BoundedCount
+    correct_top5: BoundedCount
     loss: float
 
 
@@ -80,17 +80,17 @@ class ClaimedFile(msgspec.Struct, frozen=True, kw_only=True):
     """One exported file."""
 
     sha256: Sha256
-    correct_top1: Count
-    correct_top5: Count
-    flips: Count
+    correct_top1: BoundedCount
+    correct_top5: BoundedCount
+    flips: BoundedCount
 
 
 class ClaimedSeeds(msgspec.Struct, frozen=True, kw_only=True):
-    """Several runs that differ in their seed only: how far honest runs lie apart."""
+    """The spread of several runs that differ in their seed only."""
 
     seeds: list[int]
-    images: Count
-    correct_top1: list[Count]
+    images: BoundedCount
+    correct_top1: list[BoundedCount]
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):

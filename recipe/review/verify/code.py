@@ -32,12 +32,12 @@ from recipe.run.provenance import source_sha256
 PLAIN_SETTING = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydra.key, interpolation
 
 
-def describe(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run, a published recipe, or its document")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
-def answer(arguments: Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """1 where something has changed, else 0."""
     recipe = open_recipe(arguments.path)
     findings = list(code_differences(recipe))
@@ -100,7 +100,6 @@ def recorded_settings(recipe: OpenedRecipe) -> tuple[list[str], set[str]]:
 
 
 def claimed_code(recipe: OpenedRecipe) -> dict[str, Any]:
-    """The code of the training, as the document claims it."""
     return dict_or_empty(recipe.required_block().get("code"))
 
 

@@ -22,7 +22,7 @@ from recipe.review.verify.trace import UNDECIDED, compare_traces, stored_trace, 
 LEADING_DIFFERENCES = 3  # of a trace; the others follow from them
 
 
-def describe(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run, a published recipe, or its document")
     parser.add_argument("--raw-dir", type=Path, help="the raw archives; those of the experiment's file by default")
     parser.add_argument("--data-dir", type=Path, help="the processed data; that of the experiment's file by default")
@@ -30,7 +30,7 @@ def describe(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
-def answer(arguments: Namespace) -> int:
+def run(arguments: Namespace) -> int:
     """1 where a link is broken or the trace differs, else 0."""
     recipe = open_recipe(arguments.path)
     raw_dir, data_dir = data_places(recipe)

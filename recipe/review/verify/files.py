@@ -17,15 +17,14 @@ import msgspec
 from recipe.config.identity import config_sha256
 from recipe.data.manifest import MANIFEST, read_manifest
 from recipe.data.shards import is_file_with
-from recipe.document.recipe_json import identity
+from recipe.document.recipe_json import recipe_claims
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
 from recipe.models.pretrained import read_weights
-from recipe.review.opening import OpenedRecipe
-from recipe.review.outputs import counted_predictions, file_fault, path_inside
-from recipe.review.reading import RecordReader
+from recipe.review.check.files import counted_predictions, file_fault, path_inside
+from recipe.review.opening import OpenedRecipe, RecordReader
 from recipe.run.directory import Run
 from recipe.run.files import WEIGHTS_BYTES_MAX, display_path
 from recipe.run.records import PreprocessingRecord
@@ -41,7 +40,6 @@ class Link(msgspec.Struct, frozen=True):
     detail: str
 
     def line(self) -> str:
-        """The link for a person."""
         return f"{self.state:<9} {self.name}: {self.detail}"
 
 
@@ -62,7 +60,7 @@ def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> 
     if recipe.block is None:
         yield Link("document", NOT_HERE, "no JSON block")
         return
-    expected = json.loads(json.dumps(identity(facts)))
+    expected = json.loads(json.dumps(recipe_claims(facts)))
     wrong = sorted(key for key in expected if expected[key] != recipe.block.get(key))
     if wrong:
         yield Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
@@ -142,7 +140,7 @@ def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
             yield Link(name, NOT_HERE, f"its tensors should have SHA-256 {str(recorded)[:16]}")
             continue
         try:
-            run.require_readable(path, WEIGHTS_BYTES_MAX)
+            run.check_readable(path, WEIGHTS_BYTES_MAX)
             digest = weights_sha256(read(path))
         except UserError as error:
             yield Link(name, BROKEN, str(error))
@@ -154,7 +152,6 @@ def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
 
 
 def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
-    """Files that a stage left in the run."""
     for name, digest in outputs.items():
         path = path_inside(run.directory, name)
         if path is None:

@@ -40,7 +40,6 @@ class TraceDifference(msgspec.Struct, frozen=True):
     kind: str = CHANGED
 
     def line(self) -> str:
-        """The difference for a person."""
         return f"{self.what}: {self.recipe} in the recipe, {self.here} here"
 
 

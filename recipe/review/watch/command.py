@@ -16,7 +16,7 @@ from pathlib import Path
 from recipe.config.schema import Config
 from recipe.errors import UserError
 from recipe.review.findings import CANNOT_TELL
-from recipe.review.watch.reference import open_reference, open_watched, phases_of, refuse_differences, watched_run
+from recipe.review.watch.reference import check_same_settings, open_reference, open_watched, phases_of, watched_run
 from recipe.review.watch.report import Watch, as_json_line, as_text, in_short
 from recipe.review.watch.statistics import ALPHA, OFF_TRACK, ON_TRACK
 from recipe.run.directory import Run
@@ -26,7 +26,7 @@ from recipe.run.records import to_json
 EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}
 
 
-def describe(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="a run directory, finished or not; or a recipe")
     parser.add_argument(
         "--against",
@@ -41,7 +41,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs: one line of JSON for each look")
 
 
-def answer(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print the verdict, and return its exit code; without a run, only save the seeds."""
     if arguments.run is None and arguments.save is None:
         raise UserError("give a run to watch, or --save FILE to write the seeds of --against into one file")
@@ -94,5 +94,5 @@ def training_watch(config: Config) -> TrainingWatch | None:
     from recipe.models.build import resolve_weights  # torch, which the verb does without
 
     reference = open_reference([config.reference])
-    refuse_differences(reference, resolve_weights(config)[0].pinned.values, None, f"the run {config.name}")
+    check_same_settings(reference, resolve_weights(config)[0].pinned.values, None, f"the run {config.name}")
     return TrainingWatch(Watch(reference))

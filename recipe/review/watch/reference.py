@@ -17,7 +17,7 @@ import msgspec
 from recipe.config.identity import NOT_TRAINING, differences, flatten, recipe_id
 from recipe.document.curves import MetricRow
 from recipe.document.formatting import on_one_line
-from recipe.document.recipe_json import DYNAMICS, identity
+from recipe.document.recipe_json import DYNAMICS, recipe_claims
 from recipe.document.run_data import load
 from recipe.errors import UserError
 from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
@@ -54,10 +54,10 @@ def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
     first, *others = [_open_seeds(Path(path)) for path in paths]
     runs = list(first.runs)
     for path, other in zip(paths[1:], others, strict=True):
-        refuse_differences(first, other.config, other.steps_per_epoch, display_path(path))
+        check_same_settings(first, other.config, other.steps_per_epoch, display_path(path))
         runs += other.runs
     for run in runs[1:]:
-        _refuse_other_data(runs[0], run, f"reference seed {run.seed}")
+        _check_seed_data(runs[0], run, f"reference seed {run.seed}")
     return msgspec.structs.replace(first, runs=_without_repeats(runs), evaluation=None)
 
 
@@ -71,7 +71,7 @@ def _open_seeds(path: Path) -> SeedsRecord:
     if published is None:
         return _checked(own, recipe.name)
     where = f"records/seeds.json of {recipe.name}"
-    refuse_differences(own, _checked(published, where).config, published.steps_per_epoch, where)
+    check_same_settings(own, _checked(published, where).config, published.steps_per_epoch, where)
     runs = _without_repeats([*own.runs, *published.runs])
     return _checked(msgspec.structs.replace(own, runs=runs), recipe.name)
 
@@ -81,7 +81,7 @@ def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
     block = recipe.block
     if block is None:
         assert recipe.run is not None, "a recipe has a document or records"
-        block = identity(load(recipe.run, recipe.name))
+        block = recipe_claims(load(recipe.run, recipe.name))
     claims, config = dict_or_empty(block.get("claims")), block.get("config")
     training, seed = claims.get("training"), dict_or_empty(config).get("seed")
     if not isinstance(training, dict) or not isinstance(config, dict):
@@ -151,13 +151,12 @@ def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
 
 
 def phases_of(reference: SeedsRecord) -> list[int]:
-    """The phase of the schedule of every epoch."""
     settings = schedule_of(reference.config, "the reference")
     falls = settings.step_epochs if settings.schedule == "step" else []
     return phases(settings.epochs, [settings.warmup_epochs, *falls])
 
 
-def refuse_differences(
+def check_same_settings(
     reference: SeedsRecord, config: Mapping[str, Any], steps_per_epoch: int | None, where: str
 ) -> None:
     """Raise `UserError` with every difference that can change the training."""
@@ -177,13 +176,13 @@ def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key != "seed" and not NOT_TRAINING.fullmatch(key)}
 
 
-def refuse_other_data(reference: SeedsRecord, watched: Watched) -> None:
+def check_same_data(reference: SeedsRecord, watched: Watched) -> None:
     """Raise `UserError` where the raw images have other hashes."""
     for seed in reference.runs:
-        _refuse_other_data(seed, watched.seed, watched.name)
+        _check_seed_data(seed, watched.seed, watched.name)
 
 
-def _refuse_other_data(first: SeedRun, second: SeedRun, where: str) -> None:
+def _check_seed_data(first: SeedRun, second: SeedRun, where: str) -> None:
     for split in first.raw_sha256.keys() & second.raw_sha256.keys():
         ours, theirs = first.raw_sha256[split], second.raw_sha256[split]
         if ours != theirs:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recipe.document.formatting import on_one_line
-from recipe.review.watch.reference import Watched, phases_of, refuse_differences, refuse_other_data, same_run
+from recipe.review.watch.reference import Watched, check_same_data, check_same_settings, phases_of, same_run
 from recipe.review.watch.statistics import (
     ALPHA,
     ON_TRACK,
@@ -35,8 +35,8 @@ class Watch:
 
     def judge(self, watched: Watched) -> Judgement:
         """The verdict; raises `UserError` where the run is of another recipe or other data."""
-        refuse_differences(self.reference, watched.config, watched.steps_per_epoch, watched.name)
-        refuse_other_data(self.reference, watched)
+        check_same_settings(self.reference, watched.config, watched.steps_per_epoch, watched.name)
+        check_same_data(self.reference, watched)
         phases = phases_of(self.reference)
         seeds = {
             name: np.array([seed.epochs[name] for seed in self.reference.runs], np.float64) for name in WATCHED_METRICS
@@ -121,7 +121,6 @@ def notes(watch: Watch, watched: Watched) -> list[str]:
 
 
 def as_json_line(watch: Watch, watched: Watched, judgement: Judgement) -> str:
-    """The verdict for programs, on one line."""
     report = {
         "verdict": judgement.verdict,
         "reason": judgement.reason,

@@ -230,7 +230,6 @@ def last_epoch(values: Numbers) -> int:
 
 
 def first_deviation(metric: str, values: Numbers, own: Band) -> Deviation | None:
-    """The first epoch at which a run leaves the band."""
     outside = np.flatnonzero(np.abs(values - own.mean) > own.limit)  # NaN compares as inside
     if not outside.size:
         return None

@@ -30,7 +30,7 @@ from recipe.data.augment.mixup import (
     soft_targets,
 )
 from recipe.data.batches import Batch, BatchLayout, TrainingBatches
-from recipe.data.decoding import Picture, WholePicture, decoded
+from recipe.data.decoding import EncodedImage, WholeImage, decoded
 from recipe.data.loader import ThreadedLoader
 from recipe.errors import UserError
 from tests.conftest import compose_config
@@ -210,11 +210,11 @@ class Stripes:
 
     name = "stripes"
 
-    def open(self, content: bytes) -> Picture:
+    def open(self, content: bytes) -> EncodedImage:
         value = int.from_bytes(content, "little")
         rows = torch.arange(PIXELS).view(1, -1, 1) * (value % 7 + 1)
         stripes = (rows + torch.arange(PIXELS).view(1, 1, -1) + value).expand(3, -1, -1) % 256
-        return WholePicture(stripes.to(torch.uint8))
+        return WholeImage(stripes.to(torch.uint8))
 
 
 def configuration(*words: str) -> Config:

@@ -473,7 +473,8 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}\n")
-    shutil.copy(CHECKOUT / "recipe" / "provenance.py", tmp_path / "recipe" / "provenance.py")
+    (tmp_path / "recipe" / "run").mkdir()
+    shutil.copy(CHECKOUT / "recipe" / "run" / "provenance.py", tmp_path / "recipe" / "run")
     (tmp_path / "recipe" / "a.py").write_text("commit = '$Format:%H$'\nname = '$Id$'\n")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):

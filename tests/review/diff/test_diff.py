@@ -16,8 +16,8 @@ import pytest
 from recipe.__main__ import main
 from recipe.config.schema import schema_keys
 from recipe.review.diff.command import DiffReport, compare_recipes, result_lines
+from recipe.review.diff.differences import Comparable, value_at
 from recipe.review.diff.impact import RANKS, Group, group_of, is_inert, rank_of
-from recipe.review.diff.inputs import Comparable, value_at
 from recipe.review.opening import open_recipe
 from recipe.run.directory import Run
 from tests.conftest import compose_config

@@ -52,10 +52,10 @@ def smoke_config() -> dict[str, Any]:
 @pytest.fixture
 def block(smoke_config: dict[str, Any]) -> dict[str, Any]:
     """The JSON block of an honest recipe of this checkout."""
-    from recipe.document.recipe_json import identity
+    from recipe.document.recipe_json import recipe_claims
 
     determinism_context = {"the number of processes": 1, "images per forward pass": 32, "CPU threads": 1}
-    found = identity(
+    found = recipe_claims(
         facts(
             config=smoke_config,
             preprocessing=preprocessing_record(),
@@ -76,7 +76,7 @@ def document(block: dict[str, Any], rehash: bool = True) -> str:
 
 def arguments(*words: str) -> Namespace:
     parser = ArgumentParser()
-    reproduce.describe(parser)
+    reproduce.add_arguments(parser)
     return parser.parse_args(["recipe.md", *words])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from recipe.document.recipe_json import identity
+from recipe.document.recipe_json import recipe_claims
 from recipe.document.run_data import RunData
 from recipe.review.findings import CANNOT_TELL
 from recipe.review.reproduce.judge import (
@@ -20,9 +20,9 @@ from recipe.review.reproduce.judge import (
     NUMERICALLY_EQUAL,
     judge_claims,
     overall_verdict,
+    reproduction_page,
 )
 from recipe.review.reproduce.parse import Recipe, parse_recipe
-from recipe.review.reproduce.report import reproduction_page
 from recipe.run.records import (
     Epoch,
     JudgedClaim,
@@ -49,7 +49,7 @@ OTHER = ["CPU threads: 2 there, 1 here"]
 
 
 def recipe(**changes: Any) -> Recipe:
-    found = identity(facts(training=training_record(determinism_context=CIRCUMSTANCES), **changes))
+    found = recipe_claims(facts(training=training_record(determinism_context=CIRCUMSTANCES), **changes))
     return parse_recipe(json.loads(json.dumps(found)))
 
 
@@ -94,7 +94,9 @@ def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(determinist
     ran = provenance("python train.py", hardware=hardware)
     theirs = parse_recipe(
         json.loads(
-            json.dumps(identity(facts(training=training_record(provenance=ran, determinism_context=CIRCUMSTANCES))))
+            json.dumps(
+                recipe_claims(facts(training=training_record(provenance=ran, determinism_context=CIRCUMSTANCES)))
+            )
         )
     )
     ours = other_weights(provenance=ran, precision={"deterministic_algorithms": deterministic})
@@ -124,7 +126,7 @@ def test_another_learning_rate_is_no_rounding() -> None:
 
 
 def test_a_recipe_without_epochs_claims_nothing_of_the_first() -> None:
-    block = json.loads(json.dumps(identity(facts())))
+    block = json.loads(json.dumps(recipe_claims(facts())))
     block["claims"]["training"]["epochs"] = {}
     assert levels(parse_recipe(block), facts(), OTHER)["first epoch: learning rate, mean train loss"] == CANNOT_TELL
 

@@ -13,8 +13,8 @@ import torch
 from recipe.distributed import World
 from recipe.review.check.records import energy_findings
 from recipe.run.records import EnergyRecord
-from recipe.training import energy
-from recipe.training.energy import EnergyMeter, accelerator_joules, accelerator_uuids
+from recipe.training import record
+from recipe.training.record import EnergyMeter, accelerator_joules, accelerator_uuids
 from tests.document import test_document as document
 
 USED = {"GPU-a": 1_500, "GPU-b": 40_000}  # millijoules
@@ -34,19 +34,19 @@ class Driver:
             ("nvmlDeviceGetHandleByUUID", self.named),
             ("nvmlDeviceGetTotalEnergyConsumption", lambda device: USED[device]),
         ):
-            patch.setattr(energy.pynvml, name, self.answering(name, answer))
+            patch.setattr(record.pynvml, name, self.answering(name, answer))
 
     def answering(self, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             if name == self.refused:
-                raise energy.pynvml.NVMLError(energy.pynvml.NVML_ERROR_NOT_SUPPORTED)
+                raise record.pynvml.NVMLError(record.pynvml.NVML_ERROR_NOT_SUPPORTED)
             return answer(*arguments)
 
         return call
 
     def named(self, uuid: str) -> str:
         if uuid not in USED:
-            raise energy.pynvml.NVMLError(energy.pynvml.NVML_ERROR_NOT_FOUND)
+            raise record.pynvml.NVMLError(record.pynvml.NVML_ERROR_NOT_FOUND)
         return uuid
 
 
@@ -75,7 +75,7 @@ def test_without_a_driver_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> N
     def absent(name: str) -> ctypes.CDLL:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(energy.pynvml, "CDLL", absent)
+    monkeypatch.setattr(record.pynvml, "CDLL", absent)
     assert accelerator_joules() is None
 
 
@@ -85,7 +85,7 @@ def test_a_training_counts_the_difference_unless_another_session_did_a_part(
     alone = World(0, 1, 0, 1, torch.device("cpu"), "none")
     assert accelerator_uuids(alone) == []
     assert EnergyMeter(alone).record([document.session()]) is None
-    monkeypatch.setattr("recipe.training.energy.accelerator_uuids", lambda world: ["GPU-a"])
+    monkeypatch.setattr("recipe.training.record.accelerator_uuids", lambda world: ["GPU-a"])
     meter = EnergyMeter(alone)
     monkeypatch.setitem(USED, "GPU-a", 9_000)
     record = meter.record([document.session()])
