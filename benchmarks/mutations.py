@@ -357,12 +357,12 @@ DEFAULTS = {  # of fields that the builders fill from the configuration, whateve
 }
 # (file, a part of the line, a part of the change, why the change cannot show in any recipe)
 EQUIVALENT: list[tuple[str, str, str, str]] = [
-    ("alterations.py", "self.kernel_size == (1, 1)", "", ONE_PIXEL),
-    ("alterations.py", "convolution.bias is not None", "", "the parameters are replaced in the line after the call"),
-    ("alterations.py", "len(ends) < 2", "", "every residual network has three blocks or more; it is a message"),
-    ("alterations.py", "blurred[0].blur[0, 0].tolist()", "", ALL_ALIKE),
-    ("alterations.py", "torch.all(head.bias == head.bias[0])", "0 -> 1", ALL_ALIKE),
-    ("alterations.py", "float(head.bias[0].detach())", "0 -> 1", ALL_ALIKE),
+    ("layers.py", "self.kernel_size == (1, 1)", "", ONE_PIXEL),
+    ("layers.py", "convolution.bias is not None", "", "the parameters are replaced in the line after the call"),
+    ("layers.py", "len(ends) < 2", "", "every residual network has three blocks or more; it is a message"),
+    ("layers.py", "blurred[0].blur[0, 0].tolist()", "", ALL_ALIKE),
+    ("layers.py", "torch.all(head.bias == head.bias[0])", "0 -> 1", ALL_ALIKE),
+    ("layers.py", "float(head.bias[0].detach())", "0 -> 1", ALL_ALIKE),
     ("evaluation.py", "margins = values", "0 -> 1", "the margin of a network of one class is zero in any column"),
     ("evaluation.py", "margins = values", "Gt -> GtE", "a network of one class makes one column, and has no second"),
     ("evaluation.py", "margins = values", "1 -> 2", "decides only for networks of two classes"),
@@ -381,7 +381,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ),
     ("crop.py", "flip = rng.random() < self.flip_probability", "Lt -> LtE", NEVER_EQUAL),
     ("crop.py", "crop, size = self.random_crop(", "", SQUARE),
-    ("crop.py", "self.policy.draw(generator, size[0])", "0 -> 1", SQUARE),
+    ("crop.py", "self.policy.draw(rng, size[0])", "0 -> 1", SQUARE),
     ("crop.py", "return sizes[0] if len(begins) <= 1", "0 -> 1", ALL_ALIKE),
     ("auto_augment.py", '"identity": Range(', "", NO_MAGNITUDE),
     ("auto_augment.py", '"autocontrast": Range(', "", NO_MAGNITUDE),
