@@ -1,11 +1,15 @@
-"""What many tests share: composed configurations and one small preprocessed data set."""
+"""Fixtures of many tests, one small preprocessed data set among them, and the lanes: `slow`, `process` and `gpu`."""
 
 from __future__ import annotations
 
+import multiprocessing.process
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -17,6 +21,43 @@ if TYPE_CHECKING:
     pass
 
 Compose = Callable[..., Config]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the smoke experiment as `process`; skip those of a GPU where there is none."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none"))
+    for item in items:
+        if "smoke" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.process)
+
+
+@pytest.fixture(autouse=True)
+def fast_lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test without the marks `process` and `slow` that starts a Python process or trains."""
+    if any(request.node.get_closest_marker(name) for name in ("process", "slow", "gpu")):
+        return
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        pytest.fail("this test starts a process or trains: mark it with @pytest.mark.process")
+
+    start = subprocess.Popen.__init__
+
+    def start_unless_python(self: subprocess.Popen[Any], command: Any, *arguments: Any, **options: Any) -> None:
+        program = command if isinstance(command, str | bytes) else next(iter(command))
+        if Path(os.fsdecode(program)).name.startswith("python"):
+            refuse()
+        start(self, command, *arguments, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start_unless_python)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    if "recipe.training.loop" in sys.modules:
+        monkeypatch.setattr("recipe.training.loop.take_step", refuse)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +91,11 @@ def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("small") / "demo"
     preprocess(
         compose_config(
-            "experiment=smoke", *SMALL_DEMO, f"data.directory={directory}", f"data.raw_dir={directory.parent / 'raw'}"
+            "experiment=smoke",
+            *SMALL_DEMO,
+            f"data.directory={directory}",
+            f"data.raw_dir={directory.parent / 'raw'}",
+            "data.processes=0",
         )
     )
     return directory
