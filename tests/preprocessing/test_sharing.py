@@ -167,6 +167,7 @@ def record_in(directory: Path) -> PreprocessingRecord:
     return from_json((directory / "preprocessing.json").read_bytes(), PreprocessingRecord, "record")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("size", "workers"), [(2, 1), pytest.param(3, 0, marks=pytest.mark.slow)])
 def test_ranks_make_the_same_bytes_as_one_process(alone: Path, ranks: Ranks, size: int, workers: int) -> None:
     process = ranks.torchrun(size, processes=workers)

@@ -480,7 +480,7 @@ def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
             average.update(step)
 
     assert waits_of(work) == []
-    assert (parameters is not None) is any(word in " ".join(overrides) for word in ("mixing", "erasing"))
+    assert (parameters is not None) is any(word in " ".join(overrides) for word in ("mixup", "erasing"))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def record(run: Run) -> ReproductionRecord:
     return found
 
 
+@pytest.mark.process
 def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple[Run, int]) -> None:
     run, code = reproduced
     found = record(run)
@@ -98,6 +99,7 @@ def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple
     assert found.verdict.startswith(BIT_EXACT)
 
 
+@pytest.mark.process
 def test_the_report_names_the_document_and_nothing_is_written_elsewhere(
     emitted: Path, reproduced: tuple[Run, int]
 ) -> None:
@@ -114,6 +116,7 @@ def test_the_report_names_the_document_and_nothing_is_written_elsewhere(
     assert [entry.stage for entry in history.entries] == ["preprocess", "train", "evaluate"]
 
 
+@pytest.mark.process
 def test_a_run_can_be_published_and_reproduced_from_its_page(
     reproduced: tuple[Run, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +140,7 @@ def in_folder(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(emitted.parent)
 
 
+@pytest.mark.process
 def test_a_finished_reproduction_is_not_done_again(
     emitted: Path, reproduced: tuple[Run, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +162,7 @@ def altered(emitted: Path, tmp_path: Path, change: Callable[[dict], None]) -> Pa
     return path
 
 
+@pytest.mark.process
 def test_a_claim_that_is_not_true_is_found(
     emitted: Path, reproduced: tuple[Run, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +189,7 @@ def test_a_claim_that_is_not_true_is_found(
     assert found.determinism_context[0].startswith("the processor: another there, ")
 
 
+@pytest.mark.process
 def test_other_raw_images_stop_before_training(
     emitted: Path, reproduced: tuple[Run, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
