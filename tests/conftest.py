@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 Compose = Callable[..., Config]
 
 
+STARTING_FIXTURES = {"smoke", "emitted", "reproduced", "executed", "proven", "trained", "two", "two_and_three"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the smoke experiment as `process`; skip those of a GPU where there is none."""
+    """Mark the tests whose fixtures start a process or train as `process`; skip those of a GPU where there is none."""
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -33,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none"))
     for item in items:
-        if "smoke" in getattr(item, "fixturenames", ()):
+        if STARTING_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
 
 

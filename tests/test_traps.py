@@ -168,7 +168,6 @@ def test_the_protocol_records_the_live_arithmetic(smoke: Words, monkeypatch: pyt
     assert before.protocol != after.protocol
 
 
-@pytest.mark.process
 def test_pillow_and_its_jpeg_library_are_recorded(proven: Proven) -> None:
     """T7: which library decoded every image in preprocessing, and which versions later stages had."""
     decoded_with = proven.preprocessing.decoded_with
@@ -178,7 +177,6 @@ def test_pillow_and_its_jpeg_library_are_recorded(proven: Proven) -> None:
     assert proven.evaluation.protocol.decoder == proven.training.loader.decoder == "nvimgcodec"
 
 
-@pytest.mark.process
 def test_every_stage_has_versions_of_its_own(proven: Proven) -> None:
     """Contradiction 13."""
     for record, block in (
@@ -193,7 +191,6 @@ def test_every_stage_has_versions_of_its_own(proven: Proven) -> None:
         assert str(torch.__version__).startswith(record.provenance.versions["torch"])
 
 
-@pytest.mark.process
 def test_the_reported_weights_are_the_last_ones(proven: Proven) -> None:
     """T11: nothing is chosen by the validation set unless asked, and then the metric's name says so."""
     assert proven.evaluation.inputs["weights"] == proven.training.outputs["weights"]
@@ -202,7 +199,6 @@ def test_the_reported_weights_are_the_last_ones(proven: Proven) -> None:
     assert "last: the weights after the final epoch" in proven.block("outputs")
 
 
-@pytest.mark.process
 def test_one_accuracy_has_one_spelling_everywhere(proven: Proven) -> None:
     """Contradiction 14: summary, metrics and the last row of the dynamics."""
     record = proven.evaluation
@@ -217,7 +213,6 @@ def test_one_accuracy_has_one_spelling_everywhere(proven: Proven) -> None:
     assert proven.training.epochs[-1].validation_top1 == record.correct_top1 / record.images
 
 
-@pytest.mark.process
 def test_images_evaluated_are_the_images_of_the_split(proven: Proven) -> None:
     """Contradiction 17: counted by the loop, in the data set, over the classes, and by the file of predictions."""
     record = proven.evaluation
@@ -263,7 +258,6 @@ def extract(path: str, target: str) -> None:
         archive.extractall(target, filter="data")
 
 
-@pytest.mark.process
 def test_class_names_belong_to_their_indices(proven: Proven, devkit: Devkit) -> None:
     """A name that is off by one would change no metric."""
     expected = [(index, wnid, devkit.names[wnid]) for index, wnid in enumerate(devkit.wnids)]
@@ -272,7 +266,6 @@ def test_class_names_belong_to_their_indices(proven: Proven, devkit: Devkit) -> 
         assert f"| {index} | `{wnid}` | {name} |" in proven.block("performance_metrics")
 
 
-@pytest.mark.process
 def test_label_examples_are_images_of_their_classes(proven: Proven, devkit: Devkit) -> None:
     split = open_split(proven.config.data.directory, "train")
     labels = {split.key(index): int(split.labels[index]) for index in range(len(split))}
@@ -287,7 +280,6 @@ def test_label_examples_are_images_of_their_classes(proven: Proven, devkit: Devk
         assert row in proven.block("raw_data")
 
 
-@pytest.mark.process
 def test_predictions_carry_the_devkits_labels(proven: Proven, devkit: Devkit) -> None:
     (name,) = proven.evaluation.outputs
     with np.load(proven.run.directory / name, allow_pickle=False) as stored:
@@ -370,7 +362,6 @@ def delivered_orders(config: Config, epochs: int) -> list[list[int]]:
         ]
 
 
-@pytest.mark.process
 def test_the_order_differs_by_epoch_and_the_recorded_one_is_delivered(proven: Proven) -> None:
     first, second = delivered_orders(proven.config, 2)
     assert first != second
@@ -395,7 +386,6 @@ def test_a_loader_that_forgets_the_epoch_changes_the_record(
 # ---- steps and rates (T20, T22; contradictions 1-4) -------------------------------------------------
 
 
-@pytest.mark.process
 def test_the_rates_that_were_applied_are_the_recorded_curve(proven: Proven) -> None:
     """Rows hold what the optimizer's groups held at each step; the record holds the schedule, evaluated."""
     schedule, rows = proven.training.schedule, proven.rows_of("train")
@@ -405,7 +395,6 @@ def test_the_rates_that_were_applied_are_the_recorded_curve(proven: Proven) -> N
     assert len({row["learning_rate"] for row in rows}) > 4
 
 
-@pytest.mark.process
 def test_steps_are_counted_from_the_live_loader(proven: Proven) -> None:
     training = proven.training
     assert training.schedule.steps_per_epoch * training.loader.global_batch_size == training.loader.images_per_epoch
@@ -415,7 +404,6 @@ def test_steps_are_counted_from_the_live_loader(proven: Proven) -> None:
     assert "8 steps, 4 an epoch" in proven.block("optimization_methods")
 
 
-@pytest.mark.process
 def test_the_figures_show_the_recorded_schedule_and_rows(proven: Proven) -> None:
     """Contradiction 4: another schedule, or another course, is another picture."""
     drawn = figures.draw(proven.training, proven.rows)
@@ -431,7 +419,6 @@ def test_the_figures_show_the_recorded_schedule_and_rows(proven: Proven) -> None
     assert {name for name in drawn if changed[name] != drawn[name]} == {"accuracy.png", "loss.png"}
 
 
-@pytest.mark.process
 def test_the_document_shows_both_parameter_groups(proven: Proven) -> None:
     """Contradiction 19: which tensors decay is printed, not left to the reader."""
     weights, exempt = proven.training.parameter_groups
@@ -567,7 +554,6 @@ def test_there_is_no_other_way_to_run_on_several_devices() -> None:
 # ---- time (T37, T38) --------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_throughput_is_global_images_over_wall_time(proven: Proven) -> None:
     for epoch in (1, 2):
         rows = [row for row in proven.rows_of("train") if row["epoch"] == epoch]
@@ -607,7 +593,6 @@ def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatc
     assert slow_data > slow_steps + 0.05
 
 
-@pytest.mark.process
 def test_the_first_epoch_is_reported_apart(proven: Proven) -> None:
     cold, warm = proven.training.epochs
     block = proven.block("dynamics")
@@ -662,7 +647,6 @@ def test_every_description_is_printed() -> None:
             assert f'"{prefix}.{field.name}"' in template + render
 
 
-@pytest.mark.process
 def test_the_commands_of_the_document_can_be_typed(proven: Proven) -> None:
     """Contradiction 6: the script parses, and a stage that was not run yet is named by a command that composes."""
     (script,) = re.findall(r"```bash\n(.*?)```", proven.block("run_again"), re.DOTALL)
@@ -679,7 +663,6 @@ def test_the_commands_of_the_document_can_be_typed(proven: Proven) -> None:
         compose_config(*[word for word in words if word.startswith(("experiment=", "run_dir="))])
 
 
-@pytest.mark.process
 def test_no_link_of_the_document_points_at_a_line(proven: Proven) -> None:
     """Contradiction 8: what the code does is printed; nobody is sent to look it up at a number."""
     links = re.findall(r"\]\(([^)]*)\)", proven.document)
@@ -690,7 +673,6 @@ def test_no_link_of_the_document_points_at_a_line(proven: Proven) -> None:
     assert not absent
 
 
-@pytest.mark.process
 def test_the_recorded_commit_is_in_the_repository(proven: Proven) -> None:
     """Contradiction 5, as far as this checkout can tell."""
     commit = proven.training.provenance.commit
@@ -702,7 +684,6 @@ def test_the_recorded_commit_is_in_the_repository(proven: Proven) -> None:
     assert f"git checkout --force --detach {commit}" in proven.document
 
 
-@pytest.mark.process
 def test_every_stage_leaves_its_lines_in_the_journal(proven: Proven) -> None:
     """Contradiction 21."""
     assert [(line["run"], line["stage"], line["event"]) for line in proven.journal] == [
@@ -733,7 +714,6 @@ def test_preprocessing_leaves_its_lines_in_the_journal(data_directory: Path, tmp
     ]
 
 
-@pytest.mark.process
 def test_every_recorded_number_of_cores_and_threads_is_the_live_one(proven: Proven) -> None:
     """T42."""
     assert proven.training.provenance.hardware.cores == len(os.sched_getaffinity(0))
@@ -742,7 +722,6 @@ def test_every_recorded_number_of_cores_and_threads_is_the_live_one(proven: Prov
     assert "threads a process" in proven.block("optimization_methods")
 
 
-@pytest.mark.process
 def test_an_expectation_without_a_source_is_marked_so(proven: Proven) -> None:
     """Contradiction 15: "below published" is not to be read without a reference, or the word unknown in its place."""
     (row,) = re.findall(r"^\| \*\*Expected\*\* \|.*$", proven.block("summary"), re.MULTILINE)

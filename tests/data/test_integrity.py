@@ -247,7 +247,6 @@ def write_damaged_classes(raw: Path) -> None:
     write_files(raw / "dog", {"rows": LOST_PNG["one row"][0]}, ".png")
 
 
-@pytest.mark.process
 def test_damage_stops_with_the_name_or_is_left_out_and_listed(tmp_path: Path) -> None:
     write_damaged_classes(tmp_path / "raw")
     with pytest.raises(UserError, match=r"cat/half\.jpg is corrupt: it is truncated \(premature end of data segment\)"):
@@ -257,7 +256,6 @@ def test_damage_stops_with_the_name_or_is_left_out_and_listed(tmp_path: Path) ->
     assert record.odd_images == {"stray bytes in a JPEG": 1}
 
 
-@pytest.mark.process
 def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

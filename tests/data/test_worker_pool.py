@@ -88,7 +88,6 @@ def everything(train: Loader, validation: Loader, processes: int) -> list[list[t
     return found + [flat(batch) for batch in EvaluationBatches(validation, VIEW, 7, ALONE)]
 
 
-@pytest.mark.process
 def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: list[Loader]) -> None:
     with decoding(splits, 0) as (train, validation, _):
         expected = everything(train, validation, 0)
@@ -105,7 +104,6 @@ def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: 
         )
 
 
-@pytest.mark.process
 def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)
@@ -125,7 +123,6 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader
         assert sum(slot.bytes for slot in train.pool.memory.free) == train.pool.memory.bytes
 
 
-@pytest.mark.process
 def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(two: list[Loader]) -> None:
     with nullcontext(two) as (train, validation, _):
         assert isinstance(train, WorkerLoader)
@@ -143,7 +140,6 @@ def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(
         assert not train.pool.pending
 
 
-@pytest.mark.process
 def test_a_damaged_image_is_named_and_the_others_still_come(two: list[Loader]) -> None:
     train, _, damaged = two
     with pytest.raises(UserError) as stopped:
@@ -155,7 +151,6 @@ def test_a_damaged_image_is_named_and_the_others_still_come(two: list[Loader]) -
     assert sum(len(batch.indices) for batch in EvaluationBatches(train, VIEW, 36, ALONE)) == 108
 
 
-@pytest.mark.process
 def test_signals_to_all_are_the_training_process_s_to_answer(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)
@@ -188,7 +183,6 @@ def test_shares_cover_a_batch_evenly() -> None:
             assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.process
 def test_a_killed_process_stops_with_one_sentence(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)

@@ -158,7 +158,6 @@ def write_mixed_classes(raw: Path) -> dict[str, bytes]:
     return {key: content for key, (_, content) in images.items()}
 
 
-@pytest.mark.process
 def test_a_folder_of_all_formats_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_mixed_classes(tmp_path / "raw")
     os.mkfifo(tmp_path / "raw" / "cat" / "pipe")
@@ -189,7 +188,6 @@ def test_images_beside_or_below_class_folders_are_seen_whatever_their_name(tmp_p
         preprocess(config(tmp_path / "flat", tmp_path.with_name("out"), source=Source.folder))
 
 
-@pytest.mark.process
 def test_a_name_that_promises_an_image_is_held_to_it(tmp_path: Path) -> None:
     for class_id in ("cat", "dog"):
         write_files(tmp_path / "raw" / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)})
@@ -201,7 +199,6 @@ def test_a_name_that_promises_an_image_is_held_to_it(tmp_path: Path) -> None:
 # ---- sizes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_what_is_too_large_names_the_setting_or_is_left_out(tmp_path: Path) -> None:
     for class_id in ("cat", "dog"):
         write_files(tmp_path / "raw" / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)}, ".jpg")
@@ -239,7 +236,6 @@ def test_an_image_too_long_for_jpeg_is_not_made_smaller() -> None:
     assert (stored.content, stored.width, stored.height) == (content, 140_000, 20)
 
 
-@pytest.mark.process
 def test_png_of_many_times_its_file_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     image = Image.fromarray(noise).resize((400, 400), Image.Resampling.BICUBIC)

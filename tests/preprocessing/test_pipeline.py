@@ -71,7 +71,6 @@ def finished(official: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 # ---- what comes out ---------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_original_bytes_and_labels_come_back(finished: tuple[Path, PreprocessingRecord]) -> None:
     labels = dict(zip(validation_images(), VALIDATION_LABELS, strict=True))
     labels |= {key: WNIDS.index(key[:9]) for key in train_images()}
@@ -84,7 +83,6 @@ def test_original_bytes_and_labels_come_back(finished: tuple[Path, Preprocessing
                 assert image.size == (split.index[i]["width"], split.index[i]["height"])
 
 
-@pytest.mark.process
 def test_training_images_are_dealt_by_hash_and_validation_is_sorted(
     finished: tuple[Path, PreprocessingRecord],
 ) -> None:
@@ -104,7 +102,6 @@ def webdataset_samples(shards: list[str]) -> list[dict[str, Any]]:
     return samples
 
 
-@pytest.mark.process
 def test_webdataset_opens_the_shards(finished: tuple[Path, PreprocessingRecord]) -> None:
     for name, images in (("train", train_images()), ("val", validation_images())):
         split = open_split(finished[0], name)
@@ -114,7 +111,6 @@ def test_webdataset_opens_the_shards(finished: tuple[Path, PreprocessingRecord])
         assert [int(sample["cls"]) for sample in samples] == split.labels.tolist()
 
 
-@pytest.mark.process
 def test_the_record_is_true(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
     directory, record = finished
     lines = [
@@ -135,7 +131,6 @@ def test_the_record_is_true(finished: tuple[Path, PreprocessingRecord], official
     assert record.class_list_sha256 == hashlib.sha256("\n".join(WNIDS).encode()).hexdigest()
 
 
-@pytest.mark.process
 def test_no_path_host_or_user_is_written(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
     for name in ("manifest.json", "preprocessing.json"):
         text = (finished[0] / name).read_text()
@@ -144,7 +139,6 @@ def test_no_path_host_or_user_is_written(finished: tuple[Path, PreprocessingReco
     assert finished[1].raw_path == "$RAW_DIR"
 
 
-@pytest.mark.process
 def test_paths_inside_the_checkout_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipe.preprocessing.summary.CHECKOUT", tmp_path)
     record = preprocess(config(write_official(tmp_path / "data/raw"), tmp_path / "data/tiny"))
@@ -164,7 +158,6 @@ def test_any_number_of_processes_gives_the_same_bytes(
     assert record.processes == processes
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("write", [write_extracted, write_kaggle])
 def test_every_layout_gives_the_same_shards(
     finished: tuple[Path, PreprocessingRecord], tmp_path: Path, write: Callable[[Path], Path]
@@ -177,7 +170,6 @@ def test_every_layout_gives_the_same_shards(
     ]
 
 
-@pytest.mark.process
 def test_the_demo_takes_the_same_path(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"source": Source.demo, "train_images_per_class": 2, "validation_images_per_class": 1}
     record = preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
@@ -377,7 +369,6 @@ def test_a_finished_run_is_recognised_without_its_raw_files(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.process
 def test_other_settings_are_refused_with_the_difference(
     finished: tuple[Path, PreprocessingRecord], official: Path
 ) -> None:
@@ -390,7 +381,6 @@ def test_settings_without_effect_do_not_count(finished: tuple[Path, Preprocessin
     preprocess(config(official, finished[0], jpeg_quality=50, validation_fraction=0.5, processes=2))
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("damage", ["missing shard", "cut shard", "missing index", "missing record"])
 def test_a_damaged_data_set_is_repaired(
     finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path, damage: str
@@ -416,7 +406,6 @@ def test_a_damaged_data_set_is_repaired(
         assert (out / "train-00000.tar").stat().st_mtime_ns == kept
 
 
-@pytest.mark.process
 def test_a_repair_from_other_images_is_refused(finished: tuple[Path, PreprocessingRecord], tmp_path: Path) -> None:
     out = copy_of(finished, tmp_path / "out")
     (out / "train-00001.tar").unlink()
@@ -429,7 +418,6 @@ def test_a_repair_from_other_images_is_refused(finished: tuple[Path, Preprocessi
     assert preprocess(config(raw, out)).continued_shards == 0
 
 
-@pytest.mark.process
 def test_no_wrong_shard_of_a_repair_gets_its_name(
     finished: tuple[Path, PreprocessingRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,7 +457,6 @@ def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_pat
     assert sorted(path.name for path in out.rglob("*")) == ["notes.tmp-1", "thesis.txt", "train-00007.tar", "work"]
 
 
-@pytest.mark.process
 def test_a_fresh_volume_is_an_empty_directory(official: Path, tmp_path: Path) -> None:
     """Its root has folders of the operating system, to which nothing is done."""
     for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", ".Trash-1000"):
@@ -481,7 +468,6 @@ def test_a_fresh_volume_is_an_empty_directory(official: Path, tmp_path: Path) ->
     assert (tmp_path / "volume" / "lost+found").is_dir()
 
 
-@pytest.mark.process
 def test_a_disk_that_is_not_mounted_is_no_change_of_the_images(tmp_path: Path) -> None:
     """The finished data set is used as it is; the empty mount point of another volume holds what systems leave."""
     write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
@@ -492,7 +478,6 @@ def test_a_disk_that_is_not_mounted_is_no_change_of_the_images(tmp_path: Path) -
     assert preprocess(settings) == done
 
 
-@pytest.mark.process
 def test_omitted_files_are_in_the_record_and_reported_before_any_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -526,7 +511,6 @@ def test_a_folder_data_set_does_not_lie_among_its_own_classes(tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["cat"]
 
 
-@pytest.mark.process
 def test_a_folder_with_our_lock_alone_is_not_of_somebody_else(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lock").touch()
@@ -546,7 +530,6 @@ def test_a_file_system_without_locks_is_one_sentence(
         preprocess(config(official, tmp_path / "out"))
 
 
-@pytest.mark.process
 def test_the_note_goes_before_its_shard_is_written_again(official: Path, tmp_path: Path) -> None:
     """Else the note of one plan could vouch for a shard that another one wrote before it died."""
     data = config(official, tmp_path / "out")
@@ -575,7 +558,6 @@ def never(look: Callable[[], None]) -> Callable[[], bool]:
     return must_stop
 
 
-@pytest.mark.process
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_fills_up_is_one_sentence_and_continues(
     finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path
@@ -597,7 +579,6 @@ def test_a_disk_that_fills_up_is_one_sentence_and_continues(
     assert content_of(out) == content_of(finished[0])
 
 
-@pytest.mark.process
 def test_a_disk_error_of_a_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out/train-00000.tar").mkdir(parents=True)
     (tmp_path / "out" / shard_writer.WORK).mkdir()
@@ -649,7 +630,6 @@ def corrupt_exif() -> bytes:
     return encoded(pixels("exif"), exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40)
 
 
-@pytest.mark.process
 def test_unusual_images_in_ilsvrc2012(tmp_path: Path) -> None:
     """T34, T35, T36: what keeps its bytes, what is normalised, and that all is listed."""
     odd = {
@@ -811,7 +791,6 @@ def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
         preprocess(config(tmp_path / "raw", tmp_path / "out", processes=2))
 
 
-@pytest.mark.process
 def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> None:
     bad = {"n02085620_3": jpeg("a")[:300], "n02085620_4": b""}
     validation = validation_images() | {"ILSVRC2012_val_00000001": png_header_of(20_000, 20_000)}
@@ -831,7 +810,6 @@ def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> No
     assert [split.labels[i] for i in range(10)] == [WNIDS.index(split.key(i)[:9]) for i in range(10)]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [
@@ -860,7 +838,6 @@ def test_neither_a_class_nor_a_split_may_lose_all_its_images(tmp_path: Path, bad
 # ---- resizing ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_only_large_training_images_are_resized(tmp_path: Path) -> None:
     large = {"n01440764_9": encoded(pixels("large", 301, 200)), "n01440764_8": encoded(pixels("l", 200, 99, 1))}
     validation = validation_images() | {"ILSVRC2012_val_00000001": encoded(pixels("large", 301, 200))}
@@ -902,7 +879,6 @@ def test_an_unusual_image_is_resized_too() -> None:
 # ---- folders ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_a_folder_data_set_end_to_end(tmp_path: Path) -> None:
     for name in ("cat", "dog.v2"):
         write_files(tmp_path / "raw" / name, {f"{name} {n}.jpg": jpeg(f"{name}{n}") for n in range(12)}, "")
@@ -945,7 +921,6 @@ def move_an_image(raw: Path) -> None:
     (raw / "cat" / "7.JPEG").rename(raw / "dog" / "seven.JPEG")
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -967,7 +942,6 @@ def test_a_finished_folder_data_set_of_other_images_is_refused(
     assert content_of(tmp_path / "out") == before
 
 
-@pytest.mark.process
 def test_a_finished_folder_data_set_needs_neither_its_raw_images_nor_their_times(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -998,7 +972,6 @@ def is_worker(pid: int) -> bool:
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-@pytest.mark.process
 def test_notes_of_other_code_are_ignored(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out/.recipe-work").mkdir(parents=True)
     (tmp_path / "out/.recipe-work/train-00000.json").write_text("{}")

@@ -317,6 +317,7 @@ def test_a_damaged_data_set_is_repaired(alone: Path, ranks: Ranks) -> None:
     assert content_of(ranks.out) == content_of(alone)
 
 
+@pytest.mark.process
 def test_the_cores_of_a_node_are_divided(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "usable_cores", lambda: 8)
     data = config(official, tmp_path, processes=None).data

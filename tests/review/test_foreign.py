@@ -93,7 +93,7 @@ def test_every_verb_ends_in_one_sentence(
             assert Path(file).name in printed.out + printed.err
 
 
-@pytest.mark.parametrize(("pattern", "damage"), zip(itertools.cycle(OUTPUTS), DAMAGES, strict=False))
+@pytest.mark.parametrize(("pattern", "damage"), list(zip(itertools.cycle(OUTPUTS), DAMAGES, strict=False)))
 def test_outputs_that_are_no_files_break_the_chain(
     pattern: str, damage: Damage, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

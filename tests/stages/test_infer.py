@@ -25,6 +25,8 @@ from recipe.run.files import CHECKOUT
 from recipe.run.records import ClassifiedPicture, EvaluationRecord, InferenceRecord, SerializationRecord, TimingRecord
 from recipe.stages.infer import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
 
+pytestmark = pytest.mark.process
+
 QUICK = ["timing.seconds_per_cell=0.04", "timing.batch_sizes=[1,2]", "timing.backends=[eager,onnxruntime]"]
 
 
@@ -89,7 +91,6 @@ def test_the_words_go_into_their_own_cell_only() -> None:
 # ---- run by `make inference` ------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_running_it_leaves_its_pictures_in_the_run(executed: Run) -> None:
     notebook = json.loads(executed.notebook.read_text())
     pictures = [
@@ -103,14 +104,12 @@ def test_running_it_leaves_its_pictures_in_the_run(executed: Run) -> None:
         assert (executed.directory / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.process
 def test_no_text_of_it_names_this_machine(executed: Run, config: Config) -> None:
     for path in (executed.notebook, executed.records / "inference.json", *executed.timing.iterdir()):
         for forbidden in (str(CHECKOUT), sys.prefix, str(Path(config.run_dir).parent), str(Path.home()) + "/"):
             assert forbidden not in path.read_text(), path
 
 
-@pytest.mark.process
 def test_it_adds_itself_to_the_recipe(executed: Run) -> None:
     document = executed.document.read_text()
     chapter = document[document.index("## Inference") : document.index("### Serialization")]
@@ -125,7 +124,6 @@ def test_it_adds_itself_to_the_recipe(executed: Run) -> None:
     assert f"{best.name} {100 * best.probability:.2f} %" in chapter
 
 
-@pytest.mark.process
 def test_every_file_of_the_model_is_asked_and_the_fp32_ones_agree(executed: Run) -> None:
     puppy = inference_of(executed).pictures[0]
     checkpoint, *exported = puppy.guesses
@@ -137,7 +135,6 @@ def test_every_file_of_the_model_is_asked_and_the_fp32_ones_agree(executed: Run)
     assert [g.probability for g in ours] == pytest.approx([g.probability for g in theirs], abs=1e-4)
 
 
-@pytest.mark.process
 def test_the_second_run_measures_this_machine_again_and_keeps_the_others(executed: Run, config: Config) -> None:
     (mine,) = executed.read_all(executed.timing, TimingRecord)
     other = msgspec.structs.replace(mine, machine="nvidia-v100")
@@ -179,14 +176,12 @@ def wrong_names(pictures: list[ClassifiedPicture], run: Run, config: Config) -> 
     return wrong
 
 
-@pytest.mark.process
 def test_the_notebooks_names_are_those_of_the_data_set(executed: Run, config: Config) -> None:
     pictures = inference_of(executed).pictures
     assert sum(found.label is not None for found in pictures) == SAMPLES
     assert wrong_names(pictures, executed, config) == []
 
 
-@pytest.mark.process
 def test_names_off_by_one_are_found(executed: Run, config: Config, tmp_path: Path) -> None:
     classify = Classifier.load(next(executed.checkpoints.glob("*.pt")))
     names = classify.interface.classes
@@ -212,7 +207,6 @@ def test_samples_are_of_classes_that_are_spread_over_the_list() -> None:
 # ---- bad input --------------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -230,13 +224,11 @@ def test_wrong_words_are_one_sentence(words: list[str], expected: str, tmp_path:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.process
 def test_a_key_of_the_run_cannot_be_changed(executed: Run, config: Config) -> None:
     done = run_notebook([*words_of(config), "seed=7"])
     assert (done.returncode, "seed: 0 -> 7" in done.stderr) == (2, True)
 
 
-@pytest.mark.process
 def test_files_of_other_weights_are_refused_from_within_the_notebook(
     executed: Run, config: Config, tmp_path: Path
 ) -> None:
@@ -266,7 +258,6 @@ def write_properties(path: Path, properties: dict[str, str]) -> None:
     onnx.save(model, path)
 
 
-@pytest.mark.process
 def test_a_run_without_exported_files_is_shown_from_its_checkpoint(
     executed: Run, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

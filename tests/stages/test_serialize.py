@@ -36,6 +36,8 @@ from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
 from tests.builders.configs import SMALL_DEMO, compose_config
 
+pytestmark = pytest.mark.process
+
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -53,7 +55,6 @@ def fp32_only(config: Config, run_dir: Path) -> Config:
 # ---- a clean export ---------------------------------------------------------------------------------
 
 
-@pytest.mark.process
 def test_fp32_puts_every_image_into_the_class_of_the_eager_model(record: SerializationRecord) -> None:
     fp32 = record.variants[0]
     assert (fp32.variant, fp32.flips) == ("fp32", 0)
@@ -61,7 +62,6 @@ def test_fp32_puts_every_image_into_the_class_of_the_eager_model(record: Seriali
     assert (fp32.correct_top1, fp32.correct_top5) == (record.eager_correct_top1, record.eager_correct_top5)
 
 
-@pytest.mark.process
 def test_every_variant_is_evaluated_on_every_image(record: SerializationRecord, config: Config) -> None:
     assert [entry.variant for entry in record.variants] == ["fp32", "fp16", "int8"]
     for entry in record.variants:
@@ -71,7 +71,6 @@ def test_every_variant_is_evaluated_on_every_image(record: SerializationRecord, 
         assert entry.flips >= len(entry.flip_examples)
 
 
-@pytest.mark.process
 def test_evaluating_an_exported_file_gives_the_recorded_counts(record: SerializationRecord, config: Config) -> None:
     for entry in record.variants:
         asked = replace(config.evaluation, backend=Backend.onnx, variant=Variant(entry.variant))
@@ -85,13 +84,11 @@ def test_evaluating_an_exported_file_gives_the_recorded_counts(record: Serializa
     assert mine.protocol.backend == "torch", "the recipe's own result stays that of its weights"
 
 
-@pytest.mark.process
 def test_exporting_again_gives_the_same_bytes(record: SerializationRecord, config: Config) -> None:
     again = serialize_run(config)
     assert again.outputs == record.outputs
 
 
-@pytest.mark.process
 def test_the_file_is_complete_and_names_no_path(record: SerializationRecord, config: Config) -> None:
     for entry in record.variants:
         path = Run(config.run_dir).onnx_file(entry.variant)
@@ -102,7 +99,6 @@ def test_the_file_is_complete_and_names_no_path(record: SerializationRecord, con
             assert forbidden.encode() not in content
 
 
-@pytest.mark.process
 def test_the_file_holds_what_a_user_of_it_needs(record: SerializationRecord, config: Config) -> None:
     run = Run(config.run_dir)
     evaluation = run.read(EvaluationRecord)
@@ -117,7 +113,6 @@ def test_the_file_holds_what_a_user_of_it_needs(record: SerializationRecord, con
     assert told.accuracy.protocol == evaluation.protocol.name
 
 
-@pytest.mark.process
 def test_any_batch_size_runs(record: SerializationRecord, config: Config) -> None:
     model = OnnxModel(Run(config.run_dir).onnx_file("fp32").read_bytes(), "the file")
     images = serialization.noise_images(24)
@@ -180,7 +175,6 @@ def wrong_resize(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(serialization, "metadata", lying)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     "sabotage",
     [

@@ -358,7 +358,6 @@ def two_and_three(config: Config) -> dict[int, list[dict[str, Any]]]:
 Found = dict[int, list[dict[str, Any]]]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_any_number_of_processes_reaches_the_weights_of_one(
     accumulation: int, two_and_three: Found, config: Config
@@ -373,7 +372,6 @@ def test_any_number_of_processes_reaches_the_weights_of_one(
         np.testing.assert_allclose(found["tally"], tally, rtol=1e-5)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("case", ["none-1", "none-2", "batch-1", "batch-2"])
 def test_all_processes_hold_the_first_ones_weights(case: str, two_and_three: Found) -> None:
     """T26: parameters stay equal by themselves, running statistics only once the first process's are copied."""
@@ -384,7 +382,6 @@ def test_all_processes_hold_the_first_ones_weights(case: str, two_and_three: Fou
             assert len({rank[case]["buffers"] for rank in ranks}) == len(ranks), "the trap is not there to be seen"
 
 
-@pytest.mark.process
 def test_replicating_leaves_no_trace(two_and_three: Found) -> None:
     for rank in itertools.chain(*two_and_three.values()):
         assert rank["untouched"]
@@ -397,7 +394,6 @@ def test_one_process_needs_no_replica(config: Config) -> None:
     assert replicate(model, ALONE, torch.zeros(1, 3, 16, 16), Precision.fp32) is model
 
 
-@pytest.mark.process
 def test_reductions_over_processes(two_and_three: Found) -> None:
     for size, ranks in two_and_three.items():
         assert [rank["sum"] for rank in ranks] == [[size, sum(range(size))]] * size

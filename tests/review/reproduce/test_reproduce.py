@@ -30,6 +30,8 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
 from tests.builders.configs import SMALL_DEMO, compose_config
 
+pytestmark = pytest.mark.process
+
 
 @contextmanager
 def quickly() -> Iterator[pytest.MonkeyPatch]:
@@ -83,7 +85,6 @@ def record(run: Run) -> ReproductionRecord:
     return found
 
 
-@pytest.mark.process
 def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple[Run, int]) -> None:
     run, code = reproduced
     found = record(run)
@@ -99,7 +100,6 @@ def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple
     assert found.verdict.startswith(BIT_EXACT)
 
 
-@pytest.mark.process
 def test_the_report_names_the_document_and_nothing_is_written_elsewhere(
     emitted: Path, reproduced: tuple[Run, int]
 ) -> None:
@@ -116,7 +116,6 @@ def test_the_report_names_the_document_and_nothing_is_written_elsewhere(
     assert [entry.stage for entry in history.entries] == ["preprocess", "train", "evaluate"]
 
 
-@pytest.mark.process
 def test_a_run_can_be_published_and_reproduced_from_its_page(
     reproduced: tuple[Run, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,7 +139,6 @@ def in_folder(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(emitted.parent)
 
 
-@pytest.mark.process
 def test_a_finished_reproduction_is_not_done_again(
     emitted: Path, reproduced: tuple[Run, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +160,6 @@ def altered(emitted: Path, tmp_path: Path, change: Callable[[dict], None]) -> Pa
     return path
 
 
-@pytest.mark.process
 def test_a_claim_that_is_not_true_is_found(
     emitted: Path, reproduced: tuple[Run, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,7 +186,6 @@ def test_a_claim_that_is_not_true_is_found(
     assert found.determinism_context[0].startswith("the processor: another there, ")
 
 
-@pytest.mark.process
 def test_other_raw_images_stop_before_training(
     emitted: Path, reproduced: tuple[Run, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,8 @@ from recipe.training.loop import train
 from recipe.training.optim import LearningRate
 from tests.builders.configs import SMALL_DEMO, compose_config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def finished(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,7 +63,6 @@ def broken(folder: Path) -> list[str]:
     return [link.name for link in chain_of(folder) if link.state == BROKEN]
 
 
-@pytest.mark.process
 def test_every_link_of_a_fresh_run_holds(finished: Path) -> None:
     chain = chain_of(finished)
     assert {link.state for link in chain} == {HOLDS}, [link.line() for link in chain if link.state != HOLDS]
@@ -77,7 +78,6 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
@@ -107,7 +107,6 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(values))
 
 
-@pytest.mark.process
 def test_a_record_that_was_edited_contradicts_its_neighbours(copy: Path) -> None:
     edit(copy / "run/records/evaluation.json", lambda record: record.update(correct_top1=record["correct_top1"] + 1))
     assert broken(copy) == [next(link.name for link in chain_of(copy) if "metrics of" in link.name), "document"]
@@ -115,14 +114,12 @@ def test_a_record_that_was_edited_contradicts_its_neighbours(copy: Path) -> None
     assert {"evaluation read the weights", "document"} <= set(broken(copy))
 
 
-@pytest.mark.process
 def test_a_configuration_that_was_edited_is_named(copy: Path) -> None:
     path = copy / "run/config.yaml"
     path.write_text(path.read_text().replace("label_smoothing: 0.1", "label_smoothing: 0.2"))
     assert "config.yaml" in broken(copy)
 
 
-@pytest.mark.process
 def test_files_that_are_not_there_break_nothing(copy: Path) -> None:
     shutil.rmtree(copy / "raw")
     shutil.rmtree(copy / "data")
@@ -131,7 +128,6 @@ def test_files_that_are_not_there_break_nothing(copy: Path) -> None:
     assert NOT_HERE in {link.state for link in chain_of(copy)}
 
 
-@pytest.mark.process
 def test_outputs_outside_the_run_are_not_looked_at(copy: Path) -> None:
     edit(copy / "run/records/evaluation.json", lambda record: record["outputs"].update({"../../secret": "0" * 64}))
     assert "../../secret" in broken(copy)
@@ -144,12 +140,10 @@ def findings(folder: Path) -> list[TraceDifference]:
     return list(drift.code_differences(open_recipe(folder / "run")))
 
 
-@pytest.mark.process
 def test_a_fresh_recipe_has_not_drifted(finished: Path) -> None:
     assert findings(finished) == []
 
 
-@pytest.mark.process
 def test_the_document_alone_is_enough(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(finished / "run/recipe.md", tmp_path / "alone.md")
     assert main(["verify", "alone.md"]) == 0
@@ -157,7 +151,6 @@ def test_the_document_alone_is_enough(finished: Path, tmp_path: Path, capsys: py
     assert main(["drift", "alone.md"]) == 0
 
 
-@pytest.mark.process
 def test_a_change_of_the_code_alone_is_drift(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = LearningRate.__call__
     monkeypatch.setattr(LearningRate, "__call__", lambda self, step: original(self, step + 1))
@@ -166,7 +159,6 @@ def test_a_change_of_the_code_alone_is_drift(finished: Path, monkeypatch: pytest
     assert found[0].what.startswith("learning rate at")
 
 
-@pytest.mark.process
 def test_a_change_of_a_setting_is_drift(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = drift.config_from_overrides
     monkeypatch.setattr(drift, "config_from_overrides", lambda words: composed([*words, "optimization.momentum=0.8"]))
@@ -175,7 +167,6 @@ def test_a_change_of_a_setting_is_drift(finished: Path, monkeypatch: pytest.Monk
     ]
 
 
-@pytest.mark.process
 def test_an_entry_point_that_does_not_load_is_drift(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +178,6 @@ def test_an_entry_point_that_does_not_load_is_drift(
     assert "SyntaxError" in found[0].here
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("command", "kept"),
     [
@@ -206,7 +196,6 @@ def test_of_a_foreign_command_only_plain_settings_are_taken(finished: Path, comm
     assert drift.recorded_settings(subject)[0] == kept
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "37", 10**12, None])
 def test_claimed_numbers_that_shape_the_work_are_checked(finished: Path, value: Any) -> None:
     subject = open_recipe(finished / "run")
@@ -216,7 +205,6 @@ def test_claimed_numbers_that_shape_the_work_are_checked(finished: Path, value: 
         trace_here(subject)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("value", [[], "x", 1, {"training": []}, {"training": "x"}])
 def test_claims_of_no_known_form_are_one_sentence(finished: Path, value: Any) -> None:
     subject = open_recipe(finished / "run")
@@ -226,7 +214,6 @@ def test_claims_of_no_known_form_are_one_sentence(finished: Path, value: Any) ->
         trace_here(subject)
 
 
-@pytest.mark.process
 def test_a_fingerprint_is_left_only_by_the_code_that_trained(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(finished / "run")
     record = run.read(TrainingRecord)
