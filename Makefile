@@ -14,7 +14,7 @@ override export RAW_DIR := $(value RAW_DIR)
 OVERRIDES = experiment=$(EXPERIMENT) $${RAW_DIR:+data.raw_dir="$$RAW_DIR"} $(ARGS)
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
-.PHONY: help setup preprocess train evaluate serialize inference all hardware reproduce test test-faults check clean
+.PHONY: help setup preprocess train evaluate serialize inference all hardware reproduce test-fast test test-faults check clean
 .NOTPARALLEL:  # a stage reads what the one before it wrote
 .DEFAULT_GOAL := help
 
@@ -55,10 +55,13 @@ hardware: setup  ## all that a machine with a GPU is wanted for: RAW_DIR=folder 
 reproduce: setup  ## train in a temporary folder, delete all but the document, run it again: the same bits?
 	PYTHON="$(CURDIR)/$(BIN)/python" tests/reproduce.sh $(EXPERIMENT)
 
-test: setup  ## every test, on a CPU, but for the slow ones
+test-fast: setup  ## the tests that start no process and train nothing: a minute
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow and not process"
+
+test: setup  ## every test but for the slow ones
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow"
 
-test-faults: setup  ## the slow ones: commands that are killed, stopped and continued
+test-faults: setup  ## the slow tests: commands that are killed, stopped and continued
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m slow
 
 check: setup  ## linter and type checker

@@ -21,6 +21,8 @@ from tests.builders.configs import SMALL_DEMO
 from tests.builders.images import jpeg
 from tests.builders.layouts import write_files
 
+pytestmark = pytest.mark.process
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FASTER = ["optimization.batch_size=24"]

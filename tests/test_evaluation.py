@@ -255,6 +255,7 @@ def evaluated_together(config: Config) -> tuple[Predictions | None, Predictions]
         return evaluated_in(world, config), evaluated_in(ALONE, config)  # type: ignore[return-value]
 
 
+@pytest.mark.process
 def test_one_two_and_three_processes_predict_the_same_to_the_last_bit(data_directory: Path) -> None:
     """T1-T3, T5: nothing padded, nothing dropped, unequal numbers of batches, margins and losses included."""
     config = small_config(data_directory)

@@ -11,6 +11,8 @@ import pytest
 from benchmarks import hardware
 from recipe.run.files import CHECKOUT
 
+pytestmark = pytest.mark.process
+
 
 def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     monkeypatch.setattr("sys.argv", ["hardware.py", *words])

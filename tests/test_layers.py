@@ -106,6 +106,7 @@ def test_no_module_is_named_for_nothing() -> None:
     assert not {"utils", "common", "helpers", "misc"} & {path.stem for path in MODULES}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_the_ground_floor_and_the_document_need_no_torch(module: str) -> None:
     program = f"import sys; sys.modules['torch'] = None; import recipe.{module}"

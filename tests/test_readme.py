@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ def overrides(words: list[str]) -> list[str]:
     return [re.sub(r"<\w+>", "name", setting) for setting in settings]
 
 
+composed_once = cache(compose_config)
+
+
 def check_script(words: list[str]) -> None:
     script = next(word for word in words if word.endswith(".py"))
     assert (CHECKOUT / script).is_file()
@@ -60,7 +64,7 @@ def check_script(words: list[str]) -> None:
     assert script in SCRIPTS
     given = words[words.index(script) + 1 :]
     assert given == sorted(given, key=lambda word: "=" in word), "the command line takes flags before values"
-    compose_config(*overrides(given))
+    composed_once(*overrides(given))
 
 
 def check_make(words: list[str]) -> None:
@@ -71,7 +75,7 @@ def check_make(words: list[str]) -> None:
     assert {word for word in words if "=" not in word} <= targets
     assert given.keys() <= variables
     assert (CHECKOUT / (given.get("CONSTRAINTS") or "constraints.txt")).is_file()
-    compose_config(f"experiment={given.get('EXPERIMENT') or 'demo'}", *shlex.split(given.get("ARGS", "")))
+    composed_once(f"experiment={given.get('EXPERIMENT') or 'demo'}", *shlex.split(given.get("ARGS", "")))
 
 
 ALL_COMMANDS = [pytest.param(command, id=f"{page}: {command}") for page in PAGES for command in commands(page)]

@@ -701,6 +701,7 @@ def test_an_attempt_that_failed_stays_in_the_journal(smoke: Words, tmp_path: Pat
     assert (json.loads(line)["stage"], json.loads(line)["event"]) == ("train", "started")
 
 
+@pytest.mark.process
 def test_preprocessing_leaves_its_lines_in_the_journal(data_directory: Path, tmp_path: Path) -> None:
     words = ["experiment=smoke", *SMALL_DEMO, f"data.directory={data_directory}", "run_dir=x"]
     subprocess.run(

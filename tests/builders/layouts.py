@@ -158,7 +158,7 @@ def data_config(raw_dir: Path | str, directory: Path, **changes: Any) -> DataCon
         "expect": Expectation.nothing,
         "on_corrupt": Corrupt.stop,
         "images_per_shard": 5,
-        "processes": 1,
+        "processes": 0,
     }
     return DataConfig(**(values | changes))
 

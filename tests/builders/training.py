@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recipe.config.schema import Config
+from recipe.data.batches import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World
 from recipe.models.build import build_model
@@ -21,6 +22,8 @@ from recipe.training.build import Training
 from recipe.training.optim import build_loss, build_optimizer
 from recipe.training.step import TrainStep
 from tests.builders.configs import compose_config
+
+GLOBAL_BATCH = 24
 
 
 class Killed(BaseException):
@@ -123,3 +126,9 @@ def state_of(step: int) -> dict[str, Any]:
 def network(config: Config, norm: str = "none", seed: int = 0) -> nn.Module:
     """In double precision, so that what should be equal differs by rounding of another order of magnitude."""
     return build_model(replace(config.model, norm=norm, zero_init_last_norm=False), 10, seed).double()
+
+
+def global_batch(number: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return Batch(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator), torch.arange(GLOBAL_BATCH))

@@ -254,6 +254,7 @@ assert os.listdir(os.environ["TMPDIR"]) == []
 """
 
 
+@pytest.mark.process
 def test_loading_prints_nothing_and_leaves_no_files(tmp_path: Path) -> None:
     """On a machine without CUDA its other extensions would print eight lines."""
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
@@ -284,6 +285,7 @@ CAUSES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("why", CAUSES)
 def test_an_unusable_decoder_is_reported_at_once_with_the_way_out(why: str) -> None:
     """Else Pillow would decode every image, and loading would be slow for no reason that anybody sees."""
@@ -307,6 +309,7 @@ print("said by Python", file=sys.stderr)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("silenced", [True, False])
 def test_processes_that_decode_do_not_repeat_what_libjpeg_thinks_of_a_picture(silenced: bool) -> None:
     stray = jpeg(97, 131)[:-2] + bytes(13) + b"\xff\xd9"

@@ -174,6 +174,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("hard_limit", "expected"), [(4096, "100"), (128, "allows 128 open files")])
 def test_more_shards_than_the_usual_limit_of_open_files(tmp_path: Path, hard_limit: int, expected: str) -> None:
     """ImageNet has 1,332 shards and `ulimit -n` is usually 1,024: here 100 and 64."""

@@ -449,6 +449,7 @@ def test_a_document_that_is_no_text_is_refused(tmp_path: Path) -> None:
         check_document(run)
 
 
+@pytest.mark.process
 def test_the_document_needs_no_torch() -> None:
     script = (
         "import sys, recipe.document.render; assert not {'torch', 'torchvision', 'matplotlib.pyplot'} & {*sys.modules}"
@@ -476,6 +477,7 @@ def png_chunks(content: bytes) -> set[bytes]:
     return kinds
 
 
+@pytest.mark.process
 def test_figures_do_not_follow_the_users_style(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, ''); from recipe.document import figures; from tests.builders import records; "

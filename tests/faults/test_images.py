@@ -27,6 +27,7 @@ from tests.builders.layouts import config, train_images, with_damaged_image, wri
 Words = Callable[..., list[str]]
 
 
+@pytest.mark.process
 def test_f12_preprocessing_lists_every_unusual_and_every_damaged_image(tmp_path: Path) -> None:
     """One of each kind at once: what can be read is in the data set, what cannot is left out, and both are listed."""
     damaged = {

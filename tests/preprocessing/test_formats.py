@@ -256,6 +256,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_libraries_below_pillow_print_nothing(tmp_path: Path) -> None:
     """libtiff hands on what its own libjpeg says."""
     for class_id in ("cat", "dog"):

@@ -148,6 +148,7 @@ def test_paths_inside_the_checkout_are_relative(tmp_path: Path, monkeypatch: pyt
 # ---- equal bytes, however it ran --------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_bytes(
     finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path, processes: int
@@ -202,6 +203,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_workers_import_no_torch(official: Path, tmp_path: Path) -> None:
     """Even where the parent has: each of a hundred workers would cost a second and half a gigabyte."""
     script, seen = tmp_path / "script.py", tmp_path / "seen"
@@ -278,6 +280,7 @@ def members_of_group(group: int) -> list[int]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("shards", "seconds"), [(0, 0.0), (0, 1.0), (1, 0.0), (2, 0.1), (4, 0.2)])
 def test_killed_at_any_point_and_continued_gives_the_same_bytes(
     finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path, shards: int, seconds: float
@@ -297,6 +300,7 @@ def test_killed_at_any_point_and_continued_gives_the_same_bytes(
     assert {path.name for path in out.iterdir()} - set(content_of(out)) <= {"lock", "records", "preprocessing.json"}
 
 
+@pytest.mark.process
 def test_workers_end_when_only_the_parent_is_killed(official: Path, tmp_path: Path) -> None:
     process = start_slowly(official, tmp_path / "out", 1)
     process.kill()
@@ -307,6 +311,7 @@ def test_workers_end_when_only_the_parent_is_killed(official: Path, tmp_path: Pa
     assert members_of_group(process.pid) == []
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["group", "parent"])
 @pytest.mark.parametrize(
@@ -334,6 +339,7 @@ def test_a_signal_ends_quickly_and_the_next_command_continues(
     assert content_of(tmp_path / "out") == content_of(finished[0])
 
 
+@pytest.mark.process
 def test_an_interrupted_run_of_other_settings_leaves_nothing(official: Path, tmp_path: Path) -> None:
     process = start_slowly(official, tmp_path / "out", 3)
     os.killpg(process.pid, signal.SIGKILL)
@@ -351,6 +357,7 @@ def copy_of(finished: tuple[Path, PreprocessingRecord], target: Path) -> Path:
     return target
 
 
+@pytest.mark.process
 def test_a_finished_run_is_recognised_without_its_raw_files(
     finished: tuple[Path, PreprocessingRecord], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,6 +376,7 @@ def test_other_settings_are_refused_with_the_difference(
         preprocess(config(official, finished[0], images_per_shard=6))
 
 
+@pytest.mark.process
 def test_settings_without_effect_do_not_count(finished: tuple[Path, PreprocessingRecord], official: Path) -> None:
     preprocess(config(official, finished[0], jpeg_quality=50, validation_fraction=0.5, processes=2))
 
@@ -772,6 +780,7 @@ def test_random_damage_is_an_image_or_a_reason() -> None:
                 assert store(bytes(content), False, KEEP).width > 0
 
 
+@pytest.mark.process
 def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
     raw = write_official(tmp_path / "tars", train=train_images() | {"n02085620_3": jpeg("a")[:300]})
     with pytest.raises(UserError, match=r"n02085620_3 in .*img_train.tar \(at byte \d+\) is corrupt: .*_corrupt=skip"):
@@ -948,6 +957,7 @@ def test_a_finished_folder_data_set_needs_neither_its_raw_images_nor_their_times
         assert "nothing to do" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
     process = start_slowly(official, tmp_path / "out", 1)
     children = [pid for pid in members_of_group(process.pid) if is_worker(pid)]

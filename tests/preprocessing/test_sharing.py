@@ -167,7 +167,8 @@ def record_in(directory: Path) -> PreprocessingRecord:
     return from_json((directory / "preprocessing.json").read_bytes(), PreprocessingRecord, "record")
 
 
-@pytest.mark.parametrize(("size", "workers"), [(2, 1), (3, 0)])
+@pytest.mark.process
+@pytest.mark.parametrize(("size", "workers"), [(2, 1), pytest.param(3, 0, marks=pytest.mark.slow)])
 def test_ranks_make_the_same_bytes_as_one_process(alone: Path, ranks: Ranks, size: int, workers: int) -> None:
     process = ranks.torchrun(size, processes=workers)
     errors = process.communicate(timeout=200)[1]
@@ -182,6 +183,7 @@ def test_ranks_make_the_same_bytes_as_one_process(alone: Path, ranks: Ranks, siz
     assert errors.count("nothing to do") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_others_and_the_same_command_continues(alone: Path, ranks: Ranks, killed: int) -> None:
     process = ranks.torchrun(3, pauses={0: 5, 1: 5, 2: 5})
@@ -200,6 +202,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_continues(alone: Pat
     assert record_in(ranks.out).continued_shards == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 2])
 def test_a_killed_rank_ends_those_of_other_nodes(ranks: Ranks, killed: int) -> None:
     """Without a launcher that sees all: the others notice the connection, in the middle of a shard or waiting."""
@@ -213,6 +216,7 @@ def test_a_killed_rank_ends_those_of_other_nodes(ranks: Ranks, killed: int) -> N
             assert "another process of this launch ended; run the same command to continue" in errors
 
 
+@pytest.mark.slow
 def test_what_several_ranks_began_one_process_finishes(alone: Path, ranks: Ranks, official: Path) -> None:
     process = ranks.torchrun(3, pauses={0: 5, 1: 5, 2: 5})
     ranks.wait_for_shards(3)
@@ -223,6 +227,7 @@ def test_what_several_ranks_began_one_process_finishes(alone: Path, ranks: Ranks
     assert content_of(ranks.out) == content_of(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_rank_is_waited_for(alone: Path, ranks: Ranks, slow: int) -> None:
     process = ranks.torchrun(2, pauses={slow: 5}, pause_seconds=2)
@@ -231,6 +236,7 @@ def test_a_slow_rank_is_waited_for(alone: Path, ranks: Ranks, slow: int) -> None
     assert content_of(ranks.out) == content_of(alone)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_waited_for(alone: Path, ranks: Ranks) -> None:
     """Neither a missing sign nor a time limit ends the others: a rank may hash archives for hours."""
     process = ranks.torchrun(2, pauses={1: 5}, pause_seconds=1)
@@ -244,6 +250,7 @@ def test_a_stopped_rank_is_waited_for(alone: Path, ranks: Ranks) -> None:
     assert content_of(ranks.out) == content_of(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_torchrun", [True, False])
 def test_an_image_that_one_rank_rejects_stops_all_with_its_name(
     ranks: Ranks, tmp_path: Path, is_torchrun: bool
@@ -268,6 +275,7 @@ def test_an_image_that_one_rank_rejects_stops_all_with_its_name(
         assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_ranks_with_other_settings_or_images_are_refused(ranks: Ranks, tmp_path: Path) -> None:
     other = write_official(tmp_path / "other", train=train_images() | {"n02085620_3": jpeg("a larger name")})
     for by_rank, sentence in (
@@ -281,6 +289,7 @@ def test_ranks_with_other_settings_or_images_are_refused(ranks: Ranks, tmp_path:
     assert not (ranks.out / "manifest.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_a_signal_to_the_launcher_ends_all_in_order(alone: Path, ranks: Ranks, number: int, name: str) -> None:
     process = ranks.torchrun(2, pauses={0: 5, 1: 5}, processes=1)
@@ -297,6 +306,7 @@ def test_a_signal_to_the_launcher_ends_all_in_order(alone: Path, ranks: Ranks, n
     assert content_of(ranks.out) == content_of(alone)
 
 
+@pytest.mark.slow
 def test_a_damaged_data_set_is_repaired(alone: Path, ranks: Ranks) -> None:
     shutil.copytree(alone, ranks.out)
     (ranks.out / "train-00001.tar").unlink()
@@ -307,6 +317,7 @@ def test_a_damaged_data_set_is_repaired(alone: Path, ranks: Ranks) -> None:
     assert content_of(ranks.out) == content_of(alone)
 
 
+@pytest.mark.process
 def test_the_cores_of_a_node_are_divided(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "usable_cores", lambda: 8)
     data = config(official, tmp_path, processes=None).data
@@ -315,6 +326,7 @@ def test_the_cores_of_a_node_are_divided(official: Path, tmp_path: Path, monkeyp
     assert pipeline.process_count(config(official, tmp_path, processes=3).data, tasks, 4) == 3
 
 
+@pytest.mark.slow
 def test_preprocess_py_under_torchrun(official: Path, alone: Path, tmp_path: Path) -> None:
     words = [*TORCHRUN, "--nproc-per-node=2", str(CHECKOUT / "preprocess.py"), "data=imagenet", "data.expect=nothing"]
     words += [f"data.raw_dir={official}", "data.name=tiny", f"data.directory={tmp_path / 'out'}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import struct
@@ -59,6 +60,7 @@ def code_of(verb: str, words: list[str]) -> object:
         return ended.code
 
 
+OUTPUTS = ("predictions/*.npz", "checkpoints/*.safetensors", "onnx/*-fp32.onnx")
 DAMAGES = [endless, pipe, sparse, of_another, looping]
 FILES = ["config.yaml", "metrics.jsonl", "records/training.json", "records/evaluation.json", "recipe.md", "recipe.json"]
 VERBS: dict[str, list[str]] = {
@@ -91,8 +93,7 @@ def test_every_verb_ends_in_one_sentence(
             assert Path(file).name in printed.out + printed.err
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("pattern", ["predictions/*.npz", "checkpoints/*.safetensors", "onnx/*-fp32.onnx"])
+@pytest.mark.parametrize(("pattern", "damage"), list(zip(itertools.cycle(OUTPUTS), DAMAGES, strict=False)))
 def test_outputs_that_are_no_files_break_the_chain(
     pattern: str, damage: Damage, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch
         pass
 
 
+@pytest.mark.process
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     code = HOLDER.format(checkout=str(CHECKOUT), directory=str(run.directory))

@@ -132,6 +132,7 @@ def test_a_reader_that_stands_still_costs_lines_and_no_time() -> None:
     os.close(reading), os.close(writing)
 
 
+@pytest.mark.process
 def test_a_long_line_is_written_in_one_piece_where_somebody_reads(tmp_path: Path) -> None:
     line = "y" * 100_000
     done = subprocess.run(

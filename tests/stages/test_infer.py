@@ -25,6 +25,8 @@ from recipe.run.files import CHECKOUT
 from recipe.run.records import ClassifiedPicture, EvaluationRecord, InferenceRecord, SerializationRecord, TimingRecord
 from recipe.stages.infer import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
 
+pytestmark = pytest.mark.process
+
 QUICK = ["timing.seconds_per_cell=0.04", "timing.batch_sizes=[1,2]", "timing.backends=[eager,onnxruntime]"]
 
 

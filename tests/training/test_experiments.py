@@ -17,6 +17,8 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
 from tests.builders.configs import SMALL_DEMO, compose_config
 
+pytestmark = pytest.mark.process
+
 EXPERIMENTS = sorted(path.stem for path in (CHECKOUT / "conf" / "experiment").glob("*.yaml"))
 BOOK = [name for name in EXPERIMENTS if name.startswith("resnet50_")]
 SMALLER = [  # sizes only: what makes the recipe stays

@@ -15,7 +15,7 @@ from recipe.review.check.records import energy_findings
 from recipe.run.records import EnergyRecord
 from recipe.training import record
 from recipe.training.record import EnergyMeter, accelerator_joules, accelerator_uuids
-from tests.builders import records
+from tests.builders import documents, records
 
 USED = {"GPU-a": 1_500, "GPU-b": 40_000}  # millijoules
 
@@ -98,10 +98,10 @@ def test_a_training_counts_the_difference_unless_another_session_did_a_part(
 def test_the_dynamics_name_the_energy_of_the_weights_that_are_here() -> None:
     trained = records.training_record().outputs["weights"]
     spent = EnergyRecord(inputs={"weights": trained}, joules=90_000, seconds=300, accelerators=1, counter="NVML")
-    assert "Energy of" not in records.document()
+    assert "Energy of" not in documents.document()
     row = "| Energy of 1 accelerator, validation included (NVML) | 90.0 kJ in 5 min 00 s, 300 W in the mean |"
-    assert row in records.section(records.document(energy=spent), "dynamics")
+    assert row in documents.section(documents.document(energy=spent), "dynamics")
     other = msgspec.structs.replace(spent, inputs={"weights": records.sha("other")})
-    assert "Energy of" not in records.document(energy=other)
+    assert "Energy of" not in documents.document(energy=other)
     assert len(energy_findings(records.facts(energy=other))) == 1
     assert energy_findings(records.facts(energy=spent)) == []

@@ -112,6 +112,7 @@ with report_user_errors(), handlers_put_back():
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("ending", "code"), [("SystemExit(75)", 75), ("KeyboardInterrupt", 130)])
 def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(ending: str, code: int) -> None:
     words = [sys.executable, "-c", LATE.format(ending=ending)]

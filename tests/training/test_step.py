@@ -30,9 +30,8 @@ from recipe.training.optim import build_loss, build_optimizer, loss_facts, optim
 from recipe.training.step import TrainStep, compiled, replicate
 from tests.builders.configs import compose_config
 from tests.builders.ranks import spawn_ranks
-from tests.builders.training import ALONE, CPU, network, step_of
+from tests.builders.training import ALONE, CPU, GLOBAL_BATCH, global_batch, network, step_of
 
-GLOBAL_BATCH = 24
 RATES = [0.05, 0.04, 0.03]
 
 
@@ -43,12 +42,6 @@ def configuration(*overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def config() -> Config:
     return configuration()
-
-
-def global_batch(number: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator), torch.arange(GLOBAL_BATCH))
 
 
 def parts_of(batch: Batch, layout: BatchLayout, rank: int = 0) -> list[Batch]:
@@ -487,7 +480,7 @@ def test_no_step_waits_for_the_device(overrides: list[str]) -> None:
             average.update(step)
 
     assert waits_of(work) == []
-    assert (parameters is not None) is any(word in " ".join(overrides) for word in ("mixing", "erasing"))
+    assert (parameters is not None) is any(word in " ".join(overrides) for word in ("mixup", "erasing"))
 
 
 @pytest.mark.parametrize(

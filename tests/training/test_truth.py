@@ -26,6 +26,8 @@ from recipe.training import build, ema, loop, optim
 from recipe.training.optim import BinaryCrossEntropy
 from tests.builders.configs import compose_config
 
+pytestmark = pytest.mark.process
+
 Words = Callable[..., list[str]]
 WORDS = ["optimization.epochs=1", "optimization.ema.decay=0.9"]
 VOLATILE = {

@@ -348,7 +348,8 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
     return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.process
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_mixed_erased_steps_are_those_of_one_process(processes: int) -> None:
     words: list[Any] = [*MIXED, ERASED]
     expected = stepped(1, words)

@@ -48,6 +48,7 @@ def test_the_numbers_never_change() -> None:
     assert numbers(rng, 5)[-1] == 0.7926510886302853, "of the second block"
 
 
+@pytest.mark.process
 def test_equal_keys_give_equal_numbers_in_another_process() -> None:
     program = f"from recipe.data.augment.rng import Rng; rng = Rng(**{KEY}); print([rng.random() for _ in range(20)])"
     environment = os.environ | {"PYTHONHASHSEED": "7"}

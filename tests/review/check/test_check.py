@@ -83,6 +83,7 @@ def test_a_published_folder_and_the_document_alone_are_recipes_too(run: Run, tmp
     assert any("no records" in one.what for one in of_kind(found, Kind.cannot_tell))
 
 
+@pytest.mark.process
 def test_it_needs_no_torch_and_less_than_two_seconds(run: Run) -> None:
     program = (
         "import sys, time; sys.modules['torch'] = None; from recipe.__main__ import main; "

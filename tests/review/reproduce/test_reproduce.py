@@ -30,6 +30,8 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
 from tests.builders.configs import SMALL_DEMO, compose_config
 
+pytestmark = pytest.mark.process
+
 
 @contextmanager
 def quickly() -> Iterator[pytest.MonkeyPatch]:

@@ -19,6 +19,8 @@ from recipe.run.files import CHECKOUT
 from recipe.run.records import Fingerprint, from_json
 from recipe.training.fingerprint import LARGEST_PIXELS, canary_config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def clean() -> Fingerprint:
@@ -33,6 +35,7 @@ def test_the_same_code_gives_the_same_bits_and_no_finding(clean: Fingerprint) ->
     assert {step.epoch for step in clean.steps} == set(range(5)), "the steps are spread over the whole schedule"
 
 
+@pytest.mark.process
 def test_state_left_by_another_recipe_changes_nothing() -> None:
     """torch wraps an optimizer class at its first use, and ours is a subclass of one of its own."""
     decoupled = ("experiment=smoke", "optimization.epochs=1", "optimization.optimizer=sgdw")

@@ -25,6 +25,8 @@ from recipe.training.loop import train
 from recipe.training.optim import LearningRate
 from tests.builders.configs import SMALL_DEMO, compose_config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def finished(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
