@@ -51,7 +51,7 @@ def documents(scratch: Path) -> dict[str, str]:
     """Pages of the test records; the commit, the source's hash and the markers' hashes differ with every commit."""
     from recipe.models.build import weights_sha256
     from recipe.run.provenance import commit, source_sha256
-    from tests.review.factory import complete_run
+    from tests.builders.runs import complete_run
 
     run = complete_run(scratch / "demo", lambda path: weights_sha256(safetensors.torch.load_file(path)))
     pages = {}

@@ -17,8 +17,9 @@ import pytest
 
 from recipe.errors import SAVED
 from recipe.run.files import CHECKOUT
-from tests.conftest import SMALL_DEMO
-from tests.preprocessing.layouts import jpeg, write_files
+from tests.builders.configs import SMALL_DEMO
+from tests.builders.images import jpeg
+from tests.builders.layouts import write_files
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -379,7 +380,7 @@ def test_bad_input_gets_one_sentence(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_in_one_sentence(run_command: Command, data_directory: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(run_command: Command, data_directory: Path, tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
@@ -398,7 +399,9 @@ def in_shell(streams: str) -> tuple[str, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("streams", ["2>&1 | head -n 1", "> /dev/full 2>&1", ">&- 2>&-"])
-def test_training_goes_on_where_nobody_reads(run_command: Command, tmp_path: Path, streams: str, gpus: int) -> None:
+def test_training_goes_on_with_closed_output_streams(
+    run_command: Command, tmp_path: Path, streams: str, gpus: int
+) -> None:
     words = ("run_dir=x", "optimization.epochs=3", "trainer.log_every_steps=1", f"trainer.gpus={gpus}")
     run_command("train.py", *words, "trainer.accelerator=cpu", launcher=in_shell(streams))
     assert (tmp_path / "x" / "records" / "training.json").exists()
@@ -406,7 +409,7 @@ def test_training_goes_on_where_nobody_reads(run_command: Command, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_other_stages_go_on_where_nobody_reads(run_command: Command, trained: Path) -> None:
+def test_the_other_stages_go_on_with_closed_output_streams(run_command: Command, trained: Path) -> None:
     launcher = in_shell("> /dev/full 2>&1")
     run_command("preprocess.py", "run_dir=x", launcher=launcher)
     run_command("evaluate.py", "run_dir=x", launcher=launcher)

@@ -26,8 +26,8 @@ from recipe.distributed import (
 )
 from recipe.errors import DiskError, UserError, WorkerError
 from recipe.run.environment import usable_cores
-from tests.conftest import compose_config
-from tests.worlds import torchrun_environment
+from tests.builders.configs import compose_config
+from tests.builders.ranks import torchrun_environment
 
 
 def world(local_size: int = 1) -> World:

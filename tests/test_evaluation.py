@@ -32,8 +32,8 @@ from recipe.evaluation import (
     view_name,
 )
 from recipe.models.build import build_model
-from tests.conftest import compose_config
-from tests.worlds import run_world
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
 IMAGES = 47  # a prime: no number of processes and no batch size divides it
@@ -132,7 +132,7 @@ def part(indices: list[int]) -> Predictions:
     return Predictions(*(getattr(whole, field.name)[indices] for field in fields(Predictions)))
 
 
-def test_parts_of_any_order_make_the_same_whole() -> None:
+def test_parts_in_any_order_merge_to_the_same_result() -> None:
     whole = part(list(range(20)))
     assert same(concatenate([part([5, 19, 0]), part([1, 2, 3, 4]), part(list(range(6, 19)))]), whole)
     collected = collect(part(list(range(20))[::-1]), ALONE, 20)
@@ -258,7 +258,7 @@ def evaluated_together(config: Config) -> tuple[Predictions | None, Predictions]
 def test_one_two_and_three_processes_predict_the_same_to_the_last_bit(data_directory: Path) -> None:
     """T1-T3, T5: nothing padded, nothing dropped, unequal numbers of batches, margins and losses included."""
     config = small_config(data_directory)
-    found = {size: run_world(size, evaluated_together, config) for size in (2, 3)}
+    found = {size: spawn_ranks(size, evaluated_together, config) for size in (2, 3)}
     alone = found[2][0][1]
     assert alone.images == IMAGES
     assert len(np.unique(alone.margins)) == IMAGES

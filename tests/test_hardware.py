@@ -79,7 +79,7 @@ def test_parts_can_be_left_out_by_name(tmp_path: Path) -> None:
         hardware.chosen(parts, ["c"])
 
 
-def test_what_runs_when_time_is_up_is_told_to_stop_and_can_be_continued(tmp_path: Path) -> None:
+def test_a_check_out_of_time_is_stopped_and_can_be_continued(tmp_path: Path) -> None:
     saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)"
     began = time.monotonic()
     stopped = hardware.one(hardware.Part("slow", ["-c", saves]), {}, tmp_path, began + 1.5)

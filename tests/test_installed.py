@@ -87,7 +87,7 @@ def test_what_needs_the_checkout_says_so_in_one_sentence(installed: Path, tmp_pa
         installed,
         tmp_path,
         "-c",
-        f"from recipe.run.terminal import one_clear_sentence as one\nwith one():\n    {composes}",
+        f"from recipe.run.terminal import report_user_errors as one\nwith one():\n    {composes}",
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")

@@ -47,6 +47,23 @@ def test_a_file_imports_only_from_floors_below(path: Path) -> None:
     assert not above, f"{relative} imports {above}"
 
 
+def test_no_test_module_imports_another() -> None:
+    """What tests share is in tests/builders, tests/faults/inject.py and tests/faults/launched.py."""
+    importers = [
+        str(path.relative_to(CHECKOUT))
+        for path in sorted((CHECKOUT / "tests").rglob("*.py"))
+        if any(name.startswith(("test_", "conftest")) for name in names_imported_from_tests(path.read_text()))
+    ]
+    assert not importers
+
+
+def names_imported_from_tests(source: str) -> set[str]:
+    """`from tests.data import test_images as x` -> data, test_images."""
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {f"{getattr(node, 'module', '')}.{alias.name}" for node in imports for alias in node.names}
+    return {part for name in names if name.lstrip(".").startswith("tests.") for part in name.split(".")}
+
+
 def test_no_modules_import_one_another() -> None:
     """Within a package, at import time, too: Python would show half of a module."""
     imports = {path: set(imported_files(path)) for path in MODULES}

@@ -15,7 +15,7 @@ from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
 from recipe.run.records import RECORDS
 from recipe.stages.infer import NOTEBOOK
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md"]
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "serialize.py")

@@ -21,7 +21,7 @@ def test_there_is_the_demos() -> None:
 
 
 @published
-def test_a_published_recipe_is_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_published_recipe_is_complete(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(folder)]) == 0, capsys.readouterr().out
 
 

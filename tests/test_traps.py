@@ -39,11 +39,7 @@ from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, TrainingB
 from recipe.data.decoding import EncodedImage, NvImageCodecDecoder, PillowDecoder, build_decoder
 from recipe.data.loader import ThreadedLoader
 from recipe.data.shards import open_split
-from recipe.data.transforms import (
-    Normalisation,
-    build_evaluation_transform,
-    uses_native_kernel,
-)
+from recipe.data.transforms import Normalisation, build_evaluation_transform, uses_native_kernel
 from recipe.distributed import World
 from recipe.document import figures
 from recipe.document.formatting import accuracy
@@ -58,7 +54,7 @@ from recipe.stages import evaluate as performance
 from recipe.training import build, checkpointing, loop, metrics
 from recipe.training.optim import build_schedule
 from recipe.training.step import TrainStep
-from tests.conftest import SMALL_DEMO, compose_config, no_augmentation
+from tests.builders.configs import SMALL_DEMO, compose_config, no_augmentation
 
 Words = Callable[..., list[str]]
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
@@ -725,7 +721,7 @@ def test_every_recorded_number_of_cores_and_threads_is_the_live_one(proven: Prov
     assert "threads a process" in proven.block("optimization_methods")
 
 
-def test_an_expectation_without_a_source_is_said_to_have_none(proven: Proven) -> None:
+def test_an_expectation_without_a_source_is_marked_so(proven: Proven) -> None:
     """Contradiction 15: "below published" is not to be read without a reference, or the word unknown in its place."""
     (row,) = re.findall(r"^\| \*\*Expected\*\* \|.*$", proven.block("summary"), re.MULTILINE)
     said = proven.config.description

@@ -26,7 +26,7 @@ from recipe.config.identity import (
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.errors import UserError
 from recipe.run.files import CHECKOUT
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 EXPERIMENTS = sorted(path.stem for path in (CHECKOUT / "conf" / "experiment").glob("*.yaml"))
 

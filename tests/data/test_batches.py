@@ -33,7 +33,7 @@ from recipe.data.transforms import EvaluationTransform
 from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.training.optim import build_schedule
-from tests.conftest import compose_config, no_augmentation
+from tests.builders.configs import compose_config, no_augmentation
 
 VIEW = EvaluationTransform(8, 8, InterpolationMode.BILINEAR)
 

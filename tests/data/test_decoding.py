@@ -27,8 +27,8 @@ from recipe.data.decoding import (
     decoded,
 )
 from recipe.data.images import ORIENTATION_TAG, store
-from tests.data import test_images as damages
-from tests.preprocessing.layouts import encoded
+from tests.builders import images as damages
+from tests.builders.images import encoded
 
 PILLOW = PillowDecoder()
 KINDS = {
@@ -99,7 +99,7 @@ def alone(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> NvIm
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_any_part_has_the_pixels_of_the_whole_by_pillow(
+def test_any_part_has_the_pixels_of_pillows_full_image(
     kind: str, size: tuple[int, int], decoder: NvImageCodecDecoder
 ) -> None:
     content = jpeg(*size, **KINDS[kind])
@@ -121,7 +121,7 @@ def test_any_part_has_the_pixels_of_the_whole_by_pillow(
     "kind", ["half as wide and high", "half as wide", "half as high", "a quarter as wide", "progressive"]
 )
 @pytest.mark.parametrize("width", [1, 2, 9, 17, 33, 34, 35, 50])
-def test_the_narrowest_parts_are_those_of_the_whole_too(kind: str, width: int, decoder: NvImageCodecDecoder) -> None:
+def test_the_narrowest_parts_equal_the_full_image_too(kind: str, width: int, decoder: NvImageCodecDecoder) -> None:
     """Left to itself, the library gets the first and last columns wrong by up to 13 levels."""
     content = jpeg(34, width, **KINDS[kind])
     whole, picture = decoded(content, PILLOW), decoder.open(content)
@@ -215,7 +215,7 @@ def test_a_cut_off_image_is_an_error_not_grey_pixels(name: Decoder) -> None:
         decoded(content[: len(content) // 2], decoding.build_decoder(name))
 
 
-@pytest.mark.parametrize("kind", damages.KINDS)
+@pytest.mark.parametrize("kind", damages.JPEG_KINDS)
 def test_of_a_damaged_image_both_say_the_same(kind: str, decoder: NvImageCodecDecoder) -> None:
     """Pixels where Pillow has pixels, and the same, of parts too; else Pillow's reason."""
     refused, generator = 0, np.random.default_rng(2)
@@ -254,7 +254,7 @@ assert os.listdir(os.environ["TMPDIR"]) == []
 """
 
 
-def test_loading_says_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_loading_prints_nothing_and_leaves_no_files(tmp_path: Path) -> None:
     """On a machine without CUDA its other extensions would print eight lines."""
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     done = subprocess.run(
@@ -285,7 +285,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("why", CAUSES)
-def test_where_it_cannot_be_used_that_is_said_at_once_with_the_way_out(why: str) -> None:
+def test_an_unusable_decoder_is_reported_at_once_with_the_way_out(why: str) -> None:
     """Else Pillow would decode every image, and loading would be slow for no reason that anybody sees."""
     done = subprocess.run(
         [sys.executable, "-c", REFUSED.format(cause=CAUSES[why])], capture_output=True, check=True, text=True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,46 +14,7 @@ import pytest
 from PIL import Image
 
 from recipe.data.images import DamagedImageError, Rules, reason, store
-from tests.preprocessing.layouts import encoded, pixels
-
-KEEP = Rules(keeps_png=False, resize_short_side=None, quality=90)
-KINDS: dict[str, dict[str, Any]] = {
-    "4:2:0": {"subsampling": "4:2:0"},
-    "4:4:4": {"subsampling": "4:4:4"},
-    "grey": {},
-    "restart markers": {"restart_marker_blocks": 3},
-    "progressive": {"progressive": True, "subsampling": "4:2:0"},
-    "progressive 4:4:4": {"progressive": True, "subsampling": "4:4:4"},
-    "progressive grey": {"progressive": True},
-    "progressive, restart markers": {"progressive": True, "restart_marker_rows": 1},
-    "RGB inside": {"keep_rgb": True},
-    "two pictures": {"save_all": True, "append_images": [pixels("behind", 50, 40)]},
-}
-MARKERS = (0x01, 0xC0, 0xC2, 0xC4, 0xC9, 0xD0, 0xD7, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE, 0xFE)
-DAMAGES = 12  # of each sort
-
-
-def picture(kind: str) -> bytes:
-    """A JPEG of that kind, detailed enough for several hundred bytes of coefficients."""
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-    image = Image.fromarray(noise).resize((100, 70), Image.Resampling.BICUBIC)
-    form = "MPO" if kind == "two pictures" else "JPEG"
-    return encoded(image.convert("L") if "grey" in kind else image, form, quality=90, **KINDS[kind])
-
-
-def damaged(content: bytes, generator: np.random.Generator) -> Iterator[bytes]:
-    """Bits flipped, bytes changed, cut, deleted, zeroed, repeated, and markers where none belong."""
-    for first in (0, content.index(b"\xff\xda")) * DAMAGES:  # anywhere, and among the coefficients
-        at, length = int(generator.integers(first, len(content))), int(generator.choice([1, 2, 20, 300]))
-        flipped, changed = bytearray(content), bytearray(content)
-        flipped[at] ^= 1 << int(generator.integers(8))
-        for place in generator.integers(first, len(content), 20):
-            changed[place] = int(generator.integers(256))
-        behind = content[at + length :]
-        yield from (bytes(flipped), bytes(changed), content[:at], content[:at] + behind)
-        yield content[:at] + bytes(length) + behind
-        yield content[: at + length] + content[at:]
-        yield content[:at] + bytes([0xFF, int(generator.choice(MARKERS))]) + content[at + 2 :]
+from tests.builders.images import JPEG_KINDS, KEEP, damaged, encoded, picture, pixels
 
 
 def verdict_of_all_pixels(content: bytes) -> str:
@@ -81,7 +41,7 @@ def verdict(content: bytes) -> str | None:
     return f"{'L' if stored.is_grey else 'RGB'} {(stored.width, stored.height)}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", JPEG_KINDS)
 def test_the_check_finds_what_decoding_to_pixels_would_find(kind: str) -> None:
     verdicts = set()
     count = {"sound": 0, "rejected": 0}
@@ -132,7 +92,7 @@ def test_two_thirds_of_a_picture_are_refused_where_it_is_resized_too() -> None:
         store(content[: 2 * len(content) // 3], False, Rules(keeps_png=False, resize_short_side=30, quality=77))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", JPEG_KINDS)
 def test_pixels_that_are_resized_are_pillows(kind: str) -> None:
     """The library that checks a JPEG also decodes it here."""
     content = picture(kind)

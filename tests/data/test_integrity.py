@@ -20,7 +20,8 @@ from recipe.errors import UserError
 from recipe.preprocessing import imagenet
 from recipe.preprocessing.archives import digests
 from recipe.preprocessing.pipeline import preprocess
-from tests.preprocessing.layouts import config, encoded, jpeg, train_images, write_files, write_official
+from tests.builders.images import encoded, jpeg
+from tests.builders.layouts import config, train_images, write_files, write_official
 
 KEEP = Rules(keeps_png=True, resize_short_side=None, quality=90)
 END, ADOBE_OF_NOBODY = b"\xff\xd9", b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\x07"
@@ -151,7 +152,7 @@ def test_a_jpeg_that_lost_nothing_is_stored_and_recorded(case: str, capfd: pytes
     assert capfd.readouterr().err == ""
 
 
-def test_what_follows_the_end_is_nobodys_pixels() -> None:
+def test_bytes_after_the_end_are_no_pixels() -> None:
     for content in (PLAIN + b"whatever", PLAIN + PLAIN, encoded(picture(), "MPO", save_all=True)):
         assert store(content, False, KEEP).content == content
 

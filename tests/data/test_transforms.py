@@ -25,7 +25,7 @@ from recipe.data.transforms import (
     resize,
     uses_native_kernel,
 )
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 SIZES = [(300, 400), (400, 300), (257, 255), (60, 90), (224, 224), (500, 101)]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -24,7 +24,7 @@ from recipe.data.worker_pool import WorkerLoader, even_shares, open_loaders, wor
 from recipe.distributed import World
 from recipe.errors import UserError, WorkerError
 from recipe.run.terminal import FROM_OUTSIDE
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
 GPU = World(0, 1, 0, 1, torch.device("cuda", 0), "nccl")

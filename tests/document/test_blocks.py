@@ -119,7 +119,7 @@ def test_a_block_that_was_deleted_comes_back_to_its_place(removed: str) -> None:
     assert [piece.id for piece in split(text) if isinstance(piece, Block)] == list(IDS)
 
 
-def test_blocks_go_behind_a_document_that_has_none() -> None:
+def test_blocks_go_after_a_document_that_has_none() -> None:
     text = merge_blocks("# Mine\r\n\r\nno newline", contents(1))
     assert text.startswith("# Mine\r\n\r\nno newline\n\n<!-- recipe:begin summary")
 

@@ -1,8 +1,6 @@
 """The document as a whole: what it says about a run, how it keeps up with the run's records, what it refuses."""
 
-import hashlib
 import json
-import math
 import re
 import struct
 import subprocess
@@ -14,406 +12,27 @@ import msgspec
 import pytest
 
 from recipe.config import identity as configuration
-from recipe.document import figures, render
-from recipe.document.render import check_document, generated_blocks, json_file, write_document
-from recipe.document.run_data import RunData, sections
+from recipe.document import figures
+from recipe.document.render import check_document, json_file, write_document
+from recipe.document.run_data import sections
 from recipe.errors import UserError
 from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
-from recipe.run.metric_rows import EPOCH_FIELDS
-from recipe.run.records import (
-    Archive,
-    ClassCounts,
-    Epoch,
-    EvaluationRecord,
-    Hardware,
-    LabelExample,
-    LeftOut,
-    LoaderFacts,
-    ModelFacts,
-    ParameterGroup,
-    PreprocessingRecord,
-    Protocol,
-    Provenance,
-    Schedule,
-    Session,
-    SplitFacts,
-    TrainingRecord,
-    TreeState,
-    UnusualImage,
+from recipe.run.records import ClassCounts, LeftOut, TrainingRecord, TreeState, UnusualImage
+from tests.builders.documents import HOSTILE, assert_tables_are_even, changed_blocks, document, outside_code, section
+from tests.builders.records import (
+    COMMIT,
+    CONFIG,
+    epoch_records,
+    evaluation_record,
+    facts,
+    metric_rows,
+    preprocessing_record,
+    provenance,
+    sha,
+    training_record,
 )
-
-COMMIT = "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
-CONFIG: dict[str, Any] = {
-    "name": "demo",
-    "seed": 0,
-    "description": {
-        "summary": "Shows the whole pipeline on a data set that the project draws itself",
-        "hardware": "2 CPU cores",
-        "expected_time": "about 4 minutes",
-        "expected_accuracy": "85 % top-1 or better",
-        "expected_source": "",
-        "papers": [],
-        "action_items": [],
-    },
-    "data": {
-        "name": "demo",
-        "source": "demo",
-        "expect": "nothing",
-        "description": {
-            "summary": "Drawn textures and shapes of 12 classes, for seeing the whole pipeline work in minutes",
-            "origin": "Drawn by recipe/preprocessing/demo.py; no photograph and no person in it",
-            "licence": "That of this project (MIT)",
-            "access": "Nothing is downloaded; preprocess.py draws it",
-            "labels": "One label an image, the class that was drawn",
-            "test_set": "Drawn by the same code from other random numbers than the training images",
-            "biases": "Easy by construction; says nothing about photographs",
-            "adding_samples": "",
-            "papers": [],
-        },
-    },
-    "model": {
-        "name": "resnet50",
-        "zero_init_last_norm": True,
-        "description": {
-            "summary": "ResNet-50 v1.5 (post-activation bottlenecks, stride on the 3x3 convolution)",
-            "papers": ["He et al., Deep Residual Learning for Image Recognition, arXiv 1512.03385"],
-        },
-    },
-    "optimization": {"epochs": 8, "batch_size": 32, "learning_rate": 0.1},
-}
-EPOCHS, STEPS_PER_EPOCH = 8, 37
-LOGGED = (20, STEPS_PER_EPOCH)  # steps of an epoch that end a train row
-
-
-def sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def provenance(command: str, **changes: Any) -> Provenance:
-    values: dict[str, Any] = {
-        "command": command,
-        "commit": COMMIT,
-        "tree_at_start": TreeState(state="clean"),
-        "tree_at_end": TreeState(state="clean"),
-        "source_sha256": sha("source"),
-        "source_sha256_at_end": sha("source"),
-        "started": "2026-11-23T21:00:00Z",
-        "seconds": 214.8,
-        "hardware": Hardware(processor="AMD EPYC 9534 64-Core Processor", cores=2, memory_gib=15.6),
-        "versions": {"python": "3.11.9", "system": "Linux x86_64", "torch": "2.15.0", "torchvision": "0.30.0"},
-        "environment": {"OMP_NUM_THREADS": "2"},
-    }
-    return Provenance(**{**values, **changes})
-
-
-def split_facts(images: int) -> SplitFacts:
-    return SplitFacts(
-        images=images,
-        classes=12,
-        images_per_class_min=images // 12,
-        images_per_class_max=images // 12,
-        raw_sha256=sha(f"raw {images}"),
-        shards=math.ceil(images / 250),
-        shard_bytes=images * 5210,
-        width_percentiles=[72, 80, 118, 156, 160],
-        height_percentiles=[72, 79, 117, 157, 160],
-        grey_images=3,
-    )
-
-
-def preprocessing_record(**changes: Any) -> PreprocessingRecord:
-    values: dict[str, Any] = {
-        "config_sha256": sha("data settings"),
-        "provenance": provenance("python preprocess.py experiment=demo", seconds=9.31),
-        "inputs": {"raw": sha("raw")},
-        "outputs": {"manifest": sha("manifest"), "index": sha("index")},
-        "data_set": "demo",
-        "layout": "official tars",
-        "raw_path": "data/raw/demo",
-        "processed_path": "data/demo",
-        "expectation": "nothing",
-        "is_ilsvrc2012": False,
-        "archives": [
-            Archive(
-                name=f"ILSVRC2012_img_{split}.tar",
-                bytes=6_123_520,
-                md5="9e107d9d372bb6826bd81d3542a419d6",
-                sha256=sha(split),
-                is_published_md5=None,
-            )
-            for split in ("train", "val")
-        ],
-        "splits": {"train": split_facts(1200), "validation": split_facts(480)},
-        "class_count": 12,
-        "class_list_sha256": sha("classes"),
-        "label_convention": "class index = position among the sorted class IDs, from 0",
-        "label_examples": [
-            LabelExample(key=f"d0000000{index}_1", index=index, class_id=f"d0000000{index}", name=name)
-            for index, name in enumerate(("rings", "stripes", "checks"))
-        ],
-        "validation_split": "the archive ILSVRC2012_img_val.tar",
-        "shard_order": "shuffled with seed 0",
-        "stored_as": "original JPEG bytes",
-        "unusual_images": {"CMYK": 1, "grey": 6},
-        "unusual_examples": [
-            UnusualImage(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")
-        ],
-        "rejected": [],
-        "decoded_with": "Pillow 13",
-        "processes": 2,
-        "images_per_second": 612.4,
-        "continued_shards": 0,
-    }
-    return PreprocessingRecord(description={"licence": "MIT"}, **{**values, **changes})
-
-
-def session(**changes: Any) -> Session:
-    known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "batch_norm_batch_size": 32}
-    return Session(started="2026-11-23T21:00:00Z", first_step=0, processes=1, **(known | changes))
-
-
-def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> TrainingRecord:
-    steps = EPOCHS * STEPS_PER_EPOCH
-    values: dict[str, Any] = {
-        "config_sha256": configuration.config_sha256(config),
-        "recipe_id": configuration.recipe_id(config),
-        "provenance": provenance("python train.py experiment=demo"),
-        "inputs": {"manifest": sha("manifest")},
-        "outputs": {"weights": sha("weights"), "checkpoint": sha("checkpoint")},
-        "seed": 0,
-        "model": ModelFacts(
-            name="resnet50",
-            class_name="ResNet",
-            classes=12,
-            parameters=23_532_620,
-            architecture_sha256=sha("model"),
-            modules={"Conv2d": 53, "BatchNorm2d": 53, "ReLU": 17, "Linear": 1},
-            batch_norm={"eps": 1e-05, "momentum": 0.1},
-            zero_initialised_norms=16,
-            initial_weights="random, seed 0",
-            initial_weights_sha256=sha("initial"),
-        ),
-        "loss": {"name": "CrossEntropyLoss", "label_smoothing": 0.1},
-        "optimizer": "SGD",
-        "parameter_groups": [
-            ParameterGroup(
-                name="decayed",
-                tensors=54,
-                parameters=23_479_488,
-                settings={"momentum": 0.9, "weight_decay": 5e-05, "nesterov": False},
-            ),
-            ParameterGroup(
-                name="norms and biases",
-                tensors=107,
-                parameters=53_132,
-                settings={"momentum": 0.9, "weight_decay": 0.0, "nesterov": False},
-            ),
-        ],
-        "schedule": Schedule(
-            steps=steps,
-            steps_per_epoch=STEPS_PER_EPOCH,
-            warmup_steps=STEPS_PER_EPOCH,
-            points=[(step, learning_rate(step)) for step in range(0, steps, 3)],
-        ),
-        "augmentation": {
-            "random_resized_crop": {"pixels": 64, "scale": [0.35, 1.0], "ratio": [0.75, 4 / 3]},
-            "flip_probability": 0.5,
-        },
-        "augmentation_sha256": sha("augmentation"),
-        "averaging": {"decay": 0.0},
-        "loader": LoaderFacts(
-            images_per_epoch=1184,
-            unique_images_per_epoch=1184,
-            images_left_out_per_epoch=16,
-            global_batch_size=32,
-            images_per_forward=32,
-            batch_norm_batch_size=32,
-            accumulation_steps=1,
-            decoder="nvimgcodec",
-            threads_per_process=2,
-            first_indices=[811, 92, 1043, 5],
-            order_sha256=sha("order"),
-        ),
-        "precision": {"autocast": "fp32", "channels_last": True, "compile": False, "tf32": False},
-        "processes": 1,
-        "backend": "none",
-        "sessions": [session()],
-        "epochs": epoch_records(),
-        "training_seconds": 197.4,
-        "validation_seconds": 19.2,
-        "images_seen": EPOCHS * 1184,
-        "peak_accelerator_memory_gib": None,
-        "skipped_steps": 0,
-        "validation_protocol": "top1-resize72-crop64-bilinear",
-        "best_epoch": 8,
-        "selection": "the last checkpoint",
-    }
-    return TrainingRecord(**{**values, **changes})
-
-
-def epoch_records(epochs: int = EPOCHS) -> list[Epoch]:
-    """What the validation rows say of each epoch, and what it cost; the first one is cold."""
-    return [
-        Epoch(
-            seconds=24.1 if at > 0 else 28.7,
-            images_per_second=49.2 if at > 0 else 41.3,
-            data_wait_fraction=0.021 if at > 0 else 0.064,
-            validation_seconds=2.4,
-            **{name: row[field] for name, field in EPOCH_FIELDS.items()},
-        )
-        for at, row in enumerate(row for row in metric_rows(epochs) if row["split"] == "validation")
-    ]
-
-
-def learning_rate(step: int) -> float:
-    if step < STEPS_PER_EPOCH:
-        return 0.1 * step / STEPS_PER_EPOCH
-    share = (step - STEPS_PER_EPOCH) / ((EPOCHS - 1) * STEPS_PER_EPOCH)
-    return 0.05 * (1 + math.cos(math.pi * share))
-
-
-def evaluation_record(config: dict[str, Any] = CONFIG, **changes: Any) -> EvaluationRecord:
-    names = (
-        "rings",
-        "stripes",
-        "checks",
-        "dots",
-        "waves",
-        "stars",
-        "crosses",
-        "spirals",
-        "grids",
-        "moons",
-        "bars",
-        "leaves",
-    )
-    correct = [40, 38, 33, 36, 37, 40, 31, 39, 34, 36, 35, 32]
-    values: dict[str, Any] = {
-        "config_sha256": configuration.config_sha256(config),
-        "provenance": provenance("python evaluate.py run_dir=runs/demo", seconds=6.2),
-        "inputs": {"manifest": sha("manifest"), "weights": sha("weights")},
-        "outputs": {"predictions": sha("predictions")},
-        "published": {},
-        "protocol": Protocol(
-            backend="torch",
-            arithmetic={"deterministic_algorithms": True},
-            epochs_completed=90,
-            epochs=90,
-            name="top1-resize72-crop64-bilinear",
-            transform={"resize_pixels": 72, "crop_pixels": 64, "interpolation": "bilinear", "antialias": True},
-            transform_sha256=sha("transform"),
-            decoder="nvimgcodec",
-            precision="fp32",
-            batch_size=64,
-            checkpoint="last",
-            weights="as trained",
-        ),
-        "images": 480,
-        "correct_top1": sum(correct),
-        "correct_top5": 476,
-        "loss": 0.8312,
-        "per_class": [
-            ClassCounts(
-                index=index,
-                class_id=f"d{index:08d}",
-                name=name,
-                images=40,
-                correct_top1=correct[index],
-                correct_top5=40,
-            )
-            for index, name in enumerate(names)
-        ],
-        "processes": 1,
-        "evaluation_seconds": 2.41,
-        "images_per_second": 199.2,
-    }
-    return EvaluationRecord(**{**values, **changes})
-
-
-def metric_rows(epochs: int = EPOCHS) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for epoch in range(1, epochs + 1):
-        for step in LOGGED:
-            done = (epoch - 1) * STEPS_PER_EPOCH + step
-            progress = done / (epochs * STEPS_PER_EPOCH)
-            rows.append(
-                {
-                    "split": "train",
-                    "epoch": epoch,
-                    "step": done,
-                    "images_seen": done * 32,
-                    "loss": 2.5 - 1.6 * progress**0.5,
-                    "top1_accuracy": 0.1 + 0.75 * progress**0.6,
-                    "top5_accuracy": 0.9,
-                    "learning_rate": learning_rate(done - 1),
-                    "images_per_second": 49.0 - 6 * (done < 40) + done % 3,
-                    "data_wait_fraction": 0.02 + 0.05 * (done < 40),
-                    "seconds": 25.0 * epoch,
-                }
-            )
-        rows.append(
-            {
-                "split": "validation",
-                "epoch": epoch,
-                "step": epoch * STEPS_PER_EPOCH,
-                "images_seen": epoch * STEPS_PER_EPOCH * 32,
-                "loss": 2.4 - 1.5 * (epoch / epochs) ** 0.5,
-                "top1_accuracy": 0.1 + 0.7979 * (epoch / epochs) ** 0.7,
-                "top5_accuracy": 0.99,
-                "learning_rate": rows[-1]["learning_rate"],
-                "images_per_second": 199.0,
-                "data_wait_fraction": None,
-                "seconds": 27.4 * epoch,
-                **{f"train_{name}": mean_of(rows[-2:], name) for name in ("loss", "top1_accuracy", "top5_accuracy")},
-            }
-        )
-    return rows
-
-
-def mean_of(rows: list[dict[str, Any]], name: str) -> float:
-    """The mean over the steps of an epoch, from its train rows."""
-    steps = [LOGGED[0], LOGGED[1] - LOGGED[0]]
-    return sum(row[name] * count for row, count in zip(rows, steps, strict=True)) / sum(steps)
-
-
-def facts(**changes: Any) -> RunData:
-    values: dict[str, Any] = {
-        "name": "demo",
-        "run_dir": "runs/demo",
-        "config": CONFIG,
-        "preprocessing": preprocessing_record(),
-        "training": training_record(),
-        "evaluation": evaluation_record(),
-        "metrics": metric_rows(),
-    }
-    return RunData(**{**values, **changes})
-
-
-def document(existing: str | None = None, **changes: Any) -> str:
-    return render.render(facts(**changes), existing)
-
-
-def section(text: str, block_id: str) -> str:
-    """The generated block of this id."""
-    found = re.search(rf"<!-- recipe:begin {block_id} .*?<!-- recipe:end {block_id} -->", text, re.DOTALL)
-    assert found, block_id
-    return found[0]
-
-
-def changed_blocks(before: RunData, after: RunData) -> set[str]:
-    old, new = generated_blocks(before), generated_blocks(after)
-    return {block_id for block_id in new if old[block_id] != new[block_id]}
-
-
-def write_run(directory: Path) -> Run:
-    run = Run(directory)
-    run.write_config(CONFIG)
-    for record in (preprocessing_record(), training_record(), evaluation_record()):
-        run.write(record)
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in metric_rows()))
-    return run
-
+from tests.builders.runs import write_run
 
 # What the guideline asks for
 
@@ -452,10 +71,6 @@ HEADINGS = [
 
 def headings(text: str) -> list[str]:
     return re.findall(r"^#{1,6} .*$", outside_code(text), re.MULTILINE)
-
-
-def outside_code(text: str) -> str:
-    return re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_every_heading_of_the_guideline_is_there_in_its_order() -> None:
@@ -522,7 +137,7 @@ def test_accuracy_is_one_number_everywhere_with_its_counts() -> None:
     assert "`top1-resize72-crop64-bilinear`" in section(text, "summary")
 
 
-def test_what_people_say_is_marked_and_what_nobody_says_is_unknown() -> None:
+def test_declared_facts_are_marked_and_missing_ones_are_unknown() -> None:
     text = section(document(), "raw_data")
     assert "| Licence | That of this project (MIT) | *declared* |" in text
     assert "| Adding samples | – | *unknown* |" in text
@@ -571,7 +186,7 @@ def test_the_json_block_claims_what_the_records_hold() -> None:
     assert claims["data"]["splits"].keys() == preprocessing_record().splits.keys()
 
 
-def test_many_epochs_are_thinned_out_and_said_so() -> None:
+def test_many_epochs_are_thinned_out_with_a_note() -> None:
     text = section(document(training=training_record(epochs=epoch_records(90)), metrics=metric_rows(90)), "dynamics")
     rows = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
     assert len(rows) == 20
@@ -579,7 +194,7 @@ def test_many_epochs_are_thinned_out_and_said_so() -> None:
     assert "20 of 90 epochs, evenly chosen" in text
 
 
-def test_long_lists_are_cut_and_said_so() -> None:
+def test_long_lists_are_cut_with_a_note() -> None:
     shards = {"manifest": sha("manifest")} | {f"train-{number:06d}.tar": sha(str(number)) for number in range(1282)}
     rejected = [
         UnusualImage(split="train", key=f"n{number}", what="truncated", done="left out") for number in range(30)
@@ -661,7 +276,7 @@ def test_a_modified_tree_is_patched_before_it_runs_again() -> None:
         {"tree_at_end": TreeState(state="modified", patch_sha256=sha("patch"))},
     ],
 )
-def test_an_edit_during_the_stage_is_said(change: dict[str, Any]) -> None:
+def test_an_edit_during_the_stage_is_reported(change: dict[str, Any]) -> None:
     text = document(training=training_record(provenance=provenance("python train.py", **change)))
     assert "**source changed during the stage**" in section(text, "summary")
     assert "**source changed during the stage**" in section(text, "optimization_methods")
@@ -722,13 +337,6 @@ def test_blocks_of_later_stages_take_their_places_between_prose() -> None:
     assert places == sorted(places)
 
 
-HOSTILE = (
-    "a|b <img src=x onerror=alert(1)> `code` **bold** [link](javascript:1) $x$\n"
-    "<!-- recipe:end raw_data -->\n# Heading\n```\n| cell\r\n<!-- recipe:begin summary --> &lt;b&gt; "
-    "\u202e\u2028 _i_"
-)
-
-
 def test_hostile_words_stay_words() -> None:
     config = json.loads(json.dumps(CONFIG))
     config["data"]["description"]["summary"] = config["description"]["summary"] = HOSTILE
@@ -769,15 +377,7 @@ def test_hostile_words_stay_words() -> None:
     assert document(existing=text) == plain
 
 
-def assert_tables_are_even(text: str) -> None:
-    """Every row of a table has as many cells as its header; no row stands outside a table."""
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
-        assert len(set(cells)) == 1, table
-        assert re.fullmatch(r"\|(:?-+:?\|)+", table.splitlines()[1]), table
-
-
-def test_tables_are_whole() -> None:
+def test_tables_are_even() -> None:
     assert_tables_are_even(document())
     for missing in ("preprocessing", "training", "evaluation"):
         assert_tables_are_even(document(**{missing: None}))
@@ -878,9 +478,9 @@ def png_chunks(content: bytes) -> set[bytes]:
 
 def test_figures_do_not_follow_the_users_style(tmp_path: Path) -> None:
     script = (
-        "import sys; sys.path.insert(0, 'tests/document'); import test_document as t; "
-        "drawn = t.figures.draw(t.training_record(), t.metric_rows()); "
-        "print({name: t.hashlib.sha256(content).hexdigest() for name, content in drawn.items()})"
+        "import sys; sys.path.insert(0, ''); from recipe.document import figures; from tests.builders import records; "
+        "drawn = figures.draw(records.training_record(), records.metric_rows()); "
+        "print({name: records.sha(content) for name, content in drawn.items()})"
     )
     (tmp_path / "matplotlibrc").write_text("figure.dpi: 33\naxes.facecolor: black\nfont.size: 30\n")
     printed = [

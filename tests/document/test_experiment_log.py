@@ -16,7 +16,8 @@ from recipe.document.render import write_document
 from recipe.errors import DiskError
 from recipe.run.directory import JOURNAL, Run, append_to_journal, place_of
 from recipe.run.records import JournalRecord
-from tests.document.test_document import HOSTILE, assert_tables_are_even, document, outside_code, section, write_run
+from tests.builders.documents import HOSTILE, assert_tables_are_even, document, outside_code, section
+from tests.builders.runs import write_run
 
 
 def train(run: str, seed: int = 0, epochs: int = 2, name: str = "demo", **end: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 import pytest
@@ -14,65 +13,12 @@ from recipe.document.figures import draw_inference
 from recipe.document.formatting import latency as as_text
 from recipe.document.render import generated_blocks, json_file
 from recipe.document.run_data import sections
-from recipe.run.records import Absent, ClassifiedPicture, Guess, Hardware, InferenceRecord, Latency, TimingRecord
-from tests.document.test_document import facts as facts_of_a_run
-from tests.document.test_document import provenance, sha
-
-REFERENCE = "torchvision's own way, eager"
-
-
-def cell(backend: str, what: str, median: float | None, precision: str = "fp32", batch_size: int = 1) -> Latency:
-    return Latency(
-        backend=backend,
-        precision=precision,
-        what=what,
-        batch_size=batch_size,
-        repeats=200 if median else 4,
-        p50_milliseconds=median,
-        p90_milliseconds=median and 1.5 * median,
-        p99_milliseconds=None,
-        images_per_second=100.0,
-        noise=0.012,
-        histogram_milliseconds=[1.0, 2.0, 3.0],
-    )
-
-
-def timing(machine: str = "nvidia-h200", weights: str = "weights", **changes: Any) -> TimingRecord:
-    hardware = Hardware(processor="AMD EPYC", cores=2, memory_gib=16.0, accelerator="NVIDIA H200", accelerators=1)
-    if machine != "nvidia-h200":
-        hardware = Hardware(processor="Intel | Core", cores=8, memory_gib=16.0)
-    values: dict[str, Any] = {
-        "config_sha256": facts_of_a_run().training.config_sha256,  # type: ignore[union-attr]
-        "settings": {"seconds_per_cell": 2.0},
-        "provenance": provenance("python -m recipe.stages.infer run_dir=runs/demo", hardware=hardware),
-        "inputs": {"weights": facts_of_a_run().evaluation.inputs["weights"] if weights == "weights" else weights},  # type: ignore[union-attr]
-        "machine": machine,
-        "threads": 2,
-        "image": "puppy.jpg",
-        "image_sha256": sha("puppy"),
-        "image_pixels": [480, 400],
-        "crop_pixels": 64,
-        "arithmetic": {"tf32_convolution": True},
-        "clock": {"driver_version": "580.1"},
-        "noise_floor": 0.012,
-        "reference": REFERENCE,
-        "cells": [
-            cell("Pillow, torchvision", "preprocessing", 2.0),
-            cell("eager", "model", 8.0),
-            cell("eager", "both", 10.0),
-            cell("onnxruntime CPU", "model", 3.0),
-            cell("onnxruntime CPU", "both", 5.0),
-            cell("onnxruntime CPU", "both", 4.0, "int8"),
-            cell("eager", "both", None, batch_size=32),
-            cell(REFERENCE, "both", 12.5),
-        ],
-        "absent": [Absent(backend="compiled, fp32", reason="no compiler | here")],
-    }
-    return TimingRecord(**{**values, **changes})
+from recipe.run.records import InferenceRecord, TimingRecord
+from tests.builders.records import REFERENCE, cell, facts, picture, provenance, sha, timing
 
 
 def chapter(*records: TimingRecord) -> str:
-    return generated_blocks(replace(facts_of_a_run(), timing=records))["inference"]
+    return generated_blocks(replace(facts(), timing=records))["inference"]
 
 
 def test_machines_stand_side_by_side() -> None:
@@ -118,16 +64,16 @@ def test_published_figures_are_marked_with_their_source_and_only_beside_their_ow
 
 
 def test_latencies_of_other_weights_are_stale_by_machine() -> None:
-    facts = replace(facts_of_a_run(), timing=(timing(), timing("laptop", weights="0" * 64)))
-    section = sections(facts)["timing_information"]
+    run_data = replace(facts(), timing=(timing(), timing("laptop", weights="0" * 64)))
+    section = sections(run_data)["timing_information"]
     assert section.state == "stale"
     (reason,) = section.reasons
     assert reason.startswith("on laptop, it used the weights 000000000000")
-    assert "Timing information (stale)" in generated_blocks(facts)["inference"]
+    assert "Timing information (stale)" in generated_blocks(run_data)["inference"]
 
 
 def test_no_record_no_number() -> None:
-    page = generated_blocks(facts_of_a_run())["inference"]
+    page = generated_blocks(facts())["inference"]
     assert page.count("Not measured yet: run `python -m recipe.stages.infer run_dir=") == 2
     assert "published" not in page
 
@@ -140,24 +86,17 @@ def test_each_machine_has_a_figure_with_equal_bytes_for_equal_records() -> None:
 
 
 def test_the_twin_holds_the_records_by_machine() -> None:
-    content = msgspec.json.decode(json_file(replace(facts_of_a_run(), timing=(timing(),))))
+    content = msgspec.json.decode(json_file(replace(facts(), timing=(timing(),))))
     assert content["timing"]["nvidia-h200"]["cells"][1]["p50_milliseconds"] == 8.0
     assert content["sections"]["timing_information"] == {"state": "present", "reasons": []}
 
 
-def picture(name: str, label: str | None) -> ClassifiedPicture:
-    guess = Guess(index=0, class_id="n1", name="zebra | $stripes$", probability=0.25)
-    return ClassifiedPicture(
-        picture=name, sha256=sha(name), label=label, guesses={"step.pt": [guess], "m.onnx": [guess]}
-    )
-
-
 @pytest.mark.parametrize("label", [None, "zebra | $stripes$"])
 def test_names_from_outside_stay_names(label: str | None) -> None:
-    facts = facts_of_a_run()
-    assert facts.training is not None
+    run_data = facts()
+    assert run_data.training is not None
     record = InferenceRecord(
-        config_sha256=facts.training.config_sha256,
+        config_sha256=run_data.training.config_sha256,
         provenance=provenance("python -m recipe.stages.infer"),
         inputs={"weights": sha("w")},
         outputs={},
@@ -165,7 +104,7 @@ def test_names_from_outside_stay_names(label: str | None) -> None:
         label_convention="sorted",
         pictures=[picture("a|b.jpg", label)],
     )
-    page = generated_blocks(replace(facts, inference=record))["inference"]
+    page = generated_blocks(replace(run_data, inference=record))["inference"]
     assert "zebra \\| \\$stripes\\$ 25.00 %" in page
     row, *_ = [line for line in page.splitlines() if line.startswith("| ") and "b.jpg" in line]
     assert len(re.findall(r"(?<!\\)\|", row)) == (4 if label is None else 5), "no name opens a cell"

@@ -27,18 +27,17 @@ from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
 from recipe.run.provenance import GIT_REFUSED, NoCommitError
 from recipe.run.records import PublicationRecord, SeedsRecord, TreeState
-from tests.document.test_document import (
+from tests.builders.documents import assert_tables_are_even, section
+from tests.builders.records import (
     CONFIG,
-    assert_tables_are_even,
     evaluation_record,
     metric_rows,
     preprocessing_record,
     provenance,
-    section,
     sha,
     training_record,
-    write_run,
 )
+from tests.builders.runs import write_run
 
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
 
@@ -280,7 +279,7 @@ MODIFIED = TreeState(state="modified", patch_sha256=sha("patch"))
         ({"source_sha256_at_end": sha("edited")}, "the source changed during"),
     ],
 )
-def test_code_that_is_no_commit_is_refused_unless_told(
+def test_code_that_is_no_commit_is_refused_unless_allowed(
     run: Run, stage: str, change: dict[str, Any], named: str
 ) -> None:
     make = {
@@ -315,7 +314,7 @@ def test_a_checkout_that_no_commit_names_now_is_refused(run: Run, monkeypatch: p
     assert "git refused, because detected dubious ownership" in page(publish(run, allow_modified=True))
 
 
-def test_stale_sections_are_refused_unless_told(run: Run) -> None:
+def test_stale_sections_are_refused_unless_allowed(run: Run) -> None:
     run.write(training_record(outputs={"weights": sha("retrained")}))
     write_document(run, "runs/demo")
     with pytest.raises(UserError, match=r"performance_metrics is stale.*--allow-stale"):
@@ -385,7 +384,7 @@ def test_a_failure_in_the_middle_changes_nothing(run: Run, monkeypatch: pytest.M
 # ---- rows and seeds ---------------------------------------------------------------------------------
 
 
-def test_very_many_rows_are_thinned_and_said_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_many_rows_are_thinned_with_a_note(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "METRIC_ROWS_MAX", 10)
     rows = metric_rows()
     kept = thinned(rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
-from tests.conftest import SMALL_DEMO
+from tests.builders.configs import SMALL_DEMO
 
 OURS = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

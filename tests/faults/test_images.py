@@ -20,15 +20,14 @@ from recipe.errors import UserError, WorkerError
 from recipe.preprocessing.pipeline import preprocess
 from recipe.run.records import TrainingRecord
 from recipe.training import loop
-from tests.conftest import compose_config
-from tests.preprocessing.layouts import config, encoded, jpeg, pixels, train_images, write_files, write_official
-from tests.preprocessing.test_pipeline import jpeg_header_of
+from tests.builders.configs import compose_config
+from tests.builders.images import encoded, jpeg, jpeg_header_of, pixels
+from tests.builders.layouts import config, train_images, with_damaged_image, write_files, write_official
 
 Words = Callable[..., list[str]]
-VICTIM = 57
 
 
-def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Path) -> None:
+def test_f12_preprocessing_lists_every_unusual_and_every_damaged_image(tmp_path: Path) -> None:
     """One of each kind at once: what can be read is in the data set, what cannot is left out, and both are listed."""
     damaged = {
         "n01440764_11": (encoded(pixels("a", 400, 300))[:2000], "truncated"),
@@ -51,18 +50,6 @@ def test_f12_preprocessing_lists_every_odd_and_every_damaged_image(tmp_path: Pat
     assert record.unusual_images == {what: 1 for _, what in odd.values()}
     split = open_split(tmp_path / "out", "train")
     assert {split.key(place) for place in range(len(split))} == images.keys() - damaged.keys()
-
-
-def with_damaged_image(data_directory: Path, copy: Path) -> tuple[str, str]:
-    """A copy of the data set with zeros in one image; its key and its shard."""
-    shutil.copytree(data_directory, copy)
-    split = open_split(copy, "train")
-    entry = split.index[VICTIM]
-    shard = split.shards[int(entry["shard"])].name
-    with (copy / shard).open("r+b") as handle:
-        handle.seek(int(entry["offset"]))
-        handle.write(bytes(64))
-    return split.key(VICTIM), shard
 
 
 def test_f12_training_names_a_damaged_image_and_its_shard(smoke: Words, data_directory: Path, tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from recipe.training import checkpointing, loop, metric_log
 from recipe.training.build import Training
 from recipe.training.metric_log import MetricLogger, append
 from recipe.training.watchdog import Watchdog
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks
+from tests.builders.training import state_of
 from tests.faults.inject import injected
-from tests.models.test_checkpoint import state_of
-from tests.worlds import run_world
 
 Words = Callable[..., list[str]]
 
@@ -223,7 +223,7 @@ def kind_of_failure(words: list[str], fault: str) -> str:
 def test_f10_numbers_that_are_none_stop_every_process_and_spoil_no_checkpoint(smoke: Words, tmp_path: Path) -> None:
     """Fault 10: rank 1 alone is poisoned in the second epoch."""
     words = smoke("optimization.batch_size=36", "optimization.epochs=2", "trainer.log_every_steps=1")
-    found = run_world(2, kind_of_failure, words, "nan@1:4")
+    found = spawn_ranks(2, kind_of_failure, words, "nan@1:4")
     assert all(text.startswith(f"{NonFiniteError.exit_code}: ") and "step 5" in text for text in found), found
     (path,) = checkpoint_files(tmp_path / "run" / "checkpoints")
     assert load_checkpoint(path)["progress"]["step"] == 3
@@ -248,7 +248,7 @@ def test_f11_a_process_that_hangs_is_noticed_and_all_stacks_are_kept(smoke: Word
     hangs.mkdir(parents=True)
     (hangs / "rank-0.txt").write_text("earlier\n")
     words = smoke("optimization.batch_size=36", "trainer.timeout_seconds=4")
-    found = run_world(2, seconds_until_noticed, words, "hang@1:2")
+    found = spawn_ranks(2, seconds_until_noticed, words, "hang@1:2")
     text, seconds = found[0]
     assert text.startswith(f"{HangError.exit_code}: ")
     assert "rank-*.txt" in text
@@ -275,7 +275,7 @@ def watched_training(words: list[str]) -> str:
 def test_f11_nothing_is_left_where_nothing_hung(smoke: Words, tmp_path: Path) -> None:
     """And an alarm is not set at every step."""
     words = smoke("optimization.batch_size=36", "trainer.timeout_seconds=600")
-    found = run_world(2, watched_training, words)
+    found = spawn_ranks(2, watched_training, words)
     assert found == ["nothing, 1 alarms of {480.0} s"] * 2
     assert not Run(tmp_path / "run").hangs.exists()
 

@@ -18,17 +18,7 @@ import pytest
 from recipe.errors import SAVED
 from recipe.run.directory import Run
 from recipe.run.records import TrainingRecord
-from tests.faults.launched import (
-    BOTH,
-    OURS,
-    TORCHRUN,
-    finish,
-    processes_of,
-    start,
-    steps_done,
-    wait_until,
-    weights_of,
-)
+from tests.faults.launched import BOTH, OURS, TORCHRUN, finish, processes_of, start, steps_done, wait_until, weights_of
 
 pytestmark = [
     pytest.mark.slow,

@@ -50,7 +50,7 @@ def test_f02_no_decoding_process_outlives_a_kill(victim: str, data_directory: Pa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("default_signals")
-def test_f03_a_signal_to_the_whole_group_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
+def test_f03_a_signal_to_the_process_group_saves_the_step(data_directory: Path, tmp_path: Path) -> None:
     """Ctrl-C on a terminal, and torchrun's closing signal, reach the processes that decode as well."""
     process = start(tmp_path, data_directory, *WORDS, new_session=True)
     wait_until(lambda: steps_done(tmp_path) > 2, SECONDS_TO_START)

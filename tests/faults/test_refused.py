@@ -17,10 +17,10 @@ from recipe.errors import UserError
 from recipe.models.checkpoint import checkpoint_files
 from recipe.run.directory import Run
 from recipe.training import loop
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
+from tests.builders.training import train_killed_in_epoch
 from tests.faults.inject import injected
 from tests.faults.launched import COMMON, TORCHRUN, finish, start, steps_done, wait_until
-from tests.training.test_loop import train_killed_in_epoch
 
 Words = Callable[..., list[str]]
 

@@ -15,10 +15,10 @@ from recipe.models.checkpoint import checkpoint_files
 from recipe.run.directory import Run
 from recipe.run.records import TrainingRecord
 from recipe.training import loop
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks, use_next_port
+from tests.builders.training import assert_same_tensors, last_state, train_killed_in_epoch
 from tests.faults.inject import injected
-from tests.training.test_loop import assert_same_tensors, last_state, train_killed_in_epoch
-from tests.worlds import meet_elsewhere, run_world
 
 Words = Callable[..., list[str]]
 LONG = [
@@ -34,7 +34,7 @@ NOT_TIMES = ("split", "epoch", "step", "images_seen", "loss", "top1_accuracy", "
 
 
 def train(config: Config) -> TrainingRecord | None:
-    meet_elsewhere()
+    use_next_port()
     return loop.train(config)
 
 
@@ -80,7 +80,7 @@ def test_f04_a_stopped_run_continues_bit_by_bit_on_several_processes(
     smoke: Words, tmp_path: Path, processes: int
 ) -> None:
     """The last rank alone is told; three processes, because two hide the order of a sum."""
-    results = run_world(processes, exact_and_positions, smoke(*LONG), str(tmp_path), processes - 1)
+    results = spawn_ranks(processes, exact_and_positions, smoke(*LONG), str(tmp_path), processes - 1)
     assert results[0] == ([None, True, True, True], [0, *(cut + 1 for cut in CUTS), 2 * STEPS_PER_EPOCH])
     assert results[1:] == [None] * (processes - 1)
 
@@ -120,7 +120,7 @@ def test_f06_another_number_of_processes_continues_with_the_right_images_and_say
     smoke: Words, tmp_path: Path
 ) -> None:
     words = smoke("optimization.epochs=1", "optimization.batch_size=12", "trainer.log_every_steps=4")
-    by_two = run_world(2, images_of, words, "stop@1:5")
+    by_two = spawn_ranks(2, images_of, words, "stop@1:5")
     by_one = images_of(words, None)
     images = [image for part in by_two for image in part] + by_one
     assert len(by_two[0]) == len(by_two[1]) == 6 * 6
@@ -160,7 +160,7 @@ def test_f08_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert rows(whole) == rows(cut)
 
 
-def test_f08_where_all_checkpoints_are_damaged_training_does_not_begin_anew_in_silence(
+def test_f08_where_all_checkpoints_are_damaged_training_does_not_start_over_in_silence(
     smoke: Words, tmp_path: Path
 ) -> None:
     words = smoke("optimization.epochs=2", "optimization.batch_size=36")

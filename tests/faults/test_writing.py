@@ -18,7 +18,7 @@ from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
 from recipe.run.records import TrainingRecord
 from recipe.training import loop
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 from tests.faults.launched import COMMON, finish, start
 
 Words = Callable[..., list[str]]
@@ -62,7 +62,7 @@ def files_of(run: Run) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_f19_a_kill_at_any_file_leaves_each_whole_and_the_next_time_is_as_the_first(
+def test_f19_a_kill_at_any_file_leaves_each_complete_and_the_next_time_is_as_the_first(
     documented: Path, tmp_path: Path
 ) -> None:
     """The worst moment of each: its content is there, its name is not."""

@@ -343,7 +343,7 @@ def test_a_network_that_no_configuration_names_is_one_sentence(changes: dict[str
         Classifier.load(path)
 
 
-def test_the_checksum_file_of_a_stranger_is_bounded(copied: Config) -> None:
+def test_a_foreign_checksum_file_is_bounded(copied: Config) -> None:
     (*_, path) = checkpoint_files(Run(copied.run_dir).checkpoints)
     beside = path.with_name(f"{path.name}.sha256")
     assert hashlib.sha256(path.read_bytes()).hexdigest() in beside.read_text()

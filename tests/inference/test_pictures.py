@@ -14,7 +14,7 @@ from PIL import Image
 from recipe.data.decoding import PillowDecoder, decoded
 from recipe.errors import UserError
 from recipe.inference.pictures import pixels_of
-from tests.preprocessing.layouts import pixels
+from tests.builders.images import pixels
 
 ORIENTATION = 0x0112
 
@@ -53,7 +53,7 @@ def test_a_palette_keeps_its_colours() -> None:
     assert rgb_of(saved(image, "PNG")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
 
 
-def test_what_is_transparent_lies_on_white_paper() -> None:
+def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (2, 1))
     image.putdata([(10, 20, 30, 0), (10, 20, 30, 255)])
     assert rgb_of(saved(image, "PNG")).tolist() == [[[255, 255, 255], [10, 20, 30]]]

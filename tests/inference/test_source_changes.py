@@ -25,8 +25,8 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.stages.infer import Demonstration
 from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
-from tests.conftest import compose_config
-from tests.document.test_document import facts
+from tests.builders.configs import compose_config
+from tests.builders.records import facts
 
 BEFORE = "a" * 64
 AFTER = "b" * 64

@@ -27,7 +27,7 @@ from recipe.models.build import (
 )
 from recipe.models.checkpoint import save_checkpoint
 from recipe.models.pretrained import read_weights
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 
 def settings(name: str = "small", **changes: Any) -> ModelConfig:

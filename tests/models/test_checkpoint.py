@@ -10,7 +10,6 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,28 +24,7 @@ from recipe.models.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-
-
-def state_of(step: int) -> dict[str, Any]:
-    """Everything that a real state holds, small; several blocks of 4 KiB long."""
-    generator = torch.Generator().manual_seed(step)
-    weights = {"w": torch.randn(50, 70, generator=generator), "n": torch.tensor(step)}
-    return {
-        "config": {"name": "x"},
-        "config_sha256": "0" * 64,
-        "interface": {},
-        "manifest_sha256": "1" * 64,
-        "determinism_context": {},
-        "scaler": {},
-        "skipped_steps": 0,
-        "progress": {"epoch": 1, "step": step, "best_step": 0, "epochs": [{"seconds": 1.5}]},
-        "model": weights,
-        "average": None,
-        "optimizer": {
-            "state": {0: {"momentum_buffer": torch.randn(9, generator=generator)}},
-            "param_groups": [{"lr": 0.1, "params": [0]}],
-        },
-    }
+from tests.builders.training import state_of
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from recipe.models.build import check_forward
 from recipe.run.directory import Run
 from recipe.stages.evaluate import evaluate_run
 from recipe.training import loop
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 Words = Callable[..., list[str]]
 RESNET = ["model=torchvision", "model.name=resnet18", "model.zero_init_last_norm=true"]

@@ -99,7 +99,7 @@ PEOPLES_FILES: dict[str, tuple[Any, str | None, str]] = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("file", PEOPLES_FILES)
-def test_files_that_people_have_are_read_and_said(file: str, legacy: bool, tmp_path: Path) -> None:
+def test_common_weight_files_are_read_and_described(file: str, legacy: bool, tmp_path: Path) -> None:
     content, entry, prefix = PEOPLES_FILES[file]
     path = saved(tmp_path / "w.any", content, _use_new_zipfile_serialization=not legacy)
     found = read_weights(path)
@@ -206,13 +206,13 @@ def test_tensors_that_do_not_fit_are_named_three_and_counted(tmp_path: Path) -> 
     assert "lacks" not in message
 
 
-def test_a_head_of_another_number_of_classes_is_said_with_both_shapes(tmp_path: Path) -> None:
+def test_a_head_of_another_number_of_classes_is_reported_with_both_shapes(tmp_path: Path) -> None:
     message = misfit(network(classes=7).state_dict(), tmp_path)
     assert "head.weight (7 x 64, the model's 10 x 64), head.bias (7, the model's 10)" in message
     assert "lacks" not in message
 
 
-def test_whole_numbers_are_not_weights(tmp_path: Path) -> None:
+def test_integers_are_not_weights(tmp_path: Path) -> None:
     message = misfit(STATE | {"head.weight": STATE["head.weight"].to(torch.int8)}, tmp_path)
     assert "head.weight (10 x 64 of int8, the model's 10 x 64)" in message
 
@@ -357,7 +357,7 @@ def entry(shape: list[int], begin: int, end: int, kind: str = "F32") -> dict[str
         safetensors_of(b"{}", b"", length=2**63),
     ],
 )
-def test_a_safetensors_file_that_lies_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_malformed_safetensors_file_gives_one_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(content)
     refusal(tmp_path / "w")
 

@@ -18,7 +18,7 @@ from recipe.models.pretrained import published_accuracy, published_config, publi
 from recipe.run.directory import Run
 from recipe.run.records import EvaluationRecord
 from recipe.stages.evaluate import evaluate_run
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.builders.configs import SMALL_DEMO, compose_config
 
 
 def asking(weights: str, *overrides: str) -> Config:

@@ -22,8 +22,8 @@ from recipe.errors import UserError
 from recipe.inference.pictures import pixels_of
 from recipe.preprocessing.pipeline import preprocess
 from recipe.run.files import CHECKOUT
-from tests.preprocessing.layouts import config, encoded, jpeg, pixels, write_files
-from tests.preprocessing.test_pipeline import png_header_of
+from tests.builders.images import encoded, jpeg, pixels, png_header_of
+from tests.builders.layouts import config, write_files
 
 KEEP = Rules(keeps_png=True, resize_short_side=None, quality=90)
 FORMATS = {"WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF", "GIF": "GIF", "AVIF": "AVIF", "JPEG2000": "JPEG 2000"}
@@ -250,7 +250,7 @@ import sys
 from pathlib import Path
 from recipe.config.schema import Corrupt, Source
 from recipe.preprocessing.pipeline import preprocess
-from tests.preprocessing.layouts import config
+from tests.builders.layouts import config
 if __name__ == "__main__":
     preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, on_corrupt=Corrupt.skip))
 """

@@ -23,7 +23,7 @@ def test_names_need_the_full_list_of_classes() -> None:
     assert imagenet.published_class_names(FIRST_AND_LAST) == {}
 
 
-def test_the_known_odd_images_are_no_surprise() -> None:
+def test_the_known_unusual_images_are_expected() -> None:
     cmyk = [("train", f"n00000000_{number}", "CMYK JPEG") for number in range(22)]
     known = [*cmyk, ("val", "ILSVRC2012_val_00019877", "CMYK JPEG"), ("train", "n02105855_2933", "PNG not named .png")]
     assert imagenet.unexpected(known) == []

@@ -11,12 +11,10 @@ import io
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,13 +36,12 @@ from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
 from recipe.run.files import CHECKOUT
 from recipe.run.records import PreprocessingRecord
-from tests.preprocessing.layouts import (
+from tests.builders.images import encoded, jpeg, jpeg_header_of, pixels, png_header_of
+from tests.builders.layouts import (
     VALIDATION_LABELS,
     WNIDS,
     config,
-    encoded,
-    jpeg,
-    pixels,
+    content_of,
     train_images,
     validation_images,
     write_extracted,
@@ -52,15 +49,10 @@ from tests.preprocessing.layouts import (
     write_kaggle,
     write_official,
 )
+from tests.builders.ranks import is_running
 
 KEEP = Rules(keeps_png=False, resize_short_side=None, quality=90)
 KEEP_FOLDER = Rules(keeps_png=True, resize_short_side=None, quality=90)
-
-
-def content_of(directory: Path) -> dict[str, str]:
-    """File -> SHA-256 of everything that has to be equal."""
-    names = sorted(path for path in directory.iterdir() if path.suffix in (".tar", ".npy") or path.stem == "manifest")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +187,7 @@ sys.path.insert(0, {checkout!r})
 from recipe.preprocessing import shard_writer
 from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
-from tests.preprocessing.layouts import config
+from tests.builders.layouts import config
 
 original = shard_writer.store
 
@@ -232,7 +224,7 @@ from recipe.preprocessing import pipeline, shard_writer
 from recipe.preprocessing.pipeline import preprocess
 from recipe.preprocessing.sources import find_raw
 from recipe.run.terminal import report_user_errors
-from tests.preprocessing.layouts import config
+from tests.builders.layouts import config
 
 out = Path({out!r})
 original = shard_writer.store
@@ -271,12 +263,6 @@ def start_slowly(raw: Path, out: Path, shards: int, pause_seconds: float = 0.5) 
     ):
         time.sleep(0.005)
     return process
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def members_of_group(group: int) -> list[int]:
@@ -484,7 +470,7 @@ def test_a_disk_that_is_not_mounted_is_no_change_of_the_images(tmp_path: Path) -
     assert preprocess(settings) == done
 
 
-def test_what_is_left_out_is_in_the_record_and_said_before_any_shard(
+def test_omitted_files_are_in_the_record_and_reported_before_any_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
@@ -536,7 +522,7 @@ def test_a_file_system_without_locks_is_one_sentence(
         preprocess(config(official, tmp_path / "out"))
 
 
-def test_the_note_goes_before_its_shard_is_written_anew(official: Path, tmp_path: Path) -> None:
+def test_the_note_goes_before_its_shard_is_written_again(official: Path, tmp_path: Path) -> None:
     """Else the note of one plan could vouch for a shard that another one wrote before it died."""
     data = config(official, tmp_path / "out")
     preprocess(data)
@@ -636,25 +622,7 @@ def corrupt_exif() -> bytes:
     return encoded(pixels("exif"), exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40)
 
 
-def png_header_of(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be enormous."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def jpeg_header_of(width: int, height: int) -> bytes:
-    """A small JPEG whose frame header claims to be enormous."""
-    content = bytearray(jpeg("x"))
-    at = content.index(b"\xff\xc0")
-    content[at + 5 : at + 9] = struct.pack(">HH", height, width)
-    return bytes(content)
-
-
-def test_odd_images_in_ilsvrc2012(tmp_path: Path) -> None:
+def test_unusual_images_in_ilsvrc2012(tmp_path: Path) -> None:
     """T34, T35, T36: what keeps its bytes, what is normalised, and that all is listed."""
     odd = {
         "n01440764_5": encoded(pixels("cmyk").convert("CMYK")),
@@ -733,7 +701,7 @@ def sixteen_bits() -> bytes:
         (encoded(pixels("a"), "PNG", save_all=True, append_images=[pixels("b")]), "PNG with several frames"),
     ],
 )
-def test_odd_png_files_of_folders_become_rgb(content: bytes, what: str) -> None:
+def test_unusual_png_files_of_folders_become_rgb(content: bytes, what: str) -> None:
     stored = store(content, True, KEEP_FOLDER)
     assert (stored.unusual, stored.extension) == (what, "png")
     with Image.open(io.BytesIO(stored.content)) as image:
@@ -892,7 +860,7 @@ def test_shards_of_another_filter_are_not_continued(tmp_path: Path, monkeypatch:
     assert not set(plans) & {task.plan_sha256 for task in pipeline.plan_shards(data, find_raw(data), [])}
 
 
-def test_an_odd_image_is_resized_too() -> None:
+def test_an_unusual_image_is_resized_too() -> None:
     content = encoded(pixels("c", 200, 100).convert("CMYK"))
     stored = store(content, False, Rules(keeps_png=False, resize_short_side=50, quality=90))
     assert (stored.width, stored.height, stored.extension) == (100, 50, "jpg")

@@ -22,9 +22,9 @@ from recipe.preprocessing import pipeline
 from recipe.preprocessing.pipeline import preprocess
 from recipe.run.files import CHECKOUT
 from recipe.run.records import PreprocessingRecord, from_json
-from tests.preprocessing.layouts import config, jpeg, train_images, write_official
-from tests.preprocessing.test_pipeline import content_of, is_running
-from tests.worlds import torchrun_environment
+from tests.builders.images import jpeg
+from tests.builders.layouts import config, content_of, train_images, write_official
+from tests.builders.ranks import is_running, torchrun_environment
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("default_signals")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -38,7 +38,7 @@ from recipe.preprocessing import shard_writer
 from recipe.preprocessing.pipeline import preprocess
 from recipe.run.terminal import report_user_errors
 from recipe.run.launcher import launched
-from tests.preprocessing.layouts import config
+from tests.builders.layouts import config
 
 rank, original, stored = int(os.environ["RANK"]), shard_writer.store, []
 raw, changes = {by_rank!r}.get(rank, ({raw!r}, {changes!r}))

@@ -25,7 +25,8 @@ from recipe.preprocessing.listing import Raw, Rows, listing_sha256, loss_lines
 from recipe.preprocessing.pipeline import listing_line
 from recipe.preprocessing.shard_writer import RawReader
 from recipe.preprocessing.sources import find_raw
-from tests.preprocessing.layouts import (
+from tests.builders.images import jpeg
+from tests.builders.layouts import (
     NAMES,
     VALIDATION_LABELS,
     WNIDS,
@@ -33,7 +34,6 @@ from tests.preprocessing.layouts import (
     class_tar,
     data_config,
     devkit_members,
-    jpeg,
     tar_bytes,
     train_images,
     validation_images,
@@ -427,7 +427,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, split: str) -> None:
     assert raw.class_ids == sorted(["bus", "train", *split.split()])
 
 
-def test_what_no_split_takes_is_said(tmp_path: Path) -> None:
+def test_files_outside_every_split_are_reported(tmp_path: Path) -> None:
     classes = {name: {f"{n}.jpg": b"x" for n in range(30)} for name in ("a", "b")}
     write_folder(tmp_path / "train", classes)
     write_folder(tmp_path / "test", classes)
@@ -676,7 +676,7 @@ def test_imagenette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str)
     assert listed(find_raw(settings)) == listed(raw)
 
 
-def test_an_interrupted_unpacking_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_unpacking_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_generated_imagenette(monkeypatch, imagenette_archive())
     half = tmp_path / "unpacking" / "imagenette2" / "train" / IMAGENETTE[0]
     half.mkdir(parents=True)
@@ -781,7 +781,7 @@ def test_md5_and_sha256_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_expectations_are_checked_before_archives_are_read(tmp_path: Path) -> None:
     from recipe.preprocessing.pipeline import preprocess
-    from tests.preprocessing.layouts import config
+    from tests.builders.layouts import config
 
     write_devkit(write_official(tmp_path / "raw"))
     with pytest.raises(UserError, match=r"found 3 classes, ILSVRC2012 has 1000; with data.expect=nothing"):

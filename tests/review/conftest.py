@@ -10,7 +10,7 @@ import safetensors.torch
 
 from recipe.models.build import weights_sha256
 from recipe.run.directory import Run
-from tests.review.factory import complete_run
+from tests.builders.runs import complete_run
 
 
 @pytest.fixture(scope="session")

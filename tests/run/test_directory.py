@@ -42,7 +42,7 @@ def names(directory: Path) -> set[str]:
 # ---- writing ----------------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_whole_and_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_written_and_replaced_in_one_step(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "file"
     for content in (b"first", b"", b"\x00" * 100_000):
         write_atomically(path, content)

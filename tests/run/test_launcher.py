@@ -6,7 +6,7 @@ import pytest
 
 from recipe.errors import UserError
 from recipe.run.launcher import ALONE, Launch, launched, report_ignored
-from tests.worlds import torchrun_environment
+from tests.builders.ranks import torchrun_environment
 
 
 def test_torchrun_says_which_of_how_many_processes_this_is() -> None:

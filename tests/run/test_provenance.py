@@ -18,7 +18,7 @@ from recipe.run import provenance
 from recipe.run.environment import command, machine, variables, versions
 from recipe.run.provenance import NoCommitError, Stage, commit, modified_files, source_sha256, tree_state
 from recipe.run.records import TreeState, to_json
-from tests.worlds import torchrun_environment
+from tests.builders.ranks import torchrun_environment
 
 
 def git(repository: Path, *arguments: str) -> str:

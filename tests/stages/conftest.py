@@ -11,7 +11,7 @@ from recipe.run.records import SerializationRecord
 from recipe.stages.evaluate import evaluate_run
 from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.builders.configs import SMALL_DEMO, compose_config
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from recipe.errors import UserError
 from recipe.stages import doctor
 from recipe.stages.doctor import Findings, training_time, verdict
-from tests.faults.test_images import with_damaged_image
+from tests.builders.layouts import with_damaged_image
 
 SLOW_LOADING = Findings(read=9000, decode=1000, transform=1000, small=1250, copy=None, model=4000, cores=4)
 

@@ -133,7 +133,7 @@ def test_every_file_of_the_model_is_asked_and_the_fp32_ones_agree(executed: Run)
     assert [g.probability for g in ours] == pytest.approx([g.probability for g in theirs], abs=1e-4)
 
 
-def test_the_second_run_measures_this_machine_anew_and_keeps_the_others(executed: Run, config: Config) -> None:
+def test_the_second_run_measures_this_machine_again_and_keeps_the_others(executed: Run, config: Config) -> None:
     (mine,) = executed.read_all(executed.timing, TimingRecord)
     other = msgspec.structs.replace(mine, machine="nvidia-v100")
     executed.write_timing(other)
@@ -222,7 +222,7 @@ def test_wrong_words_are_one_sentence(words: list[str], expected: str, tmp_path:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_key_of_the_run_is_not_changed_behind_its_back(executed: Run, config: Config) -> None:
+def test_a_key_of_the_run_cannot_be_changed(executed: Run, config: Config) -> None:
     done = run_notebook([*words_of(config), "seed=7"])
     assert (done.returncode, "seed: 0 -> 7" in done.stderr) == (2, True)
 

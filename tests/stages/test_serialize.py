@@ -34,7 +34,7 @@ from recipe.stages import serialize as serialization
 from recipe.stages.evaluate import evaluate_run
 from recipe.stages.serialize import serialize_run
 from recipe.training.loop import train
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.builders.configs import SMALL_DEMO, compose_config
 
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
@@ -87,7 +87,7 @@ def test_exporting_again_gives_the_same_bytes(record: SerializationRecord, confi
     assert again.outputs == record.outputs
 
 
-def test_the_file_is_whole_and_names_no_path(record: SerializationRecord, config: Config) -> None:
+def test_the_file_is_complete_and_names_no_path(record: SerializationRecord, config: Config) -> None:
     for entry in record.variants:
         path = Run(config.run_dir).onnx_file(entry.variant)
         content = path.read_bytes()
@@ -97,7 +97,7 @@ def test_the_file_is_whole_and_names_no_path(record: SerializationRecord, config
             assert forbidden.encode() not in content
 
 
-def test_the_file_says_what_a_stranger_needs(record: SerializationRecord, config: Config) -> None:
+def test_the_file_holds_what_a_user_of_it_needs(record: SerializationRecord, config: Config) -> None:
     run = Run(config.run_dir)
     evaluation = run.read(EvaluationRecord)
     assert evaluation is not None

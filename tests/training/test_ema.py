@@ -28,7 +28,7 @@ from recipe.models.checkpoint import checkpoint_files, load_checkpoint
 from recipe.run.directory import Run
 from recipe.training import loop
 from recipe.training.ema import ModelEma, PreciseBnBatches, build_ema, precise_bn
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 # ---- the average --------------------------------------------------------------------------------------
 
@@ -243,9 +243,7 @@ def test_a_network_without_batch_norm_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(50, [24, 24]), (10, [10]), (10_000, [24] * 4)])
-def test_the_images_are_a_choice_of_the_seed_in_whole_batches(
-    data_directory: Path, images: int, sizes: list[int]
-) -> None:
+def test_the_seed_chooses_the_images_in_full_batches(data_directory: Path, images: int, sizes: list[int]) -> None:
     config = compose_config("experiment=smoke", "loader.threads=2")
     split = open_split(str(data_directory), "train")
     world = World(0, 1, 0, 1, CPU, "none")

@@ -14,8 +14,8 @@ from recipe.models.checkpoint import checkpoint_files, load_checkpoint, save_che
 from recipe.run.directory import Run
 from recipe.run.records import Epoch
 from recipe.training import loop
-from tests.conftest import compose_config
-from tests.worlds import meet_elsewhere, run_world
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks, use_next_port
 
 Words = Callable[..., list[str]]
 STEPS_PER_EPOCH = 9
@@ -38,7 +38,7 @@ def train_stopped(words: list[str], step: int) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     loop.take_step = stopping_step  # not monkeypatch: this also runs in spawned processes
-    meet_elsewhere()
+    use_next_port()
     try:
         with pytest.raises(SystemExit) as end:
             loop.train(compose_config(*words))
@@ -51,7 +51,7 @@ def epochs_of(words: list[str], stops: tuple[int, ...] = ()) -> list[Epoch]:
     """The recorded epochs, after stops at these steps; an empty list on all processes but the first."""
     for step in stops:
         train_stopped(words, step)
-    meet_elsewhere()
+    use_next_port()
     record = loop.train(compose_config(*words))
     return record.epochs if record is not None else []
 
@@ -98,7 +98,7 @@ def test_the_means_of_an_epoch_are_those_of_the_log_also_after_stops(smoke: Word
 def test_the_means_of_an_epoch_are_the_same_for_any_number_of_processes(smoke: Words, tmp_path: Any) -> None:
     words = smoke(*LONG, "model.norm=none")  # without batch norm processes change the order of sums only
     one = compare_with_log_and_interrupted(words, str(tmp_path / "one"))
-    two = run_world(2, compare_with_log_and_interrupted, words, str(tmp_path / "two"))[0]
+    two = spawn_ranks(2, compare_with_log_and_interrupted, words, str(tmp_path / "two"))[0]
     assert one is not None
     for name in ("learning_rate", "train_loss", "train_top5", "validation_loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name

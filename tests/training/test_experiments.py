@@ -15,7 +15,7 @@ from recipe.run.files import CHECKOUT
 from recipe.run.records import EvaluationRecord, TrainingRecord
 from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.builders.configs import SMALL_DEMO, compose_config
 
 EXPERIMENTS = sorted(path.stem for path in (CHECKOUT / "conf" / "experiment").glob("*.yaml"))
 BOOK = [name for name in EXPERIMENTS if name.startswith("resnet50_")]

@@ -19,62 +19,16 @@ from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from recipe.run.directory import Run
 from recipe.run.metric_rows import EPOCH_FIELDS
-from recipe.run.records import PreprocessingRecord, TrainingRecord
+from recipe.run.records import PreprocessingRecord
 from recipe.stages.evaluate import evaluate_run
 from recipe.training import checkpointing, loop
 from recipe.training.build import Training
-from tests.conftest import compose_config
-from tests.worlds import run_world
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks
+from tests.builders.training import Killed, assert_same_tensors, last_state, train, train_killed_in_epoch
 
 Words = Callable[..., list[str]]
 AVERAGED = ["optimization.ema.decay=0.9", "optimization.epochs=3"]
-
-
-class Killed(BaseException):
-    """Stands for a process that is gone."""
-
-
-def train(words: list[str]) -> TrainingRecord:
-    record = loop.train(compose_config(*words))
-    assert record is not None
-    return record
-
-
-def train_killed_in_epoch(words: list[str], epoch: int, step_in_epoch: int = 2) -> None:
-    """Train until a step of `epoch` (from 0), then vanish without saving anything."""
-    step = loop.take_step
-
-    def dying_step(training: Training, batches: object) -> None:
-        if (training.progress.epoch, training.progress.batch) == (epoch, step_in_epoch):
-            raise Killed
-        step(training, batches)  # type: ignore[arg-type]
-
-    loop.take_step = dying_step  # not monkeypatch: this also runs in spawned processes
-    try:
-        with pytest.raises(Killed):
-            loop.train(compose_config(*words))
-    finally:
-        loop.take_step = step
-
-
-def last_state(words: list[str]) -> dict[str, object]:
-    run = Run(compose_config(*words).run_dir)
-    return load_checkpoint(checkpoint_files(run.checkpoints)[-1])
-
-
-def assert_same_tensors(one: object, other: object) -> None:
-    """Bit for bit, through nested dictionaries and lists."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)  # type: ignore[arg-type]
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()  # type: ignore[attr-defined]
-        for key in one:
-            assert_same_tensors(one[key], other[key])  # type: ignore[index]
-    elif isinstance(one, list):
-        for first, second in zip(one, other, strict=True):  # type: ignore[call-overload]
-            assert_same_tensors(first, second)
-    else:
-        assert one == other
 
 
 def compare_continued_with_uninterrupted(words: list[str], run_dir: str) -> bool | None:
@@ -108,7 +62,7 @@ def test_a_killed_run_of_a_published_recipe_continues_bit_by_bit(smoke: Words, t
 
 
 def test_a_killed_run_of_three_processes_continues_bit_by_bit(smoke: Words, tmp_path: Path) -> None:
-    results = run_world(3, compare_continued_with_uninterrupted, smoke(*AVERAGED), str(tmp_path))
+    results = spawn_ranks(3, compare_continued_with_uninterrupted, smoke(*AVERAGED), str(tmp_path))
     assert results == [True, None, None]
 
 
@@ -210,7 +164,7 @@ def test_before_the_first_validation_there_is_no_best_epoch(smoke: Words, monkey
         evaluate_run(compose_config(*smoke("evaluation.checkpoint=best")))
 
 
-def test_rows_and_events_behind_the_checkpoint_are_cut(smoke: Words) -> None:
+def test_rows_and_events_after_the_checkpoint_are_cut(smoke: Words) -> None:
     words = smoke("optimization.epochs=3", "trainer.log_every_steps=1")
     train_killed_in_epoch(words, 1)
     run = Run(compose_config(*words).run_dir)

@@ -28,7 +28,7 @@ from recipe.training.optim import (
     loss_facts,
     optimizer_facts,
 )
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 # ---- losses -------------------------------------------------------------------------------------------
 

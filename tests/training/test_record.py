@@ -15,7 +15,7 @@ from recipe.review.check.records import energy_findings
 from recipe.run.records import EnergyRecord
 from recipe.training import record
 from recipe.training.record import EnergyMeter, accelerator_joules, accelerator_uuids
-from tests.document import test_document as document
+from tests.builders import records
 
 USED = {"GPU-a": 1_500, "GPU-b": 40_000}  # millijoules
 
@@ -84,24 +84,24 @@ def test_a_training_counts_the_difference_unless_another_session_did_a_part(
 ) -> None:
     alone = World(0, 1, 0, 1, torch.device("cpu"), "none")
     assert accelerator_uuids(alone) == []
-    assert EnergyMeter(alone).record([document.session()]) is None
+    assert EnergyMeter(alone).record([records.session()]) is None
     monkeypatch.setattr("recipe.training.record.accelerator_uuids", lambda world: ["GPU-a"])
     meter = EnergyMeter(alone)
     monkeypatch.setitem(USED, "GPU-a", 9_000)
-    record = meter.record([document.session()])
+    record = meter.record([records.session()])
     assert record is not None
     assert (record.joules, record.accelerators) == (7.5, 1)
     assert record.seconds > 0
-    assert meter.record([document.session(), document.session(is_exact=True)]) is None
+    assert meter.record([records.session(), records.session(is_exact=True)]) is None
 
 
 def test_the_dynamics_name_the_energy_of_the_weights_that_are_here() -> None:
-    trained = document.training_record().outputs["weights"]
+    trained = records.training_record().outputs["weights"]
     spent = EnergyRecord(inputs={"weights": trained}, joules=90_000, seconds=300, accelerators=1, counter="NVML")
-    assert "Energy of" not in document.document()
+    assert "Energy of" not in records.document()
     row = "| Energy of 1 accelerator, validation included (NVML) | 90.0 kJ in 5 min 00 s, 300 W in the mean |"
-    assert row in document.section(document.document(energy=spent), "dynamics")
-    other = msgspec.structs.replace(spent, inputs={"weights": document.sha("other")})
-    assert "Energy of" not in document.document(energy=other)
-    assert len(energy_findings(document.facts(energy=other))) == 1
-    assert energy_findings(document.facts(energy=spent)) == []
+    assert row in records.section(records.document(energy=spent), "dynamics")
+    other = msgspec.structs.replace(spent, inputs={"weights": records.sha("other")})
+    assert "Energy of" not in records.document(energy=other)
+    assert len(energy_findings(records.facts(energy=other))) == 1
+    assert energy_findings(records.facts(energy=spent)) == []

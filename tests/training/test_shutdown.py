@@ -16,7 +16,7 @@ from recipe.distributed import World
 from recipe.errors import SAVED
 from recipe.run.files import CHECKOUT
 from recipe.training.shutdown import ECHO_SECONDS, SIGNALS, STEPS_BETWEEN_POLLS, Stopped, StopRequest, graceful_shutdown
-from tests.worlds import torchrun_environment
+from tests.builders.ranks import torchrun_environment
 
 pytestmark = pytest.mark.usefixtures("default_signals")
 

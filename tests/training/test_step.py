@@ -28,11 +28,10 @@ from recipe.models.build import build_model, weights_sha256
 from recipe.training.ema import build_ema
 from recipe.training.optim import build_loss, build_optimizer, loss_facts, optimizer_facts, parameters_by_kind
 from recipe.training.step import TrainStep, compiled, replicate
-from tests.conftest import compose_config
-from tests.worlds import run_world
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks
+from tests.builders.training import ALONE, CPU, network, step_of
 
-CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, 1, CPU, "none")
 GLOBAL_BATCH = 24
 RATES = [0.05, 0.04, 0.03]
 
@@ -44,33 +43,6 @@ def configuration(*overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def config() -> Config:
     return configuration()
-
-
-class NormalisationIn(Normalisation):
-    """Gives the model's own type of numbers."""
-
-    def __init__(self, config: Config, model: nn.Module) -> None:
-        super().__init__(config.data.mean, config.data.std, CPU)
-        self.dtype = next(model.parameters()).dtype
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return super().__call__(images).to(self.dtype)
-
-
-def step_of(config: Config, model: nn.Module, world: World = ALONE, stepped: nn.Module | None = None) -> TrainStep:
-    return TrainStep(
-        stepped or model,
-        build_optimizer(config.optimization, model, CPU),
-        build_loss(config.optimization),
-        NormalisationIn(config, model),
-        config.trainer,
-        world,
-    )
-
-
-def network(config: Config, norm: str = "none", seed: int = 0) -> nn.Module:
-    """In double precision, so that what should be equal differs by rounding of another order of magnitude."""
-    return build_model(replace(config.model, norm=norm, zero_init_last_norm=False), 10, seed).double()
 
 
 def global_batch(number: int = 0) -> Batch:
@@ -387,7 +359,7 @@ def _checks_of_world(world: World) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_and_three(config: Config) -> dict[int, list[dict[str, Any]]]:
     """What every process of worlds of two and of three found."""
-    return {size: run_world(size, all_checks, config) for size in (2, 3)}
+    return {size: spawn_ranks(size, all_checks, config) for size in (2, 3)}
 
 
 Found = dict[int, list[dict[str, Any]]]

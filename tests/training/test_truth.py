@@ -24,7 +24,7 @@ from recipe.run.records import Record
 from recipe.stages import evaluate as performance
 from recipe.training import build, ema, loop, optim
 from recipe.training.optim import BinaryCrossEntropy
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 Words = Callable[..., list[str]]
 WORDS = ["optimization.epochs=1", "optimization.ema.decay=0.9"]

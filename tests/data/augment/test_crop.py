@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 from recipe.data.augment.crop import Augmentation, build_augmentation
 from recipe.data.augment.mixup import Erasing, Mixing, Rectangle
 from recipe.data.transforms import fixed_image
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 IMAGE = fixed_image(120, 160)
 

@@ -33,9 +33,9 @@ from recipe.data.batches import Batch, BatchLayout, TrainingBatches
 from recipe.data.decoding import EncodedImage, WholeImage, decoded
 from recipe.data.loader import ThreadedLoader
 from recipe.errors import UserError
-from tests.conftest import compose_config
-from tests.training.test_step import ALONE, step_of
-from tests.worlds import run_world
+from tests.builders.configs import compose_config
+from tests.builders.ranks import spawn_ranks
+from tests.builders.training import ALONE, network, step_of
 
 PIXELS, CLASSES = 20, 10
 NOTHING = Rectangle(0, 0, 0, 0)
@@ -337,7 +337,6 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
         threads = ThreadedLoader(Numbers(100), Stripes(), config.loader, world)  # type: ignore[arg-type]
         batches = TrainingBatches(threads, augmentation, layout, world.rank, config.seed)
         from recipe.training.step import replicate
-        from tests.training.test_step import network
 
         model = network(config)
         example = torch.zeros(1, 3, PIXELS, PIXELS, dtype=torch.float64)
@@ -353,7 +352,7 @@ def stepped(processes: int, words: list[str]) -> dict[str, Any]:
 def test_mixed_erased_steps_are_those_of_one_process(processes: int) -> None:
     words: list[Any] = [*MIXED, ERASED]
     expected = stepped(1, words)
-    for found in run_world(processes, stepped, processes, words):
+    for found in spawn_ranks(processes, stepped, processes, words):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-11)
     plain = stepped(1, [])

@@ -98,7 +98,7 @@ def test_streams_seeds_epochs_copies_and_draws_are_independent() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 224, 500])
-def test_whole_numbers_are_even(count: int) -> None:
+def test_integers_are_uniform(count: int) -> None:
     rng = Rng(**KEY)
     for found in ([rng.integer(count) for _ in range(COUNT)], [Rng(2, 0, 0, i).integer(count) for i in range(COUNT)]):
         times = np.bincount(found, minlength=count)

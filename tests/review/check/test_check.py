@@ -22,7 +22,7 @@ from recipe.review.opening import open_recipe
 from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT, portable_path
 from recipe.run.provenance import commit
-from tests.review.factory import (
+from tests.builders.runs import (
     CORRECT,
     CORRECT_TOP5,
     PREDICTIONS,
@@ -49,7 +49,7 @@ def of_kind(found: list[Finding], kind: Kind = Kind.finding) -> list[Finding]:
 # A whole recipe
 
 
-def test_nothing_is_found_in_a_whole_recipe_and_what_nobody_said_is_a_note(run: Run) -> None:
+def test_a_complete_recipe_has_no_findings_and_missing_statements_are_notes(run: Run) -> None:
     report = check(open_recipe(run.directory), executes=True)
     assert not [one for one in report.findings if one.kind is not Kind.note]
     assert {one.level for one in report.findings} == {Level.present}

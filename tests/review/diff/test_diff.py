@@ -20,8 +20,8 @@ from recipe.review.diff.differences import Comparable, value_at
 from recipe.review.diff.impact import RANKS, Group, group_of, is_inert, rank_of
 from recipe.review.opening import open_recipe
 from recipe.run.directory import Run
-from tests.conftest import compose_config
-from tests.review.factory import change_record, set_at
+from tests.builders.configs import compose_config
+from tests.builders.runs import change_record, set_at
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_weight_decay_comes_first(side: Comparable) -> None:
     )
 
 
-def test_learning_rate_comes_first_and_is_said_per_image(side: Comparable) -> None:
+def test_learning_rate_comes_first_and_is_given_per_image(side: Comparable) -> None:
     """MEAL-V2#10: 0.01 or 0.1?"""
     report = compare_recipes(
         altered(side, ("config.optimization.learning_rate", 0.01), ("config.seed", 3), ("config.trainer.compile", 1)),
@@ -146,7 +146,7 @@ def test_a_setting_without_effect_is_cosmetic(side: Comparable) -> None:
     assert not is_inert("augmentation.random_erasing.probability", {"augmentation.random_erasing.probability": 0.0})
 
 
-def test_equal_learning_rates_per_image_are_said_to_be_equal(side: Comparable) -> None:
+def test_equal_learning_rates_per_image_are_called_equal(side: Comparable) -> None:
     report = compare_recipes(
         altered(side, ("config.optimization.learning_rate", 0.1), ("config.optimization.batch_size", 32)),
         altered(side, ("config.optimization.learning_rate", 0.2), ("config.optimization.batch_size", 64)),
@@ -180,7 +180,7 @@ def test_code_that_no_configuration_shows_is_found_in_the_live_objects(side: Com
     assert first(report) == "augmentation.pixels, SHA-256"
 
 
-def test_hashes_that_have_to_differ_are_not_said_twice(side: Comparable) -> None:
+def test_hashes_that_have_to_differ_are_not_listed_twice(side: Comparable) -> None:
     """Another seed begins with other weights and draws other pixels."""
     other = altered(
         side,

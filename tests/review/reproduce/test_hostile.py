@@ -29,8 +29,8 @@ from recipe.review.reproduce.command import DOCUMENT_HASH_FILE, plan_reproductio
 from recipe.review.reproduce.parse import parse_config, parse_recipe
 from recipe.run.files import CHECKOUT
 from recipe.run.provenance import source_sha256
-from tests.conftest import compose_config
-from tests.document.test_document import evaluation_record, facts, preprocessing_record, training_record
+from tests.builders.configs import compose_config
+from tests.builders.records import evaluation_record, facts, preprocessing_record, training_record
 
 Change = Callable[[dict[str, Any]], Any]
 COMPOSED, SOURCE = cache(compose_config), cache(source_sha256)
@@ -431,7 +431,7 @@ def raw(block: dict[str, Any], old: str, new: str) -> str:
         ("```json\n{", "```json\n[{", "holds no"),
     ],
 )
-def test_odd_blocks(block: dict[str, Any], old: str, new: str, message: str) -> None:
+def test_malformed_blocks(block: dict[str, Any], old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         plan_of(raw(block, old, new))
 

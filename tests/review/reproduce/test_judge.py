@@ -33,16 +33,8 @@ from recipe.run.records import (
     from_json,
     to_json,
 )
-from tests.document.test_document import (
-    HOSTILE,
-    assert_tables_are_even,
-    evaluation_record,
-    facts,
-    preprocessing_record,
-    provenance,
-    sha,
-    training_record,
-)
+from tests.builders.documents import HOSTILE, assert_tables_are_even
+from tests.builders.records import evaluation_record, facts, preprocessing_record, provenance, sha, training_record
 
 CIRCUMSTANCES = {"CPU threads": 2, "the device": "cpu"}
 OTHER = ["CPU threads: 2 there, 1 here"]
@@ -194,7 +186,7 @@ def test_only_several_seeds_tell_whether_the_same_was_reached(correct: tuple[int
         ),
     ],
 )
-def test_whole_numbers_and_orders_differ_on_any_machine(change: dict[str, Any], claim: str) -> None:
+def test_integers_and_orders_differ_on_any_machine(change: dict[str, Any], claim: str) -> None:
     assert levels(recipe(), facts(**change), OTHER)[claim] == DIFFERS
 
 
@@ -204,13 +196,13 @@ def test_rounded_bits_differ_in_equal_circumstances_only() -> None:
     assert levels(recipe(), ours, OTHER)["augmentation of a fixed image"] == CANNOT_TELL
 
 
-def test_stages_that_were_not_run_are_said() -> None:
+def test_stages_that_were_not_run_are_named() -> None:
     found = levels(recipe(), facts(evaluation=None), [])
     assert found["evaluation"] == CANNOT_TELL
     assert found["trained weights"] == BIT_EXACT
 
 
-def test_the_report_is_whole_and_harmless() -> None:
+def test_the_report_is_complete_and_harmless() -> None:
     claims = [
         JudgedClaim(claim=HOSTILE, level=level, claimed=HOSTILE, found={"a": HOSTILE}, why=HOSTILE)
         for level in (BIT_EXACT, DIFFERS)

@@ -28,7 +28,7 @@ from recipe.run.directory import Run
 from recipe.run.records import EvaluationRecord, JournalRecord, ReproductionRecord, TrainingRecord
 from recipe.stages.evaluate import evaluate_run
 from recipe.training.loop import train
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.builders.configs import SMALL_DEMO, compose_config
 
 
 @contextmanager
@@ -98,7 +98,9 @@ def test_the_document_alone_gives_the_same_bits(emitted: Path, reproduced: tuple
     assert found.verdict.startswith(BIT_EXACT)
 
 
-def test_the_report_names_the_document_and_nothing_lies_elsewhere(emitted: Path, reproduced: tuple[Run, int]) -> None:
+def test_the_report_names_the_document_and_nothing_is_written_elsewhere(
+    emitted: Path, reproduced: tuple[Run, int]
+) -> None:
     run, _ = reproduced
     digest = hashlib.sha256(emitted.read_bytes()).hexdigest()
     assert record(run).document_sha256 == digest

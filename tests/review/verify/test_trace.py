@@ -33,7 +33,7 @@ def test_the_same_code_gives_the_same_bits_and_no_finding(clean: Fingerprint) ->
     assert {step.epoch for step in clean.steps} == set(range(5)), "the steps are spread over the whole schedule"
 
 
-def test_what_another_recipe_left_behind_changes_nothing() -> None:
+def test_state_left_by_another_recipe_changes_nothing() -> None:
     """torch wraps an optimizer class at its first use, and ours is a subclass of one of its own."""
     decoupled = ("experiment=smoke", "optimization.epochs=1", "optimization.optimizer=sgdw")
     script = "from benchmarks.canary import taken; from recipe.run.records import to_json; import sys;"

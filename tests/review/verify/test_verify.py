@@ -23,7 +23,7 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
 from recipe.training.optim import LearningRate
-from tests.conftest import SMALL_DEMO, compose_config
+from tests.builders.configs import SMALL_DEMO, compose_config
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_an_entry_point_that_does_not_load_is_drift(
         ("python train.py optimization.step_epochs=[2,4]", ["optimization.step_epochs=[2,4]"]),
     ],
 )
-def test_of_a_strangers_command_only_plain_settings_are_taken(finished: Path, command: str, kept: list[str]) -> None:
+def test_of_a_foreign_command_only_plain_settings_are_taken(finished: Path, command: str, kept: list[str]) -> None:
     subject = open_recipe(finished / "run")
     assert subject.block is not None
     subject.block["code"]["command"] = command

@@ -82,7 +82,7 @@ def test_phases_end_after_the_warm_up_and_after_each_fall() -> None:
     assert phases(4, [0, 0]) == [1, 1, 1, 1]
 
 
-def test_the_spread_before_a_fall_of_the_rate_does_not_widen_the_band_behind_it() -> None:
+def test_the_spread_before_a_fall_of_the_rate_does_not_widen_the_band_after_it() -> None:
     noise = np.random.default_rng(2).normal(size=(20, 12))
     noise[:, 6:] *= 0.1
     apart, _ = pooled(noise, phases(12, [0, 6]))
@@ -158,7 +158,7 @@ def test_the_detectable_shift_is_that_of_the_noncentral_t(quantile: float, degre
     assert inside == pytest.approx(0.1, abs=1e-4)
 
 
-def test_the_detectable_shift_is_found_as_often_as_said() -> None:
+def test_the_detectable_shift_is_found_as_often_as_stated() -> None:
     generator, repeats, count = np.random.default_rng(5), 1000, 5
     found = 0
     for _ in range(repeats):

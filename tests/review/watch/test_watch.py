@@ -24,7 +24,7 @@ from recipe.review.watch.statistics import OFF_TRACK, ON_TRACK, WATCHED_METRICS
 from recipe.run.directory import Run
 from recipe.run.records import SeedRun, SeedsRecord, to_json
 from recipe.training import loop
-from tests.conftest import compose_config
+from tests.builders.configs import compose_config
 
 EPOCHS, STEPS_PER_EPOCH, SPREAD = 6, 4, 0.01
 Values = dict[str, list[Any]]
@@ -309,7 +309,7 @@ def test_deep_nesting_and_huge_trainings_are_refused(capsys: pytest.CaptureFixtu
     refused(["watch", run, "--against", write_reference(config=config)], capsys)
 
 
-def test_what_a_stranger_wrote_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_text_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     config = copy.deepcopy(CONFIG)
     config["model"]["\x1b[2Jevil"] = "\x1b]0;title\x07"
     error = refused(["watch", write_run(course(77)), "--against", write_reference(config=config)], capsys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import shutil
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,36 +13,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image
 from scipy.io import savemat
 
 from recipe.config.schema import Config, Corrupt, DataConfig, Expectation, Source
+from recipe.data.shards import open_split
+from tests.builders.images import jpeg
 
 WNIDS = ("n01440764", "n02085620", "n03445777")  # sorted, so that labels are 0, 1, 2
 NAMES = ("tench, Tinca tinca", "Chihuahua", "golf ball")
 ILSVRC_IDS = (3, 1, 2)  # of the devkit; none is the label + 1
 VALIDATION_LABELS = (2, 0, 1, 1, 0, 2)
 Images = Mapping[str, bytes]
-
-
-def pixels(name: str, width: int = 40, height: int = 30, channels: int = 3) -> Image.Image:
-    """A picture that differs with its name."""
-    generator = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()[:8]))
-    coarse = generator.integers(0, 256, (4, 4, channels), dtype=np.uint8)
-    image = Image.fromarray(coarse if channels > 1 else coarse[:, :, 0])
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
-    """The bytes of an image file."""
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
-def jpeg(name: str) -> bytes:
-    """A JPEG whose size and content follow from its name."""
-    return encoded(pixels(name, 30 + len(name), 20 + ord(name[-1]) % 16), quality=90)
 
 
 def train_images(per_class: int = 4) -> dict[str, bytes]:
@@ -184,3 +166,24 @@ def data_config(raw_dir: Path | str, directory: Path, **changes: Any) -> DataCon
 def config(raw_dir: Path | str, directory: Path, **changes: Any) -> Config:
     """As much of a configuration as preprocessing looks at."""
     return cast(Config, SimpleNamespace(data=data_config(raw_dir, directory, **changes)))
+
+
+def content_of(directory: Path) -> dict[str, str]:
+    """File -> SHA-256 of everything that has to be equal."""
+    names = sorted(path for path in directory.iterdir() if path.suffix in (".tar", ".npy") or path.stem == "manifest")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+VICTIM = 57
+
+
+def with_damaged_image(data_directory: Path, copy: Path) -> tuple[str, str]:
+    """A copy of the data set with zeros in one image; its key and its shard."""
+    shutil.copytree(data_directory, copy)
+    split = open_split(copy, "train")
+    entry = split.index[VICTIM]
+    shard = split.shards[int(entry["shard"])].name
+    with (copy / shard).open("r+b") as handle:
+        handle.seek(int(entry["offset"]))
+        handle.write(bytes(64))
+    return split.key(VICTIM), shard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from recipe.run.directory import Run
 from recipe.run.files import write_atomically
 from recipe.run.provenance import commit, source_sha256
 from recipe.run.records import ClassCounts, InferenceRecord, Provenance, SerializationRecord, VariantFacts
-from tests.document import test_document as document
-from tests.document import test_latency
+from tests.builders import records
+from tests.builders.records import CONFIG, metric_rows, preprocessing_record, sha, training_record
 
 CLASSES, IMAGES_PER_CLASS = 12, 40
 CORRECT = [40, 38, 33, 36, 37, 40, 31, 39, 34, 36, 35, 32]
@@ -36,7 +35,7 @@ def here(command: str, **changes: Any) -> Provenance:
     """A stage that ran on the code of this checkout."""
     source = source_sha256()
     known: dict[str, Any] = {"commit": commit(), "source_sha256": source, "source_sha256_at_end": source}
-    return document.provenance(command, **{**known, **changes})
+    return records.provenance(command, **{**known, **changes})
 
 
 def predictions(correct: list[int] = CORRECT, within_5: list[int] = CORRECT_TOP5) -> bytes:
@@ -55,12 +54,8 @@ def predictions(correct: list[int] = CORRECT, within_5: list[int] = CORRECT_TOP5
     return buffer.getvalue()
 
 
-def sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def evaluation_record(weights: str, content: bytes) -> Any:
-    names = document.evaluation_record().per_class
+def evaluation_of(weights: str, content: bytes) -> Any:
+    names = records.evaluation_record().per_class
     rows = [
         ClassCounts(
             index=index,
@@ -72,9 +67,9 @@ def evaluation_record(weights: str, content: bytes) -> Any:
         )
         for index in range(CLASSES)
     ]
-    return document.evaluation_record(
+    return records.evaluation_record(
         provenance=here("python evaluate.py run_dir=runs/demo", started="2026-11-23T22:00:00Z"),
-        inputs={"manifest": document.sha("manifest"), "weights": weights},
+        inputs={"manifest": sha("manifest"), "weights": weights},
         outputs={PREDICTIONS: sha(content)},
         correct_top5=sum(CORRECT_TOP5),
         per_class=rows,
@@ -102,7 +97,7 @@ def serialization_record(weights: str, config_sha256: str, files: dict[str, byte
         config_sha256=config_sha256,
         settings={},
         provenance=here("python serialize.py run_dir=runs/demo", started="2026-11-23T22:10:00Z"),
-        inputs={"weights": weights, "manifest": document.sha("manifest")},
+        inputs={"weights": weights, "manifest": sha("manifest")},
         outputs={name: sha(content) for name, content in files.items()},
         checkpoint="step-00000296.pt",
         protocol="top1-resize72-crop64-bilinear",
@@ -124,17 +119,17 @@ def inference_record(weights: str, config_sha256: str) -> InferenceRecord:
     return InferenceRecord(
         config_sha256=config_sha256,
         provenance=here("python -m recipe.stages.infer run_dir=runs/demo", started="2026-11-23T22:20:00Z"),
-        inputs={"weights": weights, "manifest": document.sha("manifest")},
+        inputs={"weights": weights, "manifest": sha("manifest")},
         outputs={},
         class_count=CLASSES,
         label_convention="sorted",
-        pictures=[test_latency.picture("puppy.jpg", None)],
+        pictures=[records.picture("puppy.jpg", None)],
     )
 
 
 def complete_run(directory: Path, weights_sha256: Callable[[Path], str]) -> Run:
     """Every stage, as if it had run; `weights_sha256` says which hash the weights' file has."""
-    run = document.write_run(directory)
+    run = write_run(directory)
     write_atomically(run.checkpoints / "step-00000296.safetensors", safetensors.numpy.save(WEIGHTS))
     write_atomically(run.checkpoints / "step-00000296.pt", b"a checkpoint")
     write_atomically(run.checkpoints / "step-00000296.pt.sha256", f"{sha(b'a checkpoint')}\n".encode())
@@ -143,18 +138,18 @@ def complete_run(directory: Path, weights_sha256: Callable[[Path], str]) -> Run:
     files = {"onnx/model-fp32.onnx": b"a model", exported: predictions()}
     for name, each in {PREDICTIONS: content, **files}.items():
         write_atomically(directory / name, each)
-    training = document.training_record(
+    training = training_record(
         provenance=here("python train.py experiment=demo"),
-        outputs={"weights": weights, "checkpoint": document.sha("checkpoint")},
+        outputs={"weights": weights, "checkpoint": sha("checkpoint")},
     )
     preprocessed = here("python preprocess.py experiment=demo", started="2026-11-23T20:00:00Z")
-    run.write(document.preprocessing_record(provenance=preprocessed))
+    run.write(preprocessing_record(provenance=preprocessed))
     run.write(training)
-    run.write(evaluation_record(weights, content))
+    run.write(evaluation_of(weights, content))
     run.write(serialization_record(weights, training.config_sha256, files))
     run.write(inference_record(weights, training.config_sha256))
     timed = here("python -m recipe.stages.infer run_dir=runs/demo", started="2026-11-23T22:20:00Z")
-    run.write_timing(test_latency.timing(weights=weights, provenance=timed))
+    run.write_timing(records.timing(weights=weights, provenance=timed))
     (run.directory / "tensorboard").mkdir()
     write_document(run, "runs/demo")
     return run
@@ -215,3 +210,12 @@ def set_at(*keys: str | int, value: Any) -> Callable[[Any], None]:
         values[keys[-1]] = value
 
     return change
+
+
+def write_run(directory: Path) -> Run:
+    run = Run(directory)
+    run.write_config(CONFIG)
+    for record in (preprocessing_record(), training_record(), records.evaluation_record()):
+        run.write(record)
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in metric_rows()))
+    return run

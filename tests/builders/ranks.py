@@ -7,10 +7,11 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
-def run_world(size: int, worker: Callable[..., Any], *arguments: Any) -> list[Any]:
+def spawn_ranks(size: int, worker: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`worker(*arguments)` in `size` fresh processes; the results in the order of ranks."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
@@ -48,7 +49,7 @@ def torchrun_environment(rank: int, size: int, nodes: int = 1) -> dict[str, str]
     }
 
 
-def meet_elsewhere() -> None:
+def use_next_port() -> None:
     """Before ranks join again in the same processes: the first one's old store may still be there."""
     if "MASTER_PORT" in os.environ:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
@@ -58,3 +59,9 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

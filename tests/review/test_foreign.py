@@ -21,8 +21,8 @@ from recipe.review.opening import open_recipe
 from recipe.review.verify.files import BROKEN, links
 from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT, file_name, is_inside, read_file
-from tests.document.test_latency import timing
-from tests.review.factory import change_record
+from tests.builders.records import timing
+from tests.builders.runs import change_record
 
 pytestmark = pytest.mark.timeout(120)
 Damage = Callable[[Path], None]
