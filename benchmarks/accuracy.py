@@ -26,10 +26,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from recipe.config.compose import to_config
-from recipe.config.schema import Config
-from recipe.models.build import build_model
-from recipe.run.files import CHECKOUT
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+from recipe.config.compose import to_config  # noqa: E402
+from recipe.config.schema import Config  # noqa: E402
+from recipe.models.build import build_model  # noqa: E402
 
 WORDS = [
     "experiment=smoke",

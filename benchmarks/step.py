@@ -38,20 +38,23 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
-from recipe.config.compose import to_config
-from recipe.config.schema import Config
-from recipe.data.batches import Batch
-from recipe.data.transforms import Normalisation
-from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of, memory_format, start_world
-from recipe.evaluation import predictor
-from recipe.inference.latency import clock_facts, machine_name
-from recipe.models.build import build_model
-from recipe.run.environment import shown_argument, versions
-from recipe.run.files import CHECKOUT, write_atomically
-from recipe.run.provenance import commit, tree_state
-from recipe.run.records import now
-from recipe.training.optim import build_loss, build_optimizer
-from recipe.training.step import TrainStep, compiled
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+from recipe.config.compose import to_config  # noqa: E402
+from recipe.config.schema import Config  # noqa: E402
+from recipe.data.batches import Batch  # noqa: E402
+from recipe.data.transforms import Normalisation  # noqa: E402
+from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of, memory_format, start_world  # noqa: E402
+from recipe.evaluation import predictor  # noqa: E402
+from recipe.inference.latency import clock_facts, machine_name  # noqa: E402
+from recipe.models.build import build_model  # noqa: E402
+from recipe.run.environment import shown_argument, versions  # noqa: E402
+from recipe.run.files import write_atomically  # noqa: E402
+from recipe.run.provenance import commit, tree_state  # noqa: E402
+from recipe.run.records import now  # noqa: E402
+from recipe.training.optim import build_loss, build_optimizer  # noqa: E402
+from recipe.training.step import TrainStep, compiled  # noqa: E402
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 CLASSES = 1000
