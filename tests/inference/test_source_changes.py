@@ -91,6 +91,7 @@ STAGES: dict[str, Callable[[Config], Provenance]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_file_touched_during_a_stage_is_in_its_record(
     copied: Config, stage: str, monkeypatch: pytest.MonkeyPatch
