@@ -259,6 +259,7 @@ def test_processes_that_see_different_data_stop(tmp_path: Path) -> None:
         launch(different_data, two_processes(tmp_path))
 
 
+@pytest.mark.process
 def test_launch_gives_the_first_processs_result(tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     result = launch(report, two_processes(tmp_path))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe.training.energy import EnergyMeter, accelerator_joules
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
@@ -23,6 +22,7 @@ from recipe.inference.latency import milliseconds, milliseconds_on_gpu
 from recipe.models.build import build_model
 from recipe.run.directory import Run
 from recipe.training.optim import build_loss, build_optimizer
+from recipe.training.record import EnergyMeter, accelerator_joules
 from recipe.training.step import TrainStep, compiled
 from tests.builders.configs import compose_config
 from tests.builders.records import session
