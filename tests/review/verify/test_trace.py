@@ -126,7 +126,7 @@ def test_the_canary_is_the_recipe_but_for_what_a_laptop_cannot_do(name: str, tmp
     config = config_from_overrides([f"experiment={name}"])
     small = canary_config(config, tmp_path)
     assert max(small.augmentation.crop_pixels, small.evaluation.crop_pixels) <= LARGEST_PIXELS
-    assert small.optimization.batch_size % (small.augmentation.repeats * 1) == 0
+    assert small.optimization.batch_size % (small.augmentation.repeated_augmentation) == 0
     assert small.optimization.batch_size % small.augmentation.mixup.group_size == 0
     before, after = flatten(config.pinned.values), flatten(small.pinned.values)
     changed = {key for key in before if before[key] != after[key]}
@@ -137,7 +137,10 @@ MADE_SMALLER = {
     *(f"data.{name}" for name in ("name", "source", "expect", "train_images_per_class", "validation_images_per_class")),
     *(f"optimization.{name}" for name in ("batch_size", "learning_rate")),
     *(f"optimization.ema.{name}" for name in ("every_steps", "precise_bn_images")),
-    *(f"augmentation.{name}" for name in ("crop_pixels", "progressive.first_pixels", "progressive.multiple")),
+    *(
+        f"augmentation.{name}"
+        for name in ("crop_pixels", "progressive_resizing.first_pixels", "progressive_resizing.multiple")
+    ),
     "augmentation.mixup.group_size",
     *(f"trainer.{name}" for name in ("precision", "compile", "deterministic", "log_every_steps")),
     *(f"evaluation.{name}" for name in ("resize_pixels", "crop_pixels", "batch_size")),
