@@ -252,7 +252,7 @@ from recipe.config.schema import Corrupt, Source
 from recipe.preprocessing.pipeline import preprocess
 from tests.builders.layouts import config
 if __name__ == "__main__":
-    preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, on_corrupt=Corrupt.skip))
+    preprocess(config(sys.argv[1], Path(sys.argv[2]), source=Source.folder, on_corrupt=Corrupt.skip, processes=1))
 """
 
 

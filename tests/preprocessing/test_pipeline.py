@@ -199,7 +199,7 @@ def noting(*arguments):
 shard_writer.store = noting
 if __name__ == "__main__":
     import torch
-    preprocess(config({raw!r}, Path({out!r})))
+    preprocess(config({raw!r}, Path({out!r}), processes=1))
 """
 
 
