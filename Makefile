@@ -55,7 +55,7 @@ hardware: setup  ## all that a machine with a GPU is wanted for: RAW_DIR=folder 
 reproduce: setup  ## train in a temporary folder, delete all but the document, run it again: the same bits?
 	PYTHON="$(CURDIR)/$(BIN)/python" tests/reproduce.sh $(EXPERIMENT)
 
-test-fast: setup  ## the tests that start no process and train nothing: a minute
+test-fast: setup  ## the tests that start no process and train nothing: two to three minutes on 2 cores
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow and not process"
 
 test: setup  ## every test but for the slow ones
