@@ -80,7 +80,16 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of the data set in `directory`; raises `UserError` that says how to make one where there is none."""
+    """The manifest of the data set in `directory`; raises `UserError` with the command to make one if it is missing."""
+    return _manifest_and_sha256(directory)[0]
+
+
+def manifest_sha256(directory: str | Path) -> str:
+    """The identity of a data set in records."""
+    return _manifest_and_sha256(directory)[1]
+
+
+def _manifest_and_sha256(directory: str | Path) -> tuple[Manifest, str]:
     path = Path(directory) / MANIFEST
     try:
         content = path.read_bytes()
@@ -91,15 +100,9 @@ def read_manifest(directory: str | Path) -> Manifest:
             "or name its folder with data.directory="
         ) from None
     try:
-        return from_json(content, Manifest, display_path(path))
+        return from_json(content, Manifest, display_path(path)), hashlib.sha256(content).hexdigest()
     except UserError as error:
         raise UserError(f"{error}; delete that file and run `python preprocess.py` again") from error
-
-
-def manifest_sha256(directory: str | Path) -> str:
-    """The identity of a data set, as records name it."""
-    read_manifest(directory)
-    return hashlib.sha256((Path(directory) / MANIFEST).read_bytes()).hexdigest()
 
 
 def read_record(directory: Path) -> PreprocessingRecord:
@@ -116,10 +119,10 @@ def read_record(directory: Path) -> PreprocessingRecord:
 def open_dataset(data: DataConfig, run: Run | None = None) -> tuple[Manifest, str]:
     """The manifest of `data.directory` and its hash; copies the record of preprocessing into `run`, if one is given.
 
-    Raises `UserError` where there is no data set, or one that was made with other settings.
+    Raises `UserError` if the data set is missing or was made with other settings.
     """
     directory = Path(data.directory)
-    manifest = read_manifest(directory)
+    manifest, sha256 = _manifest_and_sha256(directory)
     changed = differences(manifest.settings, data_settings(data))
     if changed:
         raise UserError(
@@ -132,7 +135,7 @@ def open_dataset(data: DataConfig, run: Run | None = None) -> tuple[Manifest, st
         except UserError as error:
             raise UserError(f"{error}: run `python preprocess.py` again") from error
         copy_record(run, directory, record)
-    return manifest, manifest_sha256(directory)
+    return manifest, sha256
 
 
 def copy_record(run: Run, directory: Path, record: PreprocessingRecord) -> None:

@@ -82,15 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; the data set must have been prepared."""
     config = config_from_overrides(arguments.words)
-    images = read_manifest(config.data.directory).splits["train"].images
+    manifest = read_manifest(config.data.directory)
     with start_world(config.trainer) as world:
-        findings = examined(config, world)
+        findings = examined(config, len(manifest.classes), world)
     print(report(findings))
-    print(training_time(findings, config.optimization.epochs, images))
+    print(training_time(findings, config.optimization.epochs, manifest.splits["train"].images))
     return 0
 
 
-def examined(config: Config, world: World) -> Findings:
+def examined(config: Config, classes: int, world: World) -> Findings:
     split, decoder = open_split(config.data.directory, "train"), build_decoder(config.loader.decoder)
     chosen = sample(split, config.seed)
     augmentation = build_augmentation(config.augmentation, config.seed)
@@ -111,7 +111,7 @@ def examined(config: Config, world: World) -> Findings:
         "copy": copy_rate(config, world),
     }
     torch.set_num_threads(usable_cores())
-    model = processes * model_rate(config, world, processes)
+    model = processes * model_rate(config, classes, world, processes)
     copy = None if rates["copy"] is None else processes * rates["copy"]
     return Findings(**(rates | {"copy": copy}), model=model, cores=usable_cores())  # type: ignore[arg-type]
 
@@ -176,9 +176,8 @@ def copy_rate(config: Config, world: World) -> float | None:
     return rate(len(images), work)
 
 
-def model_rate(config: Config, world: World, processes: int) -> float:
+def model_rate(config: Config, classes: int, world: World, processes: int) -> float:
     """Images per second of one process's training steps on data that is on the device."""
-    classes = len(read_manifest(config.data.directory).classes)
     model = build_model(config.model, classes, config.seed, config.optimization.bce.init_head_bias)
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     train_step = TrainStep(
