@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -17,12 +17,6 @@ from recipe.config.schema import Config
 from recipe.run.records import SerializationRecord
 from recipe.run.terminal import handlers_put_back
 from tests.builders.configs import SMALL_DEMO, compose_config
-
-if TYPE_CHECKING:
-    pass
-
-Compose = Callable[..., Config]
-
 
 STARTING_FIXTURES = {"smoke", "emitted", "reproduced", "executed", "proven", "trained", "two", "two_and_three"}
 

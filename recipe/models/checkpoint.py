@@ -144,7 +144,7 @@ def interface_of(state: State, where: str) -> Interface:
 
 
 def newest_checkpoint(directory: Path) -> State | None:
-    """The newest valid checkpoint's state, or None where there are no checkpoints.
+    """The state of the newest valid checkpoint; None without checkpoints.
 
     Damaged ones are renamed to `.corrupt` with a warning. Raises `UserError` where all are damaged: training never
     starts over in silence.

@@ -1,7 +1,7 @@
 """Checkpoints of a training: what binds a run to its configuration, when it is saved, and how it continues.
 
 The order of an epoch and the pixels of a sample are functions of the seed, so the position in the data is (epoch,
-batch); the learning rate is a function of the step. There is no generator and no scheduler to save.
+batch); the learning rate is a function of the step. So no generator or scheduler needs saving.
 
 A checkpoint is written after the last step of every epoch, every `trainer.save_every_steps`, and on a stop request.
 An epoch is saved before its validation, so a validation that fails costs no training: the same command validates
@@ -255,7 +255,7 @@ def _save_or_warn(training: Training, must_succeed: bool) -> None:
 
 
 def _save(training: Training) -> None:
-    """Write the checkpoint, then delete those that are no longer needed."""
+    """Write the checkpoint, then prune old ones."""
     model, progress, train_step = training.model.state_dict(), training.progress, training.train_step
     if not all(torch.isfinite(tensor).all() for tensor in model.values()):
         raise NonFiniteError(
