@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -19,30 +19,46 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from recipe.document.curves import MetricRow, Points, evenly, figure_names, points
+from recipe.document.curves import Points, evenly, figure_names, points
 from recipe.document.formatting import percent
 from recipe.document.latency import latency_file, machine_title, single_pictures
-from recipe.run.records import ClassifiedPicture, InferenceRecord, TimingRecord, TrainingRecord
+from recipe.document.run_data import MetricRow, RunData
+from recipe.run.records import (
+    ClassifiedPicture,
+    Latency,
+    PreprocessingRecord,
+    SeedsRecord,
+    TimingRecord,
+    TrainingRecord,
+)
 
 SIZE_INCHES = (7.2, 3.4)
 DOTS_PER_INCH = 100
 TRAIN, VALIDATION, OTHER = "#0b6e99", "#d1495b", "#6b7280"
 LOGGED_DOTS = 40  # few enough to leave the schedule visible
-WITH_THOUSANDS = "{x:,.0f}"
+WITH_THOUSANDS, PLAIN_NUMBER = "{x:,.0f}", "{x:g}"
+BARS_MAX = 40  # classes
 THUMBNAIL_INCHES = (2.6, 2.6)
 SHEET_COLUMNS = 4
 COLORS = (TRAIN, VALIDATION, "#e9a23b", "#6b7280", "#7b5ea7", "#3b8f5a", "#a0522d")
 CLASS_NAME_LETTERS = 28  # on an axis
 
 
-def draw(training: TrainingRecord | None, metrics: Sequence[MetricRow]) -> dict[str, bytes]:
-    """File name -> PNG of the training dynamics, for every figure that has data."""
-    if training is None:
-        return {}
-    return {
-        f"{name}.png": png(partial(DRAWERS[name], training=training, metrics=metrics))
-        for name in figure_names(training, metrics)
-    }
+def draw(facts: RunData) -> dict[str, bytes]:
+    """File name -> PNG of every figure that the records give."""
+    drawers: dict[str, Callable[[Figure], None]] = {}
+    training, metrics = facts.training, facts.metrics
+    if facts.preprocessing is not None:
+        drawers["images_per_class"] = partial(draw_images_per_class, data=facts.preprocessing)
+    if training is not None:
+        drawers["accuracy"] = partial(draw_accuracy, training=training, seeds=facts.seeds)
+        drawers["loss"] = partial(draw_loss, training=training, metrics=metrics)
+        drawers["learning_rate"] = partial(draw_learning_rate, training=training, metrics=metrics)
+        drawers["throughput"] = partial(draw_throughput, metrics=metrics)
+    if facts.inference is not None and facts.inference.pictures:
+        drawers["guesses"] = partial(_draw_guesses, picture=facts.inference.pictures[0])
+    drawn = {f"{name}.png": png(drawers[name]) for name in figure_names(facts)}
+    return drawn | {latency_file(record): latency_png(record) for record in facts.timing if single_pictures(record)}
 
 
 def png(drawer: Callable[[Figure], None], size_inches: tuple[float, float] = SIZE_INCHES) -> bytes:
@@ -53,14 +69,6 @@ def png(drawer: Callable[[Figure], None], size_inches: tuple[float, float] = SIZ
         content = BytesIO()
         figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
-
-
-def draw_inference(inference: InferenceRecord | None, timing: Sequence[TimingRecord]) -> dict[str, bytes]:
-    """File name -> PNG of the latencies of each machine, and of the first picture's classes."""
-    drawn = {latency_file(record): latency_png(record) for record in timing if single_pictures(record)}
-    if inference is not None and inference.pictures:
-        drawn["guesses.png"] = guesses_png(inference.pictures[0])
-    return drawn
 
 
 def guesses_png(picture: ClassifiedPicture) -> bytes:
@@ -78,18 +86,50 @@ def thumbnail_png(pixels: NDArray[np.uint8]) -> bytes:
     return png(lambda figure: show_pixels(figure.add_subplot(), pixels), THUMBNAIL_INCHES)
 
 
-def sheet_png(pictures: Sequence[ClassifiedPicture], pixels: Sequence[NDArray[np.uint8]]) -> bytes:
-    """Pictures of the data set, each with its class and the model's first guess."""
-    rows = -(-len(pictures) // SHEET_COLUMNS)
-    return png(partial(_draw_sheet, pictures=pictures, pixels=pixels, rows=rows), (7.2, 2.1 * rows))
+class Tile(NamedTuple):
+    """A picture of a sheet with two lines above it."""
+
+    pixels: NDArray[np.uint8]  # [3, H, W]
+    name: str
+    below: str  # second line
+    is_wrong: bool = False
 
 
-def draw_accuracy(figure: Figure, training: TrainingRecord, metrics: Sequence[MetricRow]) -> None:
+def sheet_png(tiles: Sequence[Tile]) -> bytes:
+    """Pictures in rows of four."""
+    rows = -(-len(tiles) // SHEET_COLUMNS)
+    return png(partial(_draw_sheet, tiles=tiles, rows=rows), (7.2, 2.1 * rows))
+
+
+def draw_images_per_class(figure: Figure, data: PreprocessingRecord) -> None:
+    """A bar for each of a few classes in their order, else a curve over the sorted classes."""
+    axes = tidy(figure.add_subplot(), "class index", "images")
+    for color, (name, split) in zip(COLORS, data.splits.items(), strict=False):
+        counts = split.images_per_class
+        if len(counts) > BARS_MAX:
+            axes.set_xlabel("classes, from the most images to the fewest")
+            axes.plot(sorted(counts, reverse=True), color=color, label=name)
+        else:
+            axes.bar(range(len(counts)), counts, color=color, label=name, width=0.8 if color == COLORS[0] else 0.5)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(WITH_THOUSANDS)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(axes, "lower right")
+
+
+def draw_accuracy(figure: Figure, training: TrainingRecord, seeds: SeedsRecord | None) -> None:
     axes = tidy(figure.add_subplot(), "epoch", "accuracy (%)")
     train, top1, top5 = (
         [(epoch.epoch, 100 * getattr(epoch, name)) for epoch in training.epochs]
         for name in ("train_top1", "validation_top1", "validation_top5")
     )
+    if seeds is not None and len(seeds.runs) > 1:
+        least, most = (
+            [100 * end(values) for values in zip(*(run.epochs["validation_top1"] for run in seeds.runs), strict=False)]
+            for end in (min, max)
+        )
+        label = f"validation top-1 of {len(seeds.runs)} seeds, lowest to highest"
+        axes.fill_between(range(1, len(least) + 1), least, most, color=VALIDATION, alpha=0.25, linewidth=0, label=label)
     line(axes, train, TRAIN, "train top-1 (augmented images, mean of the epoch)", "o-")
     line(axes, top1, VALIDATION, "validation top-1", "o-")
     line(axes, top5, VALIDATION, "validation top-5", "--")
@@ -120,7 +160,7 @@ def draw_learning_rate(figure: Figure, training: TrainingRecord, metrics: Sequen
     legend(axes)
 
 
-def draw_throughput(figure: Figure, training: TrainingRecord, metrics: Sequence[MetricRow]) -> None:
+def draw_throughput(figure: Figure, metrics: Sequence[MetricRow]) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tidy(upper, "", "images / s")
     line(upper, points(metrics, "train", "step", "images_per_second"), TRAIN, "training throughput", ".-")
@@ -158,16 +198,25 @@ def _draw_guesses(figure: Figure, picture: ClassifiedPicture) -> None:
 
 
 def _draw_latency(figure: Figure, record: TimingRecord) -> None:
+    """Distributions side by side, on a logarithmic axis that ends after the slowest call but one in ten."""
     axes = tidy(figure.add_subplot(), "milliseconds for one picture, preprocessing included", "calls (%)")
     cells = single_pictures(record)
     for number, cell in enumerate(cells):
         shares = np.linspace(0, 100, len(cell.histogram_milliseconds))
         label = f"{cell.backend}, {cell.precision}"
         axes.plot(cell.histogram_milliseconds, shares, color=COLORS[number % len(COLORS)], label=label)
-    axes.set_xlim(0, 1.6 * max(np.quantile(cell.histogram_milliseconds, 0.9) for cell in cells))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PLAIN_NUMBER)
+    axes.xaxis.set_minor_formatter(PLAIN_NUMBER if _decades(cells) < 1.5 else "")
+    axes.tick_params(axis="x", which="both", labelsize=9)
     axes.set_ylim(0, 100)
     axes.set_title(machine_title(record), fontsize=10)
-    legend(axes, "lower right")
+    figure.legend(loc="outside right center", fontsize=8).get_frame().set_linewidth(0)
+
+
+def _decades(cells: Sequence[Latency]) -> float:
+    values = [value for cell in cells for value in cell.histogram_milliseconds if value > 0]
+    return float(np.log10(max(values) / min(values))) if values else 0.0
 
 
 def show_pixels(axes: Axes, pixels: NDArray[np.uint8]) -> None:
@@ -175,18 +224,12 @@ def show_pixels(axes: Axes, pixels: NDArray[np.uint8]) -> None:
     axes.set_axis_off()
 
 
-def _draw_sheet(
-    figure: Figure, pictures: Sequence[ClassifiedPicture], pixels: Sequence[NDArray[np.uint8]], rows: int
-) -> None:
-    for number, (picture, image) in enumerate(zip(pictures, pixels, strict=True), start=1):
+def _draw_sheet(figure: Figure, tiles: Sequence[Tile], rows: int) -> None:
+    for number, tile in enumerate(tiles, start=1):
         axes = figure.add_subplot(rows, SHEET_COLUMNS, number)
-        show_pixels(axes, image)
-        guess = next(iter(picture.guesses.values()))[0]
-        axes.set_title(
-            f"{fitting(picture.label or '?', 22)}\n→ {fitting(guess.name, 18)}, {guess.probability:.0%}",
-            fontsize=8,
-            color="black" if guess.name == picture.label else VALIDATION,
-        )
+        show_pixels(axes, tile.pixels)
+        title = "\n".join(fitting(words, 22) for words in (tile.name, tile.below) if words)
+        axes.set_title(title, fontsize=8, color=VALIDATION if tile.is_wrong else "black")
 
 
 def fitting(name: str, letters: int = CLASS_NAME_LETTERS) -> str:
@@ -218,11 +261,3 @@ def tidy(axes: Axes, x_label: str, y_label: str) -> Axes:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
-
-
-DRAWERS = {
-    "accuracy": draw_accuracy,
-    "loss": draw_loss,
-    "learning_rate": draw_learning_rate,
-    "throughput": draw_throughput,
-}

@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from recipe.config.identity import flatten
 from recipe.run.records import Guess, Hardware, Latency, Provenance, Setting, TreeState
 
 NOTHING = "–"
@@ -120,13 +119,13 @@ def setting(value: Setting) -> Markdown:
     if isinstance(value, list):
         return Markdown(", ".join(setting(entry) for entry in value))
     if isinstance(value, dict):
-        return Markdown(", ".join(f"{text(key)} {setting(entry)}" for key, entry in value.items()))
+        return Markdown(", ".join(f"{text(key)} {_grouped(entry)}" for key, entry in value.items()))
     return text(value) if isinstance(value, str) else Markdown(f"{value:.12g}")
 
 
-def settings(values: dict[str, Setting]) -> list[tuple[Markdown, Markdown]]:
-    """Nested settings as rows of a table, names spelled as words."""
-    return [(text(key.replace("_", " ")), setting(value)) for key, value in flatten(values).items()]
+def _grouped(value: Setting) -> str:
+    """A list or a mapping within a mapping, in parentheses."""
+    return f"({setting(value)})" if isinstance(value, list | dict) and value else setting(value)
 
 
 def name_values(values: dict[str, str]) -> Markdown:
@@ -213,7 +212,6 @@ FILTERS = {
     "duration": duration,
     "size": size,
     "setting": setting,
-    "settings": settings,
     "name_values": name_values,
     "pixel_percentiles": pixel_percentiles,
     "hardware": hardware,

@@ -90,7 +90,7 @@ def result(facts: RunData) -> dict[str, Any]:
 
 def front_matter(values: dict[str, Any], own_keys: str) -> str:
     """The front matter with its dashes; `own_keys` are the lines of people."""
-    content = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    content = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)
     lines = [
         FENCE,
         f"# recipe:begin card sha256={blocks.content_sha256(content)}",
@@ -134,7 +134,7 @@ def split_front_matter(text: str, values: dict[str, Any]) -> tuple[str, str]:
     place = inside.index(CARD_END)
     content = "\n".join(inside[1:place]) + "\n"
     if blocks.content_sha256(content) != begin["sha256"]:
-        wanted = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+        wanted = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)
         raise UserError(
             "the generated part of the front matter of README.md was edited by hand, and the edit would be lost: put "
             f"your keys below `{CARD_END}` and restore the others.\n{blocks.difference(content, wanted)}"

@@ -23,12 +23,11 @@ from urllib.parse import urlsplit
 
 from recipe.config.schema import NAME
 from recipe.document import blocks, figures
-from recipe.document.curves import MetricRow
 from recipe.document.formatting import Markdown, accuracy, code, hardware, percent, table, text, without_commit
 from recipe.document.model_card import LICENCE, readme
 from recipe.document.recipe_json import columns
 from recipe.document.render import check_document, json_file, read_document, seeds_top1
-from recipe.document.run_data import STALE, RunData, load, sections
+from recipe.document.run_data import STALE, MetricRow, RunData, load, sections
 from recipe.errors import UserError
 from recipe.run.directory import Run
 from recipe.run.files import disk_errors, display_path, portable_path, write_atomically
@@ -353,7 +352,7 @@ def fill(folder: Path, main: FinishedRun, output: Path, records: Sequence[Record
     )
     write_atomically(folder / README, page.encode())
     write_atomically(copy.json_file, json_file(published))
-    copy_figures(page, main, copy)
+    copy_figures(page, published, main, copy)
 
 
 def copy_records(main: FinishedRun, copy: Run) -> None:
@@ -384,11 +383,9 @@ def copy_kept(output: Path, copy: Run, main: FinishedRun) -> None:
             write_atomically(copy.directory / name, before.content(source))
 
 
-def copy_figures(page: str, main: FinishedRun, copy: Run) -> None:
-    """The figures that the page shows, drawn from the records where they can be."""
-    facts = main.facts
-    drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= figures.draw_inference(facts.inference, copy.read_all(copy.timing, TimingRecord))
+def copy_figures(page: str, facts: RunData, main: FinishedRun, copy: Run) -> None:
+    """The figures that the page shows, drawn from the published records where they can be."""
+    drawn = figures.draw(facts)
     for link in sorted(set(FIGURE.findall(page))):
         name = Path(link).name
         source, target = main.run.figures / name, copy.figures / name

@@ -7,8 +7,8 @@ run.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 import msgspec
@@ -23,6 +23,7 @@ from recipe.run.records import (
     SeedsRecord,
     SerializationRecord,
     TrainingRecord,
+    to_json,
 )
 
 RECIPE_FORMAT = "recipe/1"
@@ -36,7 +37,7 @@ DYNAMICS = (
     *("epoch", "learning_rate", "train_loss", "train_top1"),
     *("validation_loss", "validation_top1", "validation_top5"),
 )
-PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")  # a string holds no line break as it is, only \n
+LINE_MAX = 400  # letters of a line of JSON
 
 
 def recipe_claims(facts: RunData) -> dict[str, Any]:
@@ -58,14 +59,35 @@ def recipe_claims(facts: RunData) -> dict[str, Any]:
             if facts.seeds and facts.seeds.evaluation
             else None,
         },
-        "fingerprint": msgspec.to_builtins(facts.fingerprint) if facts.fingerprint else None,
+        "fingerprint_sha256": sha256(to_json(facts.fingerprint)).hexdigest() if facts.fingerprint else None,
     }
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """JSON for people too: indented, with a list of plain values on one line. ASCII: no letter of it starts a line."""
-    indented = json.dumps(values, indent=2, ensure_ascii=True, allow_nan=False)
-    return PLAIN_LIST.sub(lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", indented)
+    """JSON for people too: an object or a list on one line where it fits, else its entries, short ones side by side.
+
+    ASCII, and each line but the first and the last begins with a blank, so that none of them is markdown.
+    """
+    return _encoded(values, "")
+
+
+def _encoded(value: Any, indent: str) -> str:
+    line = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    if not isinstance(value, dict | list) or not value or (indent and len(indent) + len(line) < LINE_MAX):
+        return line
+    if isinstance(value, dict):
+        entries = [(f"{json.dumps(key)}: {_encoded(entry, indent + '  ')}", entry) for key, entry in value.items()]
+    else:
+        entries = [(_encoded(entry, indent + "  "), entry) for entry in value]
+    lines: list[str] = []
+    for text, entry in entries:
+        is_scalar = not isinstance(entry, dict | list)
+        if lines and is_scalar and not lines[-1].endswith(("}", "]")) and len(lines[-1]) + len(text) < LINE_MAX - 10:
+            lines[-1] += f", {text}"
+        else:
+            lines.append(text)
+    opened, closed = "{}" if isinstance(value, dict) else "[]"
+    return opened + "\n" + ",\n".join(f"{indent}  {text}" for text in lines) + f"\n{indent}{closed}"
 
 
 def training_code(training: TrainingRecord) -> dict[str, Any]:

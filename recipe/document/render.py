@@ -11,13 +11,13 @@ import re
 import statistics
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recipe.config.identity import flatten
-from recipe.document import blocks, commands, curves, formatting, latency
+from recipe.document import blocks, commands, curves, formatting, latency, overview
 from recipe.document.experiment_log import update_log_record
 from recipe.document.formatting import Markdown
 from recipe.document.recipe_json import as_json, recipe_claims
@@ -37,13 +37,6 @@ ALL_CLASSES_UP_TO = 20
 EXTREME_CLASSES = 5
 
 
-class Declared(NamedTuple):
-    """The value of a `description` key, and its kind: *declared*, or *unknown* where it is empty."""
-
-    text: Markdown
-    kind: Markdown
-
-
 def render(facts: RunData, existing: str | None) -> str:
     """The document with its generated blocks; all other text of `existing` is kept byte for byte.
 
@@ -59,9 +52,7 @@ def write_document(run: Run, shown_run_dir: str) -> None:
     update_log_record(run, shown_run_dir)
     facts = load(run, shown_run_dir)
     document = render(facts, read_document(run))
-    drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= figures.draw_inference(facts.inference, facts.timing)
-    for name, content in drawn.items():
+    for name, content in figures.draw(facts).items():
         write_atomically(run.figures / name, content)
     write_atomically(run.json_file, json_file(facts))
     write_atomically(run.document, document.encode())
@@ -98,12 +89,12 @@ def generated_blocks(facts: RunData) -> dict[str, str]:
 
 
 def compact(content: str) -> str:
-    """Rendered text without trailing blanks and double blank lines, with one blank line at each end.
+    """Rendered text without trailing blanks, double blank lines, and blank lines at its ends.
 
     Code blocks do not change: `formatting.fenced` and the JSON block have no blank lines.
     """
     lines = "\n".join(line.rstrip() for line in content.split("\n"))
-    return "\n" + re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n\n"
+    return re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n"
 
 
 @cache  # compiling the templates takes longer than rendering
@@ -124,18 +115,27 @@ def environment() -> Environment:
 def context(facts: RunData) -> dict[str, Any]:
     training, evaluation = facts.training, facts.evaluation
     epochs = training.epochs if training else []
+    warnings = overview.warnings(facts, sections(facts))
     return {
         "facts": facts,
         "title": title(facts),
         "sections": sections(facts),
+        "warnings": [warning.text for warning in warnings],
+        "serious_warnings": any(warning.is_serious for warning in warnings),
+        "stages": overview.stages(facts),
+        "environments": overview.environments(facts),
+        "environment_in_brief": overview.environment_in_brief(facts),
+        "hashes": overview.hashes(facts, ROWS_SHOWN),
         "source_changed": source_changed,
-        "declared": lambda key: declared(facts, key),
+        "declared": lambda key: declared(facts, key) or Markdown("*unknown*"),
+        "is_declared": lambda key: declared(facts, key) is not None,
         "papers": papers(facts),
         "journal_shown": JOURNAL_SHOWN,
         "changes_shown": CHANGES_SHOWN,
         "seeds_top1": seeds_top1(facts),
         "action_items": declared_items(facts, "description.action_items"),
         "commands": commands,
+        "variables": overview.variables(facts),
         "accuracy": formatting.accuracy,
         "ilsvrc2012_verdict": ilsvrc2012_verdict,
         "epochs": epochs,
@@ -143,11 +143,16 @@ def context(facts: RunData) -> dict[str, Any]:
         "throughput": curves.throughput(training) if training else None,
         "rows_shown": ROWS_SHOWN,
         "schedule_rows": curves.schedule_rows(training.schedule) if training else [],
-        "figures": curves.figure_names(training, facts.metrics) if training else [],
+        "figures": curves.figure_texts(facts),
+        "training_inputs": curves.training_inputs_text(training) if training else None,
+        "mistakes": curves.mistakes_text(evaluation) if evaluation else None,
+        "picture_captions": curves.picture_texts(facts.inference) if facts.inference else {},
+        "latency_caption": curves.latency_text,
         "measured_latencies": latency.measured_rows(facts.timing),
         "published_latencies": latency.published_rows(facts.training.model.name if facts.training else ""),
         "latency_verdicts": latency.verdicts(facts.timing),
         "latency_file": latency.latency_file,
+        "single_pictures": latency.single_pictures,
         "machine_title": latency.machine_title,
         "picture_files": sorted(facts.inference.outputs) if facts.inference else [],
         "class_tables": class_tables(evaluation) if evaluation else {},
@@ -177,12 +182,10 @@ def ilsvrc2012_verdict(preprocessing: PreprocessingRecord) -> str:
     return "class list and counts match; this layout has no published hash of its content"
 
 
-def declared(facts: RunData, key: str) -> Declared:
-    """A `description` key."""
+def declared(facts: RunData, key: str) -> Markdown | None:
+    """The value of a `description` key; None where it is empty."""
     value = descriptions(facts).get(key)
-    if not isinstance(value, str) or not value.strip():
-        return Declared(Markdown(formatting.NOTHING), Markdown("*unknown*"))
-    return Declared(formatting.text(value), Markdown("*declared*"))
+    return formatting.text(value) if isinstance(value, str) and value.strip() else None
 
 
 def descriptions(facts: RunData) -> dict[str, Any]:

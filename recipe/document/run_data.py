@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config.identity import config_sha256
-from recipe.document.curves import MetricRow
 from recipe.run.directory import Run
 from recipe.run.files import printable
 from recipe.run.records import (
@@ -30,6 +29,7 @@ from recipe.run.records import (
     TrainingRecord,
 )
 
+MetricRow = dict[str, Any]
 LaterRecord = TrainingRecord | EvaluationRecord | SerializationRecord | InferenceRecord | TimingRecord
 PRESENT, STALE, NOT_MEASURED = "present", "stale", "not measured"
 

@@ -83,12 +83,13 @@ def is_ilsvrc2012(data: DataConfig, merged: dict[str, Merged]) -> bool:
 def split_facts(split: Merged) -> SplitFacts:
     """Counts and sizes of one split."""
     per_class = np.bincount(split.index["label"])
-    per_class = per_class[per_class > 0]
+    present = per_class[per_class > 0]
     return SplitFacts(
         images=len(split.index),
-        classes=len(per_class),
-        images_per_class_min=int(per_class.min()),
-        images_per_class_max=int(per_class.max()),
+        classes=len(present),
+        images_per_class_min=int(present.min()),
+        images_per_class_max=int(present.max()),
+        images_per_class=per_class.tolist(),
         raw_sha256=split.raw_sha256,
         shards=len(split.shards),
         shard_bytes=sum(shard.bytes for shard in split.shards),

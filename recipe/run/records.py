@@ -90,6 +90,7 @@ class SplitFacts(Record, frozen=True, kw_only=True):
     classes: int
     images_per_class_min: int
     images_per_class_max: int
+    images_per_class: list[int] = []  # of each class of the list, by its index; empty in older records
     raw_sha256: str  # of sorted (key, label, sha256 of the original bytes): equal for tars and folders
     shards: int
     shard_bytes: int
@@ -360,6 +361,23 @@ class ClassCounts(Record, frozen=True, kw_only=True):
     correct_top5: int
 
 
+class ConfusedPair(Record, frozen=True, kw_only=True):
+    """Images of one class that were taken for another."""
+
+    label: str  # name of the class
+    predicted: str
+    images: int
+
+
+class Mistake(Record, frozen=True, kw_only=True):
+    """A misclassified image."""
+
+    key: str
+    label: str  # name of the class
+    predicted: str
+    margin: float  # best logit minus the second best
+
+
 class EvaluationRecord(Record, frozen=True, kw_only=True):
     """The Performance metrics section: integer counts over all validation images."""
 
@@ -375,6 +393,8 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
     loss: float
     published: dict[str, float]  # metrics that others published of these weights
     per_class: list[ClassCounts]
+    confused_pairs: list[ConfusedPair] = []  # at most 10, the most frequent first
+    mistakes: list[Mistake] = []  # at most 8, the largest margins first
     runs: int = 1
     processes: int
     evaluation_seconds: float

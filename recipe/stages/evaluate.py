@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from recipe.config.identity import config_sha256
 from recipe.config.schema import Backend, Config
 from recipe.data.batches import EvaluationBatches
 from recipe.data.manifest import Manifest, check_same_dataset, open_dataset
-from recipe.data.shards import open_split
+from recipe.data.shards import Split, open_split
 from recipe.data.transforms import (
     EvaluationTransform,
     Normalisation,
@@ -31,6 +32,7 @@ from recipe.data.transforms import (
 )
 from recipe.data.worker_pool import open_loaders
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of, memory_format, start_world
+from recipe.document.curves import MISTAKES
 from recipe.errors import UserError
 from recipe.evaluation import (
     FlipAverage,
@@ -46,15 +48,17 @@ from recipe.evaluation import (
     view_name,
 )
 from recipe.inference.onnx_file import OnnxModel, onnx_protocol, read_onnx
+from recipe.inference.pictures import pixels_of
 from recipe.models.build import build_model, check_forward, restored_model, weights_sha256
 from recipe.models.checkpoint import State, checkpoint_files, eval_weights, load_checkpoint
 from recipe.models.pretrained import GivenWeights, load_state, published_accuracy, published_weights
 from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path, write_atomically
 from recipe.run.provenance import Stage
-from recipe.run.records import EvaluationRecord, Protocol, Setting, TrainingRecord
+from recipe.run.records import ConfusedPair, EvaluationRecord, Mistake, Protocol, Setting, TrainingRecord
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
+MISTAKES_MAX, PAIRS_MAX = 8, 10
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # a file of weights may have any name
 
 
@@ -282,11 +286,18 @@ def evaluation_record(
     content = predictions_file(predictions, [split.key(index) for index in range(len(split))])
     path = run.predictions_file(protocol.name)
     write_atomically(path, content)
+    outputs = {path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()}
+    names = [entry.name for entry in manifest.classes]
+    mistakes = largest_mistakes(predictions)
+    if evaluated.is_the_runs_own and len(mistakes):
+        picture = mistakes_png(measurement.config, split, predictions, mistakes, names)
+        write_atomically(run.directory / MISTAKES, picture)
+        outputs[MISTAKES] = hashlib.sha256(picture).hexdigest()
     return EvaluationRecord(
         config_sha256=config_sha256(config_of_run(run, measurement.config)),
         provenance=stage.finish(hardware_of(world), device_versions(world)),
         inputs=evaluated.inputs,
-        outputs={path.relative_to(run.directory).as_posix(): hashlib.sha256(content).hexdigest()},
+        outputs=outputs,
         protocol=protocol,
         images=predictions.images,
         correct_top1=int(predictions.correct(1).sum()),
@@ -294,9 +305,55 @@ def evaluation_record(
         loss=predictions.loss,
         published=published_accuracy(measurement.config.model.name, measurement.config.evaluation.weights),
         per_class=class_table(predictions, [(entry.id, entry.name) for entry in manifest.classes]),
+        confused_pairs=confused_pairs(predictions, names),
+        mistakes=[
+            Mistake(
+                key=split.key(index),
+                label=names[predictions.labels[index]],
+                predicted=names[predictions.top[index, 0]],
+                margin=round(float(predictions.margins[index]), 4),
+            )
+            for index in mistakes
+        ],
         processes=world.size,
         evaluation_seconds=round(measurement.seconds, 3),
         images_per_second=round(predictions.images / measurement.seconds, 2),
+    )
+
+
+def largest_mistakes(predictions: Predictions) -> list[int]:
+    """Positions of misclassified images, the largest margins first."""
+    wrong = np.flatnonzero(~predictions.correct(1))
+    return [int(index) for index in wrong[np.argsort(-predictions.margins[wrong], kind="stable")][:MISTAKES_MAX]]
+
+
+def confused_pairs(predictions: Predictions, names: list[str]) -> list[ConfusedPair]:
+    """Classes whose images are taken for another class most often."""
+    wrong = ~predictions.correct(1)
+    pairs = np.stack([predictions.labels[wrong], predictions.top[wrong, 0]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    return [
+        ConfusedPair(label=names[found[at, 0]], predicted=names[found[at, 1]], images=int(counts[at]))
+        for at in np.argsort(-counts, kind="stable")[:PAIRS_MAX]
+    ]
+
+
+def mistakes_png(
+    config: Config, split: Split, predictions: Predictions, mistakes: list[int], names: list[str]
+) -> bytes:
+    """The misclassified images with their class and the one they were taken for."""
+    from recipe.document.figures import Tile, sheet_png  # importing matplotlib takes a second
+
+    return sheet_png(
+        [
+            Tile(
+                pixels_of(split.read(index), False, config.data.max_pixels, split.where(index)).numpy(),
+                names[predictions.labels[index]],
+                f"→ {names[predictions.top[index, 0]]}",
+                is_wrong=True,
+            )
+            for index in mistakes
+        ]
     )
 
 

@@ -23,7 +23,7 @@ from recipe.config.schema import Config, Precision, Variant
 from recipe.data.manifest import check_same_dataset, open_dataset
 from recipe.data.shards import Split, open_split
 from recipe.distributed import World, device_versions, hardware_of, start_world
-from recipe.document.figures import guesses_png, latency_png, sheet_png, thumbnail_png
+from recipe.document.figures import Tile, guesses_png, latency_png, sheet_png, thumbnail_png
 from recipe.document.render import check_document, write_document
 from recipe.errors import DiskError, UserError
 from recipe.inference.classifier import Classifier
@@ -129,7 +129,13 @@ class Demonstration:
             self._classify(split.key(index), split.read(index), labels[int(split.labels[index])].name, False)
             for index in chosen
         ]
-        self.pictures["samples.png"] = sheet_png(classified, pixels)
+        guesses = [next(iter(found.guesses.values()))[0] for found in classified]
+        self.pictures["samples.png"] = sheet_png(
+            [
+                Tile(image, found.label or "?", f"→ {guess.name}, {guess.probability:.0%}", guess.name != found.label)
+                for image, found, guess in zip(pixels, classified, guesses, strict=True)
+            ]
+        )
         return self.pictures["samples.png"]
 
     def _validation_split(self) -> Split:

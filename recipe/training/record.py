@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 
 import pynvml
 import torch
 
+from recipe.data.augment.mixup import soft_targets
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of
+from recipe.document.curves import TRAINING_INPUTS
 from recipe.evaluation import protocol_name, view_name
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
+from recipe.run.files import write_atomically
 from recipe.run.records import EnergyRecord, Session, Setting, TrainingRecord
 from recipe.training.build import Training
 from recipe.training.optim import loss_facts, optimizer_facts
+
+SHOWN_INPUTS = 8  # images
 
 
 def training_record(training: Training) -> TrainingRecord:
@@ -63,7 +69,27 @@ def _outputs(training: Training) -> dict[str, str]:
     outputs = {"weights": weights_sha256(training.ema.model.state_dict())}
     if best.exists():
         outputs["best weights"] = weights_sha256(eval_weights(load_checkpoint(best)))
-    return outputs
+    picture = training_inputs_png(training)
+    write_atomically(training.run.directory / TRAINING_INPUTS, picture)
+    return outputs | {TRAINING_INPUTS: hashlib.sha256(picture).hexdigest()}
+
+
+def training_inputs_png(training: Training) -> bytes:
+    """Images of the first step as the network sees them, augmented and mixed, with their classes."""
+    from recipe.document.figures import Tile, sheet_png  # importing matplotlib takes a second
+
+    step, classes = training.train_step, training.interface.classes
+    batch = next(training.batches.epoch(0))[0]
+    images, labels, parameters = step.inputs(batch)
+    images = images[:SHOWN_INPUTS].float() * step.normalisation.std + step.normalisation.mean
+    pixels = images.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    shares, indices = soft_targets(labels, parameters, len(classes))[:SHOWN_INPUTS].float().topk(min(2, len(classes)))
+    tiles = []
+    for image, share, index in zip(pixels, shares.tolist(), indices.tolist(), strict=True):
+        parts = [(classes[at].name, part) for at, part in zip(index, share, strict=True) if part > 0]
+        names = [name if len(parts) == 1 else f"{part:.0%} {name}" for name, part in parts]
+        tiles.append(Tile(image, names[0], names[1] if len(names) > 1 else ""))
+    return sheet_png(tiles)
 
 
 def _arithmetic(training: Training) -> dict[str, Setting]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recipe.config.schema import Precision, TrainerConfig
-from recipe.data.augment.mixup import dominant_labels, mix, soft_targets
+from recipe.data.augment.mixup import MixParameters, dominant_labels, mix, soft_targets
 from recipe.data.batches import Batch
 from recipe.data.transforms import Normalisation
 from recipe.distributed import World, memory_format
@@ -84,12 +84,17 @@ class TrainStep:
         self.skipped_steps += self.scaler.is_enabled() and self.scaler.get_scale() < scale
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, MixParameters | None]:
+        """What the network is given: normalised, mixed images [N, 3, H, W], and labels [N] with their mixing."""
         images = batch.images.to(self.device, non_blocking=True, memory_format=self.layout)
         labels = batch.labels.to(self.device, non_blocking=True)
         parameters = batch.mix_parameters and batch.mix_parameters.to(self.device)
+        return mix(self.normalisation(images), parameters), labels, parameters
+
+    def _forward(self, batch: Batch) -> Tensor:
         with autocast(self.precision, self.device):
-            logits = self.model(mix(self.normalisation(images), parameters))
+            images, labels, parameters = self.inputs(batch)
+            logits = self.model(images)
             loss: Tensor = self.loss(logits, soft_targets(labels, parameters, logits.shape[1]))
         self._count(loss.detach(), logits.detach(), dominant_labels(labels, parameters))
         return loss

@@ -111,6 +111,7 @@ def split_facts(images: int) -> SplitFacts:
         classes=12,
         images_per_class_min=images // 12,
         images_per_class_max=images // 12,
+        images_per_class=[images // 12] * 12,
         raw_sha256=sha(f"raw {images}"),
         shards=math.ceil(images / 250),
         shard_bytes=images * 5210,

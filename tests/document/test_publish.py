@@ -51,8 +51,8 @@ def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes most of the time; tests/document/test_document.py looks at them."""
-    names = ("accuracy", "learning_rate", "loss", "throughput")
-    monkeypatch.setattr(figures, "draw", lambda training, metrics: {f"{name}.png": b"png" for name in names})
+    names = ("accuracy", "images_per_class", "learning_rate", "loss", "throughput")
+    monkeypatch.setattr(figures, "draw", lambda facts: {f"{name}.png": b"png" for name in names})
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def with_records(block: Mapping[str, Any], facts: RunData) -> dict[str, Any]:
         if claim not in RECORD_OF_CLAIM or getattr(facts, RECORD_OF_CLAIM[claim]) is not None
     }
     of_training = ("code", "determinism_context") if facts.training is None else ()
-    of_fingerprint = ("fingerprint",) if facts.fingerprint is None else ()
+    of_fingerprint = ("fingerprint_sha256",) if facts.fingerprint is None else ()
     rest = {key: value for key, value in block.items() if key not in (*of_training, *of_fingerprint)}
     return rest | {"claims": claims}
 

@@ -227,8 +227,7 @@ def figure_findings(facts: RunData, run: Run) -> list[Finding]:
     """Figures that are others when drawn again from the records."""
     from recipe.document import figures
 
-    drawn = figures.draw(facts.training, facts.metrics)
-    drawn |= figures.draw_inference(facts.inference, facts.timing)
+    drawn = figures.draw(facts)
     there = [name for name in drawn if os.path.lexists(run.figures / name)]
     changed = []
     for name in there:

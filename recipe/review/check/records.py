@@ -8,8 +8,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 from recipe.config.identity import config_sha256, differences, flatten, recipe_id
-from recipe.document.curves import MetricRow
-from recipe.document.run_data import STALE, RunData, sections
+from recipe.document.run_data import STALE, MetricRow, RunData, sections
 from recipe.review.check.checklist import HEADINGS
 from recipe.review.check.code import SHA256
 from recipe.review.findings import Finding, Level, first_few

@@ -63,17 +63,15 @@ class Comparable:
     def learning_rates(self) -> list[Curve]:
         """The learning rate over the share of training, the best source first; empty where a source is missing.
 
-        The sources: the schedule as the run evaluated it, the trace, the end of each epoch.
+        The sources: the schedule as the run evaluated it, the end of each epoch.
         """
         points, steps = [], 1
         if self.training is not None:
             points, steps = self.training.schedule.points, max(self.training.schedule.steps - 1, 1)
         evaluated = sorted((step / steps, rate) for step, rate in points)
-        traced = numbers_or_empty(dict_or_empty(self.block.get("fingerprint")).get("learning_rates"))
         ends = numbers_or_empty(self.epochs.get("learning_rate"))
         return [
             evaluated if len(evaluated) > 1 else [],
-            [(at / (len(traced) - 1), rate) for at, rate in enumerate(traced)] if len(traced) > 1 else [],
             [((at + 1) / len(ends), rate) for at, rate in enumerate(ends)] if len(ends) > 1 else [],
         ]
 

@@ -23,7 +23,7 @@ from recipe.errors import UserError
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
 from recipe.models.pretrained import read_weights
-from recipe.review.check.files import counted_predictions, file_fault, path_inside
+from recipe.review.check.files import counted_predictions, file_fault, path_inside, recorded_outputs
 from recipe.review.opening import OpenedRecipe, RecordReader
 from recipe.run.directory import Run
 from recipe.run.files import WEIGHTS_BYTES_MAX, display_path
@@ -54,8 +54,8 @@ def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> 
         yield from data_links(facts.preprocessing, raw_dir, data_dir)
     yield from record_links(facts)
     yield from checkpoint_links(recipe.run, facts)
-    for record in (facts.evaluation, *facts.other_evaluations, facts.serialization, facts.inference):
-        yield from output_links(recipe.run, record.outputs if record is not None else {})
+    for _, name, digest in recorded_outputs(facts):
+        yield output_link(recipe.run, name, digest)
     yield from metric_links(recipe.run, facts)
     if recipe.block is None:
         yield Link("document", NOT_HERE, "no JSON block")
@@ -103,7 +103,8 @@ def file_link(name: str, folder: Path | None, file: str, digest: str) -> Link:
 def record_links(facts: RunData) -> Iterator[Link]:
     """Each stage read what the stage before it wrote; config.yaml is the configuration of the training."""
     manifest = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
-    weights = set(facts.training.outputs.values()) if facts.training else set()
+    outputs = facts.training.outputs.items() if facts.training else ()
+    weights = {digest for name, digest in outputs if "weights" in name}
     for record, stage in (
         (facts.training, "training"),
         (facts.evaluation, "evaluation"),
@@ -151,17 +152,15 @@ def checkpoint_links(run: Run, facts: RunData) -> Iterator[Link]:
             yield Link(name, BROKEN, f"its tensors have SHA-256 {digest[:16]}, training recorded {str(recorded)[:16]}")
 
 
-def output_links(run: Run, outputs: dict[str, str]) -> Iterator[Link]:
-    for name, digest in outputs.items():
-        path = path_inside(run.directory, name)
-        if path is None:
-            yield Link(name, BROKEN, "it is outside the run")
-        elif not os.path.exists(path):
-            yield Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
-        elif fault := file_fault(path, {digest}, "that the record names"):
-            yield Link(name, BROKEN, f"{fault}, {digest[:16]}")
-        else:
-            yield Link(name, HOLDS, f"SHA-256 {digest[:16]}")
+def output_link(run: Run, name: str, digest: str) -> Link:
+    path = path_inside(run.directory, name)
+    if path is None:
+        return Link(name, BROKEN, "it is outside the run")
+    if not os.path.exists(path):
+        return Link(name, NOT_HERE, f"SHA-256 should be {digest[:16]}")
+    if fault := file_fault(path, {digest}, "that the record names"):
+        return Link(name, BROKEN, f"{fault}, {digest[:16]}")
+    return Link(name, HOLDS, f"SHA-256 {digest[:16]}")
 
 
 def metric_links(run: Run, facts: RunData) -> Iterator[Link]:

@@ -9,6 +9,7 @@ pixels of such a machine cannot be compared, and the sums get a larger tolerance
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -19,7 +20,7 @@ from recipe.errors import UserError
 from recipe.review.findings import Kind
 from recipe.review.opening import OpenedRecipe
 from recipe.review.reproduce.parse import parse_config
-from recipe.run.records import EvaluationProbe, Fingerprint, ProbeStep
+from recipe.run.records import EvaluationProbe, Fingerprint, ProbeStep, to_json
 from recipe.training.fingerprint import take_fingerprint
 
 TOLERANCE = 1.25e-3  # relative
@@ -44,14 +45,19 @@ class TraceDifference(msgspec.Struct, frozen=True):
 
 
 def stored_trace(recipe: OpenedRecipe) -> Fingerprint:
-    """The recipe's own trace, from the document's block; raises `UserError` where there is none."""
-    value = recipe.required_block().get("fingerprint")
-    if value is None:
+    """The recipe's own trace, from its records; raises `UserError` where it has none or another one than it claims."""
+    claimed = recipe.required_block().get("fingerprint_sha256")
+    if claimed is None:
         raise UserError(f"{recipe.name} holds no fingerprint: the code was edited while it was training, or before it")
-    try:
-        return msgspec.convert(value, Fingerprint)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise UserError(f"the fingerprint of {recipe.name} does not fit this version of the code: {error}") from error
+    trace = recipe.run.read(Fingerprint) if recipe.run is not None else None
+    if trace is None:
+        raise UserError(
+            f"{recipe.name} names its fingerprint by its hash only, and records/fingerprint.json is not beside it: "
+            "give the folder with the records"
+        )
+    if hashlib.sha256(to_json(trace)).hexdigest() != claimed:
+        raise UserError(f"records/fingerprint.json of {recipe.name} is not the one that the document names by its hash")
+    return trace
 
 
 def trace_here(recipe: OpenedRecipe) -> Fingerprint:

@@ -15,10 +15,9 @@ from typing import Any
 import msgspec
 
 from recipe.config.identity import NOT_TRAINING, differences, flatten, recipe_id
-from recipe.document.curves import MetricRow
 from recipe.document.formatting import on_one_line
 from recipe.document.recipe_json import DYNAMICS, recipe_claims
-from recipe.document.run_data import load
+from recipe.document.run_data import MetricRow, load
 from recipe.errors import UserError
 from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe, read_text
 from recipe.review.watch.statistics import WATCHED_METRICS, phases
