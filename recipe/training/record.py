@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pynvml
 import torch
+from torch.nn.functional import one_hot
 
 from recipe.data.augment.mixup import soft_targets
 from recipe.distributed import World, arithmetic_switches, device_versions, hardware_of
@@ -83,7 +84,10 @@ def training_inputs_png(training: Training) -> bytes:
     images, labels, parameters = step.inputs(batch)
     images = images[:SHOWN_INPUTS].float() * step.normalisation.std + step.normalisation.mean
     pixels = images.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-    shares, indices = soft_targets(labels, parameters, len(classes))[:SHOWN_INPUTS].float().topk(min(2, len(classes)))
+    targets = soft_targets(labels, parameters, len(classes))[:SHOWN_INPUTS]
+    if targets.dim() == 1:
+        targets = one_hot(targets, len(classes))
+    shares, indices = targets.float().topk(min(2, len(classes)))
     tiles = []
     for image, share, index in zip(pixels, shares.tolist(), indices.tolist(), strict=True):
         parts = [(classes[at].name, part) for at, part in zip(index, share, strict=True) if part > 0]

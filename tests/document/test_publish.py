@@ -106,7 +106,7 @@ def test_the_folder_holds_the_recipe_and_no_weights(run: Run) -> None:
 def test_every_link_of_the_page_works_from_its_folder(run: Run) -> None:
     folder = publish(run, artefacts="https://example.org/weights")
     links = [link for link in LINK.findall(page(folder)) if "://" not in link]
-    assert {"records/training.json", "metrics.jsonl", "recipe.json", "figures/accuracy.png"} <= set(links)
+    assert {"records/evaluation.json", "metrics.jsonl", "recipe.json", "figures/accuracy.png"} <= set(links)
     assert not [link for link in links if not (folder / link).is_file()]
     assert "<https://example.org/weights>" in page(folder)
 
@@ -294,7 +294,7 @@ def test_code_that_is_no_commit_is_refused_unless_allowed(
     assert "--allow-modified" in str(refused.value)
     assert not Path("recipes").exists() or not any(Path("recipes").iterdir())
     folder = publish(run, allow_modified=True)
-    assert "| **Published although** |" in page(folder)
+    assert "> - Published although " in page(folder)
 
 
 def test_a_tree_that_is_modified_now_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ def test_very_many_rows_are_thinned_with_a_note(run: Run, monkeypatch: pytest.Mo
     kept = thinned(rows)
     assert Counter(row["split"] for row in kept) == {"train": 8, "validation": 8}
     folder = publish(run)
-    assert f"Of the run's {len(rows)} rows it holds 16" in page(folder)
+    assert f"Of the run's {len(rows)} rows it has 16" in page(folder)
     whole, thin = (load(Run(at), "x") for at in (run.directory, folder))
     assert [row for row in whole.metrics if row["split"] == "validation"] == [
         row for row in thin.metrics if row["split"] == "validation"

@@ -243,7 +243,7 @@ DAMAGE: dict[str, tuple[Damage, Level, str]] = {
     ),
     "an unknown item that the guideline asks for": (
         lambda run: change_document(
-            run, "| Licence | That of this project (MIT) | *declared* |", "| Licence | – | *unknown* |", forges=True
+            run, "| Licence | That of this project (MIT) |", "| Licence | *unknown* |", forges=True
         ),
         Level.present,
         "block raw_data",
