@@ -179,15 +179,11 @@ def test_pillow_and_its_jpeg_library_are_recorded(proven: Proven) -> None:
 
 def test_every_stage_has_versions_of_its_own(proven: Proven) -> None:
     """Contradiction 13."""
-    for record, block in (
-        (proven.preprocessing, "processing_methods"),
-        (proven.training, "optimization_methods"),
-        (proven.evaluation, "performance_metrics"),
-    ):
+    for record in (proven.preprocessing, proven.training, proven.evaluation):
         packages = ("torch", "torchvision", "nvidia-nvimgcodec-cu13", "pillow")
         assert {"python", "numpy", *packages} <= record.provenance.versions.keys()
         for package in packages:
-            assert f"{package} {record.provenance.versions[package]}" in proven.block(block).replace("`", "")
+            assert f"{package} {record.provenance.versions[package]}" in proven.block("where_it_ran").replace("`", "")
         assert str(torch.__version__).startswith(record.provenance.versions["torch"])
 
 
@@ -218,7 +214,7 @@ def test_images_evaluated_are_the_images_of_the_split(proven: Proven) -> None:
     record = proven.evaluation
     split = open_split(proven.config.data.directory, "val")
     keys = {split.key(index) for index in range(len(split))}
-    (name,) = record.outputs
+    name = next(name for name in record.outputs if name.endswith(".npz"))
     with np.load(proven.run.directory / name, allow_pickle=False) as stored:
         assert len(stored["key"]) == len(keys)
         assert set(stored["key"].tolist()) == keys
@@ -276,12 +272,11 @@ def test_label_examples_are_images_of_their_classes(proven: Proven, devkit: Devk
         assert example.key.startswith(f"{example.class_id}_")
         assert labels[example.key] == example.index
         assert example.name == devkit.names[example.class_id]
-        row = f"| `{example.key}` | {example.index} | `{example.class_id}` | {example.name} |"
-        assert row in proven.block("raw_data")
+        assert f"`{example.key}` is {example.index}, {example.name} (`{example.class_id}`)" in proven.block("raw_data")
 
 
 def test_predictions_carry_the_devkits_labels(proven: Proven, devkit: Devkit) -> None:
-    (name,) = proven.evaluation.outputs
+    name = next(name for name in proven.evaluation.outputs if name.endswith(".npz"))
     with np.load(proven.run.directory / name, allow_pickle=False) as stored:
         found = dict(zip(stored["key"].tolist(), stored["label"].tolist(), strict=True))
     assert found == {
@@ -367,7 +362,8 @@ def test_the_order_differs_by_epoch_and_the_recorded_one_is_delivered(proven: Pr
     assert first != second
     assert proven.training.loader.first_indices == first[:8]
     shown = ", ".join(str(index) for index in first[:8])
-    assert f"first images {shown}; SHA-256 of two epochs" in proven.block("optimization_methods")
+    assert f"| Order of images | the first are {shown} |" in proven.block("optimization_methods")
+    assert f"| order of the images of two epochs | `{proven.training.loader.order_sha256}` |" in proven.block("hashes")
 
 
 def test_a_loader_that_forgets_the_epoch_changes_the_record(
@@ -406,16 +402,18 @@ def test_steps_are_counted_from_the_live_loader(proven: Proven) -> None:
 
 def test_the_figures_show_the_recorded_schedule_and_rows(proven: Proven) -> None:
     """Contradiction 4: another schedule, or another course, is another picture."""
-    drawn = figures.draw(proven.training, proven.rows)
+    facts = load(proven.run, "runs/proven")
+    drawn = figures.draw(facts)
     assert {name: (proven.run.figures / name).read_bytes() for name in drawn} == drawn
     points = [(step, 2 * rate) for step, rate in proven.training.schedule.points]
     other_schedule = msgspec.structs.replace(
         proven.training, schedule=msgspec.structs.replace(proven.training.schedule, points=points)
     )
-    assert figures.draw(other_schedule, proven.rows)["learning_rate.png"] != drawn["learning_rate.png"]
+    assert figures.draw(replace(facts, training=other_schedule))["learning_rate.png"] != drawn["learning_rate.png"]
     other_rows = [{**row, "loss": row["loss"] / 2} for row in proven.rows]
     halved = [msgspec.structs.replace(epoch, train_top1=epoch.train_top1 / 2) for epoch in proven.training.epochs]
-    changed = figures.draw(msgspec.structs.replace(proven.training, epochs=halved), other_rows)
+    other_training = msgspec.structs.replace(proven.training, epochs=halved)
+    changed = figures.draw(replace(facts, training=other_training, metrics=other_rows))
     assert {name for name in drawn if changed[name] != drawn[name]} == {"accuracy.png", "loss.png"}
 
 
@@ -428,7 +426,7 @@ def test_the_document_shows_both_parameter_groups(proven: Proven) -> None:
     assert weights.tensors == sum(parameter.dim() > 1 for parameter in live.parameters())
     assert exempt.tensors == sum(parameter.dim() <= 1 for parameter in live.parameters()) > 0
     for group in (weights, exempt):
-        row = re.search(rf"^\| {group.name} \| {group.tensors} \|.*$", proven.document, re.MULTILINE)
+        row = re.search(rf"^\| Parameters: {group.name} \| [\d,]+ in {group.tensors} tensors;.*$", proven.document, re.MULTILINE)
         assert row
         assert re.search(r"weight_decay[^,|]*?" + re.escape(f"{group.settings['weight_decay']:g}"), row[0])
 
@@ -596,8 +594,8 @@ def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatc
 def test_the_first_epoch_is_reported_apart(proven: Proven) -> None:
     cold, warm = proven.training.epochs
     block = proven.block("dynamics")
-    assert re.search(r"first \(cold\) epoch \| [\d,.]+ images/s", block)
-    assert re.search(r"warm epochs \| [\d,.]+ images/s \(median of 1\)", block)
+    assert re.search(r"[\d,.]+ images/s in the first \(cold\) epoch", block)
+    assert re.search(r"[\d,.]+ in warm epochs \(median of 1\)", block)
     assert f"{cold.images_per_second:,.0f}" in block
     assert f"{warm.images_per_second:,.0f}" in block
 
@@ -728,5 +726,5 @@ def test_an_expectation_without_a_source_is_marked_so(proven: Proven) -> None:
     said = proven.config.description
     for value in (said.expected_accuracy, said.expected_source):
         assert not value
-    assert row.count("*unknown*") == 2
+    assert row.count("*unknown*") >= 2
     assert "*declared*" not in row

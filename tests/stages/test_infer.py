@@ -114,12 +114,12 @@ def test_it_adds_itself_to_the_recipe(executed: Run) -> None:
     document = executed.document.read_text()
     chapter = document[document.index("## Inference") : document.index("### Serialization")]
     assert "Not measured yet" not in chapter
-    assert "![figures/puppy.png](figures/puppy.png)" in chapter
+    assert "![puppy](figures/puppy.png)" in chapter
     for link in re.findall(r"\]\(([^)]+)\)", chapter):
         assert (executed.directory / link).is_file(), link
     record = inference_of(executed)
     assert record.provenance.command.startswith("python -m recipe.stages.infer run_dir=")
-    assert document.count(record.provenance.command) >= 3, "run again, its code, the timing's code"
+    assert document.count(record.provenance.command) >= 3, "run again, where it ran, its code"
     best = record.pictures[0].guesses["model-fp32.onnx"][0]
     assert f"{best.name} {100 * best.probability:.2f} %" in chapter
 
