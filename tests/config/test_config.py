@@ -1,4 +1,4 @@
-"""The configuration: every experiment composes; what cannot be stops before any work and names the key."""
+"""The configuration: every experiment composes. What cannot be stops before any work and names the key."""
 
 import re
 from contextlib import suppress
@@ -184,7 +184,7 @@ NEW_NAMES = [name for name in NAMES if "\\" not in name and "${" not in name and
 
 
 def in_threes(names: list[str]) -> list[tuple[str, ...]]:
-    """For three keys of one composition, which is slow; the last group is filled up from the first names."""
+    """For three keys of one composition, which is slow. The last group is filled up from the first names."""
     return [(*names, *names)[first : first + 3] for first in range(0, len(names), 3)]
 
 
@@ -227,7 +227,7 @@ def test_what_is_quoted_for_hydra_and_references_keep_their_meaning(typed: str, 
 
 
 def test_a_line_break_in_a_path_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.raw_dir='a\\nb' holds a line break: rename"):
+    with pytest.raises(UserError, match=r"data\.raw_dir='a\\nb' contains a line break: rename"):
         config_from_overrides(["data.raw_dir=a\nb"])
 
 

@@ -327,7 +327,7 @@ def refused_image(data_directory: Path) -> str:
 def test_a_decoder_that_refuses_a_sound_image_does_not_send_people_in_a_loop(data_directory: Path) -> None:
     """Making the shard again would give the same bytes, and the same refusal."""
     said = refused_image(data_directory)
-    assert "install the version that the Data chapter names" in said
+    assert "install the version in the Data chapter" in said
     assert "(unknown kind)" in said
     assert "delete" not in said
     assert "damaged" not in said

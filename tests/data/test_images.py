@@ -30,7 +30,7 @@ def verdict_of_all_pixels(content: bytes) -> str:
 
 
 def verdict(content: bytes) -> str | None:
-    """What is said of an image that keeps its bytes; None: it does not."""
+    """What is said of an image that keeps its bytes. None: it does not."""
     try:
         stored = store(content, False, KEEP)
     except DamagedImageError as error:

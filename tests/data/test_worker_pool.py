@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from recipe.config.schema import LoaderConfig
+from recipe.config.schema import Decoder, LoaderConfig
+from recipe.data import decoding as library
 from recipe.data.augment.crop import build_augmentation
 from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, EvaluationRequest, Loader, TrainingBatches
 from recipe.data.shards import Split, open_split
@@ -67,8 +70,58 @@ def two(splits: list[Split]) -> Iterator[list[Loader]]:
         yield made
 
 
+def without_nvimagecodec(patch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """Have its import fail: it is absent, or loading it raises `error`."""
+    library.load_nvimgcodec.cache_clear()
+    library.report_fallback.cache_clear()
+    if error is None:
+        patch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    else:
+        patch.setattr(library.tempfile, "TemporaryDirectory", Mock(side_effect=error))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.process)])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(None, "it is not installed"), (OSError("libstdc++.so.6 is too old"), "libstdc++.so.6 is too old")],
+)
+def test_without_nvimagecodec_pillow_decodes_and_one_line_says_so(
+    splits: list[Split],
+    workers: int,
+    error: Exception | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, request = loader(workers), EvaluationRequest(np.arange(4), VIEW)
+    assert config.decoder is Decoder.nvimgcodec
+    with open_loaders(splits[1:2], config, ALONE) as made:
+        expected = next(iter(made[0].load([request]))).images.clone()
+    with monkeypatch.context() as patch:
+        without_nvimagecodec(patch, error)
+        for _ in range(2):
+            with open_loaders(splits[1:2], config, ALONE) as made:
+                assert made[0].decoder_name == "pillow", "every record takes it from here"
+                assert torch.equal(next(iter(made[0].load([request]))).images, expected)
+    assert capsys.readouterr().err == (
+        f"nvImageCodec (loader.decoder=nvimgcodec) cannot be used on this machine ({reason}): "
+        "Pillow decodes, with the same pixels and slower\n"
+    )
+
+
+def test_only_rank_0_says_that_pillow_decodes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    without_nvimagecodec(monkeypatch, None)
+    assert library.usable_decoder(Decoder.nvimgcodec).name == "pillow"
+    assert capsys.readouterr().err == ""
+
+
 def children(decoding: Loader) -> list[int]:
-    """The processes that decode; none before the first batch is there."""
+    """The processes that decode. None before the first batch is there."""
     assert isinstance(decoding, WorkerLoader)
     pid = decoding.pool.process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

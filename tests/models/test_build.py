@@ -244,7 +244,7 @@ def test_a_truncated_file_is_one_sentence(share: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"model": "x"}, torch.zeros(3), {"model": {"a": [1]}}])
 def test_a_file_without_a_dictionary_of_tensors_is_one_sentence(content: object, tmp_path: Path) -> None:
-    assert "holds no dictionary of tensors" in refusal(file_of(tmp_path / "w.pt", content))
+    assert "not a dictionary of tensors" in refusal(file_of(tmp_path / "w.pt", content))
 
 
 class Hostile:

@@ -214,7 +214,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
     victim = tmp_path / "executed"
     torch.save({"format": "checkpoint/2", "model": Hostile(victim)}, tmp_path / "hostile")
     for content in ((tmp_path / "hostile").read_bytes(), pickle.dumps(Hostile(victim), protocol=2)):
-        with pytest.raises(UserError, match=r"is not a file of plain tensors: it holds an object of posix\.system"):
+        with pytest.raises(UserError, match=r"is not a file of plain tensors: it contains an object of posix\.system"):
             load_checkpoint(with_checksum(tmp_path, content))
     assert not victim.exists()
 
@@ -260,7 +260,7 @@ def test_the_newest_and_the_best_are_kept(keep: int, best: int, left: list[int],
 
 @contextmanager
 def no_file_beyond(bytes_max: int) -> Iterator[None]:
-    """Writing further fails as on a full disk; Python ignores the signal that comes with it.
+    """Writing further fails as on a full disk. Python ignores the signal that comes with it.
 
     Only around the writing that is tested: the limit holds for the whole process, and the file that the test report
     goes to is longer than that.

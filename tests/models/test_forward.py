@@ -1,4 +1,4 @@
-"""Images that a network cannot take are refused before any work; the check leaves no trace in the network."""
+"""Images that a network cannot take are refused before any work. The check leaves no trace in the network."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def refusal(path: Path) -> str:
 )
 def test_a_class_is_refused_by_name_and_nothing_runs(content: Any, named: str, legacy: bool, tmp_path: Path) -> None:
     path = saved(tmp_path / "w", content, _use_new_zipfile_serialization=not legacy)
-    assert f"it holds an object of {named}; save the weights alone" in refusal(path)
+    assert f"it contains an object of {named}; save the weights alone" in refusal(path)
     assert not Path("executed").exists()
 
 
@@ -294,13 +294,13 @@ def test_tensors_that_no_network_computes_with_are_refused(
         (torch.zeros(3), "a Tensor"),
         ({f"k{n}": n for n in range(9)}, "a dictionary of k0, k1, k2 and 6 more"),
         (ARGUMENTS, "a Namespace"),
-        ({"format": "checkpoint/2", "model": 3}, "holds no dictionary of tensors as 'model'"),
-        ({"format": "checkpoint/2", "model": STATE, "average": 3}, "holds no dictionary of tensors as 'average'"),
+        ({"format": "checkpoint/2", "model": 3}, "is a checkpoint without a dictionary of tensors as 'model'"),
+        ({"format": "checkpoint/2", "model": STATE, "average": 3}, "without a dictionary of tensors as 'average'"),
     ],
 )
 def test_another_structure_is_refused_with_what_is_there(content: Any, named: str, tmp_path: Path) -> None:
     message = refusal(saved(tmp_path / "w", content))
-    assert "holds no dictionary of tensors" in message
+    assert "not a dictionary of tensors" in message
     assert named in message
 
 

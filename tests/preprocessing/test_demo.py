@@ -58,7 +58,7 @@ def validation_images(directory: Path) -> dict[str, bytes]:
 
 
 def redness(image: bytes) -> float:
-    """How far red is above blue on average; 0 for a grey picture."""
+    """How far red is above blue on average. 0 for a grey picture."""
     red, _, blue = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).mean(axis=(0, 1))
     return float(red - blue)
 
@@ -118,7 +118,7 @@ def test_torchvision_reads_names_and_balanced_ground_truth(devkit: Devkit) -> No
     ("name", "sign"), [("ocean waves", -1), ("snowflake", -1), ("sunset", 1), ("brick wall", 1), ("honeycomb", 1)]
 )
 def test_ground_truth_names_what_was_drawn(archives: Path, devkit: Devkit, name: str, sign: int) -> None:
-    """Seen from outside, by colour alone: water and night are bluish; fire, bricks and honey reddish."""
+    """Seen from outside, by colour alone: water and night are bluish. Fire, bricks and honey reddish."""
     names, validation_wnids = devkit
     labelled = zip(validation_wnids, validation_images(archives).values(), strict=True)
     tints = [sign * redness(image) for wnid, image in labelled if names[wnid] == name]
@@ -204,7 +204,7 @@ def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, m
     if marker is not None:
         (tmp_path / demo.DEMO_MARKER).write_text(marker)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=rf"holds {name}, which the demo did not draw.*experiment=resnet50_imagenet"):
+    with pytest.raises(UserError, match=rf"has {name}, which the demo did not draw.*experiment=resnet50_imagenet"):
         demo.write_demo_archives(tmp_path, 1, 1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -130,7 +130,7 @@ def test_a_format_that_this_pillow_lacks_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def write_mixed_classes(raw: Path) -> dict[str, bytes]:
-    """Two classes of pictures as people have them; key -> content."""
+    """Two classes of pictures as people have them. Key -> content."""
     images = {
         "cat/photo%2Ejfif": ("photo.jfif", jpeg("a")),
         "cat/photo%2Ejpe": ("photo.jpe", jpeg("b")),
@@ -180,11 +180,11 @@ def test_images_beside_or_below_class_folders_are_seen_whatever_their_name(tmp_p
         write_files(tmp_path / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)})
     (tmp_path / "cat" / "more").mkdir()
     (tmp_path / "cat" / "more" / name).write_bytes(encoded(pixels("below"), "WEBP"))
-    with pytest.raises(UserError, match="holds images inside a class folder"):
+    with pytest.raises(UserError, match="has images inside a class folder"):
         preprocess(config(tmp_path, tmp_path.with_name("out"), source=Source.folder))
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / name).write_bytes(encoded(pixels("flat"), "WEBP"))
-    with pytest.raises(UserError, match="itself holds images, such as"):
+    with pytest.raises(UserError, match="itself has images, such as"):
         preprocess(config(tmp_path / "flat", tmp_path.with_name("out"), source=Source.folder))
 
 

@@ -63,7 +63,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(official: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreprocessingRecord]:
-    """Its data set, made once; tests that change it work on a copy."""
+    """Its data set, made once. Tests that change it work on a copy."""
     directory = tmp_path_factory.mktemp("finished") / "data"
     return directory, preprocess(config(official, directory))
 
@@ -331,7 +331,7 @@ def test_a_signal_ends_quickly_and_the_next_command_continues(
     started = time.monotonic()
     send(process.pid, number)
     _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 15  # it takes a second; a busy machine has taken five
+    assert time.monotonic() - started < 15  # it takes a second, a busy machine has taken five
     assert process.returncode == code
     assert errors.splitlines()[1:] == [f"stopped by {name}; run the same command to continue"]
     preprocess(config(official, tmp_path / "out"))
@@ -452,7 +452,7 @@ def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_pat
     (out / "work").mkdir(parents=True)
     for name in ("train-00007.tar", "notes.tmp-1", "work/thesis.txt"):
         (out / name).write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that preprocess\.py did not write"):
+    with pytest.raises(UserError, match=r"has files that preprocess\.py did not write"):
         preprocess(config(official, out))
     assert sorted(path.name for path in out.rglob("*")) == ["notes.tmp-1", "thesis.txt", "train-00007.tar", "work"]
 
@@ -469,7 +469,7 @@ def test_a_fresh_volume_is_an_empty_directory(official: Path, tmp_path: Path) ->
 
 
 def test_a_disk_that_is_not_mounted_is_no_change_of_the_images(tmp_path: Path) -> None:
-    """The finished data set is used as it is; the empty mount point of another volume holds what systems leave."""
+    """The finished data set is used as it is. The empty mount point of another volume holds what systems leave."""
     write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
     settings = config(tmp_path / "raw", tmp_path / "out", source=Source.folder)
     done = preprocess(settings)

@@ -1,4 +1,4 @@
-"""Several processes share the shards of a data set: the same bytes as from one; no end of one is waited for."""
+"""Several processes share the shards of a data set: the same bytes as from one. No end of one is waited for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 
 class Ranks:
-    """A data set whose shards are made by several processes; those that are left end with the test."""
+    """A data set whose shards are made by several processes. Those that are left end with the test."""
 
     def __init__(self, raw: Path, folder: Path) -> None:
         self.raw, self.folder, self.out, self.pids = raw, folder, folder / "out", folder / "pids"
@@ -71,7 +71,7 @@ class Ranks:
         by_rank: dict[int, tuple[str, dict[str, Any]]] | None = None,
         **changes: Any,
     ) -> str:
-        """A program that makes its rank's share; `pauses` has the number of images after which a rank stops."""
+        """A program that makes its rank's share. `pauses` has the number of images after which a rank stops."""
         shutil.rmtree(self.pids, ignore_errors=True)
         self.pids.mkdir()
         path = self.folder / "rank.py"
@@ -280,7 +280,7 @@ def test_ranks_with_other_settings_or_images_are_refused(ranks: Ranks, tmp_path:
     other = write_official(tmp_path / "other", train=train_images() | {"n02085620_3": jpeg("a larger name")})
     for by_rank, sentence in (
         ({1: (str(ranks.raw), {"processes": 0, "images_per_shard": 6})}, r"other settings than rank 0 \(images_per_"),
-        ({1: (str(other), {"processes": 0})}, "comes to other shards than rank 0"),
+        ({1: (str(other), {"processes": 0})}, "has other shards than rank 0"),
     ):
         for one in ranks.nodes(2, by_rank=by_rank):
             errors = one.communicate(timeout=200)[1]

@@ -222,7 +222,7 @@ def test_a_cut_archive_never_passes_for_a_small_one(tmp_path: Path, cut: int) ->
     path = write_official(tmp_path) / "ILSVRC2012_img_val.tar"
     content = path.read_bytes()
     end = len(content.rstrip(b"\0"))
-    end += -end % 512  # the images end here; two empty blocks say so
+    end += -end % 512  # the images end here, two empty blocks say so
     path.write_bytes(content[:end] if cut == -10240 else content[: end - 512] if cut == -9000 else content[:cut])
     with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar is not a complete tar archive"):
         find_raw(data_config(tmp_path, tmp_path / "out"))
@@ -338,7 +338,7 @@ def test_a_folder_that_is_no_data_set(tmp_path: Path, classes: dict[str, Images]
 def test_a_validation_class_without_training_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"a": {"1.jpg": b"x"}})
     write_folder(tmp_path / "val", {"a": {"1.jpg": b"x"}, "b": {"1.jpg": b"x"}})
-    with pytest.raises(UserError, match="of class b, of which there are no training images"):
+    with pytest.raises(UserError, match="of class b, which has no training images"):
         find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
@@ -399,16 +399,16 @@ def make_a_class_a_link_to_itself(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (hide_images_one_level_deeper, r"a/more holds images inside a class folder; flatten it"),
-        (hide_images_two_levels_deeper, r"a/batch 1/more holds images inside a class folder; flatten it"),
+        (hide_images_one_level_deeper, r"a/more has images inside a class folder; flatten it"),
+        (hide_images_two_levels_deeper, r"a/batch 1/more has images inside a class folder; flatten it"),
         (leave_a_dangling_link, r"gone.jpg is named like an image but is not a file"),
-        (put_an_image_beside_the_classes_of_train, r"train itself holds images, such as '1.jpg' \(1 in all\)"),
-        (put_an_image_beside_the_classes_of_val, r"val itself holds images, such as 'flat.jpg'"),
+        (put_an_image_beside_the_classes_of_train, r"train itself has images, such as '1.jpg' \(1 in all\)"),
+        (put_an_image_beside_the_classes_of_val, r"val itself has images, such as 'flat.jpg'"),
         (
             put_all_images_flat,
             r"train itself holds .* \(30 in all\): move each into a folder of its class",
         ),
-        (put_all_images_into_the_root, r" itself holds images, such as '1.jpg'"),
+        (put_all_images_into_the_root, r" itself has images, such as '1.jpg'"),
         (bring_two_validation_folders, r"holds val/ and valid/; leave one of them"),
         (make_a_class_a_link_to_itself, r"cannot read .*self.jpg: .*symbolic links"),
     ],
@@ -456,7 +456,7 @@ SYSTEM_NAMES = (
 
 
 def leave_system_files_in(folder: Path, name: str) -> None:
-    """A folder with a thumbnail where the name has no suffix, else a file; a sidecar file is named like an image."""
+    """A folder with a thumbnail where the name has no suffix, else a file. A sidecar file is named like an image."""
     if "." in name.lstrip("."):
         (folder / name).write_bytes(b"x")
     else:

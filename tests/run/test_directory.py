@@ -284,8 +284,8 @@ def test_a_pinned_configuration_is_read_as_it_was_written(tmp_path: Path) -> Non
     [
         ("a: ${oc.env:HOME}", r"holds '\$\{': a pinned configuration is plain values"),
         ("a: [1, 2", "is not YAML"),
-        ("- 1", "holds no configuration"),
-        ("", "holds no configuration"),
+        ("- 1", "is not a configuration"),
+        ("", "is not a configuration"),
         ("a: !!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )

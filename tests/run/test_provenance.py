@@ -27,7 +27,7 @@ def git(repository: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clean commit of a checkout in small; the machine's own git settings do not matter."""
+    """A clean commit of a checkout in small. The machine's own git settings do not matter."""
     checkout = tmp_path / "checkout"
     for name, content in (
         ("recipe/__init__.py", ""),

@@ -106,7 +106,7 @@ def test_streams_that_somebody_has_redirected_stay() -> None:
         (
             '"$0" -m recipe check "$1" > /dev/full',
             74,
-            "error: the answer could not be printed: No space left on device",
+            "error: the output could not be written: No space left on device",
         ),
     ],
 )

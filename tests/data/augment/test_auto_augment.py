@@ -30,7 +30,7 @@ TORCHVISIONS = {name: "".join(word.capitalize() for word in name.split("_")) for
 
 
 def theirs(oracle: v2.Transform, image: Tensor, name: str, magnitude: float) -> Tensor:
-    """Torchvision's own application of one operation; its magnitude is a threshold or bits for two of them."""
+    """Torchvision's own application of one operation. Its magnitude is a threshold or bits for two of them."""
     result: Tensor = oracle._apply_image_or_video_transform(  # type: ignore[attr-defined]
         image, TORCHVISIONS[name], magnitude, interpolation=InterpolationMode.NEAREST, fill={torch.Tensor: None}
     )

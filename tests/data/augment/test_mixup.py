@@ -324,7 +324,7 @@ def test_the_record_names_what_is_on_and_only_that() -> None:
 
 
 def stepped(processes: int, words: list[str]) -> dict[str, Any]:
-    """The weights of a model without norm after two steps; one rank of `processes`."""
+    """The weights of a model without norm after two steps. One rank of `processes`."""
     import os
 
     from recipe.distributed import start_world
