@@ -91,7 +91,7 @@ def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config
             if saved.exists():
                 raise SystemExit(SAVED) from None
             if not _begun(saved).exists():
-                print(f"stopped before anything began; {how_to_continue()}", file=sys.stderr)
+                print(f"stopped before the start; {how_to_continue()}", file=sys.stderr)
                 raise SystemExit(SAVED) from None
             print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
             raise SystemExit(128 + stopped.sigval) from None
@@ -326,7 +326,7 @@ def join(timeout: timedelta) -> dist.Store:  # type: ignore[name-defined]
     except RuntimeError as error:
         raise UserError(
             f"the processes of this launch cannot reach each other ({str(error).splitlines()[0]}); where the name of a "
-            "node does not lead to its network address, name its interface in GLOO_SOCKET_IFNAME"
+            "node does not resolve to its network address, name its interface in GLOO_SOCKET_IFNAME"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"messages{attempt}", store)  # type: ignore[attr-defined]

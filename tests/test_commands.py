@@ -354,7 +354,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> bool:
         (
             "train.py",
             ["optimization.batch_size=25", "trainer.max_micro_batch_size=10"],
-            "nearest that does: 24 or 27",
+            "nearest valid: 24 or 27",
             2,
         ),
         ("train.py", ["optimization.batch_size=1000"], "optimization.batch_size=1000", 2),

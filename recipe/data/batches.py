@@ -122,8 +122,8 @@ def derive_layout(optimization: OptimizationConfig, trainer: TrainerConfig, proc
     if size % parts:
         nearest = " or ".join(str(value) for value in _nearest_that_divide(size, processes, cap))
         raise UserError(
-            f"optimization.batch_size={size} does not divide into {processes} processes x {accumulation} "
-            f"accumulation steps (trainer.max_micro_batch_size={cap}); nearest that does: {nearest}"
+            f"optimization.batch_size={size} is not divisible into {processes} processes x {accumulation} "
+            f"accumulation steps (trainer.max_micro_batch_size={cap}); nearest valid: {nearest}"
         )
     return BatchLayout(size, processes, accumulation)
 

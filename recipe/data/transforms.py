@@ -219,7 +219,7 @@ def transform_of(interface: Interface, where: str) -> EvaluationTransform:
     is_sound &= all(deviation > 0 for deviation in interface.std)
     if not is_sound or interface.interpolation not in known or not interface.classes:
         raise UserError(
-            f"{where} describes a view that cannot be: a short side of {interface.resize_pixels} pixels, a crop of "
+            f"{where} describes an invalid view: a short side of {interface.resize_pixels} pixels, a crop of "
             f"{interface.crop_pixels}, {interface.interpolation}, {len(interface.classes)} classes, "
             f"mean {interface.mean[:4]}, std {interface.std[:4]}"
         )

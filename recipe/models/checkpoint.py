@@ -85,11 +85,11 @@ def load_checkpoint(path: Path) -> State:
     if not path.exists():
         raise UserError(f"{where} does not exist")
     if not _checksum_file(path).exists():
-        raise UserError(f"{where} has no checksum beside it: its writing did not finish")
+        raise UserError(f"{where} has no checksum file: writing did not finish")
     known = read_file(_checksum_file(path), f"{where}.sha256", CHECKSUMS_BYTES_MAX).split()
     with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest().encode() not in known:
-            raise UserError(f"{where} is damaged: its SHA-256 is not the one written beside it")
+            raise UserError(f"{where} is damaged: its SHA-256 is not the one in its .sha256 file")
         handle.seek(0)
         state: State = unpickled(handle, where)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
@@ -140,7 +140,7 @@ def interface_of(state: State, where: str) -> Interface:
     try:
         return msgspec.convert(state["interface"], Interface)
     except (KeyError, AttributeError, msgspec.ValidationError) as error:
-        raise UserError(f"{where} does not say how its pixels are made and what its classes are ({error})") from error
+        raise UserError(f"{where} does not describe its preprocessing and classes ({error})") from error
 
 
 def newest_checkpoint(directory: Path) -> State | None:
@@ -154,12 +154,12 @@ def newest_checkpoint(directory: Path) -> State | None:
             return load_checkpoint(path)
         except UserError as error:
             path.rename(path.with_name(f"{path.name}.corrupt"))
-            print(f"warning: {error}; set aside as {path.name}.corrupt, trying the one before", file=sys.stderr)
+            print(f"warning: {error}; renamed to {path.name}.corrupt, trying the previous one", file=sys.stderr)
     damaged = sorted(path.name.removesuffix(".corrupt") for path in directory.glob("step-????????.pt.corrupt"))
     if damaged:
         raise UserError(
             f"no valid checkpoint is left in {display_path(directory)} (damaged: {', '.join(damaged)}); "
-            "trainer.start_over=true moves this run aside and starts over"
+            "trainer.start_over=true renames this run and starts over"
         )
     return None
 

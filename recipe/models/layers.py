@@ -127,7 +127,9 @@ def init_head_bias(model: nn.Module, name: str) -> None:
     """
     head = classifier_head(model)
     if head is None or head.bias is None:
-        raise UserError(f"optimization.bce.init_head_bias=true, but {name} ends in no linear layer; set it to false")
+        raise UserError(
+            f"optimization.bce.init_head_bias=true, but {name} does not end in a linear layer; set it to false"
+        )
     nn.init.constant_(head.bias, -math.log(head.out_features))
 
 

@@ -73,7 +73,7 @@ def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
     entry, tensors = _state_dictionary(content, where)
     prefix, tensors = _without_prefix(tensors)
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
-        raise UserError(f"{where} claims tensors that are larger than the file")
+        raise UserError(f"{where} has tensors that are larger than the file")
     return GivenWeights(where, tensors, entry, prefix)
 
 

@@ -66,7 +66,7 @@ def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: 
         if not 0 <= member.size <= bytes_max:
             raise UserError(f"{what} has {member.size} bytes, more than the {bytes_max} that are allowed")
         if matched[1] in seen:
-            raise UserError(f"{what} is there twice; refusing to read this archive")
+            raise UserError(f"{what} occurs twice; refusing to read this archive")
         seen.add(matched[1])
         yield Member(matched[1], member.offset_data, member.size)
 

@@ -138,8 +138,8 @@ def _check_no_real_data(directory: Path) -> None:
     if present and not _is_ours(directory / DEMO_MARKER):
         raise UserError(
             f"data.raw_dir={display_path(directory)} has {present[0]}, which the demo did not draw and would "
-            "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name what it is "
-            "for: experiment=resnet50_imagenet"
+            "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name the "
+            "experiment of these images: experiment=resnet50_imagenet"
         )
 
 

@@ -68,7 +68,7 @@ def list_train_tar(path: Path, listing: Listing) -> list[str]:
             members = list(archives.members(handle, archives.TRAIN_IMAGE, archives.MEMBER_BYTES_MAX, inside))
             for member in members:
                 if not member.name.startswith(f"{wnid}_") or member.offset + member.size > offset + size:
-                    raise UserError(f"the member {member.name}.JPEG does not belong into {inside}")
+                    raise UserError(f"the member {member.name}.JPEG does not belong in {inside}")
             listing.add_members(path, members, lambda _, label=label: label)  # type: ignore[misc]
     return [tar.name for tar in tars]
 
@@ -119,7 +119,7 @@ def read_devkit(raw_dir: Path) -> tuple[dict[str, str], list[str]]:
         wnid_of = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         return names, [wnid_of[int(line)] for line in truth.split()]
     except Exception as error:  # a damaged MATLAB file fails in many ways
-        raise UserError(f"the devkit in {display_path(raw_dir)} cannot be understood ({error!r})") from error
+        raise UserError(f"the devkit in {display_path(raw_dir)} cannot be read ({error!r})") from error
 
 
 def ilsvrc_train_keys(class_id: str, names: list[str]) -> dict[str, str]:
@@ -216,5 +216,5 @@ def check_published_md5(files: Iterable[Archive]) -> None:
             published = imagenet.PUBLISHED_MD5[archive.name]
             raise UserError(
                 f"{archive.name} has md5 {archive.md5}, published is {published}: a damaged or changed "
-                "archive; download it again, or accept it with data.expect=nothing, which the recipe will say"
+                "archive; download it again, or accept it with data.expect=nothing; the recipe will state it"
             )

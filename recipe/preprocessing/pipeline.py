@@ -315,7 +315,7 @@ def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord |
         shutil.rmtree(directory / WORK)
     if wrong:
         raise UserError(
-            f"{wrong[0]} was made again but is not what it was: the raw images or Pillow changed; delete "
+            f"{wrong[0]} was made again with other bytes: the raw images or Pillow changed; delete "
             f"{display_path(directory / MANIFEST)} to make the data set again"
         )
     return finished_preprocessing(data, directory)
@@ -446,7 +446,7 @@ def make_shards(
             check()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; run the same command again to continue, "
+            "a worker process was killed, perhaps because memory ran out; run the same command again to continue, "
             "with fewer data.processes if it happens again"
         ) from error
     finally:

@@ -56,7 +56,7 @@ def read_errors(raw_dir: Path) -> Iterator[None]:
     except OSError as error:
         where = display_path(error.filename or raw_dir)
         raise UserError(
-            f"cannot read {where}: {error.strerror or error}; mend it, or give another data.raw_dir"
+            f"cannot read {where}: {error.strerror or error}; fix it, or give another data.raw_dir"
         ) from error
 
 

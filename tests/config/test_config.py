@@ -1,4 +1,4 @@
-"""The configuration: every experiment composes. What cannot be stops before any work and names the key."""
+"""The configuration: every experiment composes, and errors name the key before any work."""
 
 import re
 from contextlib import suppress
@@ -112,7 +112,7 @@ def test_what_cannot_be_together_is_named(overrides: list[str], named: str) -> N
 
 @pytest.mark.parametrize("key", ["run_dir", "data.raw_dir", "data.directory", "model.weights", "reference"])
 def test_a_place_whose_variable_is_not_set_is_refused(key: str) -> None:
-    """`run_dir="$RUN_DIR"` of a document would else mean the current directory."""
+    """Otherwise `run_dir="$RUN_DIR"` of a document would mean the current directory."""
     with pytest.raises(UserError, match=rf"{key}= is invalid: must be a path \(is the variable set"):
         compose_config(f"{key}=")
 
@@ -184,7 +184,7 @@ NEW_NAMES = [name for name in NAMES if "\\" not in name and "${" not in name and
 
 
 def in_threes(names: list[str]) -> list[tuple[str, ...]]:
-    """For three keys of one composition, which is slow. The last group is filled up from the first names."""
+    """Groups of three keys for one composition, which is slow. The last group is filled up from the first names."""
     return [(*names, *names)[first : first + 3] for first in range(0, len(names), 3)]
 
 
@@ -291,7 +291,7 @@ def test_plain_values_of_another_type_or_out_of_bounds_are_named(key: str, value
 
 
 def test_a_message_states_the_value_and_not_what_it_looks_like() -> None:
-    """An enum's message quotes the value, which may look like the end of msgspec's sentence."""
+    """The message of an enum quotes the value, which may look like the end of msgspec's message."""
     values = flatten(to_dict(compose_config())) | {"data.source": "x - at `$.model.name`"}
     with pytest.raises(UserError, match=r"^data\.source=x - at `\$\.model\.name` is invalid: must be one of imagenet"):
         Config(**unflatten(values))
@@ -338,7 +338,7 @@ def test_an_old_key_is_answered_with_its_new_name(monkeypatch: pytest.MonkeyPatc
         config_from_overrides(words)
 
 
-def test_new_names_are_keys_or_groups_of_the_schema_and_old_ones_are_not() -> None:
+def test_new_names_are_in_the_schema_and_old_ones_are_not() -> None:
     keys = schema_keys()
     for old, new in RENAMED.items():
         assert any(f"{key}.".startswith(f"{new}.") for key in keys)

@@ -1,7 +1,4 @@
-"""The check of a JPEG that keeps its bytes decodes less than a reader will, and has to find all that the reader finds.
-
-And what is written again holds the picture only.
-"""
+"""The check of a JPEG decodes less than a reader, and finds the same damage. Rewritten images have no metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from tests.builders.images import JPEG_KINDS, KEEP, damaged, encoded, picture, p
 
 
 def verdict_of_all_pixels(content: bytes) -> str:
-    """What decoding to pixels says: the oracle."""
+    """The damage found by decoding to pixels: the oracle."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -30,7 +27,7 @@ def verdict_of_all_pixels(content: bytes) -> str:
 
 
 def verdict(content: bytes) -> str | None:
-    """What is said of an image that keeps its bytes. None: it does not."""
+    """The reported damage of an image that keeps its bytes. None: the image is converted."""
     try:
         stored = store(content, False, KEEP)
     except DamagedImageError as error:
@@ -49,7 +46,7 @@ def test_the_check_finds_what_decoding_to_pixels_would_find(kind: str) -> None:
         said = verdict(content)
         if said is None:
             continue
-        if said.startswith(("L ", "RGB ")):  # else the reader may have filled up what is missing
+        if said.startswith(("L ", "RGB ")):  # otherwise the reader may have filled in missing pixels
             assert said == verdict_of_all_pixels(content)
         verdicts.add(said)
         count["sound" if said.startswith(("L ", "RGB ")) else "rejected"] += 1
@@ -76,7 +73,7 @@ METADATA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_resized_image_holds_its_pixels_and_nothing_else(mode: str) -> None:
+def test_a_resized_image_has_no_metadata(mode: str) -> None:
     content = encoded(pixels("with metadata", 90, 60).convert(mode), **METADATA)
     stored = store(content, False, Rules(keeps_png=False, resize_short_side=30, quality=77))
     with Image.open(io.BytesIO(content)) as image:

@@ -1,4 +1,4 @@
-"""The storage format: bytes that any reader opens, and random access that says what is wrong."""
+"""The storage format: standard tars, random access, errors with a reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Image = tuple[str, str, bytes, int]
 
 
 def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)) -> Manifest:
-    """A data set of one split, put together by hand: a shard for each part."""
+    """Write a data set of one split, with a shard for each part."""
     written, index = [], np.zeros(sum(len(part) for part in parts), dtype=INDEX)
     for number, part in enumerate(parts):
         shard, places = write_shard(directory / f"train-{number:05d}.tar", part)
@@ -77,7 +77,7 @@ def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)
 
 
 def test_a_manifest_keeps_its_names(tmp_path: Path) -> None:
-    """Its hash is the identity of a data set."""
+    """Its hash identifies a data set."""
     write_data_set(tmp_path)
     names = ["format", "name", "settings", "listing_sha256", "is_ilsvrc2012", "label_convention", "classes", "splits"]
     assert list(json.loads((tmp_path / "manifest.json").read_bytes())) == [*names, "converted", "rejected"]

@@ -143,7 +143,7 @@ def test_normalisation_is_torchvisions() -> None:
 
 @pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
 def test_resizing_into_a_batch_is_torchvisions_and_touches_nothing_else(mode: InterpolationMode) -> None:
-    """The kernel works in words of four bytes on pixels of three."""
+    """The kernel processes four bytes at a time, and pixels have three."""
     assert uses_native_kernel(mode)
     image = fixed_image(90, 130).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for top, left, height, width in (

@@ -1,4 +1,4 @@
-"""Batches from processes that decode: the same as from threads, whatever happens to the processes."""
+"""Batches from worker processes: equal to those from threads, and errors of the processes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def decoding(splits: list[Split], processes: int) -> Iterator[list[Loader]]:
 
 @pytest.fixture(scope="module")
 def splits(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Split]:
-    """train, val, and a val one of whose images is damaged."""
+    """train, val, and a val with a damaged image."""
     copy = tmp_path_factory.mktemp("damaged") / "demo"
     shutil.copytree(data_directory, copy)
     damaged = open_split(copy, "val")
@@ -65,13 +65,13 @@ def splits(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 @pytest.fixture(scope="module")
 def two(splits: list[Split]) -> Iterator[list[Loader]]:
-    """Two processes for all tests of this file: they are slow to start. The last test kills one."""
+    """Two processes for all tests of this file, since they start slowly. The last test kills one."""
     with decoding(splits, 2) as made:
         yield made
 
 
 def without_nvimagecodec(patch: pytest.MonkeyPatch, error: Exception | None) -> None:
-    """Have its import fail: it is absent, or loading it raises `error`."""
+    """Make the import fail: the library is absent, or loading it raises `error`."""
     library.load_nvimgcodec.cache_clear()
     library.report_fallback.cache_clear()
     if error is None:
@@ -121,7 +121,7 @@ def test_only_rank_0_says_that_pillow_decodes(
 
 
 def children(decoding: Loader) -> list[int]:
-    """The processes that decode. None before the first batch is there."""
+    """The worker processes. Empty before the first batch."""
     assert isinstance(decoding, WorkerLoader)
     pid = decoding.pool.process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -157,7 +157,7 @@ def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: 
         )
 
 
-def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader]) -> None:
+def test_memory_is_reused_only_after_its_batch_is_freed(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)
         parts = [np.arange(12, dtype=np.int64) + first for first in range(0, 96, 12)]
@@ -176,7 +176,7 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader
         assert sum(slot.bytes for slot in train.pool.memory.free) == train.pool.memory.bytes
 
 
-def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(two: list[Loader]) -> None:
+def test_an_abandoned_iterator_frees_its_memory_and_the_next_one_works(two: list[Loader]) -> None:
     with nullcontext(two) as (train, validation, _):
         assert isinstance(train, WorkerLoader)
         for _ in range(2):

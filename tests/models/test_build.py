@@ -1,4 +1,4 @@
-"""The network as built, and weights that are known by their content (T18, T19)."""
+"""The network after construction, and the identity of weights (T18, T19)."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def file_of(path: Path, content: object) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The sentence with which a file of weights is refused."""
+    """The error for a file of weights."""
     with pytest.raises(UserError) as refused:
         build_model(settings(weights=str(path)), 10, 0)
     assert "\n" not in str(refused.value)
@@ -265,7 +265,7 @@ def test_a_hostile_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(pickle.dumps({"a": Hostile(victim)}, protocol=2))
     refusal(tmp_path / "w.pt")
     assert not victim.exists()
-    pickle.loads(pickle.dumps(Hostile(victim)))  # the payload is a working one
+    pickle.loads(pickle.dumps(Hostile(victim)))  # the payload works
     assert victim.exists()
 
 

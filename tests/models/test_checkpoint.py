@@ -1,4 +1,4 @@
-"""Checkpoints: damage is noticed, the one before is used, a full disk costs nothing."""
+"""Checkpoints: damage is detected, the previous one is used, a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     assert one.read_bytes() != save_checkpoint(tmp_path, 7, state_of(8)).read_bytes()
 
 
-def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
+def test_without_checkpoints_there_is_no_newest_one(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(UserError, match="does not exist"):
@@ -182,7 +182,7 @@ def test_where_all_are_damaged_it_stops_and_nothing_is_lost(saved: Path) -> None
 
 
 def test_it_still_stops_when_the_command_is_given_again(saved: Path) -> None:
-    """Training never starts anew in silence where checkpoints existed, at the second attempt neither."""
+    """Training does not start over unnoticed if checkpoints existed, also not at the second attempt."""
     for path in checkpoint_files(saved):
         empty(path)
     for _ in range(2):
@@ -220,7 +220,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00.", bytes(5000)])
-def test_a_file_of_something_else_with_a_right_checksum_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_another_file_with_a_valid_checksum_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_checkpoint(with_checksum(tmp_path, content))
     assert "\n" not in str(refused.value)
@@ -260,10 +260,9 @@ def test_the_newest_and_the_best_are_kept(keep: int, best: int, left: list[int],
 
 @contextmanager
 def no_file_beyond(bytes_max: int) -> Iterator[None]:
-    """Writing further fails as on a full disk. Python ignores the signal that comes with it.
+    """Limit the size of files, so that writing fails as on a full disk. Python ignores the signal.
 
-    Only around the writing that is tested: the limit holds for the whole process, and the file that the test report
-    goes to is longer than that.
+    Use it around the tested writing only: the limit is for the process, and the file of the test report is longer.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, before[1]))
@@ -297,7 +296,7 @@ def test_a_full_disk_leaves_the_old_ones(saved: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_kill_between_checksum_and_file_uses_the_one_before(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interrupt comes at the second rename: the checksum has its name, its file has not."""
+    """Interrupted at the second rename: the checksum file is there, the checkpoint is not."""
     renames: list[Path] = []
     rename = Path.replace
 

@@ -1,4 +1,4 @@
-"""Files of weights that people have: each is read as what it holds, or refused in one sentence of this project."""
+"""Files of weights from other projects: read by content, or refused with a message."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def saved(path: Path, content: Any, **how: Any) -> Path:
 
 
 def averaged() -> State:
-    """As torchvision's references save `model_ema`."""
+    """The state of `model_ema` as saved by torchvision's references."""
     return AveragedModel(network()).state_dict()
 
 
@@ -264,7 +264,7 @@ def test_a_class_is_refused_by_name_and_nothing_runs(content: Any, named: str, l
     assert not Path("executed").exists()
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of kinds of tensors that are new or given up
+@pytest.mark.filterwarnings("ignore")  # torch's, about new or deprecated types of tensors
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -279,7 +279,7 @@ def test_tensors_that_no_network_computes_with_are_refused(
     make: Callable[[], Tensor], named: str, tmp_path: Path
 ) -> None:
     message = refusal(saved(tmp_path / "w", {"model": STATE | {"head.weight": make()}}))
-    assert "holds head.weight as a tensor of" in message
+    assert "has head.weight as a tensor of" in message
     assert named in message
 
 
@@ -390,7 +390,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_tensor_beside_the_network_s_own_is_named_alone(tmp_path: Path) -> None:
-    """A Lightning module also holds its criterion."""
+    """A Lightning module also has its criterion."""
     tensors = {f"model.{name}": tensor for name, tensor in STATE.items()} | {"criterion.weight": torch.ones(3)}
     torch.save({"state_dict": tensors}, tmp_path / "w.ckpt")
     given = read_weights(tmp_path / "w.ckpt")

@@ -1,6 +1,6 @@
-"""Published weights: read as plain data, measured by their own protocol, refused by name where they do not exist.
+"""Published weights: read as plain data, measured by their own protocol, refused by name if they do not exist.
 
-The real weights cannot be fetched where this runs: a file stands in for the download.
+A local file replaces the download.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run directory: files are whole or absent, one writer at a time, nothing is deleted, no path leaks."""
+"""The run directory: complete or absent files, one writer at a time, no deletion, no leaked paths."""
 
 from __future__ import annotations
 
@@ -282,14 +282,14 @@ def test_a_pinned_configuration_is_read_as_it_was_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: ${oc.env:HOME}", r"holds '\$\{': a pinned configuration is plain values"),
+        ("a: ${oc.env:HOME}", r"contains '\$\{': a pinned configuration is plain values"),
         ("a: [1, 2", "is not YAML"),
         ("- 1", "is not a configuration"),
         ("", "is not a configuration"),
         ("a: !!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )
-def test_a_configuration_that_is_no_plain_data_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_plain_data_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.config.write_text(text)
     with pytest.raises(UserError, match=sentence) as refused:

@@ -1,4 +1,4 @@
-"""Who started a process: one decision for training, preprocessing and the recorded command."""
+"""The launch of a process: one decision for training, preprocessing and the recorded command."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_several_processes_of_another_launcher_are_refused(
     ],
     ids=str,
 )
-def test_variables_of_torchrun_that_contradict_one_another_are_refused(changed: dict[str, str]) -> None:
+def test_contradicting_variables_of_torchrun_are_refused(changed: dict[str, str]) -> None:
     environment = torchrun_environment(1, 2) | changed
     with pytest.raises(UserError, match="contradict one another: start with torchrun, or `unset TORCHELASTIC_RUN_ID`"):
         launched(environment)

@@ -1,4 +1,4 @@
-"""Showing progress cannot end the work, whatever became of the standard streams."""
+"""Progress output cannot stop the work, for any state of the standard streams."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.exit(75)
 
 
 def outcome(directory: Path, shell: str, **variables: str) -> tuple[int, str]:
-    """The exit code of the work when a shell starts it so, and what its stderr says, which goes to `err` by default."""
+    """The exit code of the work started by a shell, and its stderr, which is written to `err` by default."""
     script = directory / "work.py"
     script.write_text(WORK.format(checkout=str(CHECKOUT)))
     done = subprocess.run(
@@ -64,7 +64,7 @@ def outcome(directory: Path, shell: str, **variables: str) -> tuple[int, str]:
         '"$0" "$1" 1< /dev/null',  # open, but not for writing
     ],
 )
-def test_the_work_ends_as_it_would_with_streams_that_cannot_be_written(tmp_path: Path, shell: str) -> None:
+def test_unwritable_streams_do_not_change_the_exit_code(tmp_path: Path, shell: str) -> None:
     code, errors = outcome(tmp_path, shell)
     assert code == 75
     assert "Error" not in errors
@@ -121,7 +121,7 @@ def test_a_reader_that_stands_still_costs_lines_and_no_time() -> None:
     file = LossyFile(writing, "w", closefd=False)
     file.patience_seconds = 0.01
     line = b"x" * 999 + b"\n"
-    for _ in range(1000):  # a pipe holds some 64 of them
+    for _ in range(1000):  # a pipe has room for some 64 of them
         assert file.write(line) == len(line)
     assert file.is_stuck
     assert file.failure is None
