@@ -325,7 +325,7 @@ def join(timeout: timedelta) -> dist.Store:  # type: ignore[name-defined]
         store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
     except RuntimeError as error:
         raise UserError(
-            f"the processes of this launch cannot reach each other ({str(error).splitlines()[0]}); where the name of a "
+            f"the processes of this launch cannot reach each other ({str(error).splitlines()[0]}); if the name of a "
             "node does not resolve to its network address, name its interface in GLOO_SOCKET_IFNAME"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

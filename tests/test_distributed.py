@@ -72,7 +72,7 @@ def started_by_torchrun(monkeypatch: pytest.MonkeyPatch, processes: int) -> None
         (("accelerator=cuda", "gpus=1"), 4, 1),
     ],
 )
-def test_processes_are_the_asked_ones_else_every_gpu_else_one(
+def test_processes_are_the_configured_number_else_all_gpus_else_one(
     overrides: tuple[str, ...], gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     see_gpus(monkeypatch, gpus)
@@ -110,7 +110,7 @@ def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch: pytest.Monke
         processes_per_node(trainer("accelerator=auto"))
 
 
-def test_the_device_is_the_asked_one_else_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_the_configured_one_else_the_available_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_type(trainer("accelerator=auto")) == device_type(trainer("accelerator=cpu")) == "cpu"
     see_gpus(monkeypatch, 1)
     assert device_type(trainer("accelerator=auto")) == "cuda"

@@ -179,7 +179,7 @@ def test_a_metrics_name_says_pixels_weights_and_checkpoint() -> None:
     assert protocol_name(view, is_average=True, checkpoint="step-00000012").endswith("-average-step-00000012")
 
 
-def test_flipped_views_name_themselves() -> None:
+def test_flipped_views_are_named() -> None:
     """T10: before the weights and the checkpoint, since it is part of the view."""
     view = build_evaluation_transform(compose_config("evaluation.resize_pixels=256").evaluation)
     assert view_name(view, flip=False) == "resize256-crop224-bilinear"

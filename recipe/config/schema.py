@@ -292,7 +292,7 @@ class MixupConfig:
 
     mixup_alpha: NonNegative
     cutmix_alpha: NonNegative
-    switch_probability: Fraction  # to cutmix in a mixed group, if both are on
+    switch_probability: Fraction  # of cutmix for a mixed group, if both are on
     probability: Fraction  # that a group is mixed at all
     group_size: Annotated[int, Meta(ge=2)]  # images with equal parameters. Must divide the images of one forward pass
 

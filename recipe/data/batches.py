@@ -115,7 +115,7 @@ class BatchLayout:
 
 
 def derive_layout(optimization: OptimizationConfig, trainer: TrainerConfig, processes: int) -> BatchLayout:
-    """The layout with the fewest accumulation steps. Raises `UserError` if the batch size does not divide."""
+    """The layout with the fewest steps for `trainer.max_micro_batch_size`. Raises `UserError` if indivisible."""
     size, cap = optimization.batch_size, trainer.max_micro_batch_size
     accumulation = max(1, math.ceil(size / (processes * cap)))
     parts = processes * accumulation

@@ -184,7 +184,7 @@ def build_decoder(decoder: Decoder) -> ImageDecoder:
 
 
 def usable_decoder(decoder: Decoder) -> ImageDecoder:
-    """The decoder of that name, or Pillow if its library is not installed or broken. Rank 0 prints the reason once."""
+    """The decoder of that name, or Pillow if its library is absent or broken. Rank 0 prints the reason once."""
     try:
         return build_decoder(decoder)
     except UserError as error:

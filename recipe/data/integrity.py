@@ -157,7 +157,7 @@ def bare(content: bytes) -> bytes:
 
 
 def stray_bytes(content: bytes, warning: str) -> tuple[int, int]:
-    """The start and end of the stray bytes of the first warning of a JPEG. (0, 0) where they are not found.
+    """Start and end of the stray bytes of the first warning of a JPEG. (0, 0) if not found.
 
     The warning names the marker after them, which may occur often. The right one is the first up to which the file has
     to be read for this warning.

@@ -184,7 +184,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def _is_alike(given: Tensor, own: Tensor) -> bool:
-    """True for equal shapes, and floating types for floating weights."""
+    """True for equal shapes, except integers for floating weights."""
     return given.shape == own.shape and (given.is_floating_point() or not own.is_floating_point())
 
 

@@ -39,7 +39,7 @@ class LossyFile(io.FileIO):
     is_stuck = False
 
     def write(self, content: ReadableBuffer) -> int:
-        """Write as many bytes as possible and return their full number."""
+        """Write as many bytes as possible. Returns the full number, as if all were written."""
         rest = memoryview(content).cast("B")
         count = rest.nbytes
         try:
@@ -120,7 +120,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """The signals that are not ignored. None outside of the main thread, where Python handles no signals."""
+    """The signals that are not ignored. Empty outside of the main thread, where Python handles no signals."""
     if threading.current_thread() is not threading.main_thread():
         return []
     return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]

@@ -174,7 +174,7 @@ def test_the_order_is_a_permutation_and_pure() -> None:
     assert np.array_equal(order, np.random.default_rng((1, 3, 4)).permutation(1000)), "as it always was"
 
 
-def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
+def test_every_epoch_and_every_seed_has_another_order() -> None:
     orders = {epoch_order(seed, epoch, 50).tobytes() for seed in range(6) for epoch in range(6)}
     assert len(orders) == 36
 
@@ -194,7 +194,7 @@ def test_a_quasi_random_order_is_a_permutation_within_a_few_shards() -> None:
         assert max(last_seen) < 40 * WINDOW_SHARDS
 
 
-def test_blocks_are_what_is_delivered_and_recorded(data_directory: Path) -> None:
+def test_the_quasi_random_order_is_delivered_and_recorded(data_directory: Path) -> None:
     config = compose_config("experiment=smoke", "loader.order=quasi_random")
     pool = ThreadedLoader(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.loader, world())
     with closing(pool):

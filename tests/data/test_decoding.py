@@ -157,7 +157,9 @@ def test_a_progressive_picture_without_its_last_scans_has_one_look(scans: int, d
         assert torch.equal(picture.part(top, left, height, width), whole[:, top : top + height, left : left + width])
 
 
-def test_what_is_set_to_be_exact_is_heard(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exact_decoding_options_have_an_effect(
+    decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = jpeg(97, 131, subsampling="4:2:0")
     monkeypatch.setattr(decoding, "EXACT", ":fancy_upsampling=0")
     assert not torch.equal(decoded(content, NvImageCodecDecoder()), decoded(content, decoder))

@@ -39,7 +39,7 @@ def verdict(content: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("kind", JPEG_KINDS)
-def test_the_check_finds_what_decoding_to_pixels_would_find(kind: str) -> None:
+def test_the_check_finds_the_damage_of_a_full_decode(kind: str) -> None:
     verdicts = set()
     count = {"sound": 0, "rejected": 0}
     for content in damaged(picture(kind), np.random.default_rng(list(kind.encode()))):
@@ -83,7 +83,7 @@ def test_a_resized_image_has_no_metadata(mode: str) -> None:
     assert not any(value in stored.content for value in (b"hello", b"profile", b"Exif"))
 
 
-def test_two_thirds_of_a_picture_are_refused_where_it_is_resized_too() -> None:
+def test_a_truncated_image_is_refused_also_if_it_is_resized() -> None:
     content = encoded(pixels("cut", 400, 300))
     with pytest.raises(DamagedImageError, match="truncated"):
         store(content[: 2 * len(content) // 3], False, Rules(keeps_png=False, resize_short_side=30, quality=77))

@@ -228,7 +228,7 @@ def test_rows_of_an_interlaced_png_are_counted(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("form", ["WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000"])
-def test_other_formats_complain_by_themselves(form: str) -> None:
+def test_decoders_of_other_formats_report_damage(form: str) -> None:
     content = encoded(picture(), form)
     for share in (0.2, 0.5, 0.8, 0.95):
         with pytest.raises(DamagedImageError):

@@ -141,7 +141,7 @@ def everything(train: Loader, validation: Loader, processes: int) -> list[list[t
     return found + [flat(batch) for batch in EvaluationBatches(validation, VIEW, 7, ALONE)]
 
 
-def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: list[Loader]) -> None:
+def test_one_and_two_processes_make_the_batches_of_threads(splits: list[Split], two: list[Loader]) -> None:
     with decoding(splits, 0) as (train, validation, _):
         expected = everything(train, validation, 0)
     with decoding(splits, 1) as (train, validation, _):
@@ -236,7 +236,7 @@ def test_shares_cover_a_batch_evenly() -> None:
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_killed_process_stops_with_one_sentence(two: list[Loader]) -> None:
+def test_a_killed_process_is_reported(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)
         batches = iter(EvaluationBatches(train, VIEW, 4, ALONE))

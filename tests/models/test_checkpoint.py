@@ -48,7 +48,7 @@ def newest_step(directory: Path) -> int:
 # ---- saving and loading -----------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_loaded(saved: Path) -> None:
+def test_a_saved_checkpoint_is_loaded(saved: Path) -> None:
     state, original = load_checkpoint(saved / "step-00000002.pt"), state_of(2)
     assert state["progress"] == original["progress"]
     assert state["optimizer"]["param_groups"] == original["optimizer"]["param_groups"]
@@ -86,7 +86,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 100_000
 
 
-def test_the_average_is_what_is_released_where_there_is_one() -> None:
+def test_the_average_is_released_if_there_is_one() -> None:
     state = state_of(1)
     assert eval_weights(state) is state["model"]
     assert eval_weights({**state, "average": {"model": {"a": 1}, "updates": 3}}) == {"a": 1}
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_sentence_that_names_the_file(damage: Damage, saved: Path) -> None:
+def test_damage_is_reported_with_the_file(damage: Damage, saved: Path) -> None:
     damage(saved / "step-00000002.pt")
     with pytest.raises(UserError, match=r"step-00000002\.pt") as refused:
         load_checkpoint(saved / "step-00000002.pt")
@@ -173,7 +173,7 @@ def test_every_byte_is_covered(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def test_where_all_are_damaged_it_stops_and_nothing_is_lost(saved: Path) -> None:
+def test_if_all_are_damaged_training_stops_and_nothing_is_lost(saved: Path) -> None:
     for path, damage in zip(checkpoint_files(saved), DAMAGES, strict=False):
         damage(path)
     with pytest.raises(UserError, match=r"no valid checkpoint is left .*step-00000003.*trainer\.start_over=true"):
@@ -313,7 +313,7 @@ def test_a_kill_between_checksum_and_file_uses_the_one_before(saved: Path, monke
     assert newest_step(saved) == 3
 
 
-def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"cannot write .*Not a directory"):
         save_checkpoint(tmp_path / "file" / "checkpoints", 1, state_of(1))

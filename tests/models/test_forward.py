@@ -67,7 +67,7 @@ RECALIBRATED = ["optimization.ema.precise_bn_images=9"]
     ],
     ids=["accumulation", "recalibration", "its batches", "growing images", "evaluation", "one size", "no batch norm"],
 )
-def test_what_the_network_cannot_take_is_refused_before_training(
+def test_images_that_do_not_fit_the_network_are_refused_before_training(
     words: list[str], message: str, smoke: Words, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -162,7 +162,7 @@ def test_stochastic_depth_keeps_names_and_weights_and_changes_the_architecture_h
     assert model_facts(zeroed, ModelConfig(name="resnet18"), 10).zero_initialised_norms == 8
 
 
-def test_draws_follow_torchs_seed_and_a_copy_has_a_mode_of_its_own() -> None:
+def test_draws_follow_torchs_seed_and_a_copy_has_its_own_mode() -> None:
     model = network(stochastic_depth=0.5).train()
     average = copy.deepcopy(model).eval()
     for module in (model, average):

@@ -119,7 +119,7 @@ def test_the_content_decides_and_not_the_suffix(name: str, tmp_path: Path) -> No
     assert weights_sha256(read_weights(tmp_path / name).tensors) == EXPECTED
 
 
-def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
+def test_a_header_with_a_length_that_begins_like_a_pickle(tmp_path: Path) -> None:
     for padding in range(256):
         content = safetensors.torch.save(STATE, {"padding": "x" * padding})
         if content[:1] == b"\x80":
@@ -130,7 +130,7 @@ def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("average", [None, {"updates": 3, "model": STATE}], ids=["trained", "averaged"])
-def test_a_checkpoint_of_this_project_gives_what_it_releases(average: State | None, tmp_path: Path) -> None:
+def test_a_checkpoint_of_this_project_gives_its_evaluated_weights(average: State | None, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, {"model": TRAINED if average else STATE, "average": average})
     found = read_weights(path)
     assert weights_sha256(found.tensors) == EXPECTED
@@ -161,7 +161,7 @@ def test_modules_that_ask_for_their_version_get_it(kind: str, tmp_path: Path) ->
     assert weights_sha256(found.tensors) == weights_sha256(state)
 
 
-def test_modules_rename_what_their_older_versions_had(tmp_path: Path) -> None:
+def test_modules_rename_tensors_of_older_versions(tmp_path: Path) -> None:
     """torchvision's files of vision transformers are of the first version."""
     model = torchvision.models.VisionTransformer(32, 16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
     new = model.state_dict()
@@ -298,7 +298,7 @@ def test_tensors_that_no_network_computes_with_are_refused(
         ({"format": "checkpoint/2", "model": STATE, "average": 3}, "without a dictionary of tensors as 'average'"),
     ],
 )
-def test_another_structure_is_refused_with_what_is_there(content: Any, named: str, tmp_path: Path) -> None:
+def test_another_structure_is_refused_with_its_content(content: Any, named: str, tmp_path: Path) -> None:
     message = refusal(saved(tmp_path / "w", content))
     assert "not a dictionary of tensors" in message
     assert named in message
@@ -324,7 +324,7 @@ def test_tensors_may_share_their_storage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_short_is_one_sentence(kind: str, share: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(kind: str, share: float, tmp_path: Path) -> None:
     content = safetensors.torch.save(STATE)
     if kind != "safetensors":
         content = saved(tmp_path / "w", STATE, _use_new_zipfile_serialization=kind == "zip").read_bytes()
@@ -357,7 +357,7 @@ def entry(shape: list[int], begin: int, end: int, kind: str = "F32") -> dict[str
         safetensors_of(b"{}", b"", length=2**63),
     ],
 )
-def test_a_malformed_safetensors_file_gives_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_malformed_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(content)
     refusal(tmp_path / "w")
 
@@ -369,13 +369,13 @@ def test_a_torchscript_program_is_refused_by_name(tmp_path: Path) -> None:
     assert "TorchScript program" in refusal(tmp_path / "w")
 
 
-def test_an_archive_of_tar_is_one_sentence(tmp_path: Path) -> None:
+def test_a_tar_archive_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "w.pth.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
     assert "written neither by torch.save nor by safetensors" in refusal(tmp_path / "w.pth.tar")
 
 
-def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_other_than_regular_files_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     assert "pipe or a device" in refusal(tmp_path / "pipe")

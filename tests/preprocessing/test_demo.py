@@ -117,7 +117,7 @@ def test_torchvision_reads_names_and_balanced_ground_truth(devkit: Devkit) -> No
 @pytest.mark.parametrize(
     ("name", "sign"), [("ocean waves", -1), ("snowflake", -1), ("sunset", 1), ("brick wall", 1), ("honeycomb", 1)]
 )
-def test_ground_truth_names_what_was_drawn(archives: Path, devkit: Devkit, name: str, sign: int) -> None:
+def test_ground_truth_names_the_drawn_classes(archives: Path, devkit: Devkit, name: str, sign: int) -> None:
     """Checked by colour only: water and night are bluish, fire, bricks and honey reddish."""
     names, validation_wnids = devkit
     labelled = zip(validation_wnids, validation_images(archives).values(), strict=True)
@@ -198,7 +198,7 @@ def test_an_interrupted_redraw_leaves_no_marker_and_no_partial_file(
 
 @pytest.mark.parametrize("marker", [None, "{}", "notes on a demo"])
 @pytest.mark.parametrize("name", [*ARCHIVES, "train", "ILSVRC"])
-def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, marker: str | None) -> None:
+def test_data_of_another_user_is_never_overwritten(tmp_path: Path, name: str, marker: str | None) -> None:
     """`make preprocess RAW_DIR=/data/ilsvrc2012` without an experiment, in any layout."""
     (tmp_path / name).write_bytes(b"the real one")
     if marker is not None:
@@ -209,7 +209,7 @@ def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, m
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_marker_tells_what_was_drawn(archives: Path) -> None:
+def test_the_marker_has_the_drawn_counts(archives: Path) -> None:
     assert json.loads((archives / demo.DEMO_MARKER).read_text()) == {
         "version": demo.VERSION,
         "train_images_per_class": TRAIN_COUNT,

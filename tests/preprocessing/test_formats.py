@@ -82,7 +82,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_what_is_lost_on_the_way_to_rgb_is_named(what: str) -> None:
+def test_properties_lost_in_rgb_are_named(what: str) -> None:
     stored = store(NAMED[what], False, KEEP)
     assert stored.unusual == what
     if "16 bits" not in what:
@@ -113,7 +113,7 @@ def test_samples_without_an_agreed_white_are_refused_by_name(content: bytes, why
 
 
 @pytest.mark.parametrize("form", ["EPS", "PDF", "ICO", "PPM", "TGA", "PCX", "SGI"])
-def test_no_other_reader_of_pillow_is_asked(form: str) -> None:
+def test_other_readers_of_pillow_are_not_used(form: str) -> None:
     """The reader of EPS starts Ghostscript."""
     content = encoded(pixels("a"), form)
     with pytest.raises(RejectedImageError, match="it is none of JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF, JPEG 2000"):
@@ -199,7 +199,7 @@ def test_a_name_that_promises_an_image_is_held_to_it(tmp_path: Path) -> None:
 # ---- sizes ------------------------------------------------------------------------------------------
 
 
-def test_what_is_too_large_names_the_setting_or_is_left_out(tmp_path: Path) -> None:
+def test_a_too_large_image_names_the_setting_or_is_left_out(tmp_path: Path) -> None:
     for class_id in ("cat", "dog"):
         write_files(tmp_path / "raw" / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)}, ".jpg")
     (tmp_path / "raw" / "cat" / "large.jpg").write_bytes(encoded(pixels("large", 400, 300)))

@@ -447,7 +447,7 @@ def interrupted_when_done(*arguments: Any) -> None:
 MAKE_SHARDS = pipeline.make_shards
 
 
-def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(official: Path, tmp_path: Path) -> None:
     out = tmp_path / "home"
     (out / "work").mkdir(parents=True)
     for name in ("train-00007.tar", "notes.tmp-1", "work/thesis.txt"):
@@ -511,7 +511,7 @@ def test_a_folder_data_set_does_not_lie_among_its_own_classes(tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["cat"]
 
 
-def test_a_folder_with_our_lock_alone_is_not_of_somebody_else(official: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_our_lock_is_accepted(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lock").touch()
     preprocess(config(official, tmp_path / "out"))
@@ -522,7 +522,7 @@ def refuse_to_lock(*_: object) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-def test_a_file_system_without_locks_is_one_sentence(
+def test_a_file_system_without_locks_is_refused(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse_to_lock)
@@ -559,7 +559,7 @@ def never(look: Callable[[], None]) -> Callable[[], bool]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_is_one_sentence_and_continues(
+def test_a_full_disk_is_reported_and_the_command_continues(
     finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path
 ) -> None:
     """The temporary name of the index is a link to /dev/full."""
@@ -579,7 +579,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_continues(
     assert content_of(out) == content_of(finished[0])
 
 
-def test_a_disk_error_of_a_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
+def test_a_disk_error_of_a_worker_is_reported(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out/train-00000.tar").mkdir(parents=True)
     (tmp_path / "out" / shard_writer.WORK).mkdir()
     with pytest.raises(DiskError, match=r"cannot write .*train-00000.tar: Is a directory"):
@@ -724,7 +724,7 @@ def test_sixteen_bits_keep_their_high_byte() -> None:
     assert (pixels_of(stored.content) == wanted[:, :, None]).all()
 
 
-def test_plain_png_files_keep_their_bytes_only_where_they_belong() -> None:
+def test_plain_png_files_keep_their_bytes_only_with_a_png_name() -> None:
     for mode in ("RGB", "L"):
         content = encoded(pixels("a").convert(mode), "PNG")
         assert store(content, True, KEEP_FOLDER).content == content
@@ -791,7 +791,7 @@ def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
         preprocess(config(tmp_path / "raw", tmp_path / "out", processes=2))
 
 
-def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> None:
+def test_corrupt_images_are_left_out_and_listed_with_skip(tmp_path: Path) -> None:
     bad = {"n02085620_3": jpeg("a")[:300], "n02085620_4": b""}
     validation = validation_images() | {"ILSVRC2012_val_00000001": png_header_of(20_000, 20_000)}
     raw = write_official(tmp_path / "raw", train=train_images() | bad, validation=validation)
@@ -958,7 +958,7 @@ def test_a_finished_folder_data_set_does_not_need_its_raw_images(
 
 
 @pytest.mark.process
-def test_a_killed_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported(official: Path, tmp_path: Path) -> None:
     process = start_slowly(official, tmp_path / "out", 1)
     children = [pid for pid in members_of_group(process.pid) if is_worker(pid)]
     assert children

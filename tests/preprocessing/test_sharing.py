@@ -217,7 +217,7 @@ def test_a_killed_rank_ends_those_of_other_nodes(ranks: Ranks, killed: int) -> N
 
 
 @pytest.mark.slow
-def test_what_several_ranks_began_one_process_finishes(alone: Path, ranks: Ranks, official: Path) -> None:
+def test_one_process_finishes_the_work_of_several_ranks(alone: Path, ranks: Ranks, official: Path) -> None:
     process = ranks.torchrun(3, pauses={0: 5, 1: 5, 2: 5})
     ranks.wait_for_shards(3)
     process.kill()

@@ -116,14 +116,14 @@ def test_one_tar_and_one_folder_mix(tmp_path: Path) -> None:
 # ---- what is missing --------------------------------------------------------------------------------
 
 
-def test_no_raw_dir_says_what_to_give(tmp_path: Path) -> None:
+def test_without_raw_dir_the_message_names_it(tmp_path: Path) -> None:
     settings = data_config(tmp_path, tmp_path / "out")
     settings.raw_dir = None
     with pytest.raises(UserError, match=r"data.raw_dir is not given.*ILSVRC2012_img_train.tar.*image-net.org.*Kaggle"):
         find_raw(settings)
 
 
-def test_an_absent_or_empty_raw_dir_says_what_is_looked_for(tmp_path: Path) -> None:
+def test_an_absent_or_empty_raw_dir_is_refused_with_the_accepted_layouts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.raw_dir=.*nowhere is not a folder.*image-net.org"):
         find_raw(data_config(tmp_path / "nowhere", tmp_path / "out"))
     with pytest.raises(UserError, match=r"no training images in .*looked for ILSVRC2012_img_train.tar"):
@@ -465,7 +465,7 @@ def leave_system_files_in(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", SYSTEM_NAMES)
 @pytest.mark.parametrize("is_split", [True, False])
-def test_what_operating_systems_leave_is_passed_over_everywhere(tmp_path: Path, name: str, is_split: bool) -> None:
+def test_files_of_operating_systems_are_skipped_everywhere(tmp_path: Path, name: str, is_split: bool) -> None:
     folders = ("train", "val") if is_split else (".",)
     for folder in folders:
         write_folder(tmp_path / folder, {c: {f"{n}.jpg": b"x" for n in range(60)} for c in ("a", "train")})
@@ -585,7 +585,7 @@ def test_files_may_be_older_than_the_clock(tmp_path: Path, seconds: int) -> None
     assert seconds * 10**9 in np.concatenate([rows["changed_ns"] for rows in raw.rows.values()])
 
 
-def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patched, since tests may run as root, who can read everything."""
     write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(60)}})
 
@@ -599,7 +599,7 @@ def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch
                 find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
-def test_the_listing_hash_sees_names_labels_and_sizes_only(tmp_path: Path) -> None:
+def test_the_listing_hash_depends_on_names_labels_and_sizes_only(tmp_path: Path) -> None:
     before = listing_sha256(find_raw(data_config(write_extracted(tmp_path / "extracted"), tmp_path)).rows)
     write_official(tmp_path)
     assert listing_sha256(find_raw(data_config(tmp_path, tmp_path)).rows) == before
@@ -750,7 +750,7 @@ def spoil_balance(raw: Raw) -> None:
         (spoil_balance, "class n00000000 has 51 validation images, ILSVRC2012 has 50 in each"),
     ],
 )
-def test_each_violation_is_one_sentence_with_the_way_out(
+def test_each_violation_is_reported_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Raw], None], sentence: str
 ) -> None:
     raw = fake_ilsvrc2012(monkeypatch)

@@ -245,7 +245,7 @@ def test_the_callers_git_variables_change_nothing(
 
 
 @pytest.mark.parametrize("mark", ["--assume-unchanged", "--skip-worktree"])
-def test_an_edit_that_the_index_is_asked_to_overlook_is_seen(mark: str, repository: Path) -> None:
+def test_an_edit_hidden_by_a_mark_in_the_index_is_seen(mark: str, repository: Path) -> None:
     git(repository, "update-index", mark, "recipe/model.py")
     assert tree_state(outputs(repository)).state == "clean"
     (repository / "recipe" / "model.py").write_text("width = 32\n")
@@ -440,7 +440,7 @@ def test_a_stage_without_edits_ends_as_it_began(repository: Path) -> None:
 # ---- the source's hash ------------------------------------------------------------------------------
 
 
-def test_the_source_hash_sees_content_and_names_of_source_only(repository: Path) -> None:
+def test_the_source_hash_depends_on_names_and_content_of_sources_only(repository: Path) -> None:
     before = source_sha256()
     os.utime(repository / "train.py", (1, 1))
     os.chmod(repository / "train.py", 0o600)
@@ -476,7 +476,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str, **variables: str) -> str
     return command()
 
 
-def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_recorded_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert typed(monkeypatch, "/somewhere/train.py", "experiment=demo", "optimization.epochs=2") == (
         "python train.py experiment=demo optimization.epochs=2"
     )

@@ -81,7 +81,7 @@ def test_words_that_do_not_fit_the_encoding_are_escaped(tmp_path: Path, variable
     assert (tmp_path / "out").read_bytes().endswith(b"no newline at the end")
 
 
-def test_nothing_is_lost_where_somebody_reads(tmp_path: Path) -> None:
+def test_output_to_a_reader_is_complete(tmp_path: Path) -> None:
     code, errors = outcome(tmp_path, '"$0" "$1" | cat > out', PYTHONUTF8="1")
     assert code == 75
     assert errors.count("warning ") == 1000
@@ -91,7 +91,7 @@ def test_nothing_is_lost_where_somebody_reads(tmp_path: Path) -> None:
     assert lines[-1] == "no newline at the end"
 
 
-def test_streams_that_somebody_has_redirected_stay() -> None:
+def test_redirected_streams_stay() -> None:
     for kind in (contextlib.redirect_stdout, contextlib.redirect_stderr):
         with kind(io.StringIO()) as caught:
             protect_streams()
@@ -110,7 +110,7 @@ def test_streams_that_somebody_has_redirected_stay() -> None:
         ),
     ],
 )
-def test_a_verb_whose_answer_is_cut_says_so_unless_its_reader_left(shell: str, code: int, said: str) -> None:
+def test_a_verb_reports_lost_output_unless_the_reader_left(shell: str, code: int, said: str) -> None:
     words = ["bash", "-c", f"set -o pipefail; {shell}", sys.executable, str(CHECKOUT / "recipes" / "demo")]
     done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (code, said)
@@ -133,7 +133,7 @@ def test_a_reader_that_stands_still_costs_lines_and_no_time() -> None:
 
 
 @pytest.mark.process
-def test_a_long_line_is_written_in_one_piece_where_somebody_reads(tmp_path: Path) -> None:
+def test_a_long_line_is_written_to_a_reader_in_full(tmp_path: Path) -> None:
     line = "y" * 100_000
     done = subprocess.run(
         [

@@ -124,7 +124,7 @@ def test_an_edit_of_the_draws_alone_changes_the_fingerprint(
     assert augmentation().fingerprint() == plain
 
 
-def test_what_the_device_draws_is_in_the_fingerprint() -> None:
+def test_draws_for_the_device_are_in_the_fingerprint() -> None:
     mine = replace(augmentation(), mixing=MIXED)
     variants = [
         augmentation(),

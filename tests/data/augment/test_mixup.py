@@ -180,7 +180,7 @@ def test_every_part_of_the_key_matters_and_nothing_else() -> None:
     assert len(rectangles) == 12
 
 
-def test_a_group_that_does_not_divide_a_forward_pass_is_one_sentence() -> None:
+def test_a_group_size_that_does_not_divide_a_forward_pass_is_refused() -> None:
     mixing = Mixing(seed=1, mixup_alpha=1.0, group_size=8)
     indices = np.arange(12)
     with pytest.raises(UserError, match=r"augmentation\.mixup\.group_size=8 does not divide the 12 images"):
@@ -309,7 +309,7 @@ def test_views_and_the_record_have_the_sizes_of_their_epochs() -> None:
     assert augmentation.facts(2)["random_resized_crop_pixels"] == 12
 
 
-def test_the_record_names_what_is_on_and_only_that() -> None:
+def test_the_record_names_only_active_methods() -> None:
     def keys(*words: str) -> set[str]:
         return set(build_augmentation(configuration(*words).augmentation, 0).facts(1))
 
