@@ -19,7 +19,7 @@ def main(composed: DictConfig) -> None:
     """Preprocess the experiment's data set and begin its document."""
     with one_job():
         config, launch = job_config(composed), launched()
-        if not launch.is_rank0:  # under torchrun: makes its share of the shards, and leaves the run to rank 0
+        if not launch.is_rank0:  # under torchrun: make a share of the shards, rank 0 writes the run
             preprocess(config, launch)
             return
         run = Run(config.run_dir)

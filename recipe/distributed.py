@@ -1,8 +1,8 @@
-"""One way to run a function on all processes, three ways to start it.
+"""Launch a function on all processes, and the collective operations that the pipeline needs.
 
-`launch` calls the worker in this process where one is enough, through torch's own elastic engine for
-`trainer.gpus=N`, and simply calls it where torchrun already started us. Inside, a `World` says who we are and holds
-the few reductions that the pipeline needs. There is no home-made launcher, rendezvous or retry.
+`launch` calls the worker in this process for one process or under torchrun, and starts processes with torch's elastic
+engine for `trainer.gpus=N`. Inside the worker, `World` has the rank, the device and the collectives. Launching,
+rendezvous and restarts are left to torch.
 """
 
 from __future__ import annotations
@@ -42,17 +42,16 @@ from recipe.run.terminal import FROM_OUTSIDE, handlers_put_back, heeded, protect
 Result = TypeVar("Result")
 GRACE_SECONDS = "120"  # to finish a step and save after a signal, before the launcher kills
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-BEGUN_FILE = "RECIPE_BEGUN_FILE"  # names, in a process that we launched, what shows that there is something to lose
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names, in a process that was launched, where its reason is looked for
+BEGUN_FILE = "RECIPE_BEGUN_FILE"  # set by our launcher: a file that exists once a worker answers signals
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's launcher: the file for the reason of a failure
 
 
 def launch(worker: Callable[[Config], Result], config: Config) -> Result:
     """Call `worker(config)` once per process and return the first one's result.
 
-    Workers that are started here import the calling script again, so it must guard its `main`. A signal that reaches
-    the launcher is handed on to all of them; one that it ignores, as under nohup, they ignore too. Raises `WorkerError`
-    with the first failing worker's sentence and exit code, and leaves with exit code 75 where they were stopped and
-    saved.
+    Started workers import the calling script again, so it must guard its `main`. They receive the launcher's signals
+    and ignore those that it ignores, as under nohup. Raises `WorkerError` with the message and exit code of the first
+    worker that failed. Exits with code 75 if the workers were stopped and saved.
     """
     if launched().is_elastic:
         return worker(config)
@@ -72,16 +71,16 @@ def launch(worker: Callable[[Config], Result], config: Config) -> Result:
         signals_to_handle=",".join(number.name for number in heeded(FROM_OUTSIDE)),
     )
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the one sentence says what they would say in twenty lines
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # twenty lines about an error that we report in one
     with TemporaryDirectory() as folder:
         return _launched(settings, worker, config, Path(folder, "saved"))
 
 
 def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
-    """The first process's result; the file `saved` says afterwards whether they left in order."""
+    """The result of rank 0. Workers create the file `saved` if they stop with a checkpoint."""
     start_resource_tracker()
     started = time.time()
-    with handlers_put_back():  # the engine leaves its own
+    with handlers_put_back():  # the engine does not restore them
         try:
             results: dict[int, Result] = elastic_launch(settings, _started_worker)(worker, config, saved)
         except ChildFailedError as failure:
@@ -92,7 +91,7 @@ def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config
             if saved.exists():
                 raise SystemExit(SAVED) from None
             if not _begun(saved).exists():
-                print(f"stopped before anything began; {how_to_continue()}", file=sys.stderr)
+                print(f"stopped before the start; {how_to_continue()}", file=sys.stderr)
                 raise SystemExit(SAVED) from None
             print(f"stopped by {signal.Signals(stopped.sigval).name}; {how_to_continue()}", file=sys.stderr)
             raise SystemExit(128 + stopped.sigval) from None
@@ -100,7 +99,7 @@ def _launched(settings: LaunchConfig, worker: Callable[[Config], Result], config
 
 
 def _started_worker(worker: Callable[[Config], Result], config: Config, saved: Path) -> Result:
-    """Runs in each started process: leaves the reason of a failure where the launcher looks for it."""
+    """Run the worker in a started process, and write the reason of a failure to the launcher's error file."""
     protect_streams()
     saved.unlink(missing_ok=True)  # of an earlier attempt
     os.environ[BEGUN_FILE] = str(_begun(saved))
@@ -121,7 +120,7 @@ def _started_worker(worker: Callable[[Config], Result], config: Config, saved: P
 
 
 def _begun(saved: Path) -> Path:
-    """Exists once a process has met the others: from then on the worker answers signals."""
+    """The file that exists once a process has joined the others: from then on the worker answers signals."""
     return saved.with_name("begun")
 
 
@@ -130,7 +129,7 @@ def _traceback_of_rank() -> str:
 
 
 def leave_reason(message: str) -> None:
-    """Write the elastic engine's error file; it reports the earliest of all processes."""
+    """Write the elastic engine's error file. It reports the earliest of all processes."""
     file = os.environ.get(ERROR_FILE)
     if file is not None:
         with open(file, "w") as handle:
@@ -138,18 +137,18 @@ def leave_reason(message: str) -> None:
 
 
 def _stacks(run: Run, started: float) -> str:
-    """Where to look after a hang: NCCL ends a process that waited in vain before it could say so itself."""
+    """A hint to the stack traces of a hang. NCCL ends a hung process before it can print one itself."""
     new = [path for path in run.hangs.glob("*.txt") if path.stat().st_size and path.stat().st_mtime >= started]
-    return f"where the processes stood is in {display_path(run.hangs)}; " if new else ""
+    return f"stack traces of the processes are in {display_path(run.hangs)}; " if new else ""
 
 
 def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError:
-    """The earliest failure; a sentence for people goes before what broke in other processes because of it."""
+    """The earliest failure, but a message for the user is preferred to the errors that it caused in other processes."""
     _, first = failure.get_first_failure()
     for other in failure.failures.values():
         if first.exitcode in (1, -signal.SIGABRT) and other.exitcode > 1:
             first = other
-    if first.exitcode < 0 and Path(first.error_file).is_file():  # threads of its group aborted it as it ended
+    if first.exitcode < 0 and Path(first.error_file).is_file():  # aborted by threads of its process group as it ended
         return WorkerError(str(first.message), 1)
     if first.exitcode < 0:
         return WorkerError(
@@ -160,7 +159,7 @@ def _as_worker_error(failure: ChildFailedError, stacks: str = "") -> WorkerError
 
 
 def processes_per_node(trainer: TrainerConfig) -> int:
-    """How many processes this node runs: torchrun's number, else `trainer.gpus`, else every GPU, else one."""
+    """The number of processes on this node: torchrun's, else `trainer.gpus`, else all GPUs, else one."""
     place = launched()
     started = place.local_size if place.is_elastic else None
     if started is not None and trainer.gpus not in (None, started):
@@ -194,18 +193,18 @@ def device_type(trainer: TrainerConfig) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, seen from one of them."""
+    """The rank and device of this process, and collective operations over all processes."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
-    backend: str  # nccl, gloo, or "none" where there is one process
+    backend: str  # nccl, gloo, or "none" for one process
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process writes files: only one does."""
+        """True for the one process that writes files."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -219,7 +218,7 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every process's value, in the order of ranks, on the first process; None on the others."""
+        """The values of all processes in the order of ranks, on rank 0. None elsewhere."""
         if self.size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.size if self.is_rank0 else None
@@ -227,7 +226,7 @@ class World:
         return gathered
 
     def broadcast_from_rank0(self, value: Any) -> Any:
-        """The first process's value, on every process."""
+        """The value of rank 0, on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -235,20 +234,20 @@ class World:
         return box[0]
 
     def read_on_rank0(self, read: Callable[[], Any]) -> Any:
-        """What `read` returns on the first process, on every process; if it fails there, every process stops."""
+        """The result of `read` on rank 0, on every process. Its error stops every process."""
         found = None
         with self.rank0_errors_everywhere():
             found = read() if self.is_rank0 else None
         return self.broadcast_from_rank0(found)
 
     def broadcast_module(self, module: nn.Module) -> None:
-        """Make parameters and buffers equal to the first process's, which are the truth."""
+        """Copy parameters and buffers of rank 0 to every process."""
         if self.size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
 
     def assert_equal_across_ranks(self, what: str, value: str) -> None:
-        """Stop on every process unless all of them hold the same value (a stale checkout on one node, say)."""
+        """Raise on every process unless all have the same value (one node may have an old checkout)."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -261,7 +260,7 @@ class World:
 
     @contextmanager
     def rank0_errors_everywhere(self) -> Iterator[None]:
-        """A block that only the first process fills; if it fails there, every process stops."""
+        """A block that does work on rank 0 only. Its error stops every process."""
         problem: BaseException | None = None
         try:
             yield
@@ -277,7 +276,7 @@ class World:
 
 @contextmanager
 def start_world(trainer: TrainerConfig) -> Iterator[World]:
-    """Join the other processes, choose the device and the arithmetic; leave them at the end."""
+    """Join the other processes, choose the device and the arithmetic, and leave the process group at the end."""
     place = launched()
     if place.is_elastic:
         _end_with_launcher()
@@ -307,16 +306,16 @@ def start_world(trainer: TrainerConfig) -> Iterator[World]:
 
 
 def _join(world: World, timeout: timedelta) -> None:
-    """Find the other processes; where we launched them ourselves, note that they have met."""
+    """Join the process group. Processes of our own launcher note that they have joined."""
     _meet(world.backend, timeout, world.device if world.device.type == "cuda" else None)
     if BEGUN_FILE in os.environ:
         Path(os.environ[BEGUN_FILE]).touch()
 
 
 def join(timeout: timedelta) -> dist.Store:  # type: ignore[name-defined]
-    """Join the other processes by gloo alone, without a device; returns a store for messages between them.
+    """Join the process group with gloo, without a device, and return a store for messages.
 
-    Raises `UserError` where they cannot be reached.
+    Raises `UserError` if they cannot be reached.
     """
     _end_with_launcher()
     _check_addresses()
@@ -326,17 +325,17 @@ def join(timeout: timedelta) -> dist.Store:  # type: ignore[name-defined]
         store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
     except RuntimeError as error:
         raise UserError(
-            f"the processes of this launch cannot reach each other ({str(error).splitlines()[0]}); where the name of a "
-            "node does not lead to its network address, name its interface in GLOO_SOCKET_IFNAME"
+            f"the processes of this launch cannot reach each other ({str(error).splitlines()[0]}); if the name of a "
+            "node does not resolve to its network address, name its interface in GLOO_SOCKET_IFNAME"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"messages{attempt}", store)  # type: ignore[attr-defined]
 
 
 def _meet(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
-    """Find the other processes through the launcher's store, apart from what those of an earlier attempt left there.
+    """Join the process group through the launcher's store, with its own keys for each restart.
 
-    The store of torch 2.15 outlives a restart and hands out the addresses of the dead (pytorch#167288).
+    The store of torch 2.15 outlives a restart and returns addresses of ended processes (pytorch#167288).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -350,7 +349,7 @@ def _meet(backend: str, timeout: timedelta, device: torch.device | None = None) 
 
 
 def _check_addresses() -> None:
-    """On several nodes each counts restarts for itself, so the count cannot tell attempts apart there."""
+    """Raise `UserError` for restarts on several nodes, where each node counts its own attempts."""
     nodes, restarts = (int(os.environ.get(name, "0")) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     if nodes > 1 and restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
@@ -360,26 +359,26 @@ def _check_addresses() -> None:
 
 
 def _end_with_launcher() -> None:
-    """Have the kernel end this process when its launcher is gone (Linux): torchrun leaves orphans when it is killed."""
+    """Have the kernel end this process with its launcher (Linux): a killed torchrun leaves orphans."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it went in between
+    if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _leave_group(world: World, has_failed: bool) -> None:
-    """A launched process that failed does not leave: it ends, and the launcher ends the others.
+    """Destroy the process group, except in a launched process that failed: its launcher ends the others.
 
-    With NCCL, leaving waits for the others, who wait for this one in a collective until the time-out.
+    With NCCL the call waits for the other processes, and they wait in a collective until the time-out.
     """
     if world.size > 1 and not (has_failed and ERROR_FILE in os.environ):
         dist.destroy_process_group()
 
 
 def _check_device(trainer: TrainerConfig, device: torch.device) -> None:
-    """Stop with one sentence where this torch or this GPU cannot do what is asked."""
+    """Raise `UserError` if this torch or this GPU cannot run the configuration."""
     if device.type != "cuda":
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -394,12 +393,12 @@ def _check_device(trainer: TrainerConfig, device: torch.device) -> None:
 
 
 def _choose_arithmetic(trainer: TrainerConfig, world: World) -> None:
-    """Threads, determinism and the current device: the same for torchrun and for our own start."""
+    """Set torch's threads, determinism and current device."""
     torch.set_num_threads(threads_per_process(trainer.torch_threads, world))
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = not trainer.deterministic
     if world.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only read in deterministic mode
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read in deterministic mode only
         torch.cuda.set_device(world.device)
 
 
@@ -408,12 +407,12 @@ def memory_format(trainer: TrainerConfig) -> torch.memory_format:
 
 
 def threads_per_process(asked: int | None, world: World) -> int:
-    """The asked number of threads, else this process's share of the cores."""
+    """The configured number of threads, else this process's share of the cores."""
     return asked or max(1, usable_cores() // world.local_size)
 
 
 def hardware_of(world: World) -> Hardware:
-    """The machine, with the facts of the accelerator that torch knows."""
+    """The machine, with its accelerator as torch reports it."""
     if world.device.type != "cuda":
         return machine()
     properties = torch.cuda.get_device_properties(world.device)
@@ -426,7 +425,7 @@ def hardware_of(world: World) -> Hardware:
 
 
 def arithmetic_switches() -> dict[str, Setting]:
-    """Torch's own switches that change the digits of a result, as they stand."""
+    """The current values of torch's switches that can change a result."""
     return {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
@@ -437,7 +436,7 @@ def arithmetic_switches() -> dict[str, Setting]:
 
 
 def device_versions(world: World) -> dict[str, str]:
-    """Torch with its build, which package versions leave out; CUDA, cuDNN and NCCL where they are used."""
+    """Versions of torch with its build, and of CUDA, cuDNN and NCCL on a GPU."""
     build = {"torch": str(torch.__version__)}
     if world.device.type != "cuda":
         return build

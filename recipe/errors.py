@@ -1,6 +1,6 @@
-"""What stops a run: each kind carries the exit code that schedulers and scripts act on.
+"""Errors for users, each with an exit code (sysexits.h) for schedulers and scripts.
 
-A person who sees one of these reads one sentence that names the value and the way out; a programming error
+A person who sees one of these reads one sentence that names the value and the way out. A programming error
 keeps its traceback. The codes follow sysexits.h.
 """
 
@@ -10,13 +10,13 @@ import re
 import signal
 import sys
 
-# Controls with which untrusted text could move, colour or reorder lines of a terminal; tab and newline stay.
+# Control characters with which untrusted text could move, colour or reorder lines of a terminal. Tab and newline stay.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SAVED = 75  # stopped from outside, saved, and continued by the same command (EX_TEMPFAIL)
 
 
 class UserError(ValueError):
-    """Something that a person can mend: a wrong value, a missing file, a machine that cannot do what was asked."""
+    """An error that the user can fix: a wrong value, a missing file, a machine without the requested feature."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class HangError(UserError):
 
 
 class WorkerError(UserError):
-    """A process of the run stopped; `exit_code` is that process's own."""
+    """A process of the run stopped. `exit_code` is that process's own."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class WorkerError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that ends the work in order, as Ctrl-C does."""
+    """A signal that stops the work as Ctrl-C does."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -56,6 +56,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 def how_to_continue() -> str:
-    """What to type after an interruption."""
+    """The advice after an interruption."""
     restarts = any(word.startswith("trainer.start_over=") for word in sys.argv)
     return "run the same command to continue" + (", without trainer.start_over" if restarts else "")

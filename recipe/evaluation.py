@@ -1,8 +1,7 @@
-"""The one evaluator of training, `evaluate.py` and exported models: a prediction for every image, counted in integers.
+"""The evaluator of training, `evaluate.py` and exported models: one prediction for every image, counted in integers.
 
-`evaluate` asks any function from images to logits; nothing is padded and no process talks to another inside the
-loop. `collect` puts the processes' predictions into the order of the split, so that sums do not depend on how many
-there were.
+`evaluate` takes any function from images to logits. It pads nothing and runs no collective operation. `collect` sorts
+the predictions of all processes by image, so sums do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ AUTOCAST_TYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted for each image; all arrays have N rows."""
+    """Predictions for N images. All arrays have N rows."""
 
     indices: NDArray[np.int64]  # position in the split
     labels: NDArray[np.int64]
@@ -44,7 +43,7 @@ class Predictions:
         return len(self.indices)
 
     def correct(self, within: int) -> NDArray[np.bool_]:
-        """Whether the label is among the best `within` classes, for each image."""
+        """bool [N]: the label is among the best `within` classes."""
         hits: NDArray[np.bool_] = (self.top[:, :within] == self.labels[:, None]).any(axis=1)
         return hits
 
@@ -68,12 +67,12 @@ class FlipAverage:
 
 
 def view_name(transform: EvaluationTransform, flip: bool) -> str:
-    """What the network sees of an image, for the protocol's name."""
+    """The part of a protocol's name for the evaluation view."""
     return transform.name + ("-flip" if flip else "")
 
 
 def protocol_name(view: str, is_average: bool, checkpoint: str = "last") -> str:
-    """The name of a metric's protocol: how pixels were made, which weights, which checkpoint (the last goes unsaid)."""
+    """The name of a metric's protocol: view, weights and checkpoint. The last checkpoint is not named."""
     return view + ("-average" if is_average else "") + ("" if checkpoint == "last" else f"-{checkpoint}")
 
 
@@ -92,7 +91,7 @@ def predictor(
     channels_last: bool,
     flip: bool = False,
 ) -> Predict:
-    """A function from uint8 images to logits that leaves the model in evaluation mode; `flip` averages with mirrors."""
+    """A function from uint8 images to logits, with the model in evaluation mode. `flip` averages with mirror images."""
     model.eval()
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -106,12 +105,12 @@ def predictor(
 
 
 def evaluate(predict: Predict, batches: Iterable[Batch]) -> Predictions:
-    """Predict every batch of this process; no collective operation runs in here."""
+    """Predict every batch of this process, without a collective operation."""
     return concatenate([predictions_of(predict(batch.images), batch) for batch in batches])
 
 
 def predictions_of(logits: Tensor, batch: Batch) -> Predictions:
-    """What the logits of one batch, [N, classes], say."""
+    """The predictions from the logits of one batch, [N, classes]."""
     labels = batch.labels.to(logits.device)
     values, classes = logits.topk(min(5, logits.shape[1]), dim=1)
     losses = functional.cross_entropy(logits, labels, reduction="none")
@@ -126,7 +125,7 @@ def predictions_of(logits: Tensor, batch: Batch) -> Predictions:
 
 
 def concatenate(parts: list[Predictions]) -> Predictions:
-    """All rows, in the order of the split."""
+    """All rows in the order of the split."""
     if not parts:
         return Predictions(
             np.empty(0, np.int64),
@@ -142,17 +141,17 @@ def concatenate(parts: list[Predictions]) -> Predictions:
 
 
 def collect(predictions: Predictions, world: World, images: int) -> Predictions | None:
-    """All processes' predictions on the first one, None on the others; every image must be there exactly once."""
+    """The predictions of all processes on rank 0, None elsewhere. Asserts that every image occurs exactly once."""
     gathered = world.gather(predictions)
     if gathered is None:
         return None
-    whole = concatenate([part for part in gathered if part.images])
-    assert np.array_equal(whole.indices, np.arange(images)), "an image was left out or counted twice"
-    return whole
+    merged = concatenate([part for part in gathered if part.images])
+    assert np.array_equal(merged.indices, np.arange(images)), "an image was left out or counted twice"
+    return merged
 
 
 def check_finite(predictions: Predictions, where: str) -> None:
-    """Raise `NonFiniteError` where logits were not numbers that can be compared."""
+    """Raise `NonFiniteError` if a loss or margin is not finite."""
     finite = np.isfinite(predictions.losses) & np.isfinite(predictions.margins)
     if not finite.all():
         raise NonFiniteError(

@@ -163,7 +163,7 @@ def test_a_sweep_without_a_value_that_can_be_composed_is_refused(run_command: Co
 def test_sweeps_of_the_other_stages_go_on_too(run_command: Command, trained: Path, tmp_path: Path) -> None:
     done = run_command("evaluate.py", "-m", "run_dir=nowhere,x", code=2)
     assert "top-1" in done.stdout
-    assert "1 of the jobs failed:\n  run_dir=nowhere (exit code 2): nowhere holds no run" in done.stderr
+    assert "1 of the jobs failed:\n  run_dir=nowhere (exit code 2): nowhere is not a run" in done.stderr
     done = run_command("preprocess.py", "-m", "data.directory=/dev/null/new,new", data=False, code=74)
     assert "1 of the jobs failed:\n  data.directory=/dev/null/new (exit code 74): cannot write" in done.stderr
     assert (tmp_path / "new" / "manifest.json").exists()
@@ -354,7 +354,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> bool:
         (
             "train.py",
             ["optimization.batch_size=25", "trainer.max_micro_batch_size=10"],
-            "nearest that does: 24 or 27",
+            "nearest valid: 24 or 27",
             2,
         ),
         ("train.py", ["optimization.batch_size=1000"], "optimization.batch_size=1000", 2),

@@ -1,4 +1,4 @@
-"""One way to run on all processes: who starts them, what is refused, how a failure comes back (T41, T42)."""
+"""Launching on all processes: the launcher, refusals, and errors of workers (T41, T42)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trainer(*overrides: str) -> TrainerConfig:
 
 @pytest.fixture(autouse=True)
 def plain_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No torchrun around us, and no GPU unless a test says so."""
+    """Start without torchrun, and without a GPU by default."""
     for name in torchrun_environment(0, 1):
         monkeypatch.delenv(name, raising=False)
     see_gpus(monkeypatch, 0)
@@ -72,7 +72,7 @@ def started_by_torchrun(monkeypatch: pytest.MonkeyPatch, processes: int) -> None
         (("accelerator=cuda", "gpus=1"), 4, 1),
     ],
 )
-def test_processes_are_the_asked_ones_else_every_gpu_else_one(
+def test_processes_are_the_configured_number_else_all_gpus_else_one(
     overrides: tuple[str, ...], gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     see_gpus(monkeypatch, gpus)
@@ -110,7 +110,7 @@ def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch: pytest.Monke
         processes_per_node(trainer("accelerator=auto"))
 
 
-def test_the_device_is_the_asked_one_else_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_the_configured_one_else_the_available_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_type(trainer("accelerator=auto")) == device_type(trainer("accelerator=cpu")) == "cpu"
     see_gpus(monkeypatch, 1)
     assert device_type(trainer("accelerator=auto")) == "cuda"
@@ -121,7 +121,7 @@ def test_the_device_is_the_asked_one_else_what_is_there(monkeypatch: pytest.Monk
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """T42: eight processes with every core's threads each would fight."""
+    """T42: eight processes with as many threads as cores each would compete."""
     monkeypatch.setattr("recipe.distributed.usable_cores", lambda: 16)
     assert [threads_per_process(None, world(size)) for size in (1, 2, 5, 16, 40)] == [16, 8, 3, 1, 1]
     assert threads_per_process(7, world(8)) == 7
@@ -188,7 +188,7 @@ def decision(worlds: World, fails: bool) -> str:
 
 
 def report(config: Config) -> dict[str, Any]:
-    """What every process finds, gathered on the first."""
+    """The facts of every process, gathered on the first."""
     with start_world(config.trainer) as found:
         mine = {
             "place": (found.rank, found.size, found.local_rank, found.local_size, found.backend),
@@ -206,7 +206,7 @@ def report(config: Config) -> dict[str, Any]:
 
 
 def second_fails(config: Config) -> None:
-    """Rank 1 stops with a sentence while the others wait for it."""
+    """Rank 1 raises `UserError` while the others wait for it."""
     if os.environ["RANK"] == "1":
         raise DiskError("cannot write runs/x: the disk is full")
     with start_world(config.trainer):
@@ -234,7 +234,7 @@ def test_a_process_that_fails_among_others_does_not_wait_for_them(tmp_path: Path
     ("is_launched", "has_failed", "leaves"),
     [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
 )
-def test_a_launched_process_that_failed_does_not_wait_for_the_others_to_leave(
+def test_a_failed_process_does_not_wait_for_the_others(
     monkeypatch: pytest.MonkeyPatch, is_launched: bool, has_failed: bool, leaves: bool
 ) -> None:
     if is_launched:
@@ -274,11 +274,11 @@ def test_launch_gives_the_first_processs_result(tmp_path: Path) -> None:
     assert first["different"] == second["different"] == expected
     assert first["passes"] == second["passes"] == "went on"
     assert first["name"] == second["name"] == "smoke"
-    assert first["fails"] == second["fails"] == "exit code 74: no space"  # whichever the launcher sees first
+    assert first["fails"] == second["fails"] == "exit code 74: no space"  # of the one that the launcher sees first
 
 
 @pytest.mark.slow
-def test_a_sentence_of_the_second_process_comes_back_with_its_exit_code(tmp_path: Path) -> None:
+def test_an_error_of_rank_1_is_reported_with_its_exit_code(tmp_path: Path) -> None:
     with pytest.raises(WorkerError) as failure:
         launch(second_fails, two_processes(tmp_path))
     assert str(failure.value) == "cannot write runs/x: the disk is full"

@@ -44,7 +44,7 @@ def logits_of(images: int, classes: int) -> NDArray[np.float32]:
 
 
 def predictions_of(logits: NDArray[np.float32], labels: NDArray[np.int64], batch_size: int = 10) -> Predictions:
-    """What `evaluate` makes of these logits, fed in batches in reverse order."""
+    """The result of `evaluate` for these logits, in batches in reverse order."""
     indices = np.arange(len(labels))
     batches = [
         Batch(torch.from_numpy(logits[part]), torch.from_numpy(labels[part]), torch.from_numpy(part))
@@ -69,7 +69,7 @@ def test_counts_margins_and_losses_are_those_of_numpy(images: int, classes: int)
     logits = logits_of(images, classes)
     labels = np.random.default_rng(1).integers(0, classes, images)
     found = predictions_of(logits, labels)
-    ranks = (logits > logits[np.arange(images), labels][:, None]).sum(axis=1)  # classes that beat the label
+    ranks = (logits > logits[np.arange(images), labels][:, None]).sum(axis=1)  # classes above the label
     assert np.array_equal(found.correct(1), ranks < 1)
     assert np.array_equal(found.correct(5), ranks < 5)
     assert found.accuracy(5) == int((ranks < 5).sum()) / images
@@ -171,7 +171,7 @@ def test_one_changed_prediction_changes_the_file() -> None:
 
 
 def test_a_metrics_name_says_pixels_weights_and_checkpoint() -> None:
-    """T10, T11: no two protocols share a name."""
+    """T10, T11: protocols have different names."""
     view = build_evaluation_transform(compose_config("evaluation.resize_pixels=256").evaluation).name
     assert protocol_name(view, is_average=False) == "resize256-crop224-bilinear"
     assert protocol_name(view, is_average=True) == "resize256-crop224-bilinear-average"
@@ -179,8 +179,8 @@ def test_a_metrics_name_says_pixels_weights_and_checkpoint() -> None:
     assert protocol_name(view, is_average=True, checkpoint="step-00000012").endswith("-average-step-00000012")
 
 
-def test_flipped_views_name_themselves() -> None:
-    """T10: before the weights and the checkpoint, since it says what the network sees."""
+def test_flipped_views_are_named() -> None:
+    """T10: before the weights and the checkpoint, since it is part of the view."""
     view = build_evaluation_transform(compose_config("evaluation.resize_pixels=256").evaluation)
     assert view_name(view, flip=False) == "resize256-crop224-bilinear"
     assert protocol_name(view_name(view, flip=True), is_average=False) == "resize256-crop224-bilinear-flip"
@@ -250,14 +250,14 @@ def evaluated_in(world: World, config: Config) -> Predictions | None:
 
 
 def evaluated_together(config: Config) -> tuple[Predictions | None, Predictions]:
-    """What all processes find together, and what this one finds alone."""
+    """The predictions of all processes together, and of this one alone."""
     with start_world(config.trainer) as world:
         return evaluated_in(world, config), evaluated_in(ALONE, config)  # type: ignore[return-value]
 
 
 @pytest.mark.process
 def test_one_two_and_three_processes_predict_the_same_to_the_last_bit(data_directory: Path) -> None:
-    """T1-T3, T5: nothing padded, nothing dropped, unequal numbers of batches, margins and losses included."""
+    """T1-T3, T5: no padding, no dropped images, unequal numbers of batches, margins and losses included."""
     config = small_config(data_directory)
     found = {size: spawn_ranks(size, evaluated_together, config) for size in (2, 3)}
     alone = found[2][0][1]
@@ -274,7 +274,7 @@ def test_one_two_and_three_processes_predict_the_same_to_the_last_bit(data_direc
 
 
 def test_logits_are_pure(data_directory: Path) -> None:
-    """The same images give the same logits whatever was predicted before."""
+    """The same images give the same logits after any other prediction."""
     config = small_config(data_directory)
     model = build_model(config.model, 12, 0)
     predict = predictor(

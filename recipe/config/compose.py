@@ -1,7 +1,7 @@
-"""From the command line to a `Config`: the only module that imports Hydra.
+"""Compose a `Config` from the command line and `conf/`. The only module that imports Hydra.
 
-Training composes `conf/` and pins the result. Later stages read the pinned configuration and take from the command
-line only their own group and facts of the machine; another value for a pinned key is an error that names both.
+Training composes `conf/` and pins the result. Later stages read the pinned configuration and take only their own group
+and settings of the machine from the command line. Another value for a pinned key is an error with both values.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's `main`; errors in the command line are one sentence each."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of a programming error short
+    """Run a script's `main` and print errors in the command line in one line each."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra shortens the traceback of a programming error
     remember_typed_words()
     with report_user_errors(), _explaining(), _failures_named():
-        launched()  # refuses here, before anything is written
+        launched()  # raises `UserError` before anything is written
         report_ignored()
         sys.argv[1:] = _without_unusable_values(_paths_quoted(sys.argv[1:]))
         main()
@@ -56,10 +56,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextmanager
 def one_job() -> Iterator[None]:
-    """Context of a script's `main`: an error is one sentence, and in a multirun it ends this job only.
+    """Report errors of a script's `main` in one line. In a multirun an error ends this job only.
 
-    A signal ends the multirun, and so does any error under torchrun, whose processes have to stay together. A job in
-    a process of one of Hydra's launchers ends alone.
+    A signal ends the multirun. Under torchrun any error does, since all processes have to run the same job. A job in a
+    process of a Hydra launcher ends alone.
     """
     protect_streams()
     if HydraConfig.get().mode != RunMode.MULTIRUN or launched().is_elastic:
@@ -87,7 +87,7 @@ def _this_job() -> tuple[int, str]:
 
 
 def _note_failure(job: int, words: str, exit_code: int, reason: str) -> None:
-    """Print the reason, and keep it for the end of the multirun."""
+    """Print the reason and store it for the end of the multirun."""
     reason = CONTROLS.sub("�", reason)
     print(f"error: {reason}", file=sys.stderr, flush=True)
     note = {"job": job, "words": words, "exit_code": exit_code, "reason": reason}
@@ -100,9 +100,9 @@ def _note_failure(job: int, words: str, exit_code: int, reason: str) -> None:
 
 @contextmanager
 def _failures_named() -> Iterator[None]:
-    """At the end of a multirun list the failed jobs and exit with the code of the first."""
+    """List the failed jobs at the end of a multirun and exit with the code of the first."""
     notes = Path(JOURNAL.parent, f"failed-jobs-{os.getpid()}.jsonl").absolute()
-    notes.unlink(missing_ok=True)  # of a killed process with the same number
+    notes.unlink(missing_ok=True)  # of a killed process with the same ID
     os.environ[FAILED_JOBS] = str(notes)
     failed: list[dict[str, Any]] = []
     try:
@@ -127,7 +127,7 @@ def _explaining() -> Iterator[None]:
 
 
 def _explained(error: HydraException) -> str:
-    """Hydra's reason on one line, without its advice and its search path; with the key that was meant."""
+    """Hydra's message on one line, without its advice and search path, with the key that was probably meant."""
     reasons = [str(error), str(error.__cause__ or "")]
     text = " ".join(" ".join(reasons).split())
     text = re.sub(
@@ -140,7 +140,7 @@ def _explained(error: HydraException) -> str:
 
 
 def hint(key: str) -> str:
-    """The end of a sentence about an unknown key: its new name, or a similar key."""
+    """The end of a message about an unknown key: its new name or a similar key."""
     if name := new_name(key):
         return f"; it is now {name}"
     similar = difflib.get_close_matches(key, schema_keys(), 1)
@@ -148,7 +148,7 @@ def hint(key: str) -> str:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Hydra's result as a `Config`; raises `UserError` that names the key."""
+    """Convert Hydra's result to a `Config`. Raises `UserError` with the key."""
     return _known_config(_plain_values(composed, throw_on_missing=True))
 
 
@@ -170,13 +170,13 @@ def _plain_values(composed: DictConfig, throw_on_missing: bool = False) -> dict[
 
 
 def job_config(composed: DictConfig) -> Config:
-    """The configuration of preprocess.py and train.py; each job of a multirun has a run directory of its own."""
+    """The configuration of preprocess.py and train.py. Each job of a multirun has its own run directory."""
     config, suffix = to_config(composed), swept_suffix()
     return replace(config, run_dir=f"{config.run_dir}-{suffix}") if suffix else config
 
 
 def swept_suffix() -> str:
-    """The swept values of this job of a multirun, such as `seed-1`; empty outside a multirun."""
+    """The swept values of this job of a multirun, such as `seed-1`. Empty outside a multirun."""
     return "-".join(
         f"{override.key_or_group}-{override.get_value_element_as_str()}".replace("/", "_")
         for override in _swept()
@@ -197,29 +197,29 @@ def _swept() -> list[Override]:
 
 
 def evaluation_config(composed: DictConfig) -> Config:
-    """The configuration of evaluate.py: the run's own; published weights can be measured without any run."""
+    """The configuration of evaluate.py: that of the run, or composed for published weights without a run."""
     if composed.evaluation.weights is not None and Run(composed.run_dir).read_config() is None:
         return job_config(composed)
     return stage_config(own_group="evaluation")
 
 
 def stage_config(own_group: str) -> Config:
-    """The configuration of a stage after training: the run's own, with `own_group` and machine facts from here.
+    """The pinned configuration of the run, with `own_group` and settings of the machine from the command line.
 
-    Raises `UserError` where the run directory has none, and where the command line contradicts it.
+    Raises `UserError` if the run directory has none or the command line contradicts it.
     """
     return _pinned_config(_task_words(), own_group)
 
 
 def _task_words() -> list[str]:
-    """The overrides that Hydra got; unresolved, since a path may contain `${`."""
+    """The overrides that Hydra received, unresolved, since a path may contain `${`."""
     words = OmegaConf.to_container(HydraConfig.get().overrides.task)
     assert isinstance(words, list)
     return [str(word) for word in words]
 
 
 def config_from_overrides(words: list[str]) -> Config:
-    """The configuration that overrides (`key=value`) compose, outside of Hydra's scripts."""
+    """Compose a configuration from overrides (`key=value`) outside of Hydra's scripts."""
     with _hydra():
         return to_config(compose("config", _settings(words)))
 
@@ -254,7 +254,7 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
     stored = run.read_config()
     if stored is None:
         raise UserError(
-            f"{display_path(run.directory)} holds no run: train it first, with `python train.py "
+            f"{display_path(run.directory)} is not a run: train it first, with `python train.py "
             f"run_dir={display_path(run.directory)}` and the experiment that you want"
         )
     words = _with_experiment(given, stored["name"])
@@ -272,7 +272,7 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
             "or train another run with them"
         )
     try:
-        config_from_pinned(stored)  # a missing value must not become today's default
+        config_from_pinned(stored)  # a missing value must not become the current default
     except UserError as error:
         raise UserError(
             f"{display_path(run.config)} does not fit this version of the code ({error}): "
@@ -283,9 +283,9 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
 
 
 def _with_experiment(given: list[str], name: str) -> list[str]:
-    """The overrides with the run's experiment, for the facts of the machine that it sets, where the name is one's.
+    """The overrides with `experiment=name`, if there is one, for the settings of the machine in it.
 
-    Raises `UserError` where they name another experiment.
+    Raises `UserError` if the overrides name another experiment.
     """
     experiments = [override for override in _parse_overrides(given) if override.key_or_group == "experiment"]
     if experiments and compose("config", given).name != name:
@@ -298,10 +298,10 @@ def _with_experiment(given: list[str], name: str) -> list[str]:
 
 
 def _without_unusable_values(words: list[str]) -> list[str]:
-    """A multirun's words without the values that Hydra cannot compose, such as an unknown option of a group.
+    """Remove values that Hydra cannot compose, such as an unknown option of a group, from a multirun's words.
 
-    Hydra would refuse the multirun for one; here each counts as a failed job. Where no value of a key is left, the
-    words stay as they are.
+    Hydra would refuse the multirun for one of them. Here each counts as a failed job. The words stay unchanged if no
+    value of a key is left.
     """
     if not _is_multirun(words):
         return words
@@ -335,10 +335,10 @@ def _is_multirun(words: list[str]) -> bool:
 
 
 def _paths_quoted(words: list[str]) -> list[str]:
-    """A command line with its paths quoted for Hydra, whose grammar uses spaces, commas and brackets.
+    """A command line with paths quoted for Hydra: its grammar uses spaces, commas and brackets.
 
-    A path that exists as typed is quoted. Any other value that Hydra reads as text, or as values to sweep over under
-    -m, stays as it is: so names may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
+    An existing path is quoted. Other values that Hydra reads as text, or as a sweep under -m, stay unchanged. So names
+    may be quoted for Hydra, and `run_dir='runs/${name}-short'` works.
     """
     return [_path_quoted(word, _is_multirun(words)) for word in words]
 
@@ -348,12 +348,12 @@ def _path_quoted(word: str, is_multirun: bool) -> str:
     if key.lstrip("+") not in PATHS or path in ("", "null"):
         return word
     if "\n" in path:
-        raise UserError(f"{key}={path!r} holds a line break: rename the file or folder")
+        raise UserError(f"{key}={path!r} contains a line break: rename the file or folder")
     if path == "???":  # to OmegaConf, a missing value
         return f"{key}=./???"
     if not os.path.exists(path) and _is_text(word, path, is_multirun):
         return word
-    # A backslash is an escape only where backslashes end in `${` (for OmegaConf), a quote or the end (for Hydra).
+    # A backslash is an escape only before `${` (for OmegaConf), a quote or the end (for Hydra).
     path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
     path = re.sub(r"(\\*)'", r"\1\1\\'", path)
     path = re.sub(r"(\\+)$", r"\1\1", path)
@@ -361,7 +361,7 @@ def _path_quoted(word: str, is_multirun: bool) -> str:
 
 
 def _is_text(word: str, path: str, is_multirun: bool) -> bool:
-    """Whether Hydra reads this value as plain, quoted or escaped text, or as a sweep."""
+    """True if Hydra reads this value as text (plain, quoted or escaped) or as a sweep."""
     try:
         (override,) = _parse_overrides([word])
     except HydraException:
@@ -377,6 +377,6 @@ def _parse_overrides(overrides: list[str]) -> list[Override]:
 
 
 def _keys(given: list[str], composed: Iterable[str]) -> set[str]:
-    """The keys that the command line sets; a group stands for all of its keys."""
+    """The keys that the command line sets. A group sets all of its keys."""
     touched = {override.key_or_group.replace("/", ".") for override in _parse_overrides(given)} - {"experiment"}
     return {key for key in composed if any(f"{key}.".startswith(f"{word}.") for word in touched)}

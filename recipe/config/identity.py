@@ -1,4 +1,4 @@
-"""What identifies a configuration: its pinned settings, their hashes, and how two of them differ."""
+"""Identity of a configuration: pinned settings, their hashes, and differences between two configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-# Facts of the machine, not part of a recipe, each with its neutral value.
+# Settings of the machine, not part of a recipe, each with its neutral value.
 RUNTIME_KEYS: dict[str, Any] = {
     "run_dir": ".",
     "reference": None,
@@ -34,12 +34,12 @@ RUNTIME_KEYS: dict[str, Any] = {
     "trainer.max_restarts": 0,
     "trainer.start_over": False,
 }
-# Settings without effect on training. Those of the evaluation can change the result that is reported.
+# Settings without effect on training. Those of the evaluation can change the reported result.
 NOT_TRAINING = re.compile(
     r"(\w+\.)?description\..*|(data\.)?name|trainer\.(log_every_steps|keep_checkpoints)"
     r"|(serialization|timing)\..*|evaluation\.(batch_size|checkpoint|backend|variant)"
 )
-RENAMED = {  # old key or group -> its name today; the longest first
+RENAMED = {  # old key or group -> its current name, the longest first
     "optimization.averaging.recalibrate_images": "optimization.ema.precise_bn_images",
     "optimization.averaging": "optimization.ema",
     "optimization.binary_sum_classes": "optimization.bce.sum_classes",
@@ -86,7 +86,7 @@ class Pinned:
 
 
 def new_name(key: str) -> str | None:
-    """The name today of a key or group that was renamed."""
+    """The current name of a renamed key or group."""
     for old, new in RENAMED.items():
         if f"{key}.".startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -94,7 +94,7 @@ def new_name(key: str) -> str | None:
 
 
 def to_dict(config: Any) -> Any:
-    """Dataclasses and enums as plain dictionaries, lists, strings and numbers, which JSON and YAML can hold."""
+    """Convert dataclasses and enums to plain dictionaries, lists, strings and numbers for JSON and YAML."""
     return msgspec.to_builtins(config)
 
 

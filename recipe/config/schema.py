@@ -1,10 +1,10 @@
 """The configuration: plain dataclasses with their bounds, the keys that identify a recipe, and their hashes.
 
-Values live in `conf/`, each stated once; types and bounds live here. Whatever makes a `Config` (Hydra, a recipe's JSON
-block, `dataclasses.replace`) goes through `Config.__post_init__`, which checks every value and names the key. There is
-no `_target_` anywhere: a configuration from somebody else is data and cannot run code.
+Values are in `conf/`, each stated once. Types and bounds are here. Every `Config` (from Hydra, a recipe's JSON block or
+`dataclasses.replace`) is checked in `Config.__post_init__`. Errors name the key. `_target_` is not used: a
+configuration from somebody else is data and cannot run code.
 
-Settings that define the recipe are *pinned* into the run by training and hashed (`config_sha256`, and `recipe_id`
+Training *pins* the settings that define the recipe into the run and hashes them (`config_sha256`, and `recipe_id`
 without the seed). `RUNTIME_KEYS` may differ from one command to the next.
 """
 
@@ -31,7 +31,7 @@ from recipe.config.identity import (
 from recipe.errors import UserError
 
 MAX_PIXELS = 178_956_970  # of an image: Pillow refuses more
-# Names of files or folders: on a command line these are not read by Hydra's grammar first.
+# Names of files or folders: they are quoted before Hydra's grammar reads a command line.
 PATHS = ("run_dir", "reference", "data.raw_dir", "data.directory", "model.weights", "evaluation.weights")
 NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
@@ -58,7 +58,7 @@ class Source(str, Enum):
 
 
 class Expectation(str, Enum):
-    """Which data set the raw data must be; checked before anything is written."""
+    """The data set that the raw data must be. Checked before anything is written."""
 
     ilsvrc2012 = "ilsvrc2012"
     nothing = "nothing"
@@ -77,7 +77,7 @@ class ImageOrder(str, Enum):
 
 
 class Decoder(str, Enum):
-    """Library that decodes JPEG; both give the same pixels."""
+    """Library that decodes JPEG. Both give the same pixels."""
 
     nvimgcodec = "nvimgcodec"
     pillow = "pillow"
@@ -119,7 +119,7 @@ class EmaForm(str, Enum):
 
 
 class Precision(str, Enum):
-    """Arithmetic of the forward and backward pass; weights are fp32."""
+    """Arithmetic of the forward and backward pass. Weights are fp32."""
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -151,7 +151,7 @@ class TimedBackend(str, Enum):
 
 @dataclass
 class DataDescription:
-    """Declared facts of a data set; empty ones are printed as *unknown*."""
+    """Declared facts of a data set. Empty ones are printed as *unknown*."""
 
     summary: str = ""
     origin: str = ""
@@ -195,12 +195,12 @@ class DataConfig:
     directory: File  # the processed shards, index and manifest
     expect: Expectation
     on_corrupt: Corrupt = Corrupt.stop
-    max_pixels: PositiveInt = MAX_PIXELS  # of an image; larger ones are treated as `on_corrupt` says
-    resize_short_side: Pixels | None = None  # of training images (bilinear, JPEG); None keeps the original bytes
+    max_pixels: PositiveInt = MAX_PIXELS  # of an image (`on_corrupt` applies to larger ones)
+    resize_short_side: Pixels | None = None  # of training images (bilinear, JPEG). None keeps the original bytes
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90  # of resized training images
-    validation_fraction: Share = 0.1  # held out by hash where a folder has no validation set
+    validation_fraction: Share = 0.1  # chosen by hash if a folder has no validation set
     images_per_shard: PositiveInt = 1000
-    processes: Natural | None = None  # of preprocess.py; None: one per core (torchrun's share them); 0: no other
+    processes: Natural | None = None  # of preprocess.py. None: one per core (torchrun's share them). 0: no other
     train_images_per_class: Natural = 0  # of the demo, which is drawn
     validation_images_per_class: Natural = 0
     mean: Annotated[list[float], RGB] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # RGB in [0, 1]
@@ -210,23 +210,23 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A network: any torchvision classifier by its name, or `small` (for images of CIFAR's size)."""
+    """A network: any torchvision classifier by name, or `small` (for images of CIFAR's size)."""
 
     name: str
     zero_init_last_norm: bool = False  # the last norm of every residual block starts at zero (arXiv 1706.02677)
     norm: Norm = "batch"  # of `small` only
-    blur_pool: bool = False  # blur what goes into a strided convolution of 16 or more channels (arXiv 1904.11486)
-    stochastic_depth: BelowOne = 0.0  # share of images that skip the last residual block; linear from 0 at the first
-    weights: File | None = None  # a file of weights to start from; its hash is pinned, not its path
+    blur_pool: bool = False  # blur the input of strided convolutions of 16 or more channels (arXiv 1904.11486)
+    stochastic_depth: BelowOne = 0.0  # share of images that skip the last residual block, linear from 0 at the first
+    weights: File | None = None  # initial weights. Their hash is pinned, not the path
     weights_sha256: str | None = None
     description: ModelDescription = field(default_factory=ModelDescription)
 
 
 @dataclass(kw_only=True)
 class EmaConfig:
-    """Exponential moving average of weights and buffers; a decay of 0 switches it off."""
+    """Exponential moving average of weights and buffers. A decay of 0 switches it off."""
 
-    decay: BelowOne = 0.0  # per update; of the torchvision form before it is rescaled
+    decay: BelowOne = 0.0  # per update. In the torchvision form before rescaling
     every_steps: PositiveInt = 1
     form: EmaForm = EmaForm.warmup  # torchvision: as references/classification has it
     precise_bn_images: Natural = 0  # training images for batch-norm statistics, estimated before each validation
@@ -234,10 +234,10 @@ class EmaConfig:
 
 @dataclass(kw_only=True)
 class BceConfig:
-    """Binary cross entropy, one question per class; of loss=binary_cross_entropy only."""
+    """Binary cross entropy, one binary problem per class (loss=binary_cross_entropy only)."""
 
-    sum_classes: bool  # sum over classes and mean over images; false: the mean over both
-    target_threshold: BelowOne | None  # a class whose share of a mixed image is above it counts as present
+    sum_classes: bool  # sum over classes and mean over images. false: the mean over both
+    target_threshold: BelowOne | None  # classes with a larger share of a mixed image count as present
     init_head_bias: bool  # the last layer's bias starts at -log(classes)
 
 
@@ -251,7 +251,7 @@ class OptimizationConfig:
     optimizer: OptimizerKind
     momentum: BelowOne  # of lamb: the first of its two betas
     nesterov: bool
-    weight_decay: NonNegative  # of sgdw: the share of a weight that a step at the full learning rate takes
+    weight_decay: NonNegative  # of sgdw: the fraction by which a step at the full learning rate shrinks a weight
     decay_norms_and_biases: bool
     loss: LossKind
     label_smoothing: BelowOne
@@ -266,7 +266,7 @@ class OptimizationConfig:
 
 @dataclass(kw_only=True)
 class AutoAugmentConfig:
-    """Automatic augmentation; all but the policy belongs to rand_augment."""
+    """Automatic augmentation. All settings but the policy are of rand_augment."""
 
     policy: AutoAugmentPolicy
     num_ops: PositiveInt  # for each image
@@ -288,28 +288,28 @@ class RandomErasingConfig:
 
 @dataclass(kw_only=True)
 class MixupConfig:
-    """Mixup and cutmix; an alpha of 0 switches either off. Images are paired inside groups of the global batch."""
+    """Mixup and cutmix. An alpha of 0 switches either off. Images are paired inside groups of the global batch."""
 
     mixup_alpha: NonNegative
     cutmix_alpha: NonNegative
-    switch_probability: Fraction  # of the groups that are mixed, where both are on
+    switch_probability: Fraction  # of cutmix for a mixed group, if both are on
     probability: Fraction  # that a group is mixed at all
-    group_size: Annotated[int, Meta(ge=2)]  # share one draw; must divide the images of one forward pass
+    group_size: Annotated[int, Meta(ge=2)]  # images with equal parameters. Must divide the images of one forward pass
 
 
 @dataclass(kw_only=True)
 class ProgressiveResizingConfig:
-    """Training images grow from `first_pixels` to `augmentation.crop_pixels`; null: they have one size."""
+    """Growth of training images from `first_pixels` to `augmentation.crop_pixels`. Null: one size."""
 
     first_pixels: Pixels | None
-    start_epoch: NonNegative  # epochs completed when growing begins
-    end_epoch: float  # and ends
+    start_epoch: NonNegative  # completed epochs at the start of growth
+    end_epoch: float  # and at its end
     multiple: PositiveInt  # sizes are rounded to multiples of this
 
 
 @dataclass(kw_only=True)
 class AugmentationConfig:
-    """Augmentation of training images; each draw is a function of (seed, epoch, image)."""
+    """Augmentation of training images. Each draw is a function of (seed, epoch, image)."""
 
     crop_pixels: Pixels  # side of the square that the network sees
     scale_min: Positive  # share of the image's area that a crop covers
@@ -331,8 +331,8 @@ class LoaderConfig:
 
     decoder: Decoder
     order: ImageOrder
-    workers: Natural | None  # processes that decode for each process; 0: threads of its own; None: by device
-    threads: PositiveInt | None  # that decode and augment for each process; None: the cores divided by the processes
+    workers: Natural | None  # decoding processes of each training process. 0: threads. None: by device
+    threads: PositiveInt | None  # decoding threads of each training process. None: cores / processes
     prefetch_batches: PositiveInt
 
 
@@ -340,36 +340,36 @@ class LoaderConfig:
 class TrainerConfig:
     """Processes, arithmetic and cadences."""
 
-    gpus: PositiveInt | None  # processes on this node; None: of torchrun, else all visible GPUs, else one CPU process
+    gpus: PositiveInt | None  # processes on this node. None: torchrun's, else all visible GPUs, else one
     accelerator: Accelerator
     precision: Precision
     channels_last: bool
     compile: bool
-    cuda_graphs: bool  # of the compiled network: replay its kernels, the same ones, as one graph
+    cuda_graphs: bool  # replay the kernels of the compiled network as one graph
     deterministic: bool
-    max_micro_batch_size: PositiveInt  # caps one forward pass; gradient accumulation is derived from it
-    torch_threads: PositiveInt | None  # of torch in each process; None: the cores divided by the processes
+    max_micro_batch_size: PositiveInt  # images of one forward pass. Gradient accumulation follows from it
+    torch_threads: PositiveInt | None  # of torch in each process. None: cores / processes
     log_every_steps: PositiveInt
     keep_checkpoints: PositiveInt
-    save_every_steps: PositiveInt | None  # also inside an epoch; None: after each epoch, and when the run is stopped
+    save_every_steps: PositiveInt | None  # also within epochs. None: after each epoch and when the run is stopped
     timeout_seconds: PositiveInt  # of a collective operation
-    max_restarts: Natural  # of all processes, from the newest checkpoint, when one of them dies; of our own launch
-    start_over: bool  # move an old run aside and start over
+    max_restarts: Natural  # of all processes from the newest checkpoint, after one died (not for torchrun)
+    start_over: bool  # rename an old run and start over
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Protocol of the metric; all but the batch size is part of the metric's name."""
+    """Protocol of the metric. All but the batch size is part of the metric's name."""
 
     resize_pixels: Pixels  # of the short side, before the centre crop
     crop_pixels: Pixels
     interpolation: Interpolation
     flip: bool  # average the logits of an image and of its mirror image
-    batch_size: PositiveInt  # images per forward pass; another shape can change the last digits of logits
+    batch_size: PositiveInt  # images per forward pass. It can change the last digits of logits
     checkpoint: str  # last, best, or the name of a file in the run's checkpoints/
     backend: Backend  # onnx: an exported model of the run
     variant: Variant  # of the onnx backend
-    weights: File | None  # instead of a run's: a name of torchvision (IMAGENET1K_V2) or a file
+    weights: File | None  # in place of a run's: a name of torchvision (IMAGENET1K_V2) or a file
 
 
 @dataclass(kw_only=True)
@@ -399,13 +399,13 @@ class TimingConfig:
 class Config:
     """One recipe, from plain values (`Config(**values)`) or dataclasses.
 
-    Raises `UserError` that names the first invalid key, its value and what is allowed. Change it by
+    Raises `UserError` with the first invalid key, its value and the allowed values. Change it with
     `dataclasses.replace`, which checks all values again.
     """
 
     name: Name  # of the experiment: the file in conf/experiment/ and the folder under runs/
     run_dir: File
-    reference: File | None  # a recipe to be judged by after each validation, as `python -m recipe watch` does
+    reference: File | None  # a recipe to compare with after each validation, as `python -m recipe watch` does
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)]
     description: ExperimentDescription
     data: DataConfig
@@ -433,13 +433,13 @@ class Config:
 
     @cached_property
     def pinned(self) -> Pinned:
-        """The settings without facts of the machine."""
+        """The settings without those of the machine."""
         values = flatten(to_dict(self))
         return Pinned(unflatten({key: value for key, value in values.items() if key not in RUNTIME_KEYS}))
 
 
 def _cross_checks(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """(key, whether its value fits the others, what is allowed) for settings that depend on one another."""
+    """(key, True if its value is allowed, allowed values) for settings that depend on one another."""
     optimization, ema, augmentation = config.optimization, config.optimization.ema, config.augmentation
     evaluation, serialization, timing = config.evaluation, config.serialization, config.timing
     epochs, steps = optimization.epochs, optimization.step_epochs
@@ -489,12 +489,12 @@ def _cross_checks(config: Config) -> Iterator[tuple[str, bool, str]]:
 
 @cache
 def _fields() -> type[msgspec.Struct]:
-    """The fields of `Config` as a struct, which msgspec converts without `Config.__post_init__`."""
+    """The fields of `Config` as a struct that msgspec converts without `Config.__post_init__`."""
     return msgspec.defstruct("Fields", list(get_type_hints(Config, include_extras=True).items()))
 
 
 def _converted(values: Any) -> msgspec.Struct:
-    """Plain values as their types; raises `UserError` for the first one that is out of bounds."""
+    """Convert plain values to their types. Raises `UserError` for the first value out of bounds."""
     try:
         return msgspec.convert(values, _fields())
     except msgspec.ValidationError as error:
@@ -512,7 +512,7 @@ def _converted(values: Any) -> msgspec.Struct:
 
 
 def _words(bounds: msgspec.inspect.Type) -> str:
-    """What a type allows, as a message says it."""
+    """The allowed values of a type, in words for a message."""
     if isinstance(bounds, msgspec.inspect.Metadata):
         return str((bounds.extra_json_schema or {})["description"])
     if isinstance(bounds, msgspec.inspect.UnionType):
@@ -544,7 +544,7 @@ def schema_keys(schema: type = Config, prefix: str = "") -> list[str]:
 
 
 def config_from_pinned(values: Mapping[str, Any]) -> Config:
-    """A pinned configuration as a `Config`, with the neutral values of `RUNTIME_KEYS`.
+    """Convert a pinned configuration to a `Config`, with the neutral values of `RUNTIME_KEYS`.
 
     Raises `UserError` for unknown and missing keys, and for values out of bounds.
     """

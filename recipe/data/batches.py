@@ -1,7 +1,7 @@
-"""Batches of a split: which images, in which order, for which process.
+"""Batches of a split: their images, the order, and the share of each process.
 
-A batch is a pure function of (seed, epoch, number): global batch b holds the same images, with the same pixels, on any
-number of processes and threads. To resume is to ask for `epoch(epoch, first_batch)`.
+A batch is a pure function of (seed, epoch, number): global batch b has the same images and pixels on any number of
+processes and threads. `epoch(epoch, first_batch)` resumes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from recipe.distributed import World
 from recipe.errors import UserError
 from recipe.run.records import LoaderFacts
 
-WINDOW_SHARDS = 8  # whose images `loader.order=quasi_random` mixes
-ORDER_STREAM = 1  # keeps the generator of the order apart from that of the augmentation
+WINDOW_SHARDS = 8  # mixed at a time by `loader.order=quasi_random`
+ORDER_STREAM = 1  # separates random numbers of the order from those of the augmentation
 
 
 class Batch(NamedTuple):
@@ -41,10 +41,10 @@ class Batch(NamedTuple):
 
 
 class TrainingRequest(NamedTuple):
-    """The augmented images of one forward pass; workers receive it pickled."""
+    """The augmented images of one forward pass. Workers receive it pickled."""
 
     indices: NDArray[np.int64]
-    copies: NDArray[np.int64]  # of repeated augmentation: which copy of its image each one is
+    copies: NDArray[np.int64]  # number of the copy, for repeated augmentation
     augmentation: Augmentation
     place: BatchPlace
 
@@ -57,7 +57,7 @@ class TrainingRequest(NamedTuple):
         self.augmentation.write(picture, self.place.epoch, int(self.indices[i]), int(self.copies[i]), out)
 
     def mix_parameters(self) -> MixParameters | None:
-        """The parameters of mixup, cutmix and erasing; None where all are off."""
+        """The parameters of mixup, cutmix and erasing. None if all are off."""
         return self.augmentation.mix_parameters(self.place, self.indices, self.copies)
 
 
@@ -76,7 +76,7 @@ class EvaluationRequest(NamedTuple):
         out.copy_(self.transform(picture.part(0, 0, *picture.size)))
 
     def mix_parameters(self) -> None:
-        """None: evaluation mixes nothing."""
+        """None: evaluation does not mix."""
 
 
 BatchRequest = TrainingRequest | EvaluationRequest
@@ -87,8 +87,8 @@ class Loader(Protocol):
 
     split: Split
     decoder_name: str  # nvimgcodec or pillow
-    threads: int  # that decode for this training process, those of all its workers together
-    workers: int  # 0: the threads are this process's own
+    threads: int  # decoding threads of this training process, over all its workers
+    workers: int  # 0: threads of this process
 
     def load(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
         """Batches in the order of the requests, decoded ahead."""
@@ -99,9 +99,9 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is divided; forward pass k of rank r holds part k * processes + r of it.
+    """Division of a global batch. Forward pass k of rank r has part k * processes + r.
 
-    Part for part these are the same images on 8 processes as on 1 process that accumulates 8 times.
+    The parts have the same images on 8 processes as on 1 process that accumulates 8 times.
     """
 
     global_batch_size: int
@@ -110,26 +110,26 @@ class BatchLayout:
 
     @property
     def images_per_forward(self) -> int:
-        """Also what one batch norm sees."""
+        """Also the batch size of batch norms."""
         return self.global_batch_size // (self.processes * self.accumulation_steps)
 
 
 def derive_layout(optimization: OptimizationConfig, trainer: TrainerConfig, processes: int) -> BatchLayout:
-    """The fewest accumulation steps that respect `trainer.max_micro_batch_size`; raises where nothing divides."""
+    """The layout with the fewest steps for `trainer.max_micro_batch_size`. Raises `UserError` if indivisible."""
     size, cap = optimization.batch_size, trainer.max_micro_batch_size
     accumulation = max(1, math.ceil(size / (processes * cap)))
     parts = processes * accumulation
     if size % parts:
         nearest = " or ".join(str(value) for value in _nearest_that_divide(size, processes, cap))
         raise UserError(
-            f"optimization.batch_size={size} does not divide into {processes} processes x {accumulation} "
-            f"accumulation steps (trainer.max_micro_batch_size={cap}); nearest that does: {nearest}"
+            f"optimization.batch_size={size} is not divisible into {processes} processes x {accumulation} "
+            f"accumulation steps (trainer.max_micro_batch_size={cap}); nearest valid: {nearest}"
         )
     return BatchLayout(size, processes, accumulation)
 
 
 def _nearest_that_divide(size: int, processes: int, cap: int) -> list[int]:
-    """The nearest smaller and larger batch sizes that have a layout; the next full round of parts always has one."""
+    """The nearest smaller and larger batch sizes with a layout."""
 
     def has_layout(value: int) -> bool:
         return value % (processes * math.ceil(value / (processes * cap))) == 0
@@ -143,22 +143,22 @@ def _nearest_that_divide(size: int, processes: int, cap: int) -> list[int]:
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.uint32]:
-    """The order of an epoch, a function of (seed, epoch) and the number of images; 4 bytes an image."""
+    """The random order of an epoch, a function of (seed, epoch) and the number of images."""
     order = np.arange(images, dtype=np.uint32)
     np.random.default_rng((ORDER_STREAM, seed, epoch)).shuffle(order)
     return order
 
 
 def block_order(seed: int, epoch: int, shard_images: Sequence[int]) -> NDArray[np.uint32]:
-    """The same for storage with slow random reads: shards in a random order, images mixed in a few shards at a time.
+    """An order for storage with slow random reads: random shards, with images mixed within a few shards at a time.
 
-    `shard_images` are the images of each shard. Reads of a window stay within `WINDOW_SHARDS` files.
+    `shard_images` has the number of images of each shard. Reads stay within `WINDOW_SHARDS` files at a time.
     """
     generator = np.random.default_rng((ORDER_STREAM, seed, epoch))
     sizes = np.asarray(shard_images)
     shards = generator.permutation(len(sizes))
     first = np.cumsum(sizes) - sizes
-    before = np.cumsum(sizes[shards]) - sizes[shards]  # where each shard's images begin in the order
+    before = np.cumsum(sizes[shards]) - sizes[shards]  # first position of each shard in the order
     order: NDArray[np.uint32] = (np.arange(sizes.sum()) + np.repeat(first[shards] - before, sizes[shards])).astype(
         np.uint32
     )
@@ -173,7 +173,7 @@ def block_order(seed: int, epoch: int, shard_images: Sequence[int]) -> NDArray[n
 class TrainingBatches:
     """The training set in global batches, shuffled for each epoch.
 
-    The incomplete last batch of an epoch is dropped: other images in every epoch.
+    The incomplete last batch is dropped, with different images in every epoch.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class TrainingBatches:
 
     @property
     def images_per_epoch(self) -> int:
-        """Images that an epoch trains on, over all processes, each copy counted."""
+        """Training images of an epoch, over all processes, with each copy counted."""
         return self.batches_per_epoch * self.layout.global_batch_size
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[list[Batch]]:
@@ -218,8 +218,8 @@ class TrainingBatches:
     def _requests(self, epoch: int, first_batch: int, rank: int) -> Iterator[TrainingRequest]:
         """The forward passes of a rank, in order.
 
-        A global batch holds each of its images once before it holds their second copies, so neighbours, which mixup
-        pairs, are different images.
+        A global batch has each of its images once before their second copies. So neighbours, paired by mixup, are
+        different images.
         """
         if self.order is ImageOrder.quasi_random:
             order = block_order(self.seed, epoch, [shard.images for shard in self.loader.split.shards])
@@ -238,7 +238,7 @@ class TrainingBatches:
                 yield TrainingRequest(indices[part], copies[part], self.augmentation, place)
 
     def _delivered_order(self, epoch: int) -> NDArray[np.int64]:
-        """Indices of all images of an epoch as they are delivered, put together from the requests of all ranks."""
+        """Indices of all images of an epoch in order of delivery, from the requests of all ranks."""
         ranks = (self._requests(epoch, 0, rank) for rank in range(self.layout.processes))
         return np.concatenate([request.indices for requests in zip(*ranks, strict=True) for request in requests])
 
@@ -268,9 +268,9 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """A split in its own order, each image exactly once: full batches are dealt out to the processes.
+    """A split in its own order, each image exactly once, with batches distributed over the processes.
 
-    Batch k holds the same images on any number of processes, so the logits, not only the counts, can be equal.
+    Batch k has the same images on any number of processes, so that logits, not only counts, can be equal.
     """
 
     def __init__(self, loader: Loader, transform: EvaluationTransform, batch_size: int, world: World) -> None:
@@ -286,7 +286,7 @@ class EvaluationBatches:
 
     @property
     def common_batches(self) -> int:
-        """Batches that every process has at least: some have one more."""
+        """Batches that every process has. Some have one more."""
         return math.ceil(len(self.loader.split) / self.batch_size) // self.processes
 
     def __iter__(self) -> Iterator[Batch]:

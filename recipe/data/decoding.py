@@ -1,10 +1,10 @@
-"""From the bytes of an image file to its pixels, no further than somebody looks at them.
+"""Image decoders: the bytes of an image file to the pixels of a crop.
 
-A crop for training needs about half of a picture. nvImageCodec, NVIDIA's layer over libjpeg-turbo (and over the decoder
-of a GPU, which is not used here), leaves out rows and columns outside the crop, with the pixels that decoding
-all of it would give; damage in what it leaves out is not seen. Pillow has the same pixels and decodes whole pictures.
-What nvImageCodec refuses, Pillow is asked for: preprocessing has stored only what that reads. Neither applies an EXIF
-orientation: ImageNet training never did, and one image in a thousand carries one.
+A crop for training needs about half of an image. nvImageCodec, NVIDIA's layer over libjpeg-turbo (its GPU decoder is
+not used), skips rows and columns outside the crop, with the same pixels as a full decode. Damage in skipped parts is
+not seen. Pillow gives the same pixels from a full decode. It also decodes images that nvImageCodec refuses, since
+preprocessing stores only images that Pillow reads. EXIF orientation is not applied: ImageNet training never did, and
+one image in a thousand has one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -28,41 +29,42 @@ from torch import Tensor
 from recipe.config.schema import Decoder
 from recipe.data.images import encoded, lift_pillows_limit, reason
 from recipe.errors import UserError
+from recipe.run.launcher import launched
 
 JPEG_START = b"\xff\xd8"
 MARKER, SEQUENTIAL_FRAMES = 0xFF, (0xC0, 0xC1)  # baseline and extended: rows of blocks, one after the other
-FRAMES_AND_SCAN = frozenset((*range(0xC0, 0xD0), 0xDA)) - {0xC4, 0xC8, 0xCC}  # those are tables and an extension
+FRAMES_AND_SCAN = frozenset((*range(0xC0, 0xD0), 0xDA)) - {0xC4, 0xC8, 0xCC}  # tables and an extension
 PROCESSOR_EXTENSION = "libjpeg_turbo_ext.so*"  # the part of nvImageCodec that decodes JPEG without a GPU
-EXACT = ":fancy_upsampling=1 :fast_idct=0"  # as Pillow (and its defaults); faster ways save 5 % and move pixels
-COLUMNS_LEAST = 8  # of a part: where colour is two samples wide or less, libjpeg-turbo upsamples it in another way
+EXACT = ":fancy_upsampling=1 :fast_idct=0"  # as Pillow (and its defaults). Faster modes save 5 % and change pixels
+COLUMNS_LEAST = 8  # of a part: libjpeg-turbo upsamples colour of at most two samples in another way
 
 
 class UndecodableError(Exception):
-    """The bytes are no image that this decoder reads; the text says why."""
+    """An image that the decoder cannot read, with the reason."""
 
 
 class EncodedImage(Protocol):
-    """An image that is decoded when somebody looks at it, and no further than that."""
+    """An image that is decoded on access, and only the requested part."""
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 RGB of shape [3, height, width], channels last in memory, where other pixels may be between rows."""
+        """uint8 RGB of shape [3, height, width], channels last in memory. Rows need not be contiguous."""
 
 
 class ImageDecoder(Protocol):
-    """A library that decodes JPEG and PNG; threads may share one."""
+    """A library that decodes JPEG and PNG. Threads may share one."""
 
     name: str
 
     def open(self, content: bytes) -> EncodedImage:
-        """The picture in a file's bytes; this, or looking at it, raises `UndecodableError`."""
+        """The image in a file's bytes. Raises `UndecodableError`, here or when pixels are accessed."""
 
 
 class WholeImage:
-    """Decoded as a whole: uint8 [3, H, W]."""
+    """A fully decoded image: uint8 [3, H, W]."""
 
     def __init__(self, image: Tensor) -> None:
         self.image = image
@@ -77,27 +79,27 @@ class WholeImage:
 
 
 class PillowDecoder:
-    """Reads whatever preprocessing stores, whole pictures only: the tests' oracle, and the way out everywhere."""
+    """Full decode by Pillow, for every stored image: the reference in tests and the fallback on any system."""
 
     name = Decoder.pillow.value
 
     def __init__(self) -> None:
-        lift_pillows_limit()  # preprocessing has held every image to data.max_pixels
+        lift_pillows_limit()  # preprocessing has checked data.max_pixels
 
     def open(self, content: bytes) -> EncodedImage:
-        """The picture, decoded."""
+        """Decode the image."""
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
                 pixels = np.array(image.convert("RGB"))
         except MemoryError:
             raise
-        except Exception as error:  # on damaged bytes Pillow's parsers raise about anything
+        except Exception as error:  # Pillow raises many types for damaged bytes
             raise UndecodableError(reason(content, error)) from error
         return WholeImage(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 class NvImageCodecDecoder:
-    """Parts of JPEGs by nvImageCodec on the processor; the few PNGs by Pillow."""
+    """Partial decode of JPEGs by nvImageCodec on the CPU. PNGs are left to Pillow."""
 
     name = Decoder.nvimgcodec.value
 
@@ -111,26 +113,26 @@ class NvImageCodecDecoder:
             decodes = self.region(sound, 0, 0, 8, 8) is not None
         except (AttributeError, RuntimeError) as error:
             raise cannot_be_used(" ".join(str(error).split())) from error
-        if not decodes:  # else Pillow would decode everything, slowly and without a message
+        if not decodes:  # otherwise Pillow would decode everything, without a message
             raise cannot_be_used("it does not decode JPEG here")
 
     def open(self, content: bytes) -> EncodedImage:
-        """The picture, of which nothing but the header was read if it is a JPEG."""
+        """Read the header of a JPEG, or decode another image with Pillow."""
         if content[:2] == JPEG_START:
             stream = self.library.CodeStream(content)
-            with contextlib.suppress(RuntimeError):  # a header that it cannot read, and Pillow perhaps can
+            with contextlib.suppress(RuntimeError):  # a header that Pillow may be able to read
                 return PartialImage(self, content, stream)
         return self.pillow.open(content)
 
     def region(self, stream: Any, top: int, left: int, bottom: int, right: int) -> Tensor | None:
-        """Those rows and columns, uint8 [3, bottom - top, right - left]; None where the bytes are refused."""
+        """Decode rows and columns, uint8 [3, bottom - top, right - left]. None if the library refuses."""
         region = self.library.Region(top, left, bottom, right)
         image = self.codec.decode(stream.get_sub_code_stream(0, region), params=self.parameters)
         return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
     @property
     def codec(self) -> Any:
-        """The library's own decoder: one for each thread, since none says that they may share one."""
+        """The library's decoder, one for each thread: sharing one is not documented as safe."""
         if not hasattr(self.per_thread, "codec"):
             self.per_thread.codec = self.library.Decoder(
                 device_id=self.library.NVIMGCODEC_DEVICE_CPU_ONLY,
@@ -142,10 +144,10 @@ class NvImageCodecDecoder:
 
 
 class PartialImage:
-    """A JPEG of which the rows and columns are decoded that are looked at; all of it where it is no sequential one.
+    """A JPEG decoded in the requested region only. Progressive and other non-sequential ones are decoded in full.
 
-    Of a progressive JPEG all has to be read for any pixel, and where its last scans are missing, libjpeg smooths what
-    it shows, a part in another way than the whole.
+    A progressive JPEG has to be read completely for any pixel. If its last scans are missing, libjpeg smooths the
+    image, and smooths a part differently.
     """
 
     def __init__(self, decoder: NvImageCodecDecoder, content: bytes, stream: Any) -> None:
@@ -153,7 +155,7 @@ class PartialImage:
         self.size = (stream.height, stream.width)
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """uint8 [3, height, width], a view of what was decoded."""
+        """uint8 [3, height, width], a view of the decoded pixels."""
         first_row, first_column, (last_row, last_column) = 0, 0, self.size
         if is_sequential(self.content):
             first_row, last_row = top, top + height
@@ -167,7 +169,7 @@ class PartialImage:
 
 
 def is_sequential(content: bytes) -> bool:
-    """Whether a JPEG's blocks follow one another, found in its segments (ITU T.81, annex B); False where unsure."""
+    """True for a baseline or extended JPEG, by its segments (ITU T.81, annex B). False if unsure."""
     position = len(JPEG_START)
     while position + 4 <= len(content) and content[position] == MARKER:
         if content[position + 1] in FRAMES_AND_SCAN:
@@ -177,29 +179,40 @@ def is_sequential(content: bytes) -> bool:
 
 
 def build_decoder(decoder: Decoder) -> ImageDecoder:
-    """The library that the configuration names; raises `UserError` where it cannot be used on this machine."""
+    """The decoder of that name. Raises `UserError` if its library cannot be used on this machine."""
     return PillowDecoder() if decoder is Decoder.pillow else NvImageCodecDecoder()
 
 
+def usable_decoder(decoder: Decoder) -> ImageDecoder:
+    """The decoder of that name, or Pillow if its library is absent or broken. Rank 0 prints the reason once."""
+    try:
+        return build_decoder(decoder)
+    except UserError as error:
+        if launched().is_rank0:
+            report_fallback(str(error))
+        return PillowDecoder()
+
+
+@cache
+def report_fallback(reason: str) -> None:
+    print(f"{reason}: Pillow decodes, with the same pixels and slower", file=sys.stderr, flush=True)
+
+
 def decoded(content: bytes, decoder: ImageDecoder) -> Tensor:
-    """All of a picture, uint8 [3, H, W]; raises `UndecodableError`."""
+    """Decode all of an image, uint8 [3, H, W]. Raises `UndecodableError`."""
     picture = decoder.open(content)
     return picture.part(0, 0, *picture.size)
 
 
 def cannot_be_used(why: str) -> UserError:
-    """What to do where the library does not work."""
-    return UserError(
-        f"loader.decoder={Decoder.nvimgcodec.value} cannot be used on this machine ({why}); "
-        f"use loader.decoder={Decoder.pillow.value}: it has the same pixels and is slower"
-    )
+    return UserError(f"nvImageCodec (loader.decoder=nvimgcodec) cannot be used on this machine ({why})")
 
 
 @cache
 def load_nvimgcodec() -> Any:
-    """The library, with nothing loaded but what decodes JPEG on the processor.
+    """Import the library with the extension for JPEG on the CPU only.
 
-    Its other extensions look for CUDA's libraries, and complain on stderr where there are none.
+    Other extensions look for CUDA's libraries and print errors if there are none.
     """
     try:
         with only_the_processors_extension():
@@ -211,14 +224,17 @@ def load_nvimgcodec() -> Any:
 
 @contextlib.contextmanager
 def only_the_processors_extension() -> Iterator[None]:
-    """Settings in the environment for as long as the library is imported: it reads them then."""
-    package = importlib.util.find_spec("nvidia.nvimgcodec")
+    """Set environment variables while the library is imported and reads them."""
+    try:
+        package = importlib.util.find_spec("nvidia.nvimgcodec")
+    except ModuleNotFoundError:  # `nvidia`, the namespace of NVIDIA's packages, is not there either
+        package = None
     if package is None or package.origin is None:
         raise ImportError("it is not installed")
     with tempfile.TemporaryDirectory() as folder:
         for extension in (Path(package.origin).parent / "extensions").glob(PROCESSOR_EXTENSION):
             (Path(folder) / extension.name).symlink_to(extension)
-        wanted = {"NVIMGCODEC_EXTENSIONS_PATH": folder, "PYNVIMGCODEC_VERBOSITY": "0"}  # it returns what it refuses
+        wanted = {"NVIMGCODEC_EXTENSIONS_PATH": folder, "PYNVIMGCODEC_VERBOSITY": "0"}
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
         try:

@@ -1,12 +1,12 @@
 """Checks of one image, and the bytes in which it is stored.
 
-An image keeps its original bytes where every decoder reads them alike: a JPEG or PNG of 8-bit RGB or grayscale.
-Everything else (other formats, CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG with stray bytes) is
-decoded here and stored as lossless RGB PNG, so that decoders cannot differ later. Of several frames the first one is
-taken. EXIF orientation is never applied: training on ImageNet never did, and 1 in 1,000 of its images carries one.
+A JPEG or PNG of 8-bit RGB or grayscale keeps its bytes, since all decoders read them alike. Other images (other
+formats, CMYK, palettes, transparency, 16 bits, a PNG called .JPEG, a JPEG with stray bytes) are decoded here and stored
+as lossless RGB PNG, so that decoders cannot differ later. The first of several frames is used. EXIF orientation is not
+applied: training on ImageNet never did, and 1 in 1,000 of its images has one.
 
-Images are not trusted: the header is read first and pixels are capped, only the formats of `FORMATS` are tried, and a
-truncated file is an error, never a picture filled with grey.
+Images are untrusted: the header is read first, pixels are capped, only the formats of `FORMATS` are tried, and a
+truncated file is an error, not a partly grey image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError, features
 from recipe.config.schema import MAX_PIXELS
 from recipe.data.integrity import Flaw, clean_pixels, jpeg_flaw, png_flaw
 
-FORMATS = {  # Pillow's name -> the usual one; its other readers are not used: that of EPS runs Ghostscript
+FORMATS = {  # Pillow's name -> the usual one. Its other readers are not used: that of EPS runs Ghostscript
     "JPEG": "JPEG",
     "PNG": "PNG",
     "WEBP": "WebP",
@@ -35,7 +35,7 @@ FORMATS = {  # Pillow's name -> the usual one; its other readers are not used: t
     "AVIF": "AVIF",
     "JPEG2000": "JPEG 2000",
 }
-OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # format -> feature that a Pillow may lack
+OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # format -> feature that Pillow may lack
 SIGNATURES = (  # of the first bytes
     (re.compile(rb"\xff\xd8\xff"), "JPEG"),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
@@ -48,23 +48,23 @@ SIGNATURES = (  # of the first bytes
 )
 SIGNATURE_BYTES = 32
 FILE_BYTES_PER_PIXEL = 8  # of an uncompressed picture with 16 bits and transparency
-IMAGE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, which is read at once
-JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with a second view after it, which readers of JPEG ignore
+IMAGE_BYTES_MAX = FILE_BYTES_PER_PIXEL * MAX_PIXELS  # of a file in a folder, read at once
+JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG followed by a second view that JPEG readers ignore
 COLOURS = {"RGB": "RGB", "L": "GRAY"}  # of a JPEG that keeps its bytes: Pillow's name -> simplejpeg's
 JPEG_SIDE_MAX = 65_500  # pixels that libjpeg writes
 ORIENTATION_TAG, BITS_TAG = 0x0112, 258
-PNG_BIT_DEPTH = 24  # byte of the file; libpng's colour type follows
+PNG_BIT_DEPTH = 24  # position in the file, before the colour type
 PNG_PLAIN_COLOUR_TYPES = (0, 2)  # grayscale, RGB
 MODES_WITHOUT_WHITE = {"F": "floating-point samples", "I": "samples of 32 bits", "LAB": "CIELAB colours"}
 GREY = "grayscale"
-FILTER = "bilinear"  # what torchvision's references resize with, and two thirds of bicubic's time
+FILTER = "bilinear"  # as torchvision's references, in two thirds of the time of bicubic
 ROTATED = "EXIF orientation, not applied"
 ERRORS_DESCRIPTOR = 2
 AS_PNG = "stored as lossless RGB PNG"
 
 
 class RejectedImageError(Exception):
-    """An image that is not stored; the text says why."""
+    """An image that is not stored, with the reason."""
 
     verdict = "cannot be stored"
     way_out = "convert it"
@@ -91,12 +91,12 @@ class Rules:
     resize_short_side: int | None  # pixels
     quality: int  # of the JPEG that a resized image becomes
     max_pixels: int = MAX_PIXELS
-    is_verified: bool = False  # the archive has the published checksum: damage was published, and is kept
+    is_verified: bool = False  # the archive has the published checksum: published damage is kept
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The bytes to store, and how they differ from the raw ones."""
+    """The bytes to store, and their difference from the raw ones."""
 
     content: bytes
     extension: str  # the true format: jpg or png
@@ -109,22 +109,22 @@ class StoredImage:
 
 
 def store(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage:
-    """Check one image by decoding all of it and choose its stored form; raises `RejectedImageError`."""
+    """Check one image by decoding all of it and choose its stored form. Raises `RejectedImageError`."""
     if len(content) > FILE_BYTES_PER_PIXEL * rules.max_pixels:
         raise too_large(f"{len(content)} bytes", rules.max_pixels)
     lift_pillows_limit()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF, which changes nothing
+        warnings.simplefilter("ignore")  # Pillow warns of corrupt EXIF, which does not matter here
         try:
             return stored_form(content, is_named_png, rules)
         except (RejectedImageError, MemoryError):
             raise
-        except Exception as error:  # on hostile bytes Pillow's parsers raise about anything
+        except Exception as error:  # Pillow raises many types for hostile bytes
             raise DamagedImageError(reason(content, error)) from error
 
 
 def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage:
-    """As `store`, with Pillow's own errors."""
+    """As `store`, but raises Pillow's own errors."""
     with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
         if image.width * image.height > rules.max_pixels:
             raise too_large(f"{image.width} x {image.height} pixels", rules.max_pixels)
@@ -151,7 +151,7 @@ def stored_form(content: bytes, is_named_png: bool, rules: Rules) -> StoredImage
 
 
 def pixels_of_clean_jpeg(image: Image.Image, content: bytes) -> Image.Image | None:
-    """Pillow's pixels by the library that checks them, so that one decoding does both; None for a flawed JPEG."""
+    """Pillow's pixels, decoded by simplejpeg, which also checks the JPEG. None for a flawed one."""
     if image.format not in JPEG_FORMATS or image.mode not in COLOURS:
         return None
     pixels = clean_pixels(content, COLOURS[image.mode])
@@ -162,8 +162,8 @@ def flaw_of(image: Image.Image, content: bytes) -> Flaw | None:
     """The damage of a JPEG or PNG.
 
     Decoders of other formats refuse most damage themselves, but not all in a JPEG or a fax inside a TIFF, nor missing
-    tiles of JPEG 2000. Of a JPEG every marker and coefficient is decoded; the rest of a decoder (inverse transform,
-    upsampling, colours) is arithmetic that cannot fail.
+    tiles of JPEG 2000. All markers and coefficients of a JPEG are decoded. The rest of a decoder (inverse transform,
+    upsampling, colours) cannot fail.
     """
     if image.format == "PNG":
         flaw = png_flaw(content)
@@ -173,7 +173,7 @@ def flaw_of(image: Image.Image, content: bytes) -> Flaw | None:
     if image.format in JPEG_FORMATS:
         try:
             return jpeg_flaw(content)
-        except ValueError:  # sampled in a way that simplejpeg does not know, or unreadable
+        except ValueError:  # a subsampling that simplejpeg does not know, or unreadable
             image.load()
     return None
 
@@ -189,18 +189,18 @@ def too_large(what: str, max_pixels: int) -> TooLargeImageError:
 
 
 def can_shrink(image: Image.Image, short_side: int) -> bool:
-    """Whether an image is larger than `short_side`, and a JPEG can hold it after resizing."""
+    """True if an image is larger than `short_side`, and small enough for a JPEG after resizing."""
     short, long = sorted(image.size)
     return short > short_side and long * short_side / short <= JPEG_SIDE_MAX
 
 
 def format_of(head: bytes) -> str | None:
-    """The format by the first `SIGNATURE_BYTES` of a file, None where they are not a picture's."""
+    """The format by the first `SIGNATURE_BYTES` of a file. None if they are not of an image."""
     return next((form for sign, form in SIGNATURES if sign.match(head[:SIGNATURE_BYTES])), None)
 
 
 def unusual_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | None:
-    """Why an image is converted, by its header; None for one that keeps its bytes."""
+    """The reason to convert an image, by its header. None for one that keeps its bytes."""
     if image.format in JPEG_FORMATS:
         return None if image.mode in ("RGB", "L") else f"{image.mode} JPEG"
     if image.format != "PNG":
@@ -218,7 +218,7 @@ def unusual_kind(image: Image.Image, content: bytes, keeps_png: bool) -> str | N
 
 
 def unusual_format(image: Image.Image) -> str:
-    """A format other than JPEG and PNG, with the property that is lost in 8-bit RGB."""
+    """The name of a format other than JPEG and PNG, with the property that is lost in 8-bit RGB."""
     name = FORMATS[str(image.format)]
     bits = getattr(image, "tag_v2", {}).get(BITS_TAG, (8,))
     depth = 16 if image.mode.startswith("I;16") else max(bits)
@@ -237,19 +237,19 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 0 where there is none or it cannot be read."""
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 0))
-    except Exception:  # EXIF is free-form: a damaged one does not make the picture damaged
+    except Exception:  # damaged EXIF does not mean a damaged image
         return 0
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB without metadata; 16-bit grayscale keeps its high byte."""
+    """8-bit RGB without metadata. 16-bit grayscale keeps its high byte."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     return without_metadata(image.convert("RGB"))
 
 
 def without_metadata(image: Image.Image) -> Image.Image:
-    """The same picture without comment and profile, which Pillow would write into the new file."""
+    """The image without comment and profile, which Pillow would write into the new file."""
     image.info = {}
     return image
 
@@ -277,7 +277,7 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def reason(content: bytes, error: Exception) -> str:
-    """Why Pillow could not read it, the same on every run (its own texts can hold memory addresses)."""
+    """The reason why Pillow cannot read an image, without memory addresses, so that it is equal in every run."""
     if not content:
         return "it is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
@@ -289,7 +289,7 @@ def reason(content: bytes, error: Exception) -> str:
 
 
 def silence_decoders() -> None:
-    """Keep Python's own messages on stderr, and drop those of C libraries: libjpeg warns of stray bytes."""
+    """Drop messages of C libraries on stderr, such as libjpeg's warnings, and keep those of Python."""
     sys.stderr = os.fdopen(os.dup(ERRORS_DESCRIPTOR), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, ERRORS_DESCRIPTOR)

@@ -1,9 +1,9 @@
-"""Damage of JPEG and PNG files that decoders do not report: is every pixel in the file?
+"""Damage of JPEG and PNG files that decoders do not report: missing pixels.
 
-libjpeg fills in missing pixels and only warns; Pillow drops the warnings, and does not count the rows of a PNG.
-simplejpeg reports libjpeg-turbo's warnings, but only the first of an image: the cause of a harmless one is removed from
-the bytes, in memory, until no warning is left or one that costs pixels. Not detectable: changed bits that decode to
-other pixels, and pixels that were lost before the file was written.
+libjpeg fills in missing pixels and only warns. Pillow drops the warnings, and does not count the rows of a PNG.
+simplejpeg reports only the first of libjpeg-turbo's warnings. So causes of harmless warnings are removed from the
+bytes, in memory, until there is a warning that costs pixels or none. Changed bits that decode to other pixels, and
+pixels lost before the file was written, are not detectable.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HARMLESS = {  # warnings of libjpeg (JWRN_* of its jerror.h) that cost no pixel,
     "bad ICC marker": "damaged colour profile in a JPEG",
     "Premature end of JPEG file": "JPEG without an end marker",
 }
-ZEROS_MAX = 16  # stray bytes that may be a writer's padding; more stand where data were to be written
+ZEROS_MAX = 16  # stray bytes that may be padding. More replace missing data
 STRAY_PLACES_MAX = 20  # each costs a few times the decoding of the image
 START, END = b"\xff\xd8", b"\xff\xd9"
 SOS, EOI, DHT = 0xDA, 0xD9, 0xC4
@@ -62,7 +62,7 @@ class Segment(NamedTuple):
 
 
 def jpeg_flaw(content: bytes) -> Flaw | None:
-    """The worst warning of libjpeg-turbo; raises `ValueError` for a kind of JPEG that it does not read."""
+    """The worst warning of libjpeg-turbo. Raises `ValueError` for an unsupported kind of JPEG."""
     warning = warning_of(content)
     if warning is None:
         return None if has_all_scans(content) else Flaw("it is truncated (its last scans are missing)", True)
@@ -86,14 +86,14 @@ def jpeg_flaw(content: bytes) -> Flaw | None:
 
 
 def pixel_loss(warning: str) -> Flaw:
-    """The flaw of a warning that costs pixels."""
+    """The flaw for a warning that costs pixels."""
     what = warning.removeprefix("Corrupt JPEG data: ")
     is_end = "premature end" in what.lower() or "missing" in what
     return Flaw(f"it is truncated ({what})" if is_end else f"its data are damaged ({what})", True)
 
 
 def warning_of(content: bytes) -> str | None:
-    """The first warning of libjpeg-turbo, or why it stopped; None for a clean image."""
+    """The first warning or the error of libjpeg-turbo. None for a clean image."""
     try:
         decode(content, strict=True)
     except ValueError as error:
@@ -102,7 +102,7 @@ def warning_of(content: bytes) -> str | None:
 
 
 def clean_pixels(content: bytes, colours: str) -> NDArray[np.uint8] | None:
-    """All pixels, uint8 [H, W, 3] or, of GRAY, [H, W, 1]; None for a JPEG with any warning."""
+    """All pixels, uint8 [H, W, 3] or, of GRAY, [H, W, 1]. None for a JPEG with any warning."""
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colours, strict=True)
     except ValueError:
@@ -111,7 +111,7 @@ def clean_pixels(content: bytes, colours: str) -> NDArray[np.uint8] | None:
 
 
 def decode(content: bytes, strict: bool) -> None:
-    """Decode every coefficient of every component, to an eighth of the size: the rest of decoding cannot fail."""
+    """Decode every coefficient of every component, to an eighth of the size. The rest of decoding cannot fail."""
     simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8, strict=strict)
 
 
@@ -129,7 +129,7 @@ def segments(content: bytes) -> Iterator[Segment]:
 
 
 def next_marker(content: bytes, position: int) -> int | None:
-    """Where the next marker begins; in a scan 0xFF may also be followed by 0 or a restart marker."""
+    """The position of the next marker. In a scan 0xFF may also be followed by 0 or a restart marker."""
     while 0 <= (position := content.find(b"\xff", position)) < len(content) - 1:
         following = content[position + 1]
         if following not in (0x00, 0xFF, *RESTARTS):
@@ -139,7 +139,7 @@ def next_marker(content: bytes, position: int) -> int | None:
 
 
 def bare(content: bytes) -> bytes:
-    """The same scans without metadata and bytes between segments, with an end marker."""
+    """The JPEG without metadata and bytes between segments, with an end marker."""
     parts, end, is_scan, is_sequential = [], 0, False, False
     for segment in segments(content):
         if is_scan:
@@ -157,10 +157,10 @@ def bare(content: bytes) -> bytes:
 
 
 def stray_bytes(content: bytes, warning: str) -> tuple[int, int]:
-    """The start and end of the stray bytes of the first warning of a JPEG; (0, 0) where they are not found.
+    """Start and end of the stray bytes of the first warning of a JPEG. (0, 0) if not found.
 
-    The warning names the marker after them, of which there may be many: it is the first one up to which the file must
-    be read for this warning.
+    The warning names the marker after them, which may occur often. The right one is the first up to which the file has
+    to be read for this warning.
     """
     match = STRAY.search(warning)
     assert match is not None
@@ -180,8 +180,8 @@ def stray_bytes(content: bytes, warning: str) -> tuple[int, int]:
 
 
 def has_all_scans(content: bytes) -> bool:
-    """Whether each coefficient of each component has its last bit; libjpeg does not warn where scans are missing."""
-    unsent: dict[int, list[int]] = {}  # component -> lowest bit that is still to come of each coefficient
+    """True if each coefficient of each component has its last bit. libjpeg does not warn of missing scans."""
+    unsent: dict[int, list[int]] = {}  # component -> lowest missing bit of each coefficient
     is_progressive = False
     for segment in segments(content):
         body = content[segment.start + 4 : segment.end]
@@ -195,14 +195,14 @@ def has_all_scans(content: bytes) -> bool:
                     lowest[first : last + 1] = [bits & 0x0F] * (last + 1 - first)
             if not any(map(any, unsent.values())):
                 return True
-    return not unsent  # another kind of frame, which is not checked
+    return not unsent  # other kinds of frames are not checked
 
 
 # ---- PNG --------------------------------------------------------------------------------------------
 
 
 def png_flaw(content: bytes) -> Flaw | None:
-    """A wrong checksum of a critical chunk, rows that are missing, or no end."""
+    """A wrong checksum of a critical chunk, missing rows, or a missing end."""
     position, inflate, rows, wanted = len(PNG_START), zlib.decompressobj(), 0, 0
     while True:
         if position + 12 > len(content):
@@ -217,7 +217,7 @@ def png_flaw(content: bytes) -> Flaw | None:
         body = content[position + 8 : end - 4]
         if kind == b"IHDR":
             wanted = bytes_of_rows(body)
-        elif kind == b"IDAT" and rows <= wanted:  # more than that is not shown, and could be without end
+        elif kind == b"IDAT" and rows <= wanted:  # further rows are not shown, and could be endless
             try:
                 rows += inflated_bytes(inflate, body)
             except zlib.error as error:
@@ -240,7 +240,7 @@ def bytes_of_rows(header: bytes) -> int:
 
 
 def inflated_bytes(inflate: zlib._Decompress, packed: bytes) -> int:
-    """Bytes after decompression, of which few are in memory at a time."""
+    """The number of bytes after decompression, with few in memory at a time."""
     total = 0
     while packed and not inflate.eof:
         total += len(inflate.decompress(packed, INFLATED_AT_ONCE))

@@ -1,8 +1,8 @@
-"""A loader whose threads decode straight into the batch, and what worker processes share with it.
+"""A loader with threads that decode into the batch, and its functions that worker processes use too.
 
-Decoding and resizing release the GIL, so threads that write into one preallocated batch beat the processes of a
-DataLoader: no copies, no pickling, no signals to forward. Beside a GPU, where these threads would compete with the one
-that launches kernels for the GIL, `recipe.data.worker_pool` decodes in processes of its own.
+Decoding and resizing release the GIL, so threads that write into a preallocated batch are faster than the processes of
+a DataLoader: no copies, pickling or forwarded signals. With a GPU they would compete with the thread that launches
+kernels for the GIL, so `recipe.data.worker_pool` decodes in other processes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from recipe.data.shards import Split
 from recipe.distributed import World, threads_per_process
 from recipe.errors import UserError
 
-IMAGES_PER_TASK = 4  # of one thread: fewer Python calls, still even work
+IMAGES_PER_TASK = 4  # of one thread: few Python calls and still even work
 
 
 class PendingBatch(NamedTuple):
     """A batch that threads or worker processes are filling."""
 
-    result: Callable[[], Batch]  # waits for the last image; raises what was raised while filling
-    cancel: Callable[[], None]  # skips the images that are not begun
+    result: Callable[[], Batch]  # waits for the last image. Raises the error of a failed one
+    cancel: Callable[[], None]  # skips images that are not started
 
 
 class ThreadedLoader:
-    """Batches of one split from a pool of threads; close it, so that none outlives it."""
+    """Batches of one split from a pool of threads. Call `close` to end the threads."""
 
     workers = 0
 
@@ -50,7 +50,7 @@ class ThreadedLoader:
         self.pool = ThreadPoolExecutor(self.threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
 
     def close(self) -> None:
-        """Drop the queue and wait for the images that are being decoded."""
+        """Drop the queue and wait for the images in progress."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def load(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
@@ -107,9 +107,9 @@ def fill_images(
 
 @contextmanager
 def image_errors(split: Split, index: int) -> Iterator[None]:
-    """Name image and shard in errors of decoding and transforming; an error of the code keeps its traceback.
+    """Add image and shard to errors of decoding and transforming. Programming errors keep their traceback.
 
-    The image was readable when it was stored: making an intact shard again would lead to the same error.
+    The image was readable when stored, so making an intact shard again would not help.
     """
     try:
         yield
@@ -118,13 +118,13 @@ def image_errors(split: Split, index: int) -> Iterator[None]:
     except (UndecodableError, RejectedImageError) as error:
         if split.is_intact(index):
             advice = (
-                ", but the shard is as preprocessing wrote it: another Pillow read this image then; install the "
-                "version that the Data chapter names"
+                ", but the shard is unchanged: another Pillow read this image in preprocessing; install the "
+                "version in the Data chapter"
             )
         else:
             advice = ": the shard is damaged; delete that file and run `python preprocess.py` again"
         raise UserError(f"{split.where(index)} cannot be decoded ({str(error)[:120]}){advice}") from error
-    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError, also for want of memory
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError, also if memory runs out
         width, height = (int(split.index[index][name]) for name in ("width", "height"))
         reason = " ".join(str(error).split())[:200] or "not enough memory"
         raise UserError(
@@ -136,12 +136,12 @@ def image_errors(split: Split, index: int) -> Iterator[None]:
 
 
 def empty_images(count: int, pixels: int, pin: bool) -> Tensor:
-    """uint8 [count, 3, pixels, pixels], channels last in memory; pinned for copies to a GPU."""
+    """uint8 [count, 3, pixels, pixels], channels last in memory. Pinned for copies to a GPU."""
     return torch.empty((count, 3, pixels, pixels), dtype=torch.uint8, pin_memory=pin, memory_format=torch.channels_last)
 
 
 def collate(split: Split, indices: NDArray[np.int64], images: Tensor, mix_parameters: MixParameters | None) -> Batch:
-    """Images with their labels, all of it pinned if the images are."""
+    """A batch of images with their labels, pinned if the images are."""
     labels = torch.from_numpy(np.asarray(split.labels[indices], dtype=np.int64))
     if images.is_pinned():
         labels, mix_parameters = labels.pin_memory(), mix_parameters and mix_parameters.pin_memory()

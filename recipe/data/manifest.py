@@ -1,7 +1,6 @@
-"""The manifest of a finished data set: what is in it, the settings that shaped it, and opening it for a run.
+"""The manifest of a finished data set: its contents and settings, and opening it for a run.
 
-Data belongs to the data directory, the configuration to the run: many experiments share one data set, and each run
-keeps a copy of its record.
+Many experiments share one data set. Each run keeps a copy of its record.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ class ManifestSplit(Record, frozen=True, kw_only=True):
     index_sha256: str
     keys_sha256: str
     shards: list[Shard]
-    grey_images: list[str]  # keys of images that decoders turn into RGB
-    rotated_images: list[str]  # keys of those whose EXIF orientation is not applied
+    grey_images: list[str]  # keys of images that decoders convert to RGB
+    rotated_images: list[str]  # keys of images with an EXIF orientation, which is not applied
 
 
 class Manifest(Record, frozen=True, kw_only=True):
-    """The data set's identity: its hash is what training checks and records."""
+    """The contents of a data set. Training checks and records the hash of the file."""
 
     format: str = "manifest/1"
     name: str
-    settings: dict[str, Setting]  # all that shaped the bytes
+    settings: dict[str, Setting]  # all that change the bytes
     listing_sha256: str  # of the raw images' names, labels and sizes
     is_ilsvrc2012: bool
     label_convention: str
@@ -58,7 +57,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 
 def data_settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that shape the bytes of the data set; those without effect are left out."""
+    """The settings that change the bytes of the data set, without those that have no effect."""
     settings: dict[str, Any] = {
         "name": data.name,
         "source": data.source.value,
@@ -70,7 +69,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
     }
     if data.resize_short_side is not None:
         settings["jpeg_quality"] = data.jpeg_quality
-        settings["resize_filter"] = FILTER  # so that no shard of another filter is continued
+        settings["resize_filter"] = FILTER  # so that shards of another filter are not continued
     if data.source is Source.folder:
         settings["validation_fraction"] = data.validation_fraction
     if data.source is Source.demo:
@@ -80,12 +79,12 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of the data set in `directory`; raises `UserError` with the command to make one if it is missing."""
+    """Read the manifest of `directory`. Raises `UserError` with the command that makes a missing one."""
     return _manifest_and_sha256(directory)[0]
 
 
 def manifest_sha256(directory: str | Path) -> str:
-    """The identity of a data set in records."""
+    """The hash of the manifest, which identifies the data set in records."""
     return _manifest_and_sha256(directory)[1]
 
 
@@ -95,7 +94,7 @@ def _manifest_and_sha256(directory: str | Path) -> tuple[Manifest, str]:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"there is no preprocessed data set in {display_path(directory)}; "
+            f"no preprocessed data set in {display_path(directory)}; "
             "make it with `python preprocess.py experiment=...` and the same experiment, "
             "or name its folder with data.directory="
         ) from None
@@ -106,7 +105,7 @@ def _manifest_and_sha256(directory: str | Path) -> tuple[Manifest, str]:
 
 
 def read_record(directory: Path) -> PreprocessingRecord:
-    """The record of preprocessing; raises `UserError` where it is missing, damaged or of another manifest."""
+    """The record of preprocessing. Raises `UserError` if it is missing, damaged or of another manifest."""
     path = directory / RECORD
     if not path.exists():
         raise UserError(f"{display_path(path)} is missing")
@@ -117,7 +116,7 @@ def read_record(directory: Path) -> PreprocessingRecord:
 
 
 def open_dataset(data: DataConfig, run: Run | None = None) -> tuple[Manifest, str]:
-    """The manifest of `data.directory` and its hash; copies the record of preprocessing into `run`, if one is given.
+    """The manifest of `data.directory` and its hash. Copies the record of preprocessing into `run` if given.
 
     Raises `UserError` if the data set is missing or was made with other settings.
     """
@@ -144,14 +143,14 @@ def copy_record(run: Run, directory: Path, record: PreprocessingRecord) -> None:
     for tree in (record.provenance.tree_at_start, record.provenance.tree_at_end):
         if tree.patch_sha256 is not None:
             patch = run.patch_file(tree.patch_sha256)
-            if (directory / PATCHES / patch.name).exists():  # the hash says enough where somebody removed it
+            if (directory / PATCHES / patch.name).exists():  # the hash suffices if somebody removed it
                 write_atomically(patch, (directory / PATCHES / patch.name).read_bytes())
 
 
 def check_same_dataset(what: str, trained_on: str, here: str, data: DataConfig) -> None:
-    """Raise `UserError` unless weights are used with the data set they were trained on (hashes of manifests)."""
+    """Raise `UserError` unless the data set is the one that the weights were trained on (hashes of manifests)."""
     if trained_on != here:
         raise UserError(
             f"{what} was trained on another data set (manifest {trained_on[:16]}) than "
-            f"{display_path(data.directory)} holds ({here[:16]}); give data.directory= of the right one"
+            f"{display_path(data.directory)} has ({here[:16]}); give data.directory= of the right one"
         )

@@ -1,14 +1,14 @@
-"""The stored data set: tar shards that any reader opens, an index that finds an image at once, a manifest of it all.
+"""The stored data set: tar shards in the WebDataset convention, an index of the images, a manifest.
 
     data/<name>/manifest.json                 counts, hashes, classes, settings, images that were converted or skipped
-    data/<name>/train-00000.tar ...           <key>.jpg or .png, then <key>.cls with the label, as WebDataset has it
+    data/<name>/train-00000.tar ...           <key>.jpg or .png, then <key>.cls with the label
     data/<name>/train.index.npy               shard, offset, bytes, label, width, height of each image
     data/<name>/train.keys.npy                its key
     (and the same for val)
 
-The same raw images and settings give the same bytes of all of these on any machine with the same Pillow: no clock, no
-path, no user. Bytes are read with `os.pread`, not through a memory map: slicing a cold map page-faults with the GIL
-held, and a failing disk raises an error here where a map ends the process.
+The same raw images and settings give the same bytes of these files on any machine with the same Pillow. Bytes are read
+with `os.pread`, not through a memory map: a page fault of a map blocks the GIL, and a failing disk ends the process
+in place of raising an error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OTHER_OPEN_FILES = 512  # beside shards: libraries, sockets, pipes, logs
 
 
 class Split:
-    """Random access to one split: `read(i)` gives the stored bytes of image i. Threads may share one."""
+    """Random access to one split: `read(i)` returns the stored bytes of image i. Thread-safe."""
 
     def __init__(self, directory: Path, name: str, shards: list[Shard]) -> None:
         self.directory, self.name, self.shards = directory, name, shards
@@ -77,11 +77,11 @@ class Split:
         return bytes(self.keys[i]).decode("ascii")
 
     def where(self, i: int) -> str:
-        """Image i for an error message."""
+        """The name of image i for an error message."""
         return f"shard {self.shards[int(self.index[i]['shard'])].name}, image {self.key(i)}"
 
     def is_intact(self, i: int) -> bool:
-        """Whether the shard of image i still is what the manifest names; reads all of it."""
+        """True if the shard of image i has the hash in the manifest. Reads all of it."""
         shard = self.shards[int(self.index[i]["shard"])]
         try:
             return is_file_with(self.directory / shard.name, shard.sha256)
@@ -89,7 +89,7 @@ class Split:
             return False
 
     def close(self) -> None:
-        """Close the shards; the next `read` opens them again."""
+        """Close the shards. The next `read` opens them again."""
         with self._opening:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
@@ -100,11 +100,11 @@ class Split:
             self.close()
 
     def __reduce__(self) -> tuple[type[Split], tuple[Path, str, list[Shard]]]:
-        """Pickled as its name: another process opens its own."""
+        """Pickle the directory and the name. Another process opens the files again."""
         return Split, (self.directory, self.name, self.shards)
 
     def _descriptor(self, shard: int) -> int:
-        """The shard's file descriptor, opened at its first use and kept."""
+        """The shard's file descriptor, opened at the first use and kept."""
         found = self._descriptors.get(shard)
         if found is None:
             with self._opening:
@@ -116,13 +116,13 @@ class Split:
 
 
 def mapped(path: Path) -> NDArray[Any]:
-    """A memory map as a plain array: numpy's own class for maps makes every access to an element slow."""
+    """A memory map as a plain array: element access of numpy's class for maps is slow."""
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     return array
 
 
 def open_split(directory: str | Path, name: str) -> Split:
-    """A split of the data set in `directory`, after a look at the size of each of its files."""
+    """Open a split of the data set in `directory`, after checking the sizes of its files."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     assert name in manifest.splits, f"{name} is none of {list(manifest.splits)}"
@@ -133,7 +133,7 @@ def open_split(directory: str | Path, name: str) -> Split:
 
 
 def allow_open_files(shards: int) -> None:
-    """Shards stay open, one descriptor each, and the usual limit of 1,024 is less than ImageNet's 1,332."""
+    """Raise the limit of open files: shards stay open, and ImageNet has 1,332, above the usual 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = shards + OTHER_OPEN_FILES
     if soft == resource.RLIM_INFINITY or wanted <= soft:
@@ -147,7 +147,7 @@ def allow_open_files(shards: int) -> None:
 
 
 def problems(directory: Path, manifest: Manifest, name: str) -> Iterator[str]:
-    """What is wrong with the files of a split, one sentence each; sizes of shards only, contents of the index."""
+    """Problems of the files of a split, one sentence each: sizes of shards, contents of the index."""
     split = manifest.splits[name]
     for file, sha256 in ((f"{name}.index.npy", split.index_sha256), (f"{name}.keys.npy", split.keys_sha256)):
         if not is_file_with(directory / file, sha256):
@@ -160,7 +160,7 @@ def problems(directory: Path, manifest: Manifest, name: str) -> Iterator[str]:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file, None where there is none."""
+    """Bytes of a file. None if it does not exist."""
     return path.stat().st_size if path.is_file() else None
 
 

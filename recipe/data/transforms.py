@@ -1,7 +1,7 @@
-"""From pixels to the network's input, without randomness: the contract of training and evaluation.
+"""Transforms without randomness: resize, centre crop, normalisation.
 
 An evaluation view is a resize of the short side and a centre crop, with the pixels of torchvision's functional v2 with
-antialiasing; normalisation happens on the device.
+antialiasing. Normalisation happens on the device.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ RESAMPLING = {
     InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
 }
 FILTER_RADIUS = {InterpolationMode.BILINEAR: 1, InterpolationMode.BICUBIC: 2}  # pixels of the coarser grid
-PIXELS_LIMIT = 4096  # no network of this project sees more; the interface in a file could ask for any size
-RESIZED_BYTES_MAX = 64_000_000  # of a resized image that is made for its centre
+PIXELS_LIMIT = 4096  # of a view: the interface in an untrusted file could require any size
+RESIZED_BYTES_MAX = 64_000_000  # of a resized image. Of larger ones only the centre is computed
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EvaluationTransform:
         return cropped
 
     def _resized_size(self, image: Tensor) -> tuple[int, int]:
-        """Height and width with the short side as asked; the long one is cut to a whole pixel, as torchvision does."""
+        """Height and width with the given short side. The long side is rounded down, as in torchvision."""
         height, width = image.shape[-2:]
         short, long = sorted((height, width))
         resized_long = int(self.resize_pixels * long / short)
@@ -63,11 +63,11 @@ class EvaluationTransform:
 
     @property
     def name(self) -> str:
-        """The part of a metric's name that says how pixels were made."""
+        """The part of a metric's name for this view."""
         return f"resize{self.resize_pixels}-crop{self.crop_pixels}-{self.interpolation.value}"
 
     def fingerprint(self) -> str:
-        """Identifies what this object does by the pixels it makes of fixed pictures."""
+        """SHA-256 of the transformed pixels of fixed images."""
         return pixels_sha256([self(fixed_image(*size)) for size in ((300, 400), (40, 30), (512, 256))])
 
     def facts(self) -> dict[str, Setting]:
@@ -84,11 +84,11 @@ def build_evaluation_transform(config: EvaluationConfig) -> EvaluationTransform:
 
 
 def centre_of_resized(image: Tensor, size: tuple[int, int], crop: int, interpolation: InterpolationMode) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, crop, crop], the centre of the image in `size`, of which nothing else is made.
+    """uint8 [3, H, W] -> uint8 [3, crop, crop]: the centre of the image resized to `size`, without the rest.
 
-    For very long images: one of 60,000 x 2 pixels would have 6 GB at a short side of 256. Pillow resizes a part whose
-    edges are between pixels, with the weights that it would have in the image; as many rows and columns around it as
-    the filter reaches are handed over. Differs from `resize` by rounding, one level of 255 or two with bicubic weights.
+    For very long images: one of 60,000 x 2 pixels would have 6 GB at a short side of 256. Pillow resizes a part with
+    edges between pixels as in the full image, if given the rows and columns that the filter reaches. Differs from
+    `resize` by rounding, one level of 255 or two with bicubic weights.
     """
     corners: list[tuple[float, float]] = []
     region = image
@@ -108,11 +108,11 @@ def centre_of_resized(image: Tensor, size: tuple[int, int], crop: int, interpola
 def resize(
     image: Tensor, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool, out: Tensor | None = None
 ) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, *size], into `out` where it is given (channels last, [3, *size]).
+    """uint8 [3, H, W] -> uint8 [3, *size], into `out` if given (channels last, [3, *size]).
 
-    The pixels are those of torchvision's functional v2. It, and torch itself, put the channels of a lone image apart
-    and its caller puts them together again, which takes longer than to resize; so torch's kernel writes here where the
-    image is to lie. Where torchvision takes another kernel (an old CPU), so does this.
+    The pixels are those of torchvision's functional v2. torchvision converts a single channels-last image to
+    channels-first and back, which takes longer than the resize, so torch's kernel is called with `out=`. If torchvision
+    uses another kernel (old CPUs), it is called itself.
     """
     if out is None:
         out = empty_image(size)
@@ -133,7 +133,7 @@ def empty_image(size: tuple[int, int]) -> Tensor:
 
 
 def writes_natively(image: Tensor, interpolation: InterpolationMode, out: Tensor) -> bool:
-    """Whether torch's kernel could resize the image into `out`: it refuses some memory layouts."""
+    """True if torch's kernel accepts the memory layouts of the image and `out`."""
     if image.stride(0) != 1:
         image = empty_image((image.shape[-2], image.shape[-1])).copy_(image)
     try:
@@ -145,7 +145,7 @@ def writes_natively(image: Tensor, interpolation: InterpolationMode, out: Tensor
 
 @cache
 def uses_native_kernel(interpolation: InterpolationMode) -> bool:
-    """Whether the kernel makes torchvision's pixels on this machine with this torch: found by trying both."""
+    """True if the kernel has torchvision's pixels on this machine with this torch, by comparing both."""
     for source, size in (((97, 131), (64, 64)), ((40, 30), (64, 48)), ((64, 64), (64, 64))):
         image, out = fixed_image(*source), empty_image(size)
         expected = functional.resize(image, list(size), interpolation=interpolation, antialias=True)
@@ -155,7 +155,7 @@ def uses_native_kernel(interpolation: InterpolationMode) -> bool:
 
 
 class Normalisation:
-    """uint8 [N, 3, H, W] on any device -> float32 with the data set's mean and deviation taken out."""
+    """uint8 [N, 3, H, W] on any device -> float32, normalised by the data set's mean and standard deviation."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         self.mean = torch.tensor(mean, device=device).mul(255).view(1, 3, 1, 1)
@@ -165,7 +165,7 @@ class Normalisation:
         return (images - self.mean) / self.std
 
     def values(self) -> dict[str, list[float]]:
-        """Mean and deviation in [0, 1], read back from the tensors that are applied."""
+        """Mean and standard deviation in [0, 1], read back from the tensors in use."""
         return {
             name: [round(value / 255, 6) for value in tensor.flatten().tolist()]
             for name, tensor in (("mean", self.mean), ("std", self.std))
@@ -176,7 +176,7 @@ class Normalisation:
 
 
 def fixed_image(height: int, width: int) -> Tensor:
-    """The same uint8 picture everywhere, from integers alone: gradients with a fine texture, all rows different."""
+    """A fixed uint8 image from integer arithmetic: gradients with a fine texture, all rows different."""
     rows = torch.arange(height).view(1, -1, 1)
     columns = torch.arange(width).view(1, 1, -1)
     channels = torch.arange(3).view(-1, 1, 1)
@@ -184,7 +184,7 @@ def fixed_image(height: int, width: int) -> Tensor:
 
 
 def pixels_sha256(images: list[Tensor]) -> str:
-    """Identifies what a transform does by the pixels that it makes: a change in its code changes this."""
+    """SHA-256 of pixels, to detect a change of a transform."""
     digest = hashlib.sha256()
     for image in images:
         digest.update(str(list(image.shape)).encode())
@@ -196,7 +196,7 @@ def pixels_sha256(images: list[Tensor]) -> str:
 
 
 def interface_from(transform: EvaluationTransform, normalisation: Normalisation, manifest: Manifest) -> Interface:
-    """The input of the network as its evaluation prepared it; stored with the weights."""
+    """The preprocessing of the evaluation and the classes. Stored with the weights."""
     mean_and_std = normalisation.values()
     return Interface(
         classes=manifest.classes,
@@ -211,7 +211,7 @@ def interface_from(transform: EvaluationTransform, normalisation: Normalisation,
 
 
 def transform_of(interface: Interface, where: str) -> EvaluationTransform:
-    """The evaluation view that the interface describes; raises `UserError` for an impossible one."""
+    """The evaluation view of an interface. Raises `UserError` for an impossible one."""
     known = {mode.value: mode for mode in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)}
     is_sound = 1 <= interface.crop_pixels <= interface.resize_pixels <= PIXELS_LIMIT
     colours = (*interface.mean, *interface.std)
@@ -219,7 +219,7 @@ def transform_of(interface: Interface, where: str) -> EvaluationTransform:
     is_sound &= all(deviation > 0 for deviation in interface.std)
     if not is_sound or interface.interpolation not in known or not interface.classes:
         raise UserError(
-            f"{where} describes a view that cannot be: a short side of {interface.resize_pixels} pixels, a crop of "
+            f"{where} describes an invalid view: a short side of {interface.resize_pixels} pixels, a crop of "
             f"{interface.crop_pixels}, {interface.interpolation}, {len(interface.classes)} classes, "
             f"mean {interface.mean[:4]}, std {interface.std[:4]}"
         )

@@ -1,10 +1,9 @@
 """A worker process: receives tasks, fills shares of batches, replies.
 
-One process imports everything and then forks, so that many workers start as fast as one and share the memory that they
-do not write to. `recipe.data.worker_pool` starts it, and it alone may stop it: signals are blocked here, since the
-training process decides when to save and to end. Tasks come through a socket; a worker ends when its socket does, so a
-training process that is killed leaves no worker. Pixels go into memory that all map, never through a socket. No worker
-sees a GPU.
+One process imports everything and then forks, so that workers start fast and share memory. `recipe.data.worker_pool`
+starts and stops it. Signals are blocked here, since the training process decides when to save and to end. Tasks come
+through a socket. A worker ends with its socket, so a killed training process leaves no workers. Pixels are written to
+shared memory. GPUs are hidden from workers.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from recipe.data.shards import Split
 from recipe.distributed import PARENT_DEATH_SIGNAL
 from recipe.errors import UserError
 
-SIGNAL_BASE = 128  # exit codes of processes that a signal ended, as shells count
+SIGNAL_BASE = 128  # plus the signal: exit code of a process that a signal ended, as in shells
 
 
 class Setup(NamedTuple):
@@ -45,22 +44,22 @@ class Setup(NamedTuple):
     splits: Sequence[Split]
     decoder: Decoder
     threads: int
-    memory: int  # the descriptor of the memory that holds the batches
+    memory: int  # descriptor of the memory of the batches
 
 
 class FillTask(NamedTuple):
-    """Fill a share of a batch; a share without images cancels the batch."""
+    """A share of a batch to fill. A share without images cancels the batch."""
 
     number: int  # of the batch
     split: int
     request: bytes  # a pickled `BatchRequest`
     offset: int  # of the batch in the shared memory, bytes
-    first: int  # image of the batch; the share that begins with image 0 also draws the batch's mix parameters
+    first: int  # image of the batch. The share with image 0 also draws the mix parameters
     last: int  # exclusive
 
 
 class Reply(NamedTuple):
-    """A share is finished, or failed: with a message for the user, or with the traceback of an unexpected error."""
+    """A finished or failed share, with a message for the user or the traceback of an unexpected error."""
 
     number: int
     message: str | None = None
@@ -94,7 +93,7 @@ class Worker:
                 self.begin(task)
 
     def begin(self, task: FillTask) -> None:
-        """Hand a share to the threads; the last to finish replies."""
+        """Pass a share to the threads. The last to finish replies."""
         request: BatchRequest = pickle.loads(task.request)
         starts = range(task.first, task.last, IMAGES_PER_TASK)
         share = WorkerShare(self, task, request, self.images(task, request), len(starts))
@@ -102,14 +101,14 @@ class Worker:
             self.pool.submit(share.fill, first, min(first + IMAGES_PER_TASK, task.last))
 
     def images(self, task: FillTask, request: BatchRequest) -> Tensor:
-        """The task's batch in the shared memory, uint8 [N, 3, pixels, pixels]; maps memory that was added since."""
+        """The task's batch in shared memory, uint8 [N, 3, pixels, pixels]. Maps added memory first."""
         count, pixels = len(request.indices), request.pixels
         if task.offset + count * pixels * pixels * 3 > len(self.memory):
             self.memory = mmap.mmap(self.memory_descriptor, os.fstat(self.memory_descriptor).st_size)
         return torch.from_numpy(batch_at(self.memory, task.offset, count, pixels)).permute(0, 3, 1, 2)
 
     def reply(self, reply: Reply) -> None:
-        """Send a reply; threads may call this at once."""
+        """Send a reply. Thread-safe."""
         with self.send_lock:
             self.link.send_bytes(pickle.dumps(reply))
 
@@ -124,7 +123,7 @@ class WorkerShare:
         self.failure: Reply | None = None
 
     def fill(self, first: int, last: int) -> None:
-        """Some images, unless the batch was cancelled or failed before."""
+        """Fill images `first` to `last` (exclusive), unless the batch was cancelled or has failed."""
         number, worker, failure = self.task.number, self.worker, None
         try:
             if self.failure is None and number not in worker.cancelled:
@@ -142,7 +141,7 @@ class WorkerShare:
             worker.cancelled.discard(number)
 
     def success(self) -> Reply:
-        """The reply to a filled share, with the batch's mix parameters where the task asks for them."""
+        """The reply to a filled share, with the batch's mix parameters if it has image 0."""
         number = self.task.number
         if self.task.first > 0 or number in self.worker.cancelled:
             return Reply(number)
@@ -154,10 +153,9 @@ class WorkerShare:
 
 
 def main(setup_descriptor: int, *links: int) -> None:
-    """Fork a worker for each socket, and wait for them; all imports are done once, here.
+    """Fork a worker for each socket, and wait for them. All imports are done once, here.
 
-    A worker that ends otherwise than by the end of its socket takes the others with it, and its exit code is the one
-    that the training process sees; when this process is killed, the kernel kills the workers.
+    If a worker fails, this process ends with its exit code. If this process ends, the kernel kills the workers.
     """
     with open(setup_descriptor, "rb") as file:
         file.seek(0)
@@ -178,7 +176,7 @@ def main(setup_descriptor: int, *links: int) -> None:
 
 
 def fork_worker(setup: Setup, links: Sequence[int], own: int) -> int:
-    """A worker that serves one of the sockets and closes the others: an open copy would hide their end."""
+    """Fork a worker for one socket. It closes the others: an open copy would hide their end."""
     parent = os.getpid()
     if child := os.fork():
         return child

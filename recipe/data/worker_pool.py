@@ -1,10 +1,10 @@
-"""Batches from worker processes that decode straight into memory that they share with this process.
+"""Batches from worker processes that decode into memory shared with this process.
 
-Decoding threads compete with the main thread for the GIL; worker processes need it only for one message per batch.
-Each worker fills its share of each batch with the code of `recipe.data.loader`, so pixels, order and errors are the
-same. The memory is anonymous: it is freed with the last process that maps it, and a small /dev/shm does not limit it. A
-batch on a CPU is this memory, used again when the batch is freed; for a GPU it is copied once more, to torch's pinned
-memory, which knows when a copy to the device is over.
+Decoding threads compete with the main thread for the GIL. Worker processes need it only for one message per batch.
+Each worker fills its share of each batch with the code of `recipe.data.loader`, so pixels, order and errors are equal.
+The memory is anonymous: it is freed with the last process that maps it and not limited by a small /dev/shm. On a CPU a
+batch is this memory, reused when the batch is freed. For a GPU it is copied to torch's pinned memory, which is reused
+after the copy to the device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 from recipe.config.schema import Decoder, LoaderConfig
 from recipe.data.augment.mixup import MixParameters
 from recipe.data.batches import Batch, BatchRequest, Loader
-from recipe.data.decoding import build_decoder
+from recipe.data.decoding import usable_decoder
 from recipe.data.loader import PendingBatch, ThreadedLoader, collate, empty_images, prefetch
 from recipe.data.shards import Split
 from recipe.data.worker import SIGNAL_BASE, FillTask, Reply, Setup, batch_at
@@ -59,20 +59,20 @@ WORKER_ENVIRONMENT = {
 
 @contextmanager
 def open_loaders(splits: Sequence[Split], config: LoaderConfig, world: World) -> Iterator[list[Loader]]:
-    """A loader for each split, of threads or workers as the configuration and the device want it; closed at the end."""
+    """A loader for each split, with threads or workers by configuration and device. Closed at the end."""
     workers = worker_count(config, world)
     with ExitStack() as stack:
-        library = build_decoder(config.decoder)  # also with workers: a decoder that cannot be used is refused here
+        library = usable_decoder(config.decoder)  # workers use the same one
         if workers == 0:
             yield [stack.enter_context(closing(ThreadedLoader(split, library, config, world))) for split in splits]
         else:
             threads = threads_per_process(config.threads, world)
-            pool = stack.enter_context(closing(WorkerPool(splits, config.decoder, workers, threads, world)))
+            pool = stack.enter_context(closing(WorkerPool(splits, Decoder(library.name), workers, threads, world)))
             yield [WorkerLoader(pool, number, config.prefetch_batches) for number in range(len(splits))]
 
 
 def worker_count(config: LoaderConfig, world: World) -> int:
-    """Workers of this process; 0: it decodes in threads of its own."""
+    """The number of workers of this process. 0: it decodes in threads."""
     workers = config.workers
     if sys.platform != "linux":
         if workers:
@@ -94,7 +94,7 @@ class Slot(NamedTuple):
 
 
 class SharedMemory:
-    """Anonymous memory in slots of one batch each; it grows when more batches are held at once."""
+    """Anonymous memory in slots of one batch each. It grows with the number of batches in use."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("recipe-batches", os.MFD_CLOEXEC)
@@ -103,7 +103,7 @@ class SharedMemory:
         self.lock = threading.Lock()
 
     def take(self, size: int) -> Slot:
-        """The smallest free slot of at least so many bytes, else a new one."""
+        """The smallest free slot of at least `size` bytes, else a new one."""
         with self.lock:
             large_enough = [slot for slot in self.free if slot.bytes >= size]
             if large_enough:
@@ -116,13 +116,13 @@ class SharedMemory:
             return Slot(offset, size, mmap.mmap(self.descriptor, size, offset=offset))
 
     def images(self, slot: Slot, count: int, pixels: int) -> Tensor:
-        """The batch in a slot, uint8 [count, 3, pixels, pixels]; the slot is free when all tensors on it are gone."""
+        """The batch in a slot, uint8 [count, 3, pixels, pixels]. The slot is freed with the last tensor on it."""
         array = batch_at(slot.memory, 0, count, pixels)
         weakref.finalize(array, self.free.append, slot).atexit = False
         return torch.from_numpy(array).permute(0, 3, 1, 2)
 
     def close(self) -> None:
-        """No more slots; batches that are held stay as they are."""
+        """Close the memory for new slots. Batches in use stay valid."""
         os.close(self.descriptor)
 
 
@@ -141,13 +141,13 @@ class RemoteBatch:
 
 
 class WorkerPool:
-    """The worker processes, and one thread here that receives their replies."""
+    """The worker processes, and a thread that receives their replies."""
 
     def __init__(self, splits: Sequence[Split], decoder: Decoder, workers: int, threads: int, world: World) -> None:
         self.splits, self.decoder = splits, decoder
         self.pin = world.device.type == "cuda"
         self.memory = SharedMemory()
-        self.pending: dict[int, RemoteBatch] = {}  # by number; until delivered, or cancelled and complete
+        self.pending: dict[int, RemoteBatch] = {}  # by number, until delivered, or cancelled and complete
         self.batches = 0  # submitted so far
         self.failure: Exception | None = None
         self.lock = threading.Lock()
@@ -160,7 +160,7 @@ class WorkerPool:
         self.receiver.start()
 
     def submit(self, split: int, request: BatchRequest) -> int:
-        """Have the workers fill a batch; returns its number."""
+        """Send a batch to the workers and return its number."""
         count, pixels = len(request.indices), request.pixels
         slot = self.memory.take(count * pixels * pixels * 3)
         shares = even_shares(count, len(self.links))
@@ -176,7 +176,7 @@ class WorkerPool:
         return number
 
     def result(self, number: int) -> Batch:
-        """Wait for a batch; raises what was raised while filling it."""
+        """Wait for a batch. Raises the error of a worker that filled it."""
         with self.lock:
             batch = self.pending[number]
         try:
@@ -187,7 +187,7 @@ class WorkerPool:
                     self.pending.pop(number, None)
 
     def cancel(self, number: int) -> None:
-        """Skip the images of a batch that are not begun; its memory is in use until all workers have left it."""
+        """Skip images of a batch that are not started. Its memory is in use until all workers have replied."""
         with self.lock:
             batch = self.pending.get(number)
             if batch is None or batch.missing_shares == 0:
@@ -198,7 +198,7 @@ class WorkerPool:
             send(link, FillTask(number, 0, b"", 0, 0, 0))
 
     def close(self) -> None:
-        """End the workers: closing their sockets is enough, since they have nothing to lose."""
+        """End the workers by closing their sockets."""
         os.write(self.wake_writer, b".")
         self.receiver.join()
         for link in self.links:
@@ -226,7 +226,7 @@ class WorkerPool:
                 self._handle(reply)
 
     def _handle(self, reply: Reply) -> None:
-        """Count a finished share; the last one completes the batch."""
+        """Count a finished share. The last one completes the batch."""
         with self.lock:
             batch = self.pending[reply.number]
             batch.missing_shares -= 1
@@ -252,11 +252,11 @@ class WorkerPool:
             if self.pin:
                 images = empty_images(len(images), images.shape[-1], pin=True).copy_(images)
             batch.future.set_result(collate(batch.split, batch.request.indices, images, batch.mix_parameters))
-        except Exception as error:  # also torch's, for want of memory: `result` raises it
+        except Exception as error:  # such as torch's if memory runs out: `result` raises it
             batch.future.set_exception(error)
 
     def _fail(self, failure: Exception) -> None:
-        """Raise this in all `result` and `submit` from now on: no batch will be completed."""
+        """Raise this error in all `result` and `submit` from now on."""
         with self.lock:
             self.failure = failure
             incomplete = [batch for batch in self.pending.values() if batch.missing_shares]
@@ -265,9 +265,9 @@ class WorkerPool:
 
 
 def start_workers(setup: Setup, count: int) -> tuple[subprocess.Popen[bytes], list[Connection]]:
-    """Start the process that forks the workers; returns it and a socket to each worker.
+    """Start the process that forks the workers. Returns it and a socket to each worker.
 
-    The setup is passed in a memory file: it can be longer than a socket's buffer.
+    The setup is passed in a memory file, since it can be longer than a socket's buffer.
     """
     pairs = [socket.socketpair() for _ in range(count)]
     worker_ends = [pair[1].fileno() for pair in pairs]
@@ -286,7 +286,7 @@ def start_workers(setup: Setup, count: int) -> tuple[subprocess.Popen[bytes], li
 
 
 def send(link: Connection, task: FillTask) -> None:
-    """Send a task; the receiving thread notices a dead worker."""
+    """Send a task. The receiving thread notices a dead worker."""
     try:
         link.send_bytes(pickle.dumps(task))
     except OSError:
@@ -294,13 +294,13 @@ def send(link: Connection, task: FillTask) -> None:
 
 
 def even_shares(count: int, workers: int) -> list[tuple[int, int]]:
-    """First and last image (exclusive) of each share: as even as can be, none empty, at least one."""
+    """First and last image (exclusive) of each share: as even as possible, none empty, at least one."""
     edges = [count * part // workers for part in range(workers + 1)]
     return [(first, last) for first, last in itertools.pairwise(edges) if first < last]
 
 
 def worker_death(process: subprocess.Popen[bytes]) -> WorkerError:
-    """The error that says how a worker ended."""
+    """The error for a worker that ended, with the reason."""
     try:
         code = process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """The network: ResNet-50 v1.5 as torchvision builds it, any other torchvision classifier, or `small`.
 
-ResNet-50 v1.5 has the stride on the 3x3 convolution of a bottleneck (He et al. have it on the first 1x1), which is
-worth about half a point; torchvision, timm and NVIDIA all train this variant. Initialisation is torchvision's: He
+ResNet-50 v1.5 has the stride on the 3x3 convolution of a bottleneck, not on the first 1x1 as in He et al. It is about
+half a point more accurate. torchvision, timm and NVIDIA all train this variant. Initialisation is torchvision's: He
 normal (fan out) for convolutions, ones and zeros for norms, and with `zero_init_last_norm` zeros for the last norm of
 every residual block (Goyal et al., arXiv 1706.02677).
 """
@@ -30,18 +30,17 @@ from recipe.models.pretrained import GivenWeights, load_state, read_weights
 from recipe.run.files import display_path
 from recipe.run.records import ModelFacts, Setting
 
-ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys that make the network
+ARCHITECTURE = ("name", "norm", "zero_init_last_norm", "blur_pool", "stochastic_depth")  # keys of the network
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
 def build_model(
     config: ModelConfig, classes: int, seed: int, has_low_head_bias: bool = False, weights: GivenWeights | None = None
 ) -> nn.Module:
-    """The finished network on the CPU: randomly initialised from `seed`, or with the weights of `config.weights`.
+    """Build the network on the CPU, initialised from `seed` or with the weights of `config.weights`.
 
-    `has_low_head_bias` is `optimization.bce.init_head_bias`; `weights` are those of `config.weights` if they were read
-    before. Raises `UserError` for an unknown name, a network that cannot be altered as asked, and weights that do not
-    fit.
+    `has_low_head_bias` is `optimization.bce.init_head_bias`. `weights` are those of `config.weights` if already read.
+    Raises `UserError` for an unknown name, a network without a place for an option, and weights that do not fit.
     """
     torch.manual_seed(seed)
     if config.name == "small":
@@ -62,12 +61,12 @@ def build_model(
 
 
 def restored_model(state: State, where: str) -> nn.Module:
-    """The network of a checkpoint on the CPU, with its evaluated weights; the checkpoint alone names the network."""
+    """Build the network of a checkpoint on the CPU, with its evaluated weights."""
     try:
         values = state["config"]["model"]
         config = msgspec.convert({name: values[name] for name in ARCHITECTURE}, ModelConfig)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # msgspec's are ValueErrors
-        raise UserError(f"{where} does not say which network it holds: {type(error).__name__} {error}") from error
+        raise UserError(f"{where} does not name its network: {type(error).__name__} {error}") from error
     model = build_model(config, len(interface_of(state, where).classes), seed=0)
     load_state(model, eval_weights(state), where)
     return model
@@ -95,7 +94,7 @@ def _torchvision_model(config: ModelConfig, classes: int) -> nn.Module:
 
 
 class SmallResNet(nn.Module):
-    """Three stages of one basic block for images of 8 to 64 pixels; `norm="none"` leaves normalisation out."""
+    """Three stages of one basic block for images of 8 to 64 pixels. `norm="none"` has no normalisation."""
 
     def __init__(self, classes: int, norm: str = "batch", zero_init_last_norm: bool = True, width: int = 16) -> None:
         super().__init__()
@@ -144,11 +143,11 @@ def _norm_layer(kind: str, channels: int) -> nn.Module:
 
 
 def check_forward(model: nn.Module, name: str, images: int, pixels: int, remedy: str) -> None:
-    """Pass the shape [images, 3, pixels, pixels] through `model` in its mode; changes nothing.
+    """Check that `model` accepts images of shape [images, 3, pixels, pixels], without changing it.
 
-    Tensors of torch's meta device have shapes alone, so a pass costs milliseconds and no memory. Raises `UserError`
-    with torch's reason and the remedy: a batch norm in training mode needs two values per channel, a strided layer
-    something left to stride over.
+    Tensors of torch's meta device have shapes only, so the pass takes milliseconds and no memory. Raises `UserError`
+    with torch's reason and a remedy: a batch norm in training mode needs two values per channel, and a strided layer
+    a large enough input.
     """
     shapes = {key: torch.empty_like(value, device="meta") for key, value in model.state_dict(keep_vars=True).items()}
     shapes |= {key: torch.empty_like(value, device="meta") for key, value in model.named_buffers()}
@@ -166,9 +165,9 @@ def check_forward(model: nn.Module, name: str, images: int, pixels: int, remedy:
 
 
 def resolve_weights(config: Config) -> tuple[Config, GivenWeights | None]:
-    """The configuration with the hash of its initial weights, by which a recipe names them; and the weights, if given.
+    """The configuration with the hash of its initial weights, and these weights if given.
 
-    Raises `UserError` where the file holds other weights than the recipe names, or is not given.
+    Raises `UserError` if the recipe names other weights than those of the file, or the file is not given.
     """
     expected = config.model.weights_sha256
     if config.model.weights is None:
@@ -179,14 +178,14 @@ def resolve_weights(config: Config) -> tuple[Config, GivenWeights | None]:
     digest = weights_sha256(weights.tensors)
     if expected not in (None, digest):
         raise UserError(
-            f"model.weights={display_path(config.model.weights)} holds the weights {digest}, but the recipe "
+            f"model.weights={display_path(config.model.weights)} has the weights {digest}, but the recipe "
             f"starts from {expected}"
         )
     return replace(config, model=replace(config.model, weights_sha256=digest)), weights
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
-    """Identifies weights by sorted (name, type, shape, bytes), never by a file, whose bytes vary with its name."""
+    """SHA-256 over sorted (name, type, shape, bytes) of weights. The bytes of a file would depend on its name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -196,7 +195,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 
 
 def model_facts(model: nn.Module, config: ModelConfig, classes: int) -> ModelFacts:
-    """Facts of the network, read from its modules and tensors; call before the first step."""
+    """Facts of the network, read from its modules and tensors. Call before the first step."""
     norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, NORMS)]
     return ModelFacts(
         name=config.name,
@@ -219,7 +218,7 @@ def _starts_at_zero(norm: nn.Module) -> bool:
 
 
 def _batch_norm_settings(norms: list[nn.Module]) -> dict[str, Setting]:
-    """eps and momentum of the batch norms: one value, or the list of all."""
+    """eps and momentum of the batch norms: one value, or a list of all different values."""
     batch_norms = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     return {
         name: values[0] if len(values) == 1 else list(values)
@@ -229,13 +228,13 @@ def _batch_norm_settings(norms: list[nn.Module]) -> dict[str, Setting]:
 
 
 def architecture_sha256(model: nn.Module) -> str:
-    """Identifies the network by every module's class and arguments and every tensor's name, shape and type."""
+    """SHA-256 over the class and arguments of each module and the name, shape and type of each tensor."""
     modules = [[name, type(module).__name__, _arguments(module)] for name, module in model.named_modules()]
     tensors = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in model.state_dict().items()]
     return hashlib.sha256(canonical_json([modules, tensors])).hexdigest()
 
 
 def _arguments(module: nn.Module) -> str:
-    """A module's arguments as it prints them; torch 2.15 prints a batch norm's bias, which its tensors tell anyway."""
+    """The arguments of a module as it prints them, without the bias of batch norms that torch 2.15 adds."""
     printed = module.extra_repr()
     return printed.replace(", bias=True", "") if isinstance(module, nn.modules.batchnorm._NormBase) else printed

@@ -1,8 +1,8 @@
-"""Checkpoint files: plain tensors and JSON-able values, saved so that a kill at any point costs nothing.
+"""Checkpoint files: plain tensors and JSON-able values, saved so that a kill at any point loses nothing.
 
-A checkpoint is `step-00000312.pt` with its SHA-256 in `step-00000312.pt.sha256`; it counts only if both are there
-and agree, since `torch.load` does not notice a flipped bit. Both are written to temporary names, flushed and
-renamed. There is no `latest` link: the newest *valid* one is found by looking.
+A checkpoint is `step-00000312.pt` with its SHA-256 in `step-00000312.pt.sha256`. It is valid if both are there and
+agree, since `torch.load` does not notice a flipped bit. Both are written to temporary names, flushed and renamed. The
+newest *valid* checkpoint is found by looking, not by a `latest` link.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = dict[str, Any]
 CHECKPOINT_FORMAT = "checkpoint/2"
 CHECKSUMS_BYTES_MAX = 2**20
 ZIP = b"PK\x03\x04"
-REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]{1,100})")  # in torch's words
+REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]{1,100})")  # in torch's message
 
 
 class Position(msgspec.Struct):
@@ -44,7 +44,7 @@ class Position(msgspec.Struct):
 
 
 class Entries(msgspec.Struct):
-    """The types of a checkpoint's entries; `_check_entries` checks the weights, `restore` the rest."""
+    """The types of a checkpoint's entries. `_check_entries` checks the weights, `restore` the rest."""
 
     config: dict[str, Any]
     config_sha256: str
@@ -60,7 +60,7 @@ class Entries(msgspec.Struct):
 
 
 def save_checkpoint(directory: Path, step: int, state: State) -> Path:
-    """Write `state` durably under the number of its step; raises `DiskError` and leaves no partial file."""
+    """Write `state` durably under the number of its step. Raises `DiskError` without leaving a partial file."""
     buffer = io.BytesIO()  # a file name would become part of the archive's bytes
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     content = buffer.getvalue()
@@ -69,7 +69,7 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
     old = checksum.read_bytes() if path.exists() and checksum.exists() else b""  # of the same step: valid until the end
     write_atomically(checksum, new + old)
     try:
-        write_atomically(path, content)  # last: its checksum is there when it appears
+        write_atomically(path, content)  # after its checksum
     except DiskError:
         if not old:
             checksum.unlink()
@@ -80,16 +80,16 @@ def save_checkpoint(directory: Path, step: int, state: State) -> Path:
 
 
 def load_checkpoint(path: Path) -> State:
-    """Read and verify one checkpoint; raises `UserError` that names what is wrong with it."""
+    """Read and verify one checkpoint. Raises `UserError` with the reason if it is invalid."""
     where = display_path(path)
     if not path.exists():
         raise UserError(f"{where} does not exist")
     if not _checksum_file(path).exists():
-        raise UserError(f"{where} has no checksum beside it: its writing did not finish")
+        raise UserError(f"{where} has no checksum file: writing did not finish")
     known = read_file(_checksum_file(path), f"{where}.sha256", CHECKSUMS_BYTES_MAX).split()
     with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest().encode() not in known:
-            raise UserError(f"{where} is damaged: its SHA-256 is not the one written beside it")
+            raise UserError(f"{where} is damaged: its SHA-256 is not the one in its .sha256 file")
         handle.seek(0)
         state: State = unpickled(handle, where)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
@@ -105,17 +105,17 @@ def _check_entries(state: State, where: str) -> None:
         raise UserError(f"{where} was not written by training, or its entries were changed: {error}") from error
     for name, tensors in (("model", state["model"]), ("average", eval_entry(state)[1])):
         if not named_tensors(tensors) or not all(map(is_plain, tensors.values())):
-            raise UserError(f"{where} was not written by training: its entry {name!r} does not hold plain weights")
+            raise UserError(f"{where} was not written by training: its entry {name!r} does not contain plain weights")
 
 
 def eval_weights(state: State) -> dict[str, Tensor]:
-    """The evaluated weights: those of the moving average where the run keeps one."""
+    """The evaluated weights: the moving average if the run has one."""
     weights: dict[str, Tensor] = eval_entry(state)[1]
     return weights
 
 
 def eval_entry(state: State) -> tuple[str, Any]:
-    """The name of the entry of the evaluated weights, and these."""
+    """The evaluated weights with the name of their entry."""
     average = state.get("average")
     if average is None:
         return "model", state.get("model")
@@ -123,9 +123,9 @@ def eval_entry(state: State) -> tuple[str, Any]:
 
 
 def write_eval_weights(directory: Path, step: int, weights: dict[str, Tensor], digest: str) -> Path:
-    """Write the weights alone, as safetensors, beside the checkpoint of their step.
+    """Write the evaluated weights as safetensors beside the checkpoint of their step.
 
-    The digest (`model.weights_sha256`) goes with them, since the format itself does not notice a flipped bit.
+    The metadata has their hash (`model.weights_sha256`), since the format does not detect a flipped bit.
     """
     path = directory / f"step-{step:08d}.safetensors"
     plain = {
@@ -136,30 +136,30 @@ def write_eval_weights(directory: Path, step: int, weights: dict[str, Tensor], d
 
 
 def interface_of(state: State, where: str) -> Interface:
-    """How the pixels of these weights are made and what their outputs mean; raises `UserError` where it is missing."""
+    """The preprocessing and classes of these weights. Raises `UserError` if missing."""
     try:
         return msgspec.convert(state["interface"], Interface)
     except (KeyError, AttributeError, msgspec.ValidationError) as error:
-        raise UserError(f"{where} does not say how its pixels are made and what its classes are ({error})") from error
+        raise UserError(f"{where} does not describe its preprocessing and classes ({error})") from error
 
 
 def newest_checkpoint(directory: Path) -> State | None:
-    """The state of the newest valid checkpoint; None without checkpoints.
+    """The state of the newest valid checkpoint. None without checkpoints.
 
-    Damaged ones are renamed to `.corrupt` with a warning. Raises `UserError` where all are damaged: training never
-    starts over in silence.
+    Damaged ones are renamed to `.corrupt` with a warning. Raises `UserError` if all are damaged, so that training
+    does not start over unnoticed.
     """
     for path in checkpoint_files(directory)[::-1]:
         try:
             return load_checkpoint(path)
         except UserError as error:
             path.rename(path.with_name(f"{path.name}.corrupt"))
-            print(f"warning: {error}; set aside as {path.name}.corrupt, trying the one before", file=sys.stderr)
+            print(f"warning: {error}; renamed to {path.name}.corrupt, trying the previous one", file=sys.stderr)
     damaged = sorted(path.name.removesuffix(".corrupt") for path in directory.glob("step-????????.pt.corrupt"))
     if damaged:
         raise UserError(
             f"no valid checkpoint is left in {display_path(directory)} (damaged: {', '.join(damaged)}); "
-            "trainer.start_over=true moves this run aside and starts over"
+            "trainer.start_over=true renames this run and starts over"
         )
     return None
 
@@ -170,7 +170,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def prune_checkpoints(directory: Path, keep: int, best_step: int) -> None:
-    """Delete all but the newest `keep` and the best one; called only after a newer one is safely on the disk."""
+    """Delete all but the newest `keep` and the best one. Call it after a newer one is on the disk."""
     for path in checkpoint_files(directory)[:-keep]:
         if path.name != f"step-{best_step:08d}.pt":
             path.unlink()
@@ -185,25 +185,25 @@ def _checksum_file(path: Path) -> Path:
 
 
 def unpickled(handle: BufferedReader, where: str, is_mapped: bool = False) -> Any:
-    """The content of a file: tensors, numbers, text, and containers of these; runs no code of the file.
+    """Load a file of tensors, numbers, text and containers of these. No code of the file is run.
 
-    The only class that a file may hold is `argparse.Namespace`, in which training scripts save their arguments.
-    Raises `UserError` for damage, and for an object that is not plain data, with its class.
-    The tensors of a mapped file are read where they are used; files older than torch 1.6 cannot be mapped.
+    The only allowed class is `argparse.Namespace`, in which training scripts save their arguments. Raises `UserError`
+    for damage, and for other objects with their class. Tensors of a mapped file are read when they are used. Files
+    older than torch 1.6 cannot be mapped.
     """
     start, size = handle.read(len(ZIP)), handle.seek(0, 2)
     handle.seek(0)
     is_archive = start == ZIP
     if is_archive:
         _check_zip_bomb(handle, where, size)
-    source = f"/dev/fd/{handle.fileno()}" if is_mapped and is_archive else handle  # torch decides by a path's suffix
+    source = f"/dev/fd/{handle.fileno()}" if is_mapped and is_archive else handle  # torch decides by the suffix
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of tensors that are refused by name later
+            warnings.simplefilter("ignore")  # about types of tensors that are refused later, with their name
             return torch.load(source, map_location="cpu", weights_only=True, mmap=source is not handle)
-    except Exception as error:  # for a damaged or hostile file torch raises about anything
+    except Exception as error:  # torch raises many types for a damaged or hostile file
         refused = REFUSED_CLASS.search(str(error))
-        problem = f"holds an object of {refused[1]}" if refused else "is damaged, or holds more than data"
+        problem = f"contains an object of {refused[1]}" if refused else "is damaged, or contains more than data"
         raise UserError(
             f"{where} is not a file of plain tensors: it {problem}; save the weights alone, as "
             "torch.save(model.state_dict(), FILE)"
@@ -218,14 +218,14 @@ def _check_zip_bomb(handle: BufferedReader, where: str, size: int) -> None:
     except Exception as error:  # zip, struct or value errors, depending on the damage
         raise UserError(f"{where} is not a file of plain tensors: it is cut short or damaged; copy it again") from error
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise UserError(f"{where} is not a file of plain tensors: it holds a TorchScript program")
+        raise UserError(f"{where} is not a file of plain tensors: it is a TorchScript program")
     if sum(entry.file_size for entry in entries) > size:
         raise UserError(f"{where} is not a file of plain tensors: it unpacks to more than its {size:,} bytes")
     handle.seek(0)
 
 
 def named_tensors(value: Any) -> bool:
-    """Whether `value` is a dictionary of tensors by name, with at least one."""
+    """True if `value` is a non-empty dictionary of tensors by name."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -234,7 +234,7 @@ def named_tensors(value: Any) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a network can compute with a tensor: dense real numbers on the CPU."""
+    """True for dense real numbers on the CPU, with which a network can compute."""
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"

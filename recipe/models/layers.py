@@ -1,7 +1,7 @@
 """Changes of a network after it is built: blur pooling, stochastic depth, the initial bias of the head.
 
-The parameters stay the same tensors under the same names, so initialisation, parameter groups and checkpoints do not
-change. Each function raises `UserError` for a network that has no place for it.
+Parameters keep their tensors and names, so initialisation, parameter groups and checkpoints do not change. Each
+function raises `UserError` for a network without a place for it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torchvision.ops import stochastic_depth
 from recipe.errors import UserError
 from recipe.run.records import Setting
 
-BLURRED_CHANNELS_MIN = 16  # FFCV's and Mosaic's: the stem, which sees the image, stays as it is
+BLURRED_CHANNELS_MIN = 16  # as FFCV and Mosaic: the stem has 3 and is not blurred
 LAST_NORMS = {"Bottleneck": "bn3", "BasicBlock": "bn2", "SmallBlock": "norm2"}  # of each block's residual branch
 
 
 class BlurredConv2d(nn.Conv2d):
-    """A strided convolution whose input goes through a fixed binomial 3x3 filter first (Zhang, arXiv 1904.11486).
+    """A strided convolution with a fixed binomial 3x3 filter on its input (Zhang, arXiv 1904.11486).
 
-    As FFCV's ResNet-50 and Mosaic's `blur_first` have it: the filter runs before the convolution and pads with zeros,
-    as the convolution does. Zhang blurs, with reflection, after a convolution of stride 1, which costs 4 times its
-    arithmetic. A 1x1 convolution leaves its stride to the filter, which gives the same and blurs a quarter.
+    As in FFCV's ResNet-50 and Mosaic's `blur_first`, the filter runs before the convolution and pads with zeros. Zhang
+    blurs after a convolution of stride 1, with reflection, at 4 times the arithmetic. For a 1x1 convolution the filter
+    has the stride, with the same result at a quarter of the cost.
     """
 
-    blur: Tensor  # [channels, 1, 3, 3]; saved with the weights, so that those of a plain network do not fit unnoticed
+    blur: Tensor  # [channels, 1, 3, 3], saved with the weights: those of a plain network do not fit
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__(
@@ -41,7 +41,7 @@ class BlurredConv2d(nn.Conv2d):
             convolution.groups,
             convolution.bias is not None,
             convolution.padding_mode,
-            device="meta",  # draws nothing: the tensors are those of the convolution that is replaced
+            device="meta",  # draws no random numbers: the tensors are those of the replaced convolution
         )
         self._parameters = convolution._parameters
         binomial = torch.tensor([1.0, 2.0, 1.0], device=self.weight.device) / 4
@@ -70,9 +70,9 @@ def add_blur_pool(model: nn.Module, name: str) -> None:
 
 
 class DropPathBatchNorm2d(nn.BatchNorm2d):
-    """The last norm of a residual branch; in training its output is dropped for some images, which skip the block.
+    """The last norm of a residual branch. In training its output is dropped for some images: they skip the block.
 
-    The other outputs are divided by the probability of being kept, as in timm and torchvision.
+    The other outputs are divided by the keep probability, as in timm and torchvision.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, drop_probability: float) -> None:
@@ -83,25 +83,25 @@ class DropPathBatchNorm2d(nn.BatchNorm2d):
         self.drop_probability = drop_probability
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape; one draw per image from torch's global generator."""
+        """[N, C, H, W] -> the same shape. One draw per image from torch's global generator."""
         branch: Tensor = stochastic_depth(super().forward(features), self.drop_probability, "row", self.training)
         return branch
 
     def extra_repr(self) -> str:
-        """With the probability, so that the architecture's hash sees it."""
+        """Print the probability, so that it is part of the architecture's hash."""
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, drop_probability={self.drop_probability}"
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
-    """In the order of the forward pass."""
+    """All residual blocks in the order of the forward pass."""
     return [module for module in model.modules() if type(module).__name__ in LAST_NORMS]
 
 
 def add_stochastic_depth(model: nn.Module, name: str, last_probability: float) -> None:
     """Stochastic depth (Huang et al., arXiv 1603.09382), linear from 0 at the first block to `last_probability`.
 
-    As in timm, which trained ResNet strikes back; Huang and Mosaic start above 0.
+    As in timm (ResNet strikes back). Huang and Mosaic start above 0.
     """
     blocks = residual_blocks(model)
     ends = [(block, LAST_NORMS[type(block).__name__]) for block in blocks]
@@ -115,7 +115,7 @@ def add_stochastic_depth(model: nn.Module, name: str, last_probability: float) -
 
 
 def classifier_head(model: nn.Module) -> nn.Linear | None:
-    """The last linear layer, whose outputs are the logits."""
+    """The last linear layer, which outputs the logits."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear else None
 
@@ -123,16 +123,18 @@ def classifier_head(model: nn.Module) -> nn.Linear | None:
 def init_head_bias(model: nn.Module, name: str) -> None:
     """Set the bias of the last layer to -log(classes), as Mosaic: each class starts near probability 1 / classes.
 
-    With a bias of zero, binary cross entropy starts at 1/2 for each of 1000 classes and has to unlearn that first.
+    With a bias of zero, binary cross entropy starts at probability 1/2 for each class.
     """
     head = classifier_head(model)
     if head is None or head.bias is None:
-        raise UserError(f"optimization.bce.init_head_bias=true, but {name} ends in no linear layer; set it to false")
+        raise UserError(
+            f"optimization.bce.init_head_bias=true, but {name} does not end in a linear layer; set it to false"
+        )
     nn.init.constant_(head.bias, -math.log(head.out_features))
 
 
 def alteration_facts(model: nn.Module) -> dict[str, Setting]:
-    """The changes, read back from the modules; empty for a plain network."""
+    """The changes, read back from the modules. Empty for a plain network."""
     facts: dict[str, Setting] = {}
     blurred = [module for module in model.modules() if isinstance(module, BlurredConv2d)]
     if blurred:

@@ -1,11 +1,11 @@
-"""Pretrained weights: reads the files of other training scripts, under the names of this project's networks.
+"""Pretrained weights: read files of other training scripts, with the names of this project's networks.
 
-A state dictionary or a checkpoint that holds one: of this project, torchvision and its reference script, timm,
-Lightning and pytorch/examples, saved by torch or as safetensors; the content decides, not the suffix. Where a file
-holds averaged weights beside the trained ones, the average is read, as those scripts evaluate it.
+Supported are state dictionaries and checkpoints of this project, torchvision and its reference script, timm, Lightning
+and pytorch/examples, saved by torch or as safetensors. The content decides, not the suffix. If a file has averaged
+weights beside the trained ones, the average is read, as those scripts evaluate it.
 
-`evaluation.weights=IMAGENET1K_V2` names weights that torchvision publishes: with them anyone who has ImageNet can check
-this evaluator before trusting it. They bring their own protocol (resize, crop, interpolation).
+`evaluation.weights=IMAGENET1K_V2` names weights that torchvision publishes, to check this evaluator on ImageNet. They
+have their own protocol (resize, crop, interpolation).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AVERAGES = ("model_ema", "state_dict_ema")  # torchvision's references, timm
 ENTRIES = (*AVERAGES, "state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel and AveragedModel, torch.compile, Lightning
 AVERAGE_COUNT = "n_averaged"  # of torch's AveragedModel, beside its module
-DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files have a dot more
+DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's files have another dot
 PICKLE, SAFETENSORS = b"\x80", b"{"
 HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
 METRICS_KEY = "ImageNet-1K"  # torchvision's key of the accuracies
@@ -44,21 +44,21 @@ LONGEST_NAME = 100
 
 @dataclass(frozen=True)
 class GivenWeights:
-    """The tensors of one file by name, and where they were in it."""
+    """The tensors of one file by name, and their entry in it."""
 
     where: str  # the setting and the file
     tensors: dict[str, Tensor]
-    entry: str | None  # of the file's dictionary; None where the file is the state dictionary
+    entry: str | None  # of the file's dictionary. None if the file is the state dictionary
     prefix: str  # of every name
 
     def __str__(self) -> str:
-        """As training prints it."""
+        """The line that training prints."""
         taken = f"the entry {self.entry!r}" if self.entry else "its tensors"
         return f"{self.where}: took {taken}" + (f" without the prefix {self.prefix!r}" if self.prefix else "")
 
 
 def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
-    """Read a file of weights; raises `UserError` that names the setting `key`, the file and what is wrong with it."""
+    """Read a file of weights. Raises `UserError` with the setting `key`, the file and the reason."""
     where = f"{key}={display_path(path)}"
     with opened(path, where, WEIGHTS_BYTES_MAX) as handle:
         start, size = handle.read(9), handle.seek(0, 2)
@@ -73,7 +73,7 @@ def read_weights(path: Path, key: str = "model.weights") -> GivenWeights:
     entry, tensors = _state_dictionary(content, where)
     prefix, tensors = _without_prefix(tensors)
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size:
-        raise UserError(f"{where} claims tensors that are larger than the file")
+        raise UserError(f"{where} has tensors that are larger than the file")
     return GivenWeights(where, tensors, entry, prefix)
 
 
@@ -82,14 +82,14 @@ def _safetensors(path: str, where: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}
-    except Exception as error:  # the library has a type of its own, torch refuses some of its types
+    except Exception as error:  # the library has its own exception, and torch refuses some of its types
         raise UserError(
             f"{where} is not a file of plain tensors: its header and its data do not fit together; copy it again"
         ) from error
 
 
 def _state_dictionary(content: Any, where: str) -> tuple[str | None, dict[str, Tensor]]:
-    """(the entry of the file that holds the weights, the weights)."""
+    """(entry of the weights in the file, weights)."""
     if named_tensors(content):
         return None, _plain(content, where)
     if isinstance(content, dict):
@@ -99,17 +99,17 @@ def _state_dictionary(content: Any, where: str) -> tuple[str | None, dict[str, T
             if named_tensors(content.get(entry)):
                 return entry, _plain(content[entry], where)
     keys = [str(key) for key in content] if isinstance(content, dict) else []
-    holds = f"a dictionary of {_examples(keys)}" if keys else f"a {type(content).__name__}"
+    found = f"a dictionary of {_examples(keys)}" if keys else f"a {type(content).__name__}"
     raise UserError(
-        f"{where} holds no dictionary of tensors, but {holds}; looked for are a state dictionary and the entries "
-        f"{', '.join(ENTRIES)}"
+        f"{where} contains {found}, not a dictionary of tensors; it must be a state dictionary or have one of the "
+        f"entries {', '.join(ENTRIES)}"
     )
 
 
 def _entry_of_ours(content: dict[str, Any], where: str) -> tuple[str, dict[str, Tensor]]:
     entry, tensors = eval_entry(content)
     if not named_tensors(tensors):
-        raise UserError(f"{where} is a checkpoint that holds no dictionary of tensors as {entry!r}")
+        raise UserError(f"{where} is a checkpoint without a dictionary of tensors as {entry!r}")
     return entry, _plain(tensors, where)
 
 
@@ -117,21 +117,21 @@ def _plain(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not is_plain(tensor):
             raise UserError(
-                f"{where} holds {_shortened(name)} as a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}: "
+                f"{where} has {_shortened(name)} as a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}: "
                 "save dense real numbers"
             )
     return tensors
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The names as the network has them; the versions of its modules stay with them."""
+    """Remove the common prefix of all names, and keep the versions of modules."""
     prefix = ""
     names = [name for name in tensors if name != AVERAGE_COUNT]
     while more := _usual_prefix([name for name in names if name.startswith(prefix)], len(prefix)):
         prefix += more
     kept = names if prefix and len(names) < len(tensors) else tensors
     renamed = OrderedDict((DENSENET.sub(r"\1\2", name.removeprefix(prefix)), tensors[name].detach()) for name in kept)
-    if len(renamed) < len(kept):  # two names differ by the prefix alone
+    if len(renamed) < len(kept):  # two names differ by the prefix only
         return "", OrderedDict(tensors)
     renamed._metadata = {  # type: ignore[attr-defined]  # where torch keeps them
         name[len(prefix) :]: version for name, version in _versions(tensors) if f"{name}.".startswith(prefix)
@@ -140,14 +140,14 @@ def _without_prefix(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]
 
 
 def _usual_prefix(names: list[str], at: int) -> str | None:
-    """The prefix that more than half of the names have; the others, such as a criterion's, are not the network's."""
+    """The prefix of more than half of the names. Others, such as those of a criterion, are not of the network."""
     return next(
         (prefix for prefix in PREFIXES if 2 * sum(name.startswith(prefix, at) for name in names) > len(names)), None
     )
 
 
 def _versions(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, int]]]:
-    """(module, its version) as torch.save keeps them; a file may hold anything in their place."""
+    """(module, its version) as torch.save stores them. Other content of a file is ignored."""
     metadata = getattr(tensors, "_metadata", None)
     for name, facts in metadata.items() if isinstance(metadata, dict) else ():
         version = facts.get("version") if isinstance(facts, dict) else None
@@ -159,9 +159,9 @@ def _versions(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, in
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Give `model` these weights; counters of batches may be absent, as in files of old versions of torch.
+    """Load weights into `model`. Counters of batches may be absent, as in files of old versions of torch.
 
-    Raises `UserError` that names tensors which do not fit, `NonFiniteError` for weights that are not finite.
+    Raises `UserError` with the tensors that do not fit, `NonFiniteError` for weights that are not finite.
     """
     own = model.state_dict()
     unlike = [name for name in state if name in own and not _is_alike(state[name], own[name])]
@@ -169,7 +169,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     given._metadata = {"": own._metadata[""], **dict(_versions(state))}  # type: ignore[attr-defined]
     try:
         absent, extra = model.load_state_dict(given, strict=False)
-    except (RuntimeError, ValueError, KeyError) as error:  # of a module that renames what older versions had
+    except (RuntimeError, ValueError, KeyError) as error:  # of a module that renames tensors of older versions
         raise UserError(f"{where} does not fit the model: its tensors are those of another version of it") from error
     missing = [name for name in absent if name not in unlike and not name.endswith(".num_batches_tracked")]
     shapes = [f"{_shortened(name)} ({_kind(state[name])}, the model's {_kind(own[name])})" for name in unlike]
@@ -180,11 +180,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         raise UserError(f"{where} does not fit the model: {'; '.join(problems)}; give weights of this network")
     nonfinite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if nonfinite:
-        raise NonFiniteError(f"{where} holds weights that are not finite: {_examples(nonfinite)}")
+        raise NonFiniteError(f"{where} has weights that are not finite: {_examples(nonfinite)}")
 
 
 def _is_alike(given: Tensor, own: Tensor) -> bool:
-    """Any floating type is accepted for floating weights, integers are not."""
+    """True for equal shapes, except integers for floating weights."""
     return given.shape == own.shape and (given.is_floating_point() or not own.is_floating_point())
 
 
@@ -209,7 +209,7 @@ def _shortened(name: str) -> str:
 
 
 def published_config(config: Config) -> Config:
-    """The configuration with the protocol of the weights, in fp32 as they were measured."""
+    """The configuration with the protocol of the weights, in fp32 as published."""
     weights = named_weights(config.model.name, config.evaluation.weights)
     config = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
     if weights is None:
@@ -225,7 +225,7 @@ def published_config(config: Config) -> Config:
 
 
 def published_weights(model_name: str, asked: str) -> GivenWeights:
-    """Read the weights of that name or file; a download must have the hash in its name, and is read as plain data."""
+    """Read the weights of that name or file. A download is checked by the hash in its name and read as plain data."""
     weights = named_weights(model_name, asked)
     if weights is None:
         return read_weights(Path(asked), "evaluation.weights")
@@ -243,15 +243,15 @@ def published_weights(model_name: str, asked: str) -> GivenWeights:
 
 
 def published_accuracy(model_name: str, asked: str | None) -> dict[str, float]:
-    """Top-1 and top-5 as fractions, from torchvision's metadata; empty where none are published."""
+    """Top-1 and top-5 as fractions, from torchvision's metadata. Empty if none are published."""
     weights = named_weights(model_name, asked)
     metrics: dict[str, float] = {} if weights is None else weights.meta["_metrics"].get(METRICS_KEY, {})
     return {f"top{within}_accuracy": metrics[f"acc@{within}"] / 100 for within in (1, 5) if f"acc@{within}" in metrics}
 
 
 def named_weights(model_name: str, asked: str | None) -> Any | None:
-    """torchvision's weights of that name for this network; None for a file. Raises `UserError` for neither."""
-    if asked is None or os.path.exists(asked):  # `read_weights` refuses what is not a file of weights
+    """torchvision's weights of that name for this network. None for a file. Raises `UserError` for neither."""
+    if asked is None or os.path.exists(asked):  # `read_weights` refuses other files
         return None
     if model_name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(

@@ -1,8 +1,8 @@
-"""Untrusted archives: members are listed and read in place, never unpacked by their names.
+"""Untrusted archives: members are listed and read in place, never unpacked by name.
 
-A tar can hold links, devices, names that climb out of a folder, and two members of one name. Only regular members with
-the names that ILSVRC2012 uses are accepted; anything else raises `UserError` with its name. Each image is listed with
-the offset and size of its bytes, so that worker processes read with `os.pread` and parse no tar.
+A tar can have links, devices, names outside of its folder, and two members of one name. Only regular members with names
+of ILSVRC2012 are accepted. Others raise `UserError` with their name. Each image is listed with the offset and size of
+its bytes, so that worker processes read with `os.pread` without parsing the tar.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recipe.run.records import Archive
 
 MEMBER_BYTES_MAX = 20_000_000  # the largest image of ILSVRC2012 has about 16 MB
 CLASS_TAR_BYTES_MAX = 1_000_000_000  # the largest one has about 0.25 GB
-DEVKIT_BYTES_MAX = 200_000_000  # unpacked, in memory; the real one has 3 MB
+DEVKIT_BYTES_MAX = 200_000_000  # unpacked, in memory. The real one has 3 MB
 CHUNK_BYTES = 1 << 22
 CLASS_TAR = re.compile(r"^(n\d{8})\.tar$", re.ASCII)
 TRAIN_IMAGE = re.compile(r"^(n\d{8}_\d+)\.JPEG$", re.ASCII)
@@ -36,7 +36,7 @@ DEVKIT_FILES = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
 
 
 class Member(NamedTuple):
-    """A regular member: the part of its name that the pattern matched, and the place of its bytes in the file."""
+    """A regular member: the matched part of its name, and the place of its bytes in the file."""
 
     name: str
     offset: int
@@ -49,9 +49,9 @@ def class_tars(handle: IO[bytes], where: str) -> list[Member]:
 
 
 def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: str) -> Iterator[Member]:
-    """The regular members of the tar that starts at the handle's position, all named as `pattern` says.
+    """The regular members of the tar at the handle's position. Raises `UserError` for other names than `pattern`.
 
-    Files of an operating system (a Mac's tar holds `._name` before each file) are passed over.
+    Files of an operating system are skipped: a Mac's tar has `._name` before each file.
     """
     seen: set[str] = set()
     for member in tar_headers(handle, where):
@@ -66,13 +66,13 @@ def members(handle: IO[bytes], pattern: re.Pattern[str], bytes_max: int, where: 
         if not 0 <= member.size <= bytes_max:
             raise UserError(f"{what} has {member.size} bytes, more than the {bytes_max} that are allowed")
         if matched[1] in seen:
-            raise UserError(f"{what} is there twice; refusing to read this archive")
+            raise UserError(f"{what} occurs twice; refusing to read this archive")
         seen.add(matched[1])
         yield Member(matched[1], member.offset_data, member.size)
 
 
 def tar_headers(handle: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
-    """All headers in order; raises `UserError` for a damaged or cut archive."""
+    """All headers in order. Raises `UserError` for a damaged or cut archive."""
     try:
         archive = tarfile.TarFile(fileobj=handle)
         while (member := archive.next()) is not None:
@@ -80,7 +80,7 @@ def tar_headers(handle: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
             yield member
         handle.seek(archive.offset)
         if handle.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            # tarfile takes a damaged header, or a cut between two members, for the end
+            # for tarfile a damaged header or a cut between two members is the end
             raise tarfile.ReadError(f"no end-of-archive block at byte {archive.offset}")
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
@@ -106,7 +106,7 @@ def devkit_files(raw_dir: Path) -> tuple[bytes, bytes]:
 
 
 def devkit_members(path: Path) -> dict[str, bytes]:
-    """The two files of the devkit that are needed, unpacked in memory; other members are not read."""
+    """The two required files of the devkit, unpacked in memory."""
     where = display_path(path)
     try:
         with gzip.open(path) as packed:
@@ -125,7 +125,7 @@ def devkit_members(path: Path) -> dict[str, bytes]:
 
 
 def digests(paths: Sequence[Path], published_md5: Mapping[str, str], cache: Path) -> list[Archive]:
-    """Size, md5 and sha256 of each archive; read once, then kept in `cache` by name, size and time of change."""
+    """Size, md5 and sha256 of each archive. Stored in `cache` by name, size and time of change."""
     known: dict[str, tuple[str, str]] = json.loads(cache.read_bytes()) if cache.exists() else {}
     unread = sum(path.stat().st_size for path in paths if file_stamp(path) not in known)
     with ProgressPrinter("reading archives for their md5 and sha256", unread, "B", scale=1024) as progress:
@@ -137,7 +137,7 @@ def digests(paths: Sequence[Path], published_md5: Mapping[str, str], cache: Path
 
 
 def file_stamp(path: Path) -> str:
-    """Stands for a file's content as long as the file is not written."""
+    """A key of a file's content: it changes when the file is written."""
     status = path.stat()
     return f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
@@ -154,6 +154,6 @@ def md5_and_sha256(path: Path, report: Callable[[int], None]) -> tuple[str, str]
 
 
 def as_record(path: Path, md5: str, sha256: str, published: str | None) -> Archive:
-    """One archive as the record lists it."""
+    """The entry of an archive in the record."""
     is_published = None if published is None else md5 == published
     return Archive(name=path.name, bytes=path.stat().st_size, md5=md5, sha256=sha256, is_published_md5=is_published)

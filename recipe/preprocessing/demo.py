@@ -1,11 +1,11 @@
-"""A small image set drawn by the project itself and packed exactly like ILSVRC2012.
+"""The demo: a small image set drawn by the project and packed like ILSVRC2012.
 
-The demonstration has to run the very code that reads the real ImageNet, with nothing downloaded. So the pictures of
-`painting` are written as the three archives of the ILSVRC2012 release, quirks included: a tar of class tars, a flat
-validation tar, and a devkit whose ILSVRC2012_IDs do not follow the order of the sorted WNIDs.
+The demo runs the code that reads the real ImageNet, without a download. So the images of `painting` are written as the
+three archives of the ILSVRC2012 release with their quirks: a tar of class tars, a flat validation tar, and a devkit
+with ILSVRC2012_IDs in another order than the sorted WNIDs.
 
-Each picture is a pure function of (split, class, number), and archives carry no clock or owner: drawing
-twice gives the same bytes.
+Each image is a pure function of (split, class, number), and archives have no time or owner, so drawing again gives the
+same bytes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from recipe.run.files import display_path, temporary_sibling
 DEMO_MARKER = "demo.json"
 DRAWING = b"being drawn"
 ARCHIVES = (TRAIN_ARCHIVE, VALIDATION_ARCHIVE, DEVKIT_ARCHIVE)
-REAL_DATA = (*ARCHIVES, DEVKIT_FOLDER, "train", "val", "ILSVRC")  # what a raw_dir of the real images holds
+REAL_DATA = (*ARCHIVES, DEVKIT_FOLDER, "train", "val", "ILSVRC")  # in a raw_dir of the real images
 
 _TRAIN, _VALIDATION, _SHUFFLE = range(3)  # first word of the seeds
 
@@ -43,7 +43,7 @@ def _wnid(class_index: int) -> str:
 
 
 def _ilsvrc_id(class_index: int) -> int:
-    """A shuffle of 1..12 that moves every class, so that mistaking IDs for sorted WNIDs shows."""
+    """A permutation of 1..12 that moves every class, to detect code that mistakes IDs for sorted WNIDs."""
     return (5 * class_index + 3) % len(CLASS_NAMES) + 1
 
 
@@ -55,7 +55,7 @@ def _validation_order(count: int) -> list[tuple[int, int]]:
 
 
 def _write_tar(stream: IO[bytes] | gzip.GzipFile, members: Iterable[tuple[str, bytes]]) -> None:
-    """TarInfo starts with no owner and time 0, which is just what equal bytes need."""
+    """Write a tar of equal bytes for equal members: TarInfo has no owner and time 0 by default."""
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -75,7 +75,7 @@ def _validation_images(count: int) -> Iterator[tuple[str, bytes]]:
         yield f"ILSVRC2012_val_{place:08d}.JPEG", jpeg(_VALIDATION, index, number)
 
 
-# Readers, torchvision's among them, know the columns by their places.
+# Readers such as torchvision's find columns by position.
 _SYNSET_FIELDS = [
     *("ILSVRC2012_ID", "WNID", "words", "gloss"),
     *("num_children", "children", "wordnet_height", "num_train_images"),
@@ -83,14 +83,14 @@ _SYNSET_FIELDS = [
 
 
 def _synset(number: int, wnid: str, words: str, children: list[int], train_count: int) -> tuple[object, ...]:
-    """A row of the devkit's table; MATLAB's numbers are doubles."""
+    """A row of the devkit's table, with doubles as in MATLAB."""
     gloss, height = f"{words}, drawn by a program", float(bool(children))
     below = np.array(children, dtype=np.float64).reshape(1, -1)
     return (float(number), wnid, words, gloss, float(len(children)), below, height, float(train_count))
 
 
 def _synsets(train_count: int) -> NDArray[np.void]:
-    """The devkit's table, in the order of the IDs: the classes, then (as in the real one) what groups them."""
+    """The devkit's table in the order of the IDs: the classes, then their parent nodes as in the real one."""
     classes = sorted(range(len(CLASS_NAMES)), key=_ilsvrc_id)
     rows = [_synset(_ilsvrc_id(index), _wnid(index), CLASS_NAMES[index], [], train_count) for index in classes]
     rows.append(_synset(len(rows) + 1, "n99999999", "drawing", [_ilsvrc_id(index) for index in classes], 0))
@@ -102,7 +102,7 @@ def _meta_mat(train_count: int) -> bytes:
         path = Path(folder) / "meta.mat"
         savemat(path, {"synsets": _synsets(train_count)}, oned_as="row")
         content = path.read_bytes()
-    # The first 116 bytes are free text in which savemat puts the date.
+    # The first 116 bytes are free text. savemat writes the date there.
     return b"MATLAB 5.0 MAT-file, drawn demonstration data".ljust(116) + content[116:]
 
 
@@ -118,7 +118,7 @@ def _devkit_files(train_count: int, validation_count: int) -> Iterator[tuple[str
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream that becomes `path` only once it is complete."""
+    """A stream to a temporary file that is renamed to `path` when complete."""
     with temporary_sibling(path) as temporary:
         with temporary.open("wb") as stream:
             yield stream
@@ -126,25 +126,25 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _is_current(directory: Path, marker: str) -> bool:
-    """The marker gets its text after the archives, so it vouches for all three."""
+    """True if all archives are complete: the marker is written after them."""
     path = directory / DEMO_MARKER
     complete = path.is_file() and all((directory / name).is_file() for name in ARCHIVES)
     return complete and path.read_text() == marker
 
 
 def _check_no_real_data(directory: Path) -> None:
-    """Drawn archives bear the names of the real ones, which must never be written over, nor be taken for them."""
+    """Raise `UserError` if the folder has real archives: they have the names of the drawn ones."""
     present = [name for name in REAL_DATA if (directory / name).exists()]
     if present and not _is_ours(directory / DEMO_MARKER):
         raise UserError(
-            f"data.raw_dir={display_path(directory)} holds {present[0]}, which the demo did not draw and would "
-            "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name what it is "
-            "for: experiment=resnet50_imagenet"
+            f"data.raw_dir={display_path(directory)} has {present[0]}, which the demo did not draw and would "
+            "overwrite or mix with its own; leave data.raw_dir (RAW_DIR=) out, give another one, or name the "
+            "experiment of these images: experiment=resnet50_imagenet"
         )
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this is a marker of a finished or an interrupted drawing."""
+    """True for the marker of a finished or an interrupted drawing."""
     content = path.read_bytes() if path.is_file() else b""
     return content == DRAWING or b'"train_images_per_class"' in content
 
@@ -159,7 +159,7 @@ def _draw(directory: Path, train_count: int, validation_count: int) -> None:
 
 
 def write_demo_archives(directory: Path, train_images_per_class: int, validation_images_per_class: int) -> None:
-    """Draw the data set into `directory`, unless this very set is there already."""
+    """Draw the data set into `directory`, unless it is there already."""
     if min(train_images_per_class, validation_images_per_class) < 1:
         raise ValueError("the demo needs at least one training and one validation image per class")
     marker = json.dumps(
@@ -174,7 +174,7 @@ def write_demo_archives(directory: Path, train_images_per_class: int, validation
     directory.mkdir(parents=True, exist_ok=True)
     _check_no_real_data(directory)
     with _replacing(directory / DEMO_MARKER) as stream:
-        stream.write(DRAWING)  # vouches for nothing, but says whose files these are
+        stream.write(DRAWING)  # marks the files as ours, but not as complete
     _draw(directory, train_images_per_class, validation_images_per_class)
     with _replacing(directory / DEMO_MARKER) as stream:
         stream.write(marker.encode())

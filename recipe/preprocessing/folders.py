@@ -1,7 +1,7 @@
-"""Any folder of class folders as a data set; Imagenette is one of them.
+"""Data sets in class folders, Imagenette among them.
 
-Keys are `class/name` with all but letters, digits, '_' and '-' percent-encoded, since readers of WebDataset cut a name
-at its first dot.
+Keys are `class/name`, with all but letters, digits, '_' and '-' percent-encoded, since WebDataset readers cut names at
+the first dot.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LATIN_SHAPES = str.maketrans(  # Cyrillic and Greek letters with the shape of a 
 
 
 def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: list[str] | None = None) -> list[str]:
-    """List root/<class>/<image>; labels are positions in `class_ids`, by default the sorted folders."""
+    """List root/<class>/<image>. Labels are positions in `class_ids`, by default the sorted folders."""
     check_folder(root)
     folders = class_folders(root)
     check_distinct_names(folders, display_path(root))
@@ -64,15 +64,13 @@ def list_class_folders(root: Path, listing: Listing, naming: Naming, class_ids: 
 
 
 def position_of(class_id: str, positions: Mapping[str, int], key: str) -> int:
-    """The label of a validation image; raises `UserError` where its class has no training images."""
+    """The label of a validation image. Raises `UserError` if its class has no training images."""
     if class_id not in positions:
         twins = [other for other in positions if appearance(other) == appearance(class_id)]
         hint = (
             f"; give {class_id!a} and the training class {twins[0]!a}, which looks like it, one name" if twins else ""
         )
-        raise UserError(
-            f"the validation image {key} is of class {class_id}, of which there are no training images{hint}"
-        )
+        raise UserError(f"the validation image {key} is of class {class_id}, which has no training images{hint}")
     return positions[class_id]
 
 
@@ -86,15 +84,15 @@ def class_folders(root: Path) -> list[str]:
 
 
 def check_folder(path: Path) -> None:
-    """Raise `UserError` where a part of a layout is missing."""
+    """Raise `UserError` if a folder of a layout is missing."""
     if not path.is_dir():
         raise UserError(f"{display_path(path)} is missing: this layout needs it")
 
 
 def check_distinct_names(names: Iterable[str], where: str) -> None:
-    """Raise `UserError` where two names are the same text in two spellings of Unicode.
+    """Raise `UserError` if two names are the same text in two Unicode normal forms.
 
-    A folder that has been on a Mac may come back as a second one: its ä is an a with a mark there.
+    A folder that was copied from a Mac may be a second one: its ä is an a with a combining mark.
     """
     known: dict[str, str] = {}
     for name in names:
@@ -126,7 +124,7 @@ def appearance(name: str) -> str:
 
 
 def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
-    """raw_dir/{train,val}/<class>/<image>, or raw_dir/<class>/<image> with a validation set drawn by hash.
+    """List raw_dir/{train,val}/<class>/<image>, or raw_dir/<class>/<image> with a validation set chosen by hash.
 
     The folder of validation images may also be called valid or validation.
     """
@@ -151,7 +149,7 @@ def list_folder_data_set(raw_dir: Path, validation_fraction: float) -> Raw:
 
 
 def split_folders(raw_dir: Path) -> tuple[Path, Path | None]:
-    """The folder of the training classes, and that of the validation classes where there is one."""
+    """The folder of the training classes, and that of the validation classes if there is one."""
     names = class_folders(raw_dir)
     if "train" not in names or train_is_a_class(raw_dir, names):
         if not names:
@@ -159,33 +157,33 @@ def split_folders(raw_dir: Path) -> tuple[Path, Path | None]:
         return raw_dir, None
     given = [name for name in VALIDATION_FOLDERS if name in names]
     if len(given) > 1:
-        raise UserError(f"{display_path(raw_dir)} holds {given[0]}/ and {given[1]}/; leave one of them")
+        raise UserError(f"{display_path(raw_dir)} has both {given[0]}/ and {given[1]}/; leave one of them")
     for name in ("train", *given):
         check_no_flat_images(raw_dir / name)
     return raw_dir / "train", raw_dir / given[0] if given else None
 
 
 def train_is_a_class(raw_dir: Path, names: list[str]) -> bool:
-    """Whether train/ holds pictures of trains: images, not class folders, beside other classes."""
+    """True if train/ has pictures of trains: images, not class folders, beside other classes."""
     return bool(set(names) - set(SPLIT_FOLDERS)) and not class_folders(raw_dir / "train")
 
 
 def check_no_flat_images(folder: Path) -> None:
-    """Raise `UserError` for images beside or instead of class folders: they have no class."""
+    """Raise `UserError` for images beside or in place of class folders: they have no class."""
     flat = [entry.name for entry in folder_entries(folder) if is_image(folder, entry.name) and not entry.is_dir()]
     if flat:
         raise UserError(
-            f"{display_path(folder)} itself holds images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
+            f"{display_path(folder)} itself has images, such as {flat[0]!r} ({len(flat):,} in all): move each into a "
             "folder of its class"
         )
 
 
 def list_imagenette(raw_dir: Path) -> Raw:
-    """imagenette2/{train,val}/<wnid>/*.JPEG, as `fetch_imagenette` unpacks it.
+    """List imagenette2/{train,val}/<wnid>/*.JPEG, as unpacked by `fetch_imagenette`.
 
-    Not tried with the real host, which could not be reached; tests use a generated archive.
+    Not tried with the real host, which was not reachable. Tests use a generated archive.
     """
-    from torchvision.datasets import Imagenette  # imports torch: seconds that only this source pays
+    from torchvision.datasets import Imagenette  # imports torch, which takes seconds
 
     raw = list_folder_data_set(raw_dir / IMAGENETTE_FOLDER, validation_fraction=0.0)
     raw.layout, raw.keeps_png = "Imagenette 2, full size", False
@@ -197,10 +195,10 @@ def list_imagenette(raw_dir: Path) -> Raw:
 
 
 def fetch_imagenette(raw_dir: Path) -> None:
-    """Download (unless it is there), check and unpack imagenette2.tgz; the folder gets its name only when complete.
+    """Download imagenette2.tgz if absent, check and unpack it. The folder gets its name only when complete.
 
     A .tgz has no random access, so this is the one archive that is unpacked by its members' names: by torchvision, and
-    only after the archive's md5 was found to be the published one.
+    only if it has the published md5.
     """
     if (raw_dir / IMAGENETTE_FOLDER).is_dir():
         return
@@ -208,7 +206,7 @@ def fetch_imagenette(raw_dir: Path) -> None:
 
     archive, unpacking = raw_dir / f"{IMAGENETTE_FOLDER}.tgz", raw_dir / "unpacking"
     unpacking.mkdir(exist_ok=True)
-    shutil.rmtree(unpacking / IMAGENETTE_FOLDER, ignore_errors=True)  # torchvision would take half of it as complete
+    shutil.rmtree(unpacking / IMAGENETTE_FOLDER, ignore_errors=True)  # torchvision would use a partial one
     if archive.is_file() and not (unpacking / archive.name).exists():
         (unpacking / archive.name).symlink_to(archive.resolve())
     try:
@@ -224,7 +222,7 @@ def fetch_imagenette(raw_dir: Path) -> None:
 
 
 def folder_keys(class_id: str, names: list[str]) -> dict[str, str]:
-    """`class/stem`, or `class/file name` where two files of the class share a stem, percent-encoded."""
+    """`class/stem`, or `class/file name` if two files of the class have the same stem, percent-encoded."""
     stems = {name: matched[1] if (matched := IMAGE_NAME.match(name)) else name for name in names}
     while repeated := {stem for stem, count in Counter(stems.values()).items() if count > 1}:
         stems = {name: name if stem in repeated else stem for name, stem in stems.items()}
@@ -237,10 +235,10 @@ def percent_encoded(name: str) -> str:
 
 
 def split_by_hash(rows: Rows, validation_fraction: float) -> tuple[dict[str, Rows], int]:
-    """Hold out each image by its own key, so that adding images moves no other from one split to the other.
+    """Choose validation images by their own keys, so that added images do not move others between splits.
 
-    Of a class whose images would all be held out, the one with the largest hash stays for training. Also returns the
-    number of such classes.
+    If all images of a class would be chosen, the one with the largest hash stays for training. Also returns the number
+    of such classes.
     """
     digests = b"".join(hashlib.sha256(key).digest()[:8] for key in rows["key"].tolist())
     numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)

@@ -1,6 +1,6 @@
-"""ILSVRC2012 in the layouts that people have: official archives, extracted folders, one of each, or Kaggle's packing.
+"""ILSVRC2012 in its common layouts: official archives, extracted folders, one of each, or Kaggle's.
 
-Labels are positions among the sorted WNIDs of the training set; keys are the names that images were published under.
+Labels are positions among the sorted WNIDs of the training set. Keys are the published names of the images.
 `data.expect=ilsvrc2012` checks classes, counts, labels and checksums.
 """
 
@@ -32,7 +32,7 @@ LOOKED_FOR = (
 
 
 def list_ilsvrc(raw_dir: Path) -> Raw:
-    """Training tar or train/<wnid>/, with validation tar, val/<wnid>/ or a flat val/ and the devkit."""
+    """List the training tar or train/<wnid>/, with the validation tar, val/<wnid>/ or a flat val/ and the devkit."""
     tars = [raw_dir / imagenet.TRAIN_ARCHIVE, raw_dir / imagenet.VALIDATION_ARCHIVE]
     raw = Raw("", imagenet.WORDNET_LABEL_CONVENTION, VALIDATION_SPLIT, keeps_png=False, raw_dir=raw_dir)
     train = Listing(raw)
@@ -58,7 +58,7 @@ def list_ilsvrc(raw_dir: Path) -> Raw:
 
 
 def list_train_tar(path: Path, listing: Listing) -> list[str]:
-    """The class tars inside the training tar; returns the sorted WNIDs."""
+    """List the class tars inside the training tar. Returns the sorted WNIDs."""
     where = display_path(path)
     with path.open("rb") as handle:
         tars = archives.class_tars(handle, where)
@@ -68,13 +68,13 @@ def list_train_tar(path: Path, listing: Listing) -> list[str]:
             members = list(archives.members(handle, archives.TRAIN_IMAGE, archives.MEMBER_BYTES_MAX, inside))
             for member in members:
                 if not member.name.startswith(f"{wnid}_") or member.offset + member.size > offset + size:
-                    raise UserError(f"the member {member.name}.JPEG does not belong into {inside}")
+                    raise UserError(f"the member {member.name}.JPEG does not belong in {inside}")
             listing.add_members(path, members, lambda _, label=label: label)  # type: ignore[misc]
     return [tar.name for tar in tars]
 
 
 def list_validation(raw_dir: Path, class_ids: list[str], listing: Listing) -> bool:
-    """List the validation images; true where their labels came from the devkit."""
+    """List the validation images. Returns True if their labels came from the devkit."""
     tar, folder = raw_dir / imagenet.VALIDATION_ARCHIVE, raw_dir / "val"
     if tar.is_file():
         label_of = ground_truth(raw_dir, class_ids)
@@ -92,7 +92,7 @@ def list_validation(raw_dir: Path, class_ids: list[str], listing: Listing) -> bo
 
 
 def ground_truth(raw_dir: Path, class_ids: list[str]) -> Labeller:
-    """Validation key -> label: line k of the devkit's ground truth is an ILSVRC2012_ID, which stands for a WNID."""
+    """Validation key -> label. Line k of the devkit's ground truth is an ILSVRC2012_ID."""
     _, wnids = read_devkit(raw_dir)
     positions = {wnid: position for position, wnid in enumerate(class_ids)}
 
@@ -108,8 +108,8 @@ def ground_truth(raw_dir: Path, class_ids: list[str]) -> Labeller:
 def read_devkit(raw_dir: Path) -> tuple[dict[str, str], list[str]]:
     """WNID -> name of the leaf classes, and the WNID of each validation image in order.
 
-    The table's order is that of ILSVRC2012_ID, which is not the order of the labels; inner nodes of WordNet (those with
-    children) are not classes.
+    The table is in the order of ILSVRC2012_ID, not of the labels. Inner nodes of WordNet (those with children) are not
+    classes.
     """
     table, truth = archives.devkit_files(raw_dir)
     try:
@@ -119,17 +119,17 @@ def read_devkit(raw_dir: Path) -> tuple[dict[str, str], list[str]]:
         wnid_of = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
         return names, [wnid_of[int(line)] for line in truth.split()]
     except Exception as error:  # a damaged MATLAB file fails in many ways
-        raise UserError(f"the devkit in {display_path(raw_dir)} cannot be understood ({error!r})") from error
+        raise UserError(f"the devkit in {display_path(raw_dir)} cannot be read ({error!r})") from error
 
 
 def ilsvrc_train_keys(class_id: str, names: list[str]) -> dict[str, str]:
-    """The keys of training images, which begin with their class."""
+    """The keys of training images. They begin with the class."""
     matched = {name: archives.TRAIN_IMAGE.fullmatch(name) for name in names}
     return {name: match[1] for name, match in matched.items() if match and match[1].startswith(f"{class_id}_")}
 
 
 def ilsvrc_validation_keys(class_id: str, names: list[str]) -> dict[str, str]:
-    """The keys of validation images, which are numbered."""
+    """The keys of validation images, by their numbers."""
     matched = {name: archives.VALIDATION_IMAGE.fullmatch(name) for name in names}
     return {name: match[1] for name, match in matched.items() if match}
 
@@ -138,7 +138,7 @@ def ilsvrc_validation_keys(class_id: str, names: list[str]) -> dict[str, str]:
 
 
 def list_kaggle(raw_dir: Path) -> Raw:
-    """ILSVRC/Data/CLS-LOC/{train/<wnid>,val}/ with the labels in a CSV file beside ILSVRC/."""
+    """List ILSVRC/Data/CLS-LOC/{train/<wnid>,val}/, with labels in a CSV file beside ILSVRC/."""
     raw = Raw(
         "ILSVRC2012, Kaggle", imagenet.WORDNET_LABEL_CONVENTION, VALIDATION_SPLIT, keeps_png=False, raw_dir=raw_dir
     )
@@ -162,9 +162,9 @@ def list_kaggle(raw_dir: Path) -> Raw:
 
 
 def kaggle_labels(path: Path) -> dict[str, str]:
-    """Validation key -> WNID; the column PredictionString is a WNID and a box, repeated."""
+    """Validation key -> WNID. The column PredictionString is a WNID and a box, repeated."""
     if not path.is_file():
-        raise UserError(f"{display_path(path)} is missing: it holds the labels of Kaggle's validation images")
+        raise UserError(f"{display_path(path)} is missing: it has the labels of Kaggle's validation images")
     with path.open(newline="", encoding="utf-8") as handle:
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(handle)}
@@ -210,11 +210,11 @@ def check_ilsvrc2012(raw: Raw) -> None:
 
 
 def check_published_md5(files: Iterable[Archive]) -> None:
-    """Raise `UserError` unless the archives have their published md5."""
+    """Raise `UserError` unless the archives have the published md5."""
     for archive in files:
         if archive.is_published_md5 is False:
             published = imagenet.PUBLISHED_MD5[archive.name]
             raise UserError(
                 f"{archive.name} has md5 {archive.md5}, published is {published}: a damaged or changed "
-                "archive; download it again, or accept it with data.expect=nothing, which the recipe will say"
+                "archive; download it again, or accept it with data.expect=nothing; the recipe will state it"
             )

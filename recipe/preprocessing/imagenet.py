@@ -1,12 +1,12 @@
-"""Public facts about ILSVRC2012, which `data.expect=ilsvrc2012` compares raw data with.
+"""Published facts about ILSVRC2012, for `data.expect=ilsvrc2012`.
 
 Labels follow the sorted WNIDs: n01440764 (tench) is 0, n15075141 (toilet tissue) is 999. That is the order of
-torchvision's, timm's and all published weights, and *not* the ILSVRC2012_ID of the devkit, which serves here
-only to read the devkit's own ground truth.
+torchvision's, timm's and all published weights, and *not* the ILSVRC2012_ID of the devkit, used here only to read the
+devkit's ground truth.
 
-Sources: names and md5 sums from torchvision/datasets/imagenet.py (a test compares them with the installed one); counts
-from Russakovsky et al., arXiv 1409.0575, table 2; the class list from timm's imagenet_synsets.txt (timm 1.0.31), kept
-as its hash.
+Sources: names and md5 sums from torchvision/datasets/imagenet.py (a test compares them with the installed one), counts
+from Russakovsky et al., arXiv 1409.0575, table 2, the hash of the class list from timm's imagenet_synsets.txt (timm
+1.0.31).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ WHERE_TO_GET = (
     "imagenet-object-localization-challenge"
 )
 
-# The first validation labels of Caffe's ilsvrc12 val.txt, which the field has used since 2013. Unlike counts, they
-# distinguish the order of the classes from the devkit's own, and the ground truth from a shifted one.
+# The first validation labels of Caffe's ilsvrc12 val.txt (2013). Unlike counts, they detect another order of the
+# classes, such as the devkit's, and a shifted ground truth.
 FIRST_VALIDATION_LABELS = (65, 970, 230, 809, 516, 57)
 
-# Images that are not what their name says, as the field found them. Every file is checked, so nothing depends on this
-# list; a difference on ILSVRC2012 is printed. PNG: tensorflow/tpu's imagenet_to_gcs.py, which also lists
+# Known images with another format than their name. Every file is checked, so nothing depends on this
+# list. A difference on ILSVRC2012 is printed. PNG: tensorflow/tpu's imagenet_to_gcs.py, which also lists
 # the 22 CMYK training images. The one CMYK image of the validation set: pytorch/vision#6538.
 KNOWN_PNG = ("n02105855_2933",)
 KNOWN_CMYK_VALIDATION = ("ILSVRC2012_val_00019877",)
@@ -48,21 +48,21 @@ KNOWN_WARNINGS = ("stray bytes", "unknown Adobe code")  # of libjpeg, about imag
 
 
 def class_list_sha256(class_ids: Sequence[str]) -> str:
-    """Identifies a list of classes in its order: one ID a line, no final newline."""
+    """SHA-256 of a list of classes in its order: one ID a line, without a final newline."""
     return hashlib.sha256("\n".join(class_ids).encode()).hexdigest()
 
 
 def published_class_names(class_ids: Sequence[str]) -> dict[str, str]:
-    """WNID -> name from torchvision's published weights, if these are the 1000 classes; else empty."""
+    """WNID -> name from torchvision's published weights for the 1000 classes. Empty for other classes."""
     if class_list_sha256(class_ids) != CLASS_LIST_SHA256:
         return {}
-    from torchvision.models import ResNet50_Weights  # imports torch, which images with a devkit do not need
+    from torchvision.models import ResNet50_Weights  # imports torch, which is not needed with a devkit
 
     return dict(zip(class_ids, ResNet50_Weights.IMAGENET1K_V2.meta["categories"], strict=True))
 
 
 def unexpected(images: Sequence[tuple[str, str, str]]) -> list[str]:
-    """How the converted images (split, key, kind) of a full ILSVRC2012 differ from what the field knows."""
+    """Differences between the converted images (split, key, kind) of a full ILSVRC2012 and the known ones."""
     png = sorted(key for _, key, kind in images if kind.startswith("PNG"))
     cmyk_validation = sorted(key for split, key, kind in images if split == "val" and kind.startswith("CMYK"))
     cmyk_training = sum(split == "train" and kind.startswith("CMYK") for split, _, kind in images)

@@ -1,7 +1,7 @@
-"""The listing of raw images, the same for every layout: one row an image, with key, label and place of its bytes.
+"""The listing of raw images for all layouts: one row per image, with key, label and place of its bytes.
 
-A row is a fixed-size record in a numpy array, so that 1.28 million images take about 120 MB. Its bytes are in a
-container: an archive at an offset, or a folder under a name.
+A row is a fixed-size record in a numpy array: 1.28 million images take about 120 MB. The bytes of an image are in a
+container, either an archive at an offset or a folder under a name.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".avifs"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 )
-RAW_PHOTOGRAPHS = (  # never opened: they begin with a small preview, as a TIFF
+RAW_PHOTOGRAPHS = (  # not opened: they begin with a small preview, as a TIFF
     *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".raw", ".thm"),
 )
-OTHER_SUFFIXES = (  # of files beside images, never opened
+OTHER_SUFFIXES = (  # of files beside images, not opened
     *(".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".md", ".html", ".npy", ".npz", ".zip", ".tar", ".mp4", ".mov"),
 )
-PICTURE_SUFFIXES = (  # a file of such a name that is left out was meant to be an image
+PICTURE_SUFFIXES = (  # an unused file with such a suffix counts as a lost image
     *(*IMAGE_SUFFIXES, *RAW_PHOTOGRAPHS, ".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".xcf", ".ico", ".ppm"),
     *(".pgm", ".pbm", ".pnm", ".tga", ".exr", ".hdr", ".dds", ".pcx", ".qoi"),
 )
-SYSTEM_NAMES = (  # of an operating system, a network disk or an editor: passed over everywhere, and never counted
+SYSTEM_NAMES = (  # of an operating system, a network disk or an editor: skipped and not counted
     *("._*", ".DS_Store", "__MACOSX", ".AppleDouble", ".AppleDB", ".AppleDesktop", ".apdisk", ".localized", "Icon\r"),
     *(".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".DocumentRevisions-V100", ".VolumeIcon.icns", ".Trash*"),
     *("Network Trash Folder", "Temporary Items"),
@@ -52,7 +52,7 @@ SYSTEM_NAMES = (  # of an operating system, a network disk or an editor: passed 
 )
 SYSTEM_NAME = re.compile("|".join(map(translate, SYSTEM_NAMES)), re.IGNORECASE)
 USUAL_SUFFIX = re.compile(r"\.[a-z][a-z0-9_+-]{0,15}")
-EXAMPLES_PER_REASON = 3  # of what is left out, for each reason and each class
+EXAMPLES_PER_REASON = 3  # of unused files, for each reason and each class
 LOST_SHOWN = 10
 HIDDEN, NESTED, BESIDE, NO_SPLIT = "hidden", "folders in a class folder", "beside the class folders", "of no split"
 Naming = Callable[[str, list[str]], dict[str, str]]  # (class, file names) -> accepted file name -> key
@@ -73,13 +73,13 @@ class Entry(NamedTuple):
 
 @dataclass
 class Tally:
-    """How many there are, and the first of them."""
+    """A count with the first few names."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """One more."""
+        """Count one more."""
         self.count += 1
         if len(self.examples) < EXAMPLES_PER_REASON:
             self.examples.append(name if name.isprintable() else repr(name))
@@ -87,24 +87,24 @@ class Tally:
 
 @dataclass
 class Raw:
-    """The raw images of a data set: `containers` are the archives and folders that rows point into by number."""
+    """The raw images of a data set. Rows refer to `containers`, the archives and folders, by number."""
 
     layout: str
     label_convention: str
-    validation_split: str  # how the validation set came to be
+    validation_split: str  # origin of the validation set
     keeps_png: bool  # PNG files with a .png name keep their bytes
     class_ids: list[str] = field(default_factory=list)  # in the order of the labels
-    class_names: dict[str, str] = field(default_factory=dict)  # id -> name; an id without one is its own name
+    class_names: dict[str, str] = field(default_factory=dict)  # id -> name. Without an entry the id is the name
     rows: dict[str, Rows] = field(default_factory=dict)
     containers: list[Path] = field(default_factory=list)
     archives: list[Path] = field(default_factory=list)  # files whose hashes identify the raw data
     verified: set[str] = field(default_factory=set)  # names of archives with the published checksum
     raw_dir: Path = Path()
-    left_out: dict[str, Tally] = field(default_factory=dict)  # reason -> files and folders beside the images
-    lost_images: dict[str, Tally] = field(default_factory=dict)  # class (or split) -> those named like images
+    left_out: dict[str, Tally] = field(default_factory=dict)  # reason -> unused files and folders
+    lost_images: dict[str, Tally] = field(default_factory=dict)  # class (or split) -> unused files named like images
 
     def leave_out(self, entry: os.DirEntry[str], reason: str, class_id: str | None = None) -> None:
-        """Count a file or folder that is not used; one that is named like an image is lost to its class."""
+        """Count an unused file or folder. A file named like an image is counted as lost for its class."""
         path = os.path.relpath(entry, self.raw_dir)
         self.left_out.setdefault(HIDDEN if is_hidden(entry.name) else reason, Tally()).add(path)
         if class_id is not None and has_suffix(entry.name, PICTURE_SUFFIXES) and not entry.is_dir():
@@ -125,7 +125,7 @@ class Listing:
         self.parts: list[Rows] = []
 
     def container(self, path: Path) -> int:
-        """The number by which rows point to `path`."""
+        """The number of `path` in the rows."""
         containers = self.raw.containers
         if not containers or containers[-1] != path:
             containers.append(path)
@@ -142,7 +142,7 @@ class Listing:
         self.add(Entry(key, label_of(key), number, b"", offset, size, 0) for key, offset, size in members)
 
     def add_folder(self, folder: Path, class_id: str, naming: Naming, label_of: Labeller) -> None:
-        """Append the images of one folder; `naming` gives the accepted file names and their keys."""
+        """Append the images of one folder. `naming` gives the accepted file names and their keys."""
         number = self.container(folder)
         entries = folder_entries(folder)
         visible = [entry for entry in entries if not is_hidden(entry.name)]
@@ -167,7 +167,7 @@ class Listing:
         )
 
     def sorted_rows(self, where: str) -> Rows:
-        """All images in the order of their keys, which must differ."""
+        """All images in the order of their keys. Raises `UserError` for equal keys."""
         if not self.parts:
             others = left_out_in_words(self.raw.left_out)
             raise UserError(f"no images were found in {where}" + (f", only {others}" if others else ""))
@@ -181,7 +181,7 @@ class Listing:
 
 
 def rows_of(entries: list[Entry]) -> Rows:
-    """Entries as a structured array; byte strings are as wide as the longest one, concatenation widens them."""
+    """Entries as a structured array. Byte strings are as wide as the longest one, and concatenation widens them."""
     keys = np.array([entry.key.encode("ascii") for entry in entries])
     names = np.array([entry.name for entry in entries])
     return np.array(
@@ -199,9 +199,9 @@ def rows_of(entries: list[Entry]) -> Rows:
 
 
 def listing_sha256(rows: Mapping[str, Rows]) -> str:
-    """Identifies the raw images by the lines `split key label bytes`, without times of change and paths.
+    """SHA-256 over the lines `split key label bytes` of raw images, without times of change and paths.
 
-    Cheap enough to be computed again for a finished data set, which a hash of all bytes is not.
+    Unlike a hash of all bytes, it can be computed again for a finished data set in a short time.
     """
     digest = hashlib.sha256()
     for split, split_rows in rows.items():
@@ -213,7 +213,7 @@ def listing_sha256(rows: Mapping[str, Rows]) -> str:
 
 
 def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Slices of an array as long as a data set, where Python objects are made of its elements."""
+    """Slices of an array as long as a data set, to convert elements to Python objects in parts."""
     for first in range(0, len(array), ROWS_AT_ONCE):
         yield array[first : first + ROWS_AT_ONCE]
 
@@ -222,7 +222,7 @@ def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def is_image(folder: Path, name: str) -> bool:
-    """Whether a file is an image by its suffix, or by its first bytes where the suffix is unknown or missing."""
+    """True if a file is an image by its suffix, or by its first bytes if the suffix is unknown or missing."""
     if is_hidden(name) or belongs_to_system(name):
         return False
     if has_suffix(name, IMAGE_SUFFIXES):
@@ -234,23 +234,23 @@ def is_image(folder: Path, name: str) -> bool:
 
 
 def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether the name ends in a suffix, and is not the suffix alone."""
+    """True if the name ends in a suffix and has a stem."""
     return name[1:].lower().endswith(suffixes)
 
 
 def check_no_images_below(folder: Path) -> None:
-    """Raise `UserError` where a folder inside a class folder holds images, however deep: they would be lost."""
+    """Raise `UserError` if a folder inside a class folder has images at any depth: they would be lost."""
     for path, folders, names in os.walk(folder, onerror=reraise):
         folders[:] = [name for name in folders if not (is_hidden(name) or belongs_to_system(name))]
         if any(is_image(Path(path), name) for name in names):
             raise UserError(
-                f"{display_path(path)} holds images inside a class folder; flatten it: move them up into "
+                f"{display_path(path)} has images inside a class folder; flatten it: move them up into "
                 f"{display_path(folder.parent)}, or name the folders of the splits train/ and val/"
             )
 
 
 def reraise(error: OSError) -> None:
-    """For `os.walk`, which would skip a folder that it cannot read."""
+    """The error handler of `os.walk`, which skips unreadable folders by default."""
     raise error
 
 
@@ -258,23 +258,23 @@ def reraise(error: OSError) -> None:
 
 
 def folder_entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Files and folders in the order of their names, without those of the operating system."""
+    """Files and folders sorted by name, without those of the operating system."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not belongs_to_system(entry.name)), key=lambda entry: entry.name)
 
 
 def belongs_to_system(name: str) -> bool:
-    """Whether a name is of an operating system: a Mac writes `._name.jpg` beside each file."""
+    """True for names of an operating system: a Mac writes `._name.jpg` beside each file."""
     return SYSTEM_NAME.match(name) is not None
 
 
 def is_hidden(name: str) -> bool:
-    """Such as .git or .part.jpg."""
+    """True for names such as .git or .part.jpg."""
     return name.startswith(".")
 
 
 def suffix(name: str) -> str:
-    """By which files that are not images are counted; numbers and the like, of which there may be thousands, as one."""
+    """The suffix for counts of unused files. Numbers and the like, of which there may be thousands, are one suffix."""
     lower = Path(name).suffix.lower()
     return (lower if USUAL_SUFFIX.fullmatch(lower) else "another suffix") if lower else "no suffix"
 

@@ -1,7 +1,7 @@
-"""Twelve textures and shapes, painted with numpy and photographed into JPEGs: the pictures of the demo data set.
+"""The images of the demo data set: twelve textures and shapes, drawn with numpy and degraded like photographs.
 
-Each picture is a pure function of (split, class, number) and of `VERSION`. Classes survive flips and crops; colour,
-light, scale and size vary, and a few pictures are grey, as in the real ImageNet.
+Each image is a pure function of (split, class, number) and of `VERSION`. Flips and crops keep the class. Colour, light,
+scale and size vary, and a few images are grey, as in the real ImageNet.
 """
 
 import colorsys
@@ -19,8 +19,8 @@ Canvas = NDArray[np.float64]  # height x width x 3
 Span = tuple[float, float]  # from, to
 
 VERSION = 1  # part of every seed and of the data set's marker: raise it when any painter changes
-_GREYSCALE_SHARE = 0.03  # the real set has some too; a loader has to turn them into RGB
-_EDGE = 0.04  # width of a soft edge; about a pixel, as the shorter side spans 2.0
+_GREYSCALE_SHARE = 0.03  # as in the real set: loaders have to convert them to RGB
+_EDGE = 0.04  # width of a soft edge, about a pixel (the shorter side spans 2.0)
 
 
 # ---- what painters share ---------------------------------------------------------------------------
@@ -28,7 +28,7 @@ _EDGE = 0.04  # width of a soft edge; about a pixel, as the shorter side spans 2
 
 @dataclass(frozen=True)
 class View:
-    """The empty picture a painter works on: (0, 0) is the middle and the shorter side spans -1..1."""
+    """The coordinates of an empty image: (0, 0) is the middle and the shorter side spans -1..1."""
 
     generator: np.random.Generator
     x: Plane
@@ -212,7 +212,7 @@ def _sunflower(view: View) -> Canvas:
 
 def _snowflake(view: View) -> Canvas:
     radius, angle = view.polar(180)
-    folded = abs((angle / (np.pi / 3)) % 1 - 0.5) * np.pi / 3  # one twelfth, mirrored to the whole
+    folded = abs((angle / (np.pi / 3)) % 1 - 0.5) * np.pi / 3  # one twelfth, mirrored to the full circle
     along, aside = radius * np.cos(folded), radius * np.sin(folded)
     thickness = view.between(0.05, 0.08)
     ice = _inside(thickness - aside) * _inside(1.0 - along)
@@ -245,7 +245,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(_PAINTERS)
 
 
 def _empty_view(generator: np.random.Generator) -> View:
-    """A picture 72..200 pixels a side; most are landscape or portrait, like photographs."""
+    """A picture 72..200 pixels a side. Most are landscape or portrait, like photographs."""
     shorter = int(generator.integers(72, 133))
     longer = int(shorter * generator.uniform(1.0, 1.5))
     width, height = (longer, shorter) if generator.random() < 0.65 else (shorter, longer)

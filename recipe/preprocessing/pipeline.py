@@ -1,14 +1,14 @@
 """Preprocessing: raw images -> shards, index, manifest and the record of the Data chapter.
 
-    list the raw images -> check them -> deal them to shards -> make the shards in parallel
+    list the raw images -> check them -> assign them to shards -> make the shards in parallel
     -> merge their notes into index, manifest and record
 
 Several processes, of one node or many, can share the shards: `sharing`.
 
-The result depends on the raw images and the settings only, not on the number of processes, on the order in which they
-finish or on interruptions: a shard's images are fixed before any worker starts, and a shard gets its name only when it
-is complete. Training images are dealt to shards in the order of the SHA-256 of their keys, so that reading shards one
-after another gives well-mixed classes; validation images stay sorted.
+The result depends on the raw images and the settings only, not on the number of processes, their order or
+interruptions: the images of a shard are fixed before any worker starts, and a shard gets its name only when complete.
+Training images are assigned to shards in the order of the SHA-256 of their keys, so that shards read in sequence have
+well-mixed classes. Validation images stay sorted.
 """
 
 from __future__ import annotations
@@ -87,16 +87,16 @@ from recipe.run.records import Archive, ClassName, PreprocessingRecord, to_json
 from recipe.run.terminal import blocked, interruptible, start_resource_tracker
 
 LOCK = "lock"
-DECODERS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")  # in Pillow; None for one that it lacks
+DECODERS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")  # features of Pillow. None for a missing one
 SHARD_FILE = re.compile(r"^(train|val)-\d{5,}\.tar$")
 VISIBLE_POLL_SECONDS = 1.0
-VISIBLE_SECONDS = 180.0  # a network file system shows a new file up to a minute late
+VISIBLE_SECONDS = 180.0  # a network file system may show a new file a minute later
 
 
 def preprocess(config: Config, launch: Launch = ALONE) -> PreprocessingRecord:
-    """Make the data set of `config.data`, continue an interrupted run, or recognise a finished one.
+    """Make the data set of `config.data`, or continue an interrupted run, or return the record of a finished one.
 
-    `launch` is this process's place among those that share the shards; each returns when all are finished.
+    `launch` is the place of this process among those that share the shards. Each returns when all are finished.
     """
     data, directory = config.data, Path(config.data.directory)
     with interruptible(), Team(launch) as team:
@@ -115,14 +115,14 @@ def preprocess(config: Config, launch: Launch = ALONE) -> PreprocessingRecord:
 
 
 def finished_preprocessing(data: DataConfig, directory: Path) -> PreprocessingRecord | None:
-    """The record of a finished data set with all its files; raises `UserError` for one of other settings."""
+    """The record of a finished data set with all its files. Raises `UserError` for one of other settings."""
     if not (directory / MANIFEST).is_file():
         return None
     manifest = read_manifest(directory)
     changed = differences(manifest.settings, data_settings(data))
     if changed:
         raise UserError(
-            f"{display_path(directory)} holds a finished data set of other settings ({'; '.join(changed)}); "
+            f"{display_path(directory)} has a finished data set of other settings ({'; '.join(changed)}); "
             "give another data.directory or delete that one"
         )
     check_same_listing(data, directory, manifest)
@@ -140,9 +140,9 @@ def finished_preprocessing(data: DataConfig, directory: Path) -> PreprocessingRe
 
 
 def check_same_listing(data: DataConfig, directory: Path, manifest: Manifest) -> None:
-    """Raise `UserError` where the folder of a finished data set holds other images than when it was made.
+    """Raise `UserError` if the raw folder of a finished data set has changed.
 
-    The other sources are fixed sets. Raw images that are gone, or whose disk is not mounted, are not compared.
+    Other sources are fixed sets. Missing raw images, such as those of an unmounted disk, are not compared.
     """
     if data.source is not Source.folder or data.raw_dir is None:
         return
@@ -157,14 +157,14 @@ def check_same_listing(data: DataConfig, directory: Path, manifest: Manifest) ->
     now = sum(len(split) for split in rows.values())
     what = f"{before:,} images, now there are {now:,}"
     raise UserError(
-        f"{display_path(directory)} was made when data.raw_dir={display_path(raw_dir)} held "
+        f"{display_path(directory)} was made when data.raw_dir={display_path(raw_dir)} had "
         f"{what if now != before else f'other images (as many as now: {now:,})'}; "
         "give another data.name or data.directory, or delete that one"
     )
 
 
 def check_directory(directory: Path, raw_dir: Path, data: DataConfig) -> None:
-    """Raise `UserError` unless the data directory is new, empty or our own: left-over files in it are removed."""
+    """Raise `UserError` unless the data directory is new, empty or our own, since leftover files are removed."""
     processed, raw = directory.absolute().resolve(), raw_dir.absolute().resolve()
     if raw.is_relative_to(processed) or (data.source is Source.folder and processed.is_relative_to(raw)):
         raise UserError(
@@ -174,14 +174,14 @@ def check_directory(directory: Path, raw_dir: Path, data: DataConfig) -> None:
     names = {entry.name for entry in folder_entries(directory)} if directory.is_dir() else set()
     if names - {LOCK} and not names & {MANIFEST, RECORD, WORK}:
         raise UserError(
-            f"data.directory={display_path(directory)} holds files that preprocess.py did not write, and some of them "
+            f"data.directory={display_path(directory)} has files that preprocess.py did not write, and some of them "
             "could be lost; give a new or an empty folder"
         )
 
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Lock the data directory, and remove what a killed process left half written."""
+    """Lock the data directory, and remove partial files of a killed process."""
     with disk_errors(directory):
         (directory / WORK).mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory / LOCK, "being written", "data.directory"):
@@ -226,12 +226,12 @@ def make(data: DataConfig, directory: Path, raw: Raw, stage: Stage, team: Team) 
 
 
 def assist(data: DataConfig, directory: Path, team: Team) -> PreprocessingRecord:
-    """As a rank other than 0, make a share of the shards, and wait until rank 0 has merged all."""
+    """Make the share of a rank other than 0, and wait until rank 0 has merged all."""
     plan, counts = team.await_plan(), (0, 0, 0)
     if plan is not None:
         where = display_path(directory)
         await_visible(lambda: (directory / WORK).is_dir(), f"rank 0 writes to another folder than {where} of this rank")
-        raw = find_raw(data)  # not before: rank 0 may have had to draw or download it
+        raw = find_raw(data)  # after rank 0, which may draw or download it
         raw.verified = verified_names(hashed_archives(data, directory, raw))
         tasks = plan_shards(data, raw, plan.archives)
         check_same_plan(team.rank, plan, plan_of(data, tasks, plan.archives))
@@ -241,7 +241,7 @@ def assist(data: DataConfig, directory: Path, team: Team) -> PreprocessingRecord
 
 
 def kept_parts(directory: Path, tasks: list[Task], team: Team) -> dict[str, Part]:
-    """Of this process's shards those that an earlier launch finished, by name."""
+    """The shards of this process that an earlier launch finished, by name."""
     share = team.share_of(tasks)
     parts = {task.name: part_of(task, note) for task in share if (note := finished(directory, task)) is not None}
     team.count_images(sum(len(part.rows) for part in parts.values()))
@@ -257,10 +257,10 @@ def make_share(
     team: Team,
     on_images: Callable[[int], None],
 ) -> tuple[dict[str, Part], tuple[int, int, int]]:
-    """Make this process's shards but for those that are kept; returns all of its shards by name, and its counts.
+    """Make the missing shards of this process. Returns all of its shards by name, and its counts.
 
-    `on_images` gets the number of images that all processes have finished. The counts are processes, images in shards
-    that were made now, and shards that were kept.
+    `on_images` receives the number of images that all processes have finished. The counts are processes, images in new
+    shards, and kept shards.
     """
     missing = [task for task in team.share_of(tasks) if task.name not in kept]
     processes = process_count(data, missing, team.on_this_node)
@@ -273,7 +273,7 @@ def make_share(
 
 
 def await_part(directory: Path, task: Task) -> Part:
-    """A shard that another process made."""
+    """Wait for a shard of another process."""
     problem = f"{task.name} was made by another process but is not in {display_path(directory)}"
     await_visible(lambda: finished(directory, task) is not None, problem)
     note = finished(directory, task)
@@ -282,7 +282,7 @@ def await_part(directory: Path, task: Task) -> Part:
 
 
 def await_visible(is_visible: Callable[[], bool], problem: str) -> None:
-    """Wait for a file of another process, which a network file system may show late."""
+    """Wait for a file of another process: a network file system may show it later."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not is_visible():
         if time.monotonic() > deadline:
@@ -291,7 +291,7 @@ def await_visible(is_visible: Callable[[], bool], problem: str) -> None:
 
 
 def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord | None:
-    """Make the missing or cut shards of a finished data set again; None where more than that is missing."""
+    """Make missing or cut shards of a finished data set again. None if other files are missing."""
     try:
         splits, record = read_manifest(directory).splits.values(), read_record(directory)
     except UserError:
@@ -304,7 +304,7 @@ def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord |
     damaged = [task for task in tasks if size_of(directory / task.name) != shards[task.name].bytes]
     if not damaged:
         return None
-    # In the work folder: a shard that differs from the manifest but has its size must never get its name.
+    # In the work folder: a shard with another hash than the manifest's must not get its name.
     settings, processes = writer_settings(data, directory / WORK, raw), process_count(data, damaged)
     with ProgressPrinter("making shards", sum(len(task.rows) for task in damaged), "images") as progress:
         parts = make_shards(settings, damaged, processes, progress.add)
@@ -315,14 +315,14 @@ def repair(data: DataConfig, directory: Path, raw: Raw) -> PreprocessingRecord |
         shutil.rmtree(directory / WORK)
     if wrong:
         raise UserError(
-            f"{wrong[0]} was made again but is not what it was: the raw images or Pillow changed; delete "
-            f"{display_path(directory / MANIFEST)} to make the whole data set again"
+            f"{wrong[0]} was made again with other bytes: the raw images or Pillow changed; delete "
+            f"{display_path(directory / MANIFEST)} to make the data set again"
         )
     return finished_preprocessing(data, directory)
 
 
 def check_raw(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
-    """Print what was found and compare it with `data.expect`, the quick checks first; returns the archives' hashes."""
+    """Print the listing and compare it with `data.expect`, quick checks first. Returns archives with hashes."""
     print(listing_line(raw), *loss_lines(raw), *look_alike_lines(raw.class_ids), sep="\n", file=sys.stderr)
     if data.expect is Expectation.ilsvrc2012:
         check_ilsvrc2012(raw)
@@ -334,26 +334,26 @@ def check_raw(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
 
 
 def hashed_archives(data: DataConfig, directory: Path, raw: Raw) -> list[Archive]:
-    """The archives with their hashes; read once for all processes, and cached in the data directory."""
-    published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo only borrows the names
+    """The archives with their hashes, cached in the data directory."""
+    published = {} if data.source is Source.demo else imagenet.PUBLISHED_MD5  # the demo has the same names
     with read_errors(check_raw_dir(data)):
         return digests(raw.archives, published, directory / WORK / "archives.json")
 
 
 def verified_names(archives: list[Archive]) -> set[str]:
-    """Archives with the published checksum: damage inside them was published."""
+    """Names of archives with the published checksum: damage in them is accepted."""
     return {archive.name for archive in archives if archive.is_published_md5}
 
 
 def listing_line(raw: Raw) -> str:
-    """The layout, the number of images and what is left out."""
+    """A line with the layout, the number of images and unused files."""
     images = ", ".join(f"{len(rows):,} {name}" for name, rows in raw.rows.items())
     left_out = f"; left out: {left_out_in_words(raw.left_out)}" if raw.left_out else ""
     return f"found {raw.layout}: {images} images of {len(raw.class_ids):,} classes{left_out}"
 
 
 def plan_shards(data: DataConfig, raw: Raw, archive_hashes: list[str]) -> list[Task]:
-    """The shards, each with its images; the plan's hash changes with anything that could change the shard's bytes."""
+    """The shards with their images. The hash of a plan changes with everything that could change the shard's bytes."""
     versions = [PIL.__version__, version("simplejpeg"), *map(features.version, DECODERS)]
     shaping = sha256_of([data_settings(data), versions, archive_hashes])
     tasks = []
@@ -367,20 +367,20 @@ def plan_shards(data: DataConfig, raw: Raw, archive_hashes: list[str]) -> list[T
 
 
 def plan_of(data: DataConfig, tasks: list[Task], archive_hashes: list[str]) -> Plan:
-    """What several processes must agree on."""
+    """The plan, on which all processes must agree."""
     shards = sha256_of([task.plan_sha256 for task in tasks])
     return Plan(settings=data_settings(data), archives=archive_hashes, shards_sha256=shards)
 
 
 def in_hash_order(rows: Rows) -> Rows:
-    """Rows in the order of the SHA-256 of their keys: well mixed, and the same everywhere."""
+    """Rows in the order of the SHA-256 of their keys: well mixed and reproducible."""
     parts = [b"".join(hashlib.sha256(key).digest() for key in part.tolist()) for part in in_parts(rows["key"])]
     words = np.frombuffer(b"".join(parts), dtype=">u8").reshape(-1, 4)
     return rows[np.lexsort(words.T[::-1])]
 
 
 def writer_settings(data: DataConfig, directory: Path, raw: Raw) -> WriterSettings:
-    """What workers need to know. Only training images are ever resized: the metric is over original ones."""
+    """The settings of workers. Only training images are resized: the metric is over original images."""
     train = Rules(
         keeps_png=raw.keeps_png,
         resize_short_side=data.resize_short_side,
@@ -398,7 +398,7 @@ def writer_settings(data: DataConfig, directory: Path, raw: Raw) -> WriterSettin
 
 
 def process_count(data: DataConfig, tasks: list[Task], ranks_on_node: int = 1) -> int:
-    """As many worker processes as are configured, else one a core, but not more than shards; 0: none but this process.
+    """The number of worker processes: the configured one, else one per core, at most one per shard. 0: this process.
 
     The ranks of this launch on this node share its cores.
     """
@@ -414,9 +414,9 @@ def make_shards(
     on_images: Callable[[int], None],
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Part]:
-    """Make the shards in worker processes; returns them by name. The first failure stops all.
+    """Make shards in worker processes. Returns them by name. The first failure stops all.
 
-    `on_images` gets the number of images of each finished shard; `check` is called often, and may raise.
+    `on_images` receives the number of images of each finished shard. `check` is called often and may raise.
     """
     parts: dict[str, Part] = {}
 
@@ -438,25 +438,25 @@ def make_shards(
     stop = context.Event()
     executor = ProcessPoolExecutor(processes, context, start_worker, (settings, stop))
     try:
-        with blocked((signal.SIGINT, signal.SIGHUP)):  # a terminal sends them to all; workers are stopped in order
+        with blocked((signal.SIGINT, signal.SIGHUP)):  # of a terminal: this process stops the workers
             futures = {executor.submit(run_task, task): task for task in tasks}
         while futures:
             for future in wait(futures, VISIBLE_POLL_SECONDS, FIRST_COMPLETED).done:
-                add(futures.pop(future), future.result())  # lets go of the future, which keeps its note
+                add(futures.pop(future), future.result())  # drops the future, which keeps its note in memory
             check()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; run the same command again to continue, "
+            "a worker process was killed, perhaps because memory ran out; run the same command again to continue, "
             "with fewer data.processes if it happens again"
         ) from error
     finally:
-        stop.set()  # workers look at it between two images, so that a signal ends them within one
+        stop.set()  # workers check it between images
         executor.shutdown(wait=True, cancel_futures=True)
     return parts
 
 
 def remove_strays(directory: Path, wanted: set[str]) -> None:
-    """Remove shards that an interrupted run of other settings left and this one does not overwrite."""
+    """Remove shards of an interrupted run with other settings that this run does not overwrite."""
     with disk_errors(directory):
         for path in directory.iterdir():
             if SHARD_FILE.match(path.name) and path.name not in wanted:
@@ -464,7 +464,7 @@ def remove_strays(directory: Path, wanted: set[str]) -> None:
 
 
 def check_images_left(raw: Raw, merged: dict[str, Merged]) -> None:
-    """Raise `UserError` where data.on_corrupt=skip left out a split or all training images of a class."""
+    """Raise `UserError` if data.on_corrupt=skip removed a split or all training images of a class."""
     for name, split in merged.items():
         if not len(split.index):
             first = split.unusual.rejected[0]
@@ -481,7 +481,7 @@ def check_images_left(raw: Raw, merged: dict[str, Merged]) -> None:
 
 
 def write_data_set(data: DataConfig, directory: Path, raw: Raw, merged: dict[str, Merged]) -> None:
-    """Write the index files, then the manifest with their hashes, which marks the data set as complete."""
+    """Write the index files, then the manifest with their hashes. It marks the data set as complete."""
     for name, split in merged.items():
         write_atomically(directory / f"{name}.index.npy", npy_bytes(split.index))
         write_atomically(directory / f"{name}.keys.npy", npy_bytes(split.keys))

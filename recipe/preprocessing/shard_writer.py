@@ -1,9 +1,8 @@
-"""Makes one shard: from its rows of the raw listing to a tar, and a note of its facts beside it.
+"""Makes a shard: a tar from rows of the raw listing, and a note of its facts.
 
-Runs in worker processes, which import no torch. A shard is finished when its note
-(`.recipe-work/train-00000.json`) exists. The note is written last and carries the hash of the plan (settings, versions
-and rows), so that a run that was killed continues with every shard whose note still fits. At the end the notes of a
-split are merged into its index and its facts.
+Runs in worker processes, without torch. A shard is finished when its note (`.recipe-work/train-00000.json`) exists. The
+note is written last and has the hash of the plan (settings, versions and rows). A run that continues a killed one keeps
+shards with a note of the same plan. At the end the notes of a split are merged into its index and its facts.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from recipe.run.records import Record, UnusualImage, from_json, to_json
 
 WORK = ".recipe-work"  # the folder of notes, removed when all shards are finished
 TAR_RECORD_BYTES = tarfile.RECORDSIZE
-EMPTY = tarfile.TarInfo().tobuf()  # the header of no name and no size; bytes 148 to 154 are its sum in octal
+EMPTY = tarfile.TarInfo().tobuf()  # a header without name and size. Bytes 148 to 154 are its sum in octal
 EMPTY_CHECKSUM = int(EMPTY[148:154], 8)
 
 
@@ -55,7 +54,7 @@ class Task:
 
 @dataclass(frozen=True)
 class WriterSettings:
-    """What all tasks share."""
+    """The settings of all tasks."""
 
     directory: Path
     containers: list[Path]
@@ -76,11 +75,11 @@ class UnusualImages:
 
 
 class Note(Record, frozen=True, kw_only=True):
-    """Facts of a finished shard. Columns hold one value for each stored image, in the order of the shard."""
+    """Facts of a finished shard. Columns have one value for each stored image, in the order of the shard."""
 
     plan_sha256: str
     shard: Shard
-    stored: list[int]  # positions of stored images among the rows; the others are rejected
+    stored: list[int]  # positions of stored images among the rows. Others are rejected
     offsets: list[int]
     sizes: list[int]  # bytes
     widths: list[int]
@@ -94,7 +93,7 @@ class StoppedError(Exception):
 
 
 class RawReader:
-    """Reads original bytes by (container, offset, size); files of archives are opened once."""
+    """Reads original bytes by (container, offset, size). Archives are opened once."""
 
     def __init__(self, containers: list[Path]) -> None:
         self.containers = containers
@@ -115,13 +114,13 @@ class RawReader:
         return content
 
     def descriptor(self, container: int) -> int:
-        """An open archive."""
+        """The descriptor of an open archive."""
         if container not in self.descriptors:
             self.descriptors[container] = os.open(self.containers[container], os.O_RDONLY | os.O_CLOEXEC)
         return self.descriptors[container]
 
     def where(self, row: np.void) -> str:
-        """A raw image for an error message."""
+        """The name of a raw image for an error message."""
         container = self.containers[int(row["container"])]
         if name := bytes(row["name"]):
             return display_path(container / os.fsdecode(name))
@@ -130,7 +129,7 @@ class RawReader:
 
 @dataclass
 class ShardMaker:
-    """Makes one shard and collects its facts; `should_stop` is asked before each image."""
+    """Makes one shard and collects its facts. `should_stop` is asked before each image."""
 
     task: Task
     settings: WriterSettings
@@ -145,7 +144,7 @@ class ShardMaker:
     def make(self) -> Note:
         """Write the tar, then the note."""
         path = note_path(self.settings.directory, self.task)
-        path.unlink(missing_ok=True)  # it may vouch for another plan's shard
+        path.unlink(missing_ok=True)  # it may be of another plan's shard
         shard, places = write_shard(self.settings.directory / self.task.name, self.images())
         note = Note(
             plan_sha256=self.task.plan_sha256,
@@ -162,7 +161,7 @@ class ShardMaker:
         return note
 
     def images(self) -> Iterator[tuple[str, str, bytes, int]]:
-        """(key, extension, stored bytes, label) of every sound image."""
+        """(key, extension, stored bytes, label) of every accepted image."""
         rules = self.settings.rules[self.task.split]
         for position, row in enumerate(self.task.rows):
             if self.should_stop():
@@ -186,7 +185,7 @@ class ShardMaker:
             yield key, image.extension, image.content, int(row["label"])
 
     def reject(self, row: np.void, key: str, error: RejectedImageError) -> None:
-        """Skip an image with data.on_corrupt=skip, else raise `UserError` with its name."""
+        """Skip an image if data.on_corrupt=skip, else raise `UserError` with its name."""
         if not self.settings.skips_corrupt:
             raise UserError(
                 f"{self.reader.where(row)} {error.verdict}: {error}; {error.way_out}, or leave such images out (and "
@@ -195,7 +194,7 @@ class ShardMaker:
         self.unusual.rejected.append(UnusualImage(split=self.task.split, key=key, what=str(error), done="left out"))
 
     def note_unusual(self, key: str, image: StoredImage, raw_bytes: int) -> None:
-        """Keep what is unusual about a stored image."""
+        """Note the unusual property of a stored image."""
         if image.is_grey:
             self.unusual.grey.append(key)
         if image.is_rotated:
@@ -210,12 +209,12 @@ class ShardMaker:
 
 
 def note_path(directory: Path, task: Task) -> Path:
-    """The file of a shard's note."""
+    """The path of a shard's note."""
     return directory / WORK / f"{task.split}-{task.number:05d}.json"
 
 
 def finished(directory: Path, task: Task) -> Note | None:
-    """The note of a shard that an earlier run finished by the same plan, if its tar still has its size."""
+    """The note of a shard that an earlier run finished with the same plan, if its tar has the noted size."""
     path = note_path(directory, task)
     if not path.exists():
         return None
@@ -232,14 +231,14 @@ def finished(directory: Path, task: Task) -> Note | None:
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Where an image's bytes are in its shard."""
+    """The place of an image's bytes in its shard."""
 
     offset: int
     bytes: int
 
 
 class ShardWriter:
-    """Writes one tar of equal bytes for equal images, and its SHA-256."""
+    """Writes a tar and its SHA-256, with equal bytes for equal images."""
 
     def __init__(self, handle: io.BufferedWriter) -> None:
         self.handle = handle
@@ -275,7 +274,7 @@ class ShardWriter:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The header that tarfile writes, in a tenth of its time; plain ustar unless a long name needs a pax header."""
+    """The header of tarfile, in a tenth of its time. Plain ustar unless a long name needs a pax header."""
     if len(name) > tarfile.LENGTH_NAME or not name.isascii():
         header = tarfile.TarInfo(name)
         header.size = size
@@ -293,7 +292,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def write_shard(path: Path, images: Iterable[tuple[str, str, bytes, int]]) -> tuple[Shard, list[StoredBytes]]:
-    """Write (key, extension, content, label) of each image under a temporary name, then give it its own."""
+    """Write (key, extension, content, label) of each image to a temporary file, then rename it."""
     with disk_errors(path), temporary_sibling(path) as temporary:
         with temporary.open("wb") as handle:
             writer = ShardWriter(handle)
@@ -315,7 +314,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Part:
-    """One shard's note as arrays, since lists of Python numbers take several times the memory."""
+    """The note of a shard as arrays, since lists of Python numbers take several times the memory."""
 
     rows: Rows  # all raw images of the shard, rejected ones included
     shard: Shard
@@ -337,7 +336,7 @@ class Merged:
 
 
 def part_of(task: Task, note: Note) -> Part:
-    """Compact a note as soon as it arrives."""
+    """Convert a note to arrays."""
     stored = np.array(note.stored, dtype=np.uint32)
     index = np.zeros(len(stored), dtype=INDEX)
     index["shard"] = task.number
@@ -349,7 +348,7 @@ def part_of(task: Task, note: Note) -> Part:
 
 
 def merge_parts(parts: Sequence[Part]) -> Merged:
-    """Put the shards of a split together, in their order."""
+    """Merge the shards of a split in their order."""
     unusual = [part.unusual for part in parts]
     return Merged(
         index=np.concatenate([part.index for part in parts]),
@@ -368,7 +367,7 @@ def merge_parts(parts: Sequence[Part]) -> Merged:
 
 
 def raw_sha256(parts: Sequence[Part]) -> str:
-    """Over the lines `key label sha256` of all raw images, sorted by key: the same for archives and folders."""
+    """SHA-256 over the lines `key label sha256` of all raw images, sorted by key: equal for archives and folders."""
     keys = np.concatenate([part.rows["key"] for part in parts])
     labels = np.concatenate([part.rows["label"] for part in parts])
     content = b"".join(part.raw_sha256 for part in parts)
@@ -385,7 +384,7 @@ _worker: tuple[WriterSettings, RawReader, Event]
 
 
 def start_worker(settings: WriterSettings, stop: Event) -> None:
-    """Runs once in each worker process."""
+    """Initialise a worker process."""
     global _worker
     threading.Thread(target=end_with_parent, daemon=True).start()
     silence_decoders()
@@ -393,7 +392,7 @@ def start_worker(settings: WriterSettings, stop: Event) -> None:
 
 
 def end_with_parent() -> None:
-    """A parent that was killed cannot stop its workers, so they watch it and end by themselves."""
+    """End this worker if its parent ends, since a killed parent cannot stop its workers."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,8 +1,8 @@
-"""The processes of one launch, on one node or many, share the shards of a data set: torchrun ... preprocess.py
+"""Preprocessing on several processes of one launch, on one node or many: torchrun ... preprocess.py
 
-Rank r makes every R-th shard; rank 0 checks the raw data before and merges the notes afterwards. They share the data
-directory, and messages through torch's store. Between rank 0 and the others an operation of gloo stays open while they
-work: it waits for a slow rank without limit, and fails at once where a rank ends, since its connection closes.
+Rank r makes every R-th shard. Rank 0 checks the raw data before and merges the notes afterwards. Ranks share the data
+directory, and messages through torch's store. A gloo operation between rank 0 and the others is pending during the
+work: it waits for slow ranks without limit, and fails at once if a rank ends, since its connection closes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAN, IMAGES, RECORD, FAILURE = "plan", "images", "record", "failure"  # keys of
 
 
 class Plan(Record, frozen=True, kw_only=True):
-    """What all ranks must agree on."""
+    """The plan of a rank. All ranks must have the same."""
 
     settings: dict[str, Setting]
     archives: list[str]  # hashes
@@ -38,15 +38,15 @@ class Plan(Record, frozen=True, kw_only=True):
 
 
 class Team:
-    """The ranks of this launch; a process that is alone waits for no other and imports no torch."""
+    """The ranks of this launch. A single process does not wait and does not import torch."""
 
     def __init__(self, launch: Launch) -> None:
         self.rank, self.size, self.on_this_node = launch.rank, launch.size, launch.local_size
         self.images = 0  # of this process
         self.is_announced = False
         self.store: Store
-        self.ends: ProcessGroup  # of the operation in which rank 0 ends
-        self.link: Work  # of rank 0: the counts of all ranks; of the others: the end of rank 0
+        self.ends: ProcessGroup  # of the operation that completes when rank 0 ends
+        self.link: Work  # on rank 0: the counts of all ranks. On others: the end of rank 0
 
     def __enter__(self) -> Team:
         if self.size > 1:
@@ -87,7 +87,7 @@ class Team:
         return tasks[self.rank :: self.size]
 
     def count_images(self, images: int) -> int:
-        """Count finished images of this process; returns those of all."""
+        """Count finished images of this process, and return the count of all processes."""
         self.images += images
         if self.size == 1:
             return self.images
@@ -95,7 +95,7 @@ class Team:
             return int(self.store.add(IMAGES, images))
 
     def check(self) -> None:
-        """Raise where another rank failed (its sentence and exit code) or ended (`HangError`)."""
+        """Raise `WorkerError` (message and exit code) if another rank failed, `HangError` if it ended."""
         if self.size > 1 and self.link.is_completed():
             with self._failure_of_others():
                 self.link.wait()
@@ -103,14 +103,14 @@ class Team:
     # ---- rank 0 ---------------------------------------------------------------------------------------
 
     def announce(self, plan: Plan | None) -> None:
-        """Let the others begin; None: there is nothing to make."""
+        """Send the plan to the other ranks, which start. None: nothing to make."""
         self.is_announced = True
         if self.size > 1:
             with self._failure_of_others():
                 self.store.set(PLAN, "" if plan is None else to_json(plan).decode())
 
     def sum_counts(self, counts: tuple[int, int, int], on_images: Callable[[int], None]) -> tuple[int, ...]:
-        """Wait for the shards of all ranks; returns the sum of their counts. `on_images` gets the number of images."""
+        """Wait for the shards of all ranks. Returns the sum of counts. `on_images` receives the number of images."""
         if self.size == 1:
             return counts
         while not self.link.is_completed():
@@ -120,7 +120,7 @@ class Team:
         return tuple(sum(column) for column in zip(counts, *(tensor.tolist() for tensor in self.counts), strict=True))
 
     def end(self, record: PreprocessingRecord) -> None:
-        """Hand the record to the others, which end."""
+        """Send the record to the other ranks, which end."""
         if self.size > 1:
             if not self.is_announced:
                 self.announce(None)
@@ -132,13 +132,13 @@ class Team:
     # ---- the others -----------------------------------------------------------------------------------
 
     def await_plan(self) -> Plan | None:
-        """The plan of rank 0, when it has checked the raw data; None where there is nothing to make."""
+        """Wait for the plan of rank 0. None: nothing to make."""
         self._wait_until(lambda: self.store.check([PLAN]))
         content = self.store.get(PLAN)
         return from_json(content, Plan, "the plan of rank 0") if content else None
 
     def await_end(self, counts: tuple[int, int, int]) -> PreprocessingRecord:
-        """Hand in this rank's counts and wait for the record of rank 0."""
+        """Send this rank's counts and wait for the record of rank 0."""
         gathered = self._gather(counts)
         self._wait_until(lambda: gathered.is_completed() and self.link.is_completed())
         self.check()
@@ -172,7 +172,7 @@ class Team:
 
     @contextmanager
     def _failure_of_others(self) -> Iterator[None]:
-        """Turn an error of torch into the failure that caused it."""
+        """Raise the failure that caused an error of torch."""
         try:
             yield
         except RuntimeError as error:
@@ -189,7 +189,7 @@ class Team:
 
 
 def check_same_plan(rank: int, first: Plan, own: Plan) -> None:
-    """Raise `UserError` with the difference unless this rank would make the data set of rank 0."""
+    """Raise `UserError` with the difference if this rank has another plan than rank 0."""
     changed = differences(first.settings, own.settings)
     if changed:
         raise UserError(
@@ -197,6 +197,6 @@ def check_same_plan(rank: int, first: Plan, own: Plan) -> None:
         )
     if first.shards_sha256 != own.shards_sha256:
         raise UserError(
-            f"rank {rank} comes to other shards than rank 0: it sees other raw images (names, sizes, times of change), "
+            f"rank {rank} has other shards than rank 0: it sees other raw images (names, sizes, times of change), "
             "or has another Pillow; give all processes the same raw_dir and environment"
         )

@@ -1,4 +1,4 @@
-"""The sources of raw images: find them in whichever layout they are, and list them without changing them."""
+"""The sources of raw images: find their layout and list them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ DRAWN_OR_DOWNLOADED = (Source.demo, Source.imagenette)
 
 
 def find_raw(data: DataConfig) -> Raw:
-    """List the raw images of `data`, in the layout that is found; the demo is drawn and Imagenette downloaded before.
+    """List the raw images of `data`. Draws the demo and downloads Imagenette first.
 
-    Raises `UserError` that names what is looked for and where to get it.
+    Raises `UserError` with the accepted layouts and the place to get the files.
     """
     raw_dir = check_raw_dir(data)
     if data.source in DRAWN_OR_DOWNLOADED:
@@ -50,27 +50,27 @@ def find_raw(data: DataConfig) -> Raw:
 
 @contextmanager
 def read_errors(raw_dir: Path) -> Iterator[None]:
-    """Turn the errors of a folder without permission, a link to itself or a failing disk into one sentence."""
+    """Raise `UserError` for errors of reading: missing permission, a link to itself, a failing disk."""
     try:
         yield
     except OSError as error:
         where = display_path(error.filename or raw_dir)
         raise UserError(
-            f"cannot read {where}: {error.strerror or error}; mend it, or give another data.raw_dir"
+            f"cannot read {where}: {error.strerror or error}; fix it, or give another data.raw_dir"
         ) from error
 
 
 def check_raw_dir(data: DataConfig) -> Path:
-    """The folder of raw files; raises `UserError` unless it exists or its files are drawn or downloaded."""
+    """The folder of raw files. Raises `UserError` unless it exists or its files are drawn or downloaded."""
     folders = "a folder of images for each class, or train/ and val/ with such folders"
     wanted = folders if data.source is Source.folder else LOOKED_FOR
     if data.raw_dir is None:
-        raise UserError(f"data.raw_dir is not given: name the folder that holds {wanted}")
+        raise UserError(f"data.raw_dir is not given: name the folder that has {wanted}")
     raw_dir = Path(data.raw_dir)
     with read_errors(raw_dir):
         is_there = data.source in DRAWN_OR_DOWNLOADED or raw_dir.is_dir()
     if not is_there:
-        raise UserError(f"data.raw_dir={display_path(raw_dir)} is not a folder: it should hold {wanted}")
+        raise UserError(f"data.raw_dir={display_path(raw_dir)} is not a folder: it should have {wanted}")
     return raw_dir
 
 

@@ -1,4 +1,4 @@
-"""The record of preprocessing, which is the Data chapter of every recipe on the data set, and the printed summary."""
+"""The record of preprocessing, for the Data chapter, and the printed summary."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def record_of(
 
 
 def is_ilsvrc2012(data: DataConfig, merged: dict[str, Merged]) -> bool:
-    """Whether the images were checked to be ILSVRC2012, and all of them are stored."""
+    """True if the images were checked to be ILSVRC2012 and all are stored."""
     return data.expect is Expectation.ilsvrc2012 and not any(split.unusual.rejected for split in merged.values())
 
 
@@ -100,12 +100,12 @@ def split_facts(split: Merged) -> SplitFacts:
 
 
 def percentiles(values: NDArray[np.uint32]) -> list[int]:
-    """Pixels at 0, 5, 50, 95 and 100 %, each the size of a real image."""
+    """Pixels at 0, 5, 50, 95 and 100 %, each of an existing image."""
     return [int(value) for value in np.percentile(values, PERCENTILES, method="nearest")]
 
 
 def label_examples(raw: Raw, train: Merged) -> list[LabelExample]:
-    """The first, the middle and the last class, each with the first of its training images."""
+    """The first, the middle and the last class, each with its first training image."""
     examples = []
     for label in sorted({0, len(raw.class_ids) // 2, len(raw.class_ids) - 1}):
         keys, class_id = train.keys[train.index["label"] == label], raw.class_ids[label]
@@ -116,7 +116,7 @@ def label_examples(raw: Raw, train: Merged) -> list[LabelExample]:
 
 
 def unusual_counts(merged: dict[str, Merged]) -> dict[str, int]:
-    """Kind -> count over both splits, grayscale and rotated images (which keep their bytes) included."""
+    """Kind -> count over both splits, including grayscale and rotated images, which keep their bytes."""
     counts = Counter(image.what for split in merged.values() for image in split.unusual.converted)
     counts[GREY] = sum(len(split.unusual.grey) for split in merged.values())
     counts[ROTATED] = sum(len(split.unusual.rotated) for split in merged.values())
@@ -124,7 +124,7 @@ def unusual_counts(merged: dict[str, Merged]) -> dict[str, int]:
 
 
 def tallies(left_out: dict[str, Tally]) -> dict[str, LeftOut]:
-    """Tallies as the record lists them."""
+    """The entries of tallies in the record."""
     return {name: LeftOut(count=tally.count, examples=tally.examples) for name, tally in sorted(left_out.items())}
 
 
@@ -140,19 +140,19 @@ def stored_as(data: DataConfig) -> str:
 
 
 def jpeg_library() -> str:
-    """The library that Pillow decodes JPEG with."""
+    """The JPEG library of Pillow."""
     name = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
     return f"{name} {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
 def portable(path: Path, outside: str) -> str:
-    """A path relative to the checkout, or the name that stands for one outside of it."""
+    """A path relative to the checkout. `outside` for other paths."""
     absolute = path.absolute()
     return printable(str(absolute.relative_to(CHECKOUT))) if absolute.is_relative_to(CHECKOUT) else outside
 
 
 def print_summary(record: PreprocessingRecord, merged: dict[str, Merged]) -> None:
-    """Print counts, and warn of images that grew and of what is unexpected on ILSVRC2012."""
+    """Print counts, and warnings about grown images and unexpected ones on ILSVRC2012."""
     images = ", ".join(f"{facts.images:,} {name}" for name, facts in record.splits.items())
     unusual = ", ".join(f"{count:,} {kind}" for kind, count in record.unusual_images.items()) or "none"
     converted = [image for split in merged.values() for image in split.unusual.converted]

@@ -1,6 +1,6 @@
-"""Run: the known files of a run directory; runs/journal.jsonl: a line for each stage started and ended, over all runs.
+"""The files of a run directory (`Run`), and runs/journal.jsonl, a line for each start and end of a stage of any run.
 
-A result is a directory: naming it again continues it. Every file gets its final name only when it is complete.
+A command with the directory of an earlier run continues that run. Files get their final names only when complete.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from recipe.run.files import (
 )
 from recipe.run.records import RECORDS, AnyRecord, EvaluationRecord, Record, TimingRecord, from_json, now, to_json
 
-JOURNAL = Path("runs", "journal.jsonl")  # below the current directory, also for runs elsewhere
+JOURNAL = Path("runs", "journal.jsonl")  # below the current directory, also for run directories elsewhere
 RECORD_NAMES = {kind: name for name, kind in RECORDS.items()}
 
 
 class Run:
-    """The files of one run directory; nothing is created until something is written."""
+    """The files of one run directory. Nothing is created until something is written."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -67,17 +67,17 @@ class Run:
         return self.records / f"{RECORD_NAMES[kind]}.json"
 
     def content(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> bytes:
-        """The bytes of one of the run's files; raises `UserError` as `files.opened` does."""
+        """The bytes of a file of the run. Raises `UserError` as `files.opened` does."""
         return read_file(path, display_path(path), bytes_max, self.directory)
 
     def check_readable(self, path: Path, bytes_max: int = RECORD_BYTES_MAX) -> None:
-        """Raise the `UserError` of `content` without reading; an absent file is fine."""
+        """Raise the `UserError` of `content` without reading. An absent file is fine."""
         if os.path.lexists(path):
             with opened(path, display_path(path), bytes_max, self.directory):
                 pass
 
     def onnx_file(self, variant: str) -> Path:
-        """The exported model; `variant` is fp32, fp16 or int8."""
+        """The exported model. `variant` is fp32, fp16 or int8."""
         return self.directory / "onnx" / f"model-{file_name(variant, 'the variant')}.onnx"
 
     def predictions_file(self, protocol: str) -> Path:
@@ -118,13 +118,13 @@ class Run:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
         if "${" in text:
-            raise UserError(f"{where} holds '${{': a pinned configuration is plain values")
+            raise UserError(f"{where} contains '${{': a pinned configuration is plain values")
         if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-            raise UserError(f"{where} holds no configuration with a name")
+            raise UserError(f"{where} is not a configuration with a name")
         return values
 
     def metric_rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl as `recipe.run.metric_rows.Row`; raises `UserError` for other lines."""
+        """The rows of metrics.jsonl as `recipe.run.metric_rows.Row`. Raises `UserError` for other lines."""
         if not os.path.lexists(self.metrics):
             return []
         where = display_path(self.metrics)
@@ -133,7 +133,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time; a second one is refused at once."""
+        """Lock the run for one writer. Raises `UserError` at once if it is locked."""
         self.directory_exists()
         with exclusive_lock(self.lock_file, "in use", "run_dir"):
             yield
@@ -153,14 +153,14 @@ class Run:
 
 
 def plain_yaml(text: str) -> Any:
-    """Parse YAML of plain JSON values; raises `ValueError` for aliases, which can grow without end, dates and NaN."""
+    """Parse YAML of plain JSON values. Raises `ValueError` for dates, NaN and aliases, which can expand without end."""
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise ValueError("it repeats a part of itself by an alias, which a pinned configuration never does")
+        raise ValueError("it has an alias, which a pinned configuration never has")
     values = yaml.safe_load(text)
     try:
         json.dumps(values, allow_nan=False)
     except TypeError as error:
-        raise ValueError(f"it holds a value that JSON cannot: {error}") from error
+        raise ValueError(f"it has a value that JSON cannot represent: {error}") from error
     return values
 
 
@@ -168,7 +168,7 @@ def plain_yaml(text: str) -> Any:
 
 
 def append_to_journal(run: Run, stage: str, event: str, **facts: Any) -> None:
-    """Append one event of a stage of `run`; raises `DiskError` if that fails."""
+    """Append one event of a stage of `run`. Raises `DiskError` if that fails."""
     run_and_place = {"run": portable_path(run.directory), "place": place_of(run.directory)}
     row = {"time": now(), **run_and_place, "stage": stage, "event": event, **facts}
     with disk_errors(JOURNAL):

@@ -24,7 +24,7 @@ VARIABLES = (
     *("GOMP_SPINCOUNT", "CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED"),
 )
 VARIABLE_PREFIXES = ("NCCL_", "TORCH_NCCL_")
-TYPED_WORDS = "RECIPE_TYPED_WORDS"  # environment variable; jobs inherit it
+TYPED_WORDS = "RECIPE_TYPED_WORDS"  # environment variable that jobs inherit
 PLACES = {  # setting, verb or flag -> the shell variable that replaces its path
     "data.raw_dir": "$RAW_DIR",
     "data.directory": "$DATA_DIR",
@@ -43,8 +43,8 @@ PLACES = {  # setting, verb or flag -> the shell variable that replaces its path
 def command() -> str:
     """The command line as typed, without paths outside the checkout.
 
-    Python's multiprocessing gives `sys.argv` to the processes that this project starts; a process of torchrun has no
-    parent of that kind.
+    Processes that this project starts have `sys.argv` of their parent from Python's multiprocessing. A process of
+    torchrun has no such parent.
     """
     script, *arguments = typed_words() or ["python"]
     is_verb = Path(script).parts[-2:] == ("recipe", "__main__.py") or Path(script).name == "recipe"
@@ -58,7 +58,7 @@ def command() -> str:
 
 
 def remember_typed_words() -> None:
-    """Keep the command line for jobs that a launcher of Hydra sends to Slurm: they have another `sys.argv`."""
+    """Keep the command line for Slurm jobs of a Hydra launcher, which have another `sys.argv`."""
     os.environ[TYPED_WORDS] = json.dumps(sys.argv)
 
 
@@ -69,9 +69,9 @@ def typed_words() -> list[str]:
 
 
 def shown_argument(argument: str, before: str = "") -> str:
-    """A word of a command for a shell; a path outside the checkout is a variable, or its last part.
+    """A word of a command line, quoted for a shell. A path outside the checkout becomes a variable or its last part.
 
-    `before` is the preceding word: a flag or verb whose value this may be.
+    `before` is the preceding word: the flag or verb that this may be the value of.
     """
     key, equals, value = argument.partition("=")
     if not equals:
@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def variables() -> dict[str, str]:
-    """The environment variables of the allow list; no other one is ever recorded."""
+    """The environment variables of the allow list. Others are never recorded."""
     names = (name for name in sorted(os.environ) if name in VARIABLES or name.startswith(VARIABLE_PREFIXES))
     return {printable(name): printable(redact_paths(os.environ[name])) for name in names}
 
@@ -112,12 +112,12 @@ def processor_name() -> str:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use; a container or `taskset` can grant fewer than the machine has."""
+    """The cores that this process may use: fewer than the machine has in a container or under `taskset`."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(**accelerator: str | int | float | None) -> Hardware:
-    """Processor, usable cores and memory, with the accelerator's facts that `distributed` read."""
+    """Processor, usable cores and memory, with the facts of the accelerator that are given."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(
         processor=processor_name(),

@@ -1,7 +1,7 @@
-"""File work: atomic writing, locks, reading files from others, and paths as people and records see them.
+"""Atomic writing, locks, reading untrusted files, and paths for messages and records.
 
-Files of others are read with care: a FIFO or a device blocks its reader, a sparse file claims terabytes, a link or a
-name with slashes leads out of its folder.
+Untrusted files can be FIFOs or devices, which block the reader, sparse files of terabytes, and links or names that
+lead out of their folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from recipe.errors import DiskError, UserError, how_to_continue
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-ELSEWHERE = "..."  # stands for the folders of a place outside the checkout
-RECORD_BYTES_MAX = 256 * 2**20  # of a record, the log or the JSON file of one run; those of ImageNet have 10 MB
+ELSEWHERE = "..."  # replaces the folders of a path outside the checkout
+RECORD_BYTES_MAX = 256 * 2**20  # of a record, a log or a JSON file of a run. Those of ImageNet have 10 MB
 WEIGHTS_BYTES_MAX = 16 * 2**30  # torchvision's largest classifier with an average and Adam's moments has 10 GB
 FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}")
-# A slash where a path can begin (not in a word or a URL; after a colon a single one), and the folders after it.
+# A slash where a path can begin (not in a word or a URL, and single after a colon), and the folders after it.
 ABSOLUTE_PATH = re.compile(r"(?:(?<=file:)//+|(?<![\w.$}:/])/+|(?<=:)/(?!/))(?:[\w.+@%~-]+/+)+")
 
 
@@ -31,7 +31,7 @@ ABSOLUTE_PATH = re.compile(r"(?:(?<=file:)//+|(?<![\w.$}:/])/+|(?<=:)/(?!/))(?:[
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to the disk, rename: the final name never holds half a file."""
+    """Write to a temporary name, flush to the disk, rename. The final name never has a partial file."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(path) as temporary:
@@ -54,7 +54,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise `DiskError`, one sentence with exit code 74, for a full, read-only or vanished disk."""
+    """Raise `DiskError` for a full, read-only or vanished disk."""
     try:
         yield
     except OSError as error:
@@ -65,9 +65,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive_lock(file: Path, busy: str, key: str) -> Iterator[None]:
-    """Hold `file`; a second process is refused at once, and so is a file system without locks.
+    """Lock `file`. Raises `UserError` at once if another process has the lock or the file system has no locks.
 
-    `busy` completes the sentence "<folder> is ... by another process"; `key` names the setting of another folder.
+    `busy` completes the sentence "<folder> is ... by another process". `key` names the setting of another folder.
     """
     with disk_errors(file):
         handle = file.open("a")
@@ -89,7 +89,7 @@ def exclusive_lock(file: Path, busy: str, key: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path, where: str, bytes_max: int, folder: Path | None = None) -> Iterator[BufferedReader]:
-    """Open a regular file of at most `bytes_max` bytes, inside `folder` where one is given; else raise `UserError`."""
+    """Open a regular file of at most `bytes_max` bytes, inside `folder` if given. Raises `UserError` otherwise."""
     if folder is not None and not is_inside(path, folder):
         raise UserError(f"{where} is a link that leaves its folder; put the file in its place")
     with reading_errors(where):
@@ -104,7 +104,7 @@ def opened(path: Path, where: str, bytes_max: int, folder: Path | None = None) -
 
 
 def at_once(path: str, flags: int) -> int:
-    """Opener that does not wait for the other end of a FIFO and takes over no terminal."""
+    """An opener that does not wait for the other end of a FIFO or take over a terminal."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -116,7 +116,7 @@ def read_file(path: Path, where: str, bytes_max: int, folder: Path | None = None
 
 @contextmanager
 def reading_errors(where: str) -> Iterator[None]:
-    """Raise `UserError` for what the file system refuses to read."""
+    """Turn errors of the file system into `UserError`."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -124,7 +124,7 @@ def reading_errors(where: str) -> Iterator[None]:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path, its links followed, ends inside a folder; a path that no file can have does not."""
+    """True if a path, with links followed, is inside a folder. False for an impossible path."""
     try:
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except (OSError, ValueError):
@@ -132,7 +132,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def file_name(text: str, what: str) -> str:
-    """`text`, if it can name a file; raises `UserError` for paths, hidden names and characters special to shells."""
+    """`text`, if it can name a file. Raises `UserError` for paths, hidden names and characters special to shells."""
     if not FILE_NAME.fullmatch(text):
         raise UserError(
             f"{what} {text[:80]!r} cannot name a file: it must be at most 200 letters, digits and . _ + -, and not "
@@ -145,7 +145,7 @@ def file_name(text: str, what: str) -> str:
 
 
 def display_path(path: str | Path) -> str:
-    """A path for messages: relative to the checkout or the current directory where it is inside, else as it is."""
+    """A path for messages: relative to the checkout or the current directory if inside, else unchanged."""
     portable = portable_path(path)
     return printable(str(path)) if is_elsewhere(portable) else portable
 
@@ -160,15 +160,15 @@ def portable_path(path: str | Path) -> str:
 
 
 def is_elsewhere(portable: str) -> bool:
-    """Whether a portable path is outside the checkout, where commands cannot name it."""
+    """True if a portable path is outside the checkout, so that commands cannot name it."""
     return Path(portable).parts[:1] == (ELSEWHERE,)
 
 
 def redact_paths(text: str) -> str:
-    """Cut every absolute path to its last part: records hold no path, host or user name."""
+    """Cut every absolute path to its last part, for records without folder, host or user names."""
     return ABSOLUTE_PATH.sub(".../", text.replace(f"{CHECKOUT}/", ""))
 
 
 def printable(name: str) -> str:
-    """A file name with bytes that are not UTF-8 written as \\xff, since records and documents hold text only."""
+    """A file name with bytes that are not UTF-8 written as \\xff, since records and documents are text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

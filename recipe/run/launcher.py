@@ -1,8 +1,8 @@
-"""Who started this process, and which of how many it is: decided here alone, from environment variables.
+"""Rank and size of this process's launch, from environment variables.
 
-Only torch's elastic engine (torchrun, or our own use of it for `trainer.gpus=N`) starts processes that work together.
-Where variables of another launcher ask for several processes, each of them would work alone on the same files: that is
-refused. Variables that ask for nothing, left over from another launch, are ignored.
+Only torch's elastic engine (torchrun, or `trainer.gpus=N` through it) starts processes that work together. Several
+processes of another launcher would each work alone on the same files, so they are refused. Leftover variables of one
+process are ignored.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SIZES = (  # of job systems, srun, mpirun, mpiexec
     *("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
     *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
 )
-TASK = "SLURM_PROCID"  # of srun; 0 in a batch script, which also has SLURM_NTASKS, and is one process
+TASK = "SLURM_PROCID"  # of srun. 0 in a batch script, which is one process and also has SLURM_NTASKS
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of how many processes this one is."""
+    """The place of this process among those of its launch."""
 
     rank: int = 0
     size: int = 1
@@ -42,10 +42,10 @@ ALONE = Launch()
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """This process's place; an empty variable is as good as none.
+    """The place of this process. Empty variables count as unset.
 
-    Raises `UserError` where the variables contradict one another, or ask for processes that work together without
-    torchrun.
+    Raises `UserError` if the variables contradict one another, or if another launcher than torchrun started several
+    processes.
     """
     if environment.get(ELASTIC) is not None:
         return _elastic(environment)
@@ -60,7 +60,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def report_ignored(environment: Mapping[str, str] = os.environ) -> None:
-    """Print which variables of another launch have no effect on this process, which is alone."""
+    """Print the ignored variables of another launch."""
     left = [name for name in PLACE if environment.get(name)]
     if left and environment.get(ELASTIC) is None:
         print(f"ignored, as torchrun did not start this: {_shown(left, environment)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: its rows, reading them, and finding those that are missing."""
+"""Rows of metrics.jsonl: their type, reading, and missing ones."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SplitName = Literal["train", "validation"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line of metrics.jsonl; accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
+    """One line of metrics.jsonl. Accuracies are fractions, `epoch` counts from 1, `step` counts completed steps."""
 
-    split: SplitName  # train: since the row before; validation: all of the set, at the end of an epoch
+    split: SplitName  # train: since the previous row. validation: the full set, after an epoch
     epoch: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     step: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
     images_seen: Count
@@ -33,7 +33,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     images_per_second: Number
     data_wait_fraction: Number | None
     seconds: Number  # of training, validation included, since the run began
-    stalled_fraction: Number | None = None  # of the main thread, beside a GPU; `recipe.training.metric_log.StallProbe`
+    stalled_fraction: Number | None = None  # of the main thread, with a GPU (`recipe.training.metric_log.StallProbe`)
     train_loss: Number | None = None  # of validation rows: these three are means over the training images of the epoch
     train_top1_accuracy: Number | None = None
     train_top5_accuracy: Number | None = None
@@ -62,9 +62,9 @@ class Place(NamedTuple):
 
 
 def read_rows(lines: BinaryIO, where: str) -> Iterator[Row]:
-    """The rows of an open file, in order, without an unfinished last line (of a killed run).
+    """The rows of an open file, without the unfinished last line of a killed run.
 
-    Raises `UserError` with the number of the first line that is not a row; `where` is the name of the file.
+    Raises `UserError` with the number of the first line that is not a row. `where` is the name of the file.
     """
     for number, line in enumerate(iter(lambda: lines.readline(LONGEST_ROW_BYTES), b""), start=1):
         is_complete = line.endswith(b"\n")

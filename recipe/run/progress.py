@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and remaining time on a terminal, plain lines now and then elsewhere."""
+"""Progress of long work: a bar with rate and remaining time on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class ProgressPrinter:
-    """Counts towards `total`; what is `done` already does not flatter the rate."""
+    """Counts towards `total`. The rate leaves out the units that are already `done`."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, scale: int = 1000) -> None:
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
@@ -38,7 +38,7 @@ class ProgressPrinter:
         self.bar.close()
 
     def add(self, amount: int) -> None:
-        """`amount` more units are done."""
+        """Count `amount` more units."""
         self.count += amount
         self.bar.update(amount)
         if self.bar.disable and time.perf_counter() - self.spoke > LINE_EVERY_SECONDS:
@@ -46,7 +46,7 @@ class ProgressPrinter:
             print(self.line(), file=sys.stderr, flush=True)
 
     def reach(self, count: int) -> None:
-        """`count` units are done in all."""
+        """Set the count of finished units."""
         self.add(count - self.count)
 
     def line(self) -> str:

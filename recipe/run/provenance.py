@@ -1,7 +1,7 @@
 """Provenance of a stage: the commit, the working tree at start and end, the patch between them, and the source hash.
 
-The working tree is read at the start *and* at the end of a stage, since an edit in between would otherwise pass for the
-code that produced the result (the trap of dvc#11058). Needs no torch.
+The working tree is read at the start *and* at the end of a stage. Otherwise an edit in between would be recorded as the
+code that produced the result (dvc#11058). Needs no torch.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ PLAIN, SYMLINK, SUBMODULE = "100644", "120000", "160000"  # modes in a commit
 
 
 class Stage:
-    """A running stage; `finish` returns its provenance.
+    """A running stage. `finish` returns its provenance.
 
-    `outputs` is the stage's own directory: the run's, or the data set's. `command` repeats the stage where the command
-    line of this process does not (a notebook's kernel).
+    `outputs` is the stage's own directory: that of the run or the data set. `command` is recorded in place of the
+    command line of this process, such as that of a notebook's kernel.
     """
 
     def __init__(self, outputs: Path, command: str | None = None) -> None:
@@ -47,7 +47,7 @@ class Stage:
         self.source = source_sha256()
 
     def finish(self, hardware: Hardware, device_versions: dict[str, str] | None = None) -> Provenance:
-        """The provenance of everything since the start, on this hardware."""
+        """The provenance from the start until now, on this hardware."""
         return Provenance(
             command=self.command or environment.command(),
             commit=commit(),
@@ -72,7 +72,7 @@ def source_files() -> list[Path]:
 
 
 def source_sha256() -> str:
-    """The hash of the source files; it identifies the code where a commit was squashed, rebased or not fetched."""
+    """The hash of the source files. It identifies the code if its commit was squashed, rebased or not fetched."""
     return sha256_of_sources((_name(path), path.read_bytes()) for path in source_files())
 
 
@@ -80,7 +80,7 @@ def sha256_of_sources(files: Iterable[tuple[str, bytes]]) -> str:
     """SHA-256 over the sorted names and contents of source files."""
     digest = hashlib.sha256()
     for name, content in files:
-        digest.update(os.fsencode(f"{name} {hashlib.sha256(content).hexdigest()}\n"))  # a name may be any bytes
+        digest.update(os.fsencode(f"{name} {hashlib.sha256(content).hexdigest()}\n"))  # a file name can have any bytes
     return digest.hexdigest()
 
 
@@ -92,7 +92,7 @@ def _name(path: Path) -> str:
 
 
 class NoCommitError(Exception):
-    """Git cannot identify the code; `tree` is recorded instead of a commit."""
+    """Git cannot identify the code. `tree` is recorded instead of a commit."""
 
     def __init__(self, state: str, reason: str | None = None) -> None:
         super().__init__(state)
@@ -111,10 +111,10 @@ def git(
     settings: Mapping[str, str] | None = None,
     accepted: Sequence[int] = (0,),
 ) -> bytes:
-    """The output of git in the checkout, or in `folder`; raises `NoCommitError` where it fails.
+    """The output of git in the checkout, or in `folder`. Raises `NoCommitError` if it fails.
 
-    The caller's GIT_* variables could name another repository, index or setting and are removed. Those that name the
-    user's files of settings stay: `safe.directory` may be in one.
+    GIT_* variables of the caller are removed, since they could name another repository or index. Those of the user's
+    configuration files stay: `safe.directory` may be set there.
     """
     folder = folder or CHECKOUT
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in GIT_FILES}
@@ -150,7 +150,7 @@ def _first_error(output: bytes) -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out; None where git cannot say."""
+    """The commit that is checked out. None if git cannot identify it."""
     try:
         return _head()
     except NoCommitError:
@@ -168,7 +168,7 @@ def _head() -> str:
 
 
 def committed_files(revision: str | None = None) -> dict[str, CommittedFile]:
-    """Name -> file of a commit of this project, by default the one that is checked out."""
+    """Name -> file of a commit of this project, by default HEAD."""
     head = _head()
     files = {}
     for entry in git("ls-tree", "-r", "-z", "--full-tree", revision or head).split(b"\0")[:-1]:
@@ -181,7 +181,7 @@ def committed_files(revision: str | None = None) -> dict[str, CommittedFile]:
 
 
 def contents(files: Iterable[CommittedFile]) -> list[bytes]:
-    """The bytes of committed files, without the filters and line ends that settings or attributes ask for."""
+    """The bytes of committed files, without filters and line-end conversion."""
     rest = git("cat-file", "--batch", given="".join(f"{file.object_id}\n" for file in files).encode())
     blobs = []
     while rest:
@@ -198,7 +198,7 @@ def contents(files: Iterable[CommittedFile]) -> list[bytes]:
 
 
 def tree_state(outputs: Path) -> TreeState:
-    """Compare the working tree with its commit; the difference is kept as a patch, named by its hash.
+    """Compare the working tree with its commit. The difference is kept as a patch, named by its hash.
 
     The stage's own outputs do not count. Untracked files do not make the tree *modified*, but untracked source files
     are part of the patch, so that the commit and the patch together are the code that ran.
@@ -225,7 +225,7 @@ def tree_state(outputs: Path) -> TreeState:
 
 
 def modified_files(outside: Sequence[str] = ()) -> list[str]:
-    """Files that differ from the commit, and new source files; writes nothing. Raises `NoCommitError`."""
+    """Files that differ from the commit, and new source files. Writes nothing. Raises `NoCommitError`."""
     committed = committed_files()
     names = _modified(committed) + _new_sources(committed)
     return [printable(name) for name in names if not any(Path(name).is_relative_to(place) for place in outside)]
@@ -248,14 +248,14 @@ def _new_sources(committed: Mapping[str, CommittedFile]) -> list[str]:
 
 
 def _object_id(content: bytes | None, like: str) -> str | None:
-    """The name that git gives to this content, by the hash of the repository."""
+    """The object name of this content, by the hash function of the repository."""
     if content is None:
         return None
     return hashlib.new("sha1" if len(like) == 40 else "sha256", b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _content(name: str) -> bytes | None:
-    """What git would store of a file: its bytes, or the target of a link; None for what is not a file."""
+    """The content that git would store: the bytes of a file or the target of a link. None for others."""
     path = CHECKOUT / name
     try:
         if path.is_symlink():
@@ -266,7 +266,7 @@ def _content(name: str) -> bytes | None:
 
 
 def _keep(patch: bytes, outputs: Path) -> str:
-    """Write the patch beside the records; returns its hash."""
+    """Write the patch beside the records and return its hash."""
     digest = hashlib.sha256(patch).hexdigest()
     target = outputs / PATCHES / f"{digest[:16]}.patch"
     if not target.exists():
@@ -275,7 +275,7 @@ def _keep(patch: bytes, outputs: Path) -> str:
 
 
 def _patch(committed: Mapping[str, CommittedFile], modified: list[str], new: list[str]) -> bytes:
-    """The difference to the commit for `git apply`, made of two folders and without the user's settings."""
+    """The difference to the commit for `git apply`, from two folders and without the user's configuration."""
     before = contents(committed[name] for name in modified)
     with disk_errors(Path(gettempdir())), TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
@@ -285,7 +285,7 @@ def _patch(committed: Mapping[str, CommittedFile], modified: list[str], new: lis
             _write_file(folder / "a" / name, content, committed[name].mode)
         for name in (*modified, *new):
             if (now_there := _content(name)) is not None:
-                # The right to execute is the committed one, since not every file system has it.
+                # The executable bit is taken from the commit, since some file systems do not have it.
                 mode = committed[name].mode if name in committed else PLAIN
                 mode = SYMLINK if (CHECKOUT / name).is_symlink() else PLAIN if mode == SYMLINK else mode
                 _write_file(folder / "b" / name, now_there, mode)

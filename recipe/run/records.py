@@ -1,10 +1,10 @@
 """Records: the results of each stage as frozen, typed structs, stored as JSON.
 
-Numbers have their units in their names and are formatted in the document's template only. The record of a stage holds
-its provenance and the hashes of its inputs and outputs, so that records form a chain raw images -> shards -> weights ->
-predictions -> metrics, in which a stale link is visible.
+Numbers have their units in their names and are formatted in the document's template only. The record of a stage has its
+provenance and the hashes of its inputs and outputs. So records form a chain raw images -> shards -> weights ->
+predictions -> metrics, and a stale record is visible.
 
-Decoding validates: an unknown field, a missing one or a wrong type is refused, since records are read from anybody.
+Decoding validates, since records are untrusted: unknown fields, missing fields and wrong types are errors.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Setting = str | int | float | bool | None | list[Any] | dict[str, Any]  # any JS
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything that is stored as JSON."""
+    """Base class of all structs that are stored as JSON."""
 
 
 class TreeState(Record, frozen=True, kw_only=True):
-    """`clean`, `untracked`, `modified`; `no git`, `git refused` or `not a repository of ours` if no commit is known."""
+    """`clean`, `untracked` or `modified`. Without a commit: `no git`, `git refused` or `not a repository of ours`."""
 
     state: str
-    reason: str | None = None  # what git answered where it refused
+    reason: str | None = None  # the answer of git if it refused
     untracked: list[str] = []  # at most 50
     untracked_files: int = 0
     patch_sha256: str | None = None  # of records/patches/<hash>.patch
 
 
 class Hardware(Record, frozen=True, kw_only=True):
-    """The machine of rank 0; all nodes are assumed to be alike."""
+    """The machine of rank 0. All nodes are assumed to be alike."""
 
     processor: str
     cores: int
@@ -131,9 +131,9 @@ class PreprocessingRecord(Record, frozen=True, kw_only=True):
     shard_order: str
     stored_as: str
     unusual_images: dict[str, int]  # kind -> count
-    unusual_examples: list[UnusualImage]  # at most 20; the manifest lists all
+    unusual_examples: list[UnusualImage]  # at most 20. The manifest lists all
     rejected: list[UnusualImage]
-    left_out: dict[str, LeftOut] = {}  # reason -> files and folders; without files of an operating system
+    left_out: dict[str, LeftOut] = {}  # reason -> files and folders, without files of an operating system
     lost_images: dict[str, LeftOut] = {}  # class (or split) -> unused files named like images
     decoded_with: str
     processes: int
@@ -176,7 +176,7 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
 
     images_per_epoch: int
     unique_images_per_epoch: int  # fewer with repeated augmentation
-    images_left_out_per_epoch: int  # of the last, incomplete batch; different images in every epoch
+    images_left_out_per_epoch: int  # in the incomplete last batch, different ones in every epoch
     global_batch_size: int
     images_per_forward: int  # in one process
     batch_norm_batch_size: int
@@ -186,11 +186,11 @@ class LoaderFacts(Record, frozen=True, kw_only=True):
     first_indices: list[int]  # of epoch 0
     order_sha256: str  # of the order of images in the first two epochs
     order: str = "random"  # or blocks: random shards, then random images within a few shards
-    loading_processes: int = 0  # workers of each training process; 0: it decodes in threads
+    loading_processes: int = 0  # workers of each training process. 0: it decodes in threads
 
 
 class Epoch(Record, frozen=True, kw_only=True):
-    """Metrics and cost of one epoch; seconds are by the wall clock of rank 0."""
+    """Metrics and cost of one epoch. Seconds are by the wall clock of rank 0."""
 
     epoch: int  # counted from 1
     learning_rate: float  # of its last step
@@ -204,7 +204,7 @@ class Epoch(Record, frozen=True, kw_only=True):
     images_per_second: float  # of training, over all processes
     data_wait_fraction: float
     validation_seconds: float
-    stalled_fraction: float | None = None  # of the main thread, stalled by the GIL or for want of a core; beside a GPU
+    stalled_fraction: float | None = None  # of the main thread with a GPU, by the GIL or a missing core
 
 
 class Session(Record, frozen=True, kw_only=True):
@@ -213,7 +213,7 @@ class Session(Record, frozen=True, kw_only=True):
     started: str
     first_step: int
     processes: int
-    is_exact: bool | None  # whether the continuation can be bit-exact; None: the first session
+    is_exact: bool | None  # the continuation can be bit-exact. None: the first session
     note: str
     source: str  # first digits of the hash of the code
     batch_norm_batch_size: int
@@ -235,7 +235,7 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     parameter_groups: list[ParameterGroup]
     schedule: Schedule
     augmentation: dict[str, Setting]
-    augmentation_sha256: str  # of its pixels for fixed images, and of its draws for the device
+    augmentation_sha256: str  # of augmented fixed images, and of the parameters of mixing and erasing
     averaging: dict[str, Setting]
     loader: LoaderFacts
     precision: dict[str, Setting]
@@ -251,7 +251,7 @@ class TrainingRecord(Record, frozen=True, kw_only=True):
     validation_protocol: str
     best_epoch: int
     selection: str
-    determinism_context: dict[str, Setting] = {}  # must be equal for another run to give the same bits
+    determinism_context: dict[str, Setting] = {}  # must be equal for bit-identical results
 
 
 class EnergyRecord(Record, frozen=True, kw_only=True):
@@ -296,14 +296,14 @@ class EvaluationProbe(Record, frozen=True, kw_only=True):
 class Fingerprint(Record, frozen=True, kw_only=True):
     """A short training of this recipe on a few drawn images, in fp32 on one CPU thread.
 
-    Another checkout computes the same numbers in a minute, without the data and without a GPU: equal numbers mean that
-    it trains as the recipe's code did.
+    Another checkout computes the numbers in a minute, without the data and without a GPU. Equal numbers mean that it
+    trains as the recipe's code did.
     """
 
     format: str = "fingerprint/2"
     source_sha256: str
     versions: dict[str, str]
-    instructions: str  # of the processor that torch uses; they decide how numbers are rounded
+    instructions: str  # of the processor, as torch uses them. They decide the rounding
     architecture_sha256: str
     parameters: int
     learning_rates: list[float]  # at 101 steps, evenly spaced over the recipe's schedule
@@ -323,7 +323,7 @@ class ClassName(Record, frozen=True, kw_only=True):
 
 
 class Interface(Record, frozen=True, kw_only=True):
-    """How the pixels of the model are made and what its outputs mean; stored in each checkpoint and exported file."""
+    """Preprocessing and classes of a model. Stored in each checkpoint and exported file."""
 
     classes: list[ClassName]  # output k is the logit of class k
     label_convention: str
@@ -336,7 +336,7 @@ class Interface(Record, frozen=True, kw_only=True):
 
 
 class Protocol(Record, frozen=True, kw_only=True):
-    """How a metric was measured, read back from the transform."""
+    """The protocol of a metric, read back from the transform."""
 
     name: str
     backend: str  # torch, or onnxruntime with its provider
@@ -425,7 +425,7 @@ class VariantFacts(Record, frozen=True, kw_only=True):
     correct_top1: int
     correct_top5: int
     flips: int
-    flip_examples: list[Flip]  # at most 20, the largest margins first; the predictions file holds all images
+    flip_examples: list[Flip]  # at most 20, the largest margins first. All images are in the predictions file
     images_per_second: float
 
 
@@ -465,7 +465,7 @@ class ClassifiedPicture(Record, frozen=True, kw_only=True):
 
     picture: str
     sha256: str  # of its file
-    label: str | None  # name of its class; None: not a picture of the data set
+    label: str | None  # name of its class. None: not a picture of the data set
     guesses: dict[str, list[Guess]]  # file of the model -> the best classes, best first
 
 
@@ -486,7 +486,7 @@ PREPROCESSING, MODEL, BOTH = "preprocessing", "model", "both"  # parts whose lat
 
 
 class Latency(Record, frozen=True, kw_only=True):
-    """One cell of the timing table; percentiles with too few repeats beyond them are None."""
+    """One cell of the timing table. Percentiles with too few repeats beyond them are None."""
 
     backend: str
     precision: str
@@ -516,7 +516,7 @@ class TimingRecord(Record, frozen=True, kw_only=True):
     settings: dict[str, Setting]
     provenance: Provenance
     inputs: dict[str, str]
-    machine: str  # name of the file, which a rerun on this machine replaces
+    machine: str  # name of the file. A rerun on this machine replaces it
     threads: int
     image: str  # that preprocessing was measured on
     image_sha256: str
@@ -541,7 +541,7 @@ class JudgedClaim(Record, frozen=True, kw_only=True):
 
 
 class ReproductionRecord(Record, frozen=True, kw_only=True):
-    """A second run of a recipe from its document alone, and the comparison of its claims."""
+    """A second run of a recipe from its document, and the comparison of its claims."""
 
     format: str = "reproduction/1"
     document_sha256: str  # of the file that was read
@@ -561,7 +561,7 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     """One stage of one run in runs/journal.jsonl."""
 
     time: str  # of its start
-    run: str  # recorded path, numbered where several folders have the same one
+    run: str  # recorded path, numbered if several folders have the same one
     stage: str
     outcome: str  # ended, stopped, or no end was written
     step: int | None = None  # of the stop
@@ -577,7 +577,7 @@ class JournalRecord(Record, frozen=True, kw_only=True):
 
     format: str = "journal/1"
     name: str
-    run_dir: str | None = None  # of this run in the document's commands; None in older records
+    run_dir: str | None = None  # of this run in the document's commands. None in older records
     entries: list[JournalEntry]  # the newest 200
     earlier_entries: int  # not in `entries`
     unreadable_lines: int
@@ -593,7 +593,7 @@ class SeedRun(Record, frozen=True, kw_only=True):
 
 
 class SeedCounts(Record, frozen=True, kw_only=True):
-    """Evaluation of several runs by one protocol; lists hold one number for each run."""
+    """Evaluation of several runs by one protocol. Lists have one number for each run."""
 
     protocol: str
     images: int
@@ -637,7 +637,7 @@ STAGES = {  # name of a stage's record -> the script or module that writes it, i
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """All records of a run, each in `records/<name>.json`; None where it was not written yet."""
+    """All records of a run, each in `records/<name>.json`. None if it was not written yet."""
 
     preprocessing: PreprocessingRecord | None = None
     training: TrainingRecord | None = None
@@ -680,9 +680,9 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def to_json(record: Record) -> bytes:
-    """Indented JSON with a final newline; equal records give equal bytes.
+    """Indented JSON with a final newline. Equal records give equal bytes.
 
-    Raises `UserError` for a record that could not be read again, such as one with NaN.
+    Raises `UserError` for a record that cannot be decoded again, such as one with NaN.
     """
     content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
     from_json(content, type(record), f"the {type(record).__name__} that would be written")
@@ -690,7 +690,7 @@ def to_json(record: Record) -> bytes:
 
 
 def from_json(content: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
-    """Decode and validate; raises `UserError` with `where` and the field."""
+    """Decode and validate. Raises `UserError` with `where` and the field."""
     try:
         record = msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

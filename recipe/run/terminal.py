@@ -1,11 +1,10 @@
 """Signals, standard streams, and the end of a command.
 
-Signals come from a scheduler, from a terminal that closes, from Ctrl-C. What was ignored when the process started,
-SIGHUP under nohup or SIGINT in a script's background job, stays ignored.
+Signals come from a scheduler, a closing terminal or Ctrl-C. Signals that were ignored at the start of the process, such
+as SIGHUP under nohup or SIGINT in a background job, stay ignored.
 
-The streams cannot end the work: what they cannot write is dropped. The reader of a pipe may leave, a terminal close,
-the disk under a log fill up, a word not fit the stream's encoding, or the stream be closed from the start. Progress is
-a convenience: training goes on and saves all the same.
+Errors of standard streams do not stop the work. Output is dropped if the reader of a pipe has left, the terminal is
+closed, the disk of a log is full, the encoding lacks a character, or the stream was closed from the start.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ FROM_OUTSIDE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, si
 
 
 class LossyFile(io.FileIO):
-    """A file whose `write` neither fails nor waits for long; `failure` is the last error that it kept to itself."""
+    """A file with a `write` that neither fails nor waits for long. `failure` is the last suppressed error."""
 
     failure: OSError | None = None
     patience_seconds: float | None = PATIENCE_SECONDS  # None: as long as it takes
     is_stuck = False
 
     def write(self, content: ReadableBuffer) -> int:
-        """Write what can be written; returns the number of bytes, of which some may be dropped."""
+        """Write as many bytes as possible. Returns the full number, as if all were written."""
         rest = memoryview(content).cast("B")
         count = rest.nbytes
         try:
             while rest:
                 self.is_stuck = not is_writable(self.fileno(), 0.0 if self.is_stuck else self.patience_seconds)
                 written = None if self.is_stuck else super().write(rest[: select.PIPE_BUF])
-                if written is None:  # a reader that stands still: a paused pager, Ctrl-S
+                if written is None:  # the reader does not read: a paused pager, Ctrl-S
                     break
                 rest = rest[written:]
         except OSError as error:
@@ -56,25 +55,25 @@ class LossyFile(io.FileIO):
 
 
 def is_writable(descriptor: int, seconds: float | None = 0.0) -> bool:
-    """Whether `select.PIPE_BUF` bytes can be written without waiting, now or within so many seconds."""
+    """True if `select.PIPE_BUF` bytes can be written without waiting, within `seconds`."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
 def protect_streams(patience_seconds: float | None = PATIENCE_SECONDS) -> None:
-    """Put lossy streams in place of this process's own; those that a caller has redirected stay.
+    """Replace the standard streams of this process by lossy ones, except those that a caller has redirected.
 
-    A stream whose reader stands still for `patience_seconds` loses lines until it reads again; None waits for it.
+    If the reader does not read for `patience_seconds`, lines are dropped until it reads again. None: wait for it.
 
-    A stream that was closed from the start becomes os.devnull, for child processes too: the next file that is opened
-    would get its descriptor, and whatever a library prints.
+    A stream that was closed from the start becomes os.devnull, for child processes too. Otherwise the next opened file
+    would get its descriptor, and everything that a library prints.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free descriptor: this one
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115
     if sys.stdout is sys.__stdout__:
@@ -91,7 +90,7 @@ def _lossy(stream: TextIO | None, patience_seconds: float | None) -> TextIO:
 
 
 def output_failure() -> OSError | None:
-    """Why not all that was printed to a protected `sys.stdout` has arrived."""
+    """The error that lost output of a protected `sys.stdout`, or None."""
     sys.stdout.flush()
     file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return file.failure if isinstance(file, LossyFile) else None
@@ -102,9 +101,9 @@ def output_failure() -> OSError | None:
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Print a `UserError` as one line and exit with its code; leave every other exception alone.
+    """Print a `UserError` as one line and exit with its code. Leave every other exception alone.
 
-    Every command enters this first, so that it also protects the standard streams.
+    Every command enters this first. It also protects the standard streams.
     """
     protect_streams()
     try:
@@ -121,7 +120,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those that are not ignored; none outside of the main thread, where Python handles no signal."""
+    """The signals that are not ignored. Empty outside of the main thread, where Python handles no signals."""
     if threading.current_thread() is not threading.main_thread():
         return []
     return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
@@ -129,7 +128,7 @@ def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Interrupted` inside, where they would end the process at once."""
+    """Have SIGTERM and SIGHUP raise `Interrupted` in the block, instead of ending the process at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(signal.Signals(number))
@@ -143,10 +142,10 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def handlers_put_back() -> Iterator[None]:
-    """Undo what the block does to the handlers; where the process is leaving, signals do nothing from then on.
+    """Restore the signal handlers after the block. If the process is exiting, signals are ignored from then on.
 
-    A signal often comes twice: from a terminal that closes and from its shell, from a scheduler to a process group and
-    from the launcher in it. The second one must not change the exit code of a process that has saved.
+    A signal often comes twice, from a terminal and its shell or from a scheduler and the launcher. The second one must
+    not change the exit code of a process that has saved.
     """
     handlers: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in heeded(FROM_OUTSIDE)}
     try:
@@ -161,18 +160,18 @@ def handlers_put_back() -> Iterator[None]:
 
 
 def _pass_over(number: int, frame: FrameType | None) -> None:
-    """Unlike SIG_IGN, this is not inherited by processes that are started afterwards."""
+    """Do nothing. Unlike SIG_IGN, this is not inherited by child processes."""
 
 
 def _ignore(numbers: tuple[signal.Signals, ...]) -> None:
-    """As the interpreter ends it puts Python's handlers back to the default, which would end it by the signal."""
+    """Ignore signals at exit, as the interpreter restores the default handlers: they would change the exit code."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """A process that is started inside never sees these signals; one that comes to this process meanwhile waits."""
+    """Block signals for processes that are started in the block. Signals to this process wait."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -181,9 +180,9 @@ def blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 def start_resource_tracker() -> None:
-    """Start multiprocessing's process that removes semaphores, so that no signal to all of a terminal's ends it.
+    """Start multiprocessing's resource tracker with signals blocked, so that no signal of a terminal ends it.
 
-    It ends when this process does. One that was ended by SIGHUP leaves tracebacks on the terminal.
+    It ends with this process. A tracker that was ended by SIGHUP prints tracebacks.
     """
     with blocked(FROM_OUTSIDE):
         resource_tracker.ensure_running()

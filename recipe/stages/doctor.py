@@ -23,7 +23,7 @@ from recipe.config.compose import config_from_overrides
 from recipe.config.schema import Config
 from recipe.data.augment.crop import Augmentation, build_augmentation
 from recipe.data.batches import Batch, derive_layout
-from recipe.data.decoding import ImageDecoder, build_decoder, decoded
+from recipe.data.decoding import ImageDecoder, decoded, usable_decoder
 from recipe.data.images import Rules, store
 from recipe.data.loader import image_errors
 from recipe.data.manifest import read_manifest
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examined(config: Config, classes: int, world: World) -> Findings:
-    split, decoder = open_split(config.data.directory, "train"), build_decoder(config.loader.decoder)
+    split, decoder = open_split(config.data.directory, "train"), usable_decoder(config.loader.decoder)
     chosen = sample(split, config.seed)
     augmentation = build_augmentation(config.augmentation, config.seed)
     contents = [split.read(index) for index in chosen]

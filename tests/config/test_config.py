@@ -1,4 +1,4 @@
-"""The configuration: every experiment composes; what cannot be stops before any work and names the key."""
+"""The configuration: every experiment composes, and errors name the key before any work."""
 
 import re
 from contextlib import suppress
@@ -58,7 +58,7 @@ def test_the_reference_is_the_default() -> None:
         ("experiment=resnet51", "resnet51"),
     ],
 )
-def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) -> None:
+def test_hydra_refuses_keys_that_are_not_in_the_schema(override: str, named: str) -> None:
     with pytest.raises(HydraException, match=named):
         compose_config(override)
 
@@ -90,7 +90,7 @@ def test_hydra_refuses_what_the_schema_does_not_know(override: str, named: str) 
         ("data.std=[0,1,1]", "data.std"),
     ],
 )
-def test_what_cannot_be_is_named(override: str, named: str) -> None:
+def test_an_invalid_value_is_named(override: str, named: str) -> None:
     with pytest.raises(UserError, match=named.replace("+", r"\+").replace("[", r"\[")):
         compose_config(override)
 
@@ -105,14 +105,14 @@ def test_what_cannot_be_is_named(override: str, named: str) -> None:
         ),
     ],
 )
-def test_what_cannot_be_together_is_named(overrides: list[str], named: str) -> None:
+def test_an_invalid_combination_is_named(overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         compose_config(*overrides)
 
 
 @pytest.mark.parametrize("key", ["run_dir", "data.raw_dir", "data.directory", "model.weights", "reference"])
-def test_a_place_whose_variable_is_not_set_is_refused(key: str) -> None:
-    """`run_dir="$RUN_DIR"` of a document would else mean the current directory."""
+def test_a_path_from_an_unset_variable_is_refused(key: str) -> None:
+    """Otherwise `run_dir="$RUN_DIR"` of a document would mean the current directory."""
     with pytest.raises(UserError, match=rf"{key}= is invalid: must be a path \(is the variable set"):
         compose_config(f"{key}=")
 
@@ -184,12 +184,12 @@ NEW_NAMES = [name for name in NAMES if "\\" not in name and "${" not in name and
 
 
 def in_threes(names: list[str]) -> list[tuple[str, ...]]:
-    """For three keys of one composition, which is slow; the last group is filled up from the first names."""
+    """Groups of three keys for one composition, which is slow. The last group is filled up from the first names."""
     return [(*names, *names)[first : first + 3] for first in range(0, len(names), 3)]
 
 
 @pytest.mark.parametrize("names", in_threes(NAMES))
-def test_a_path_that_exists_is_what_was_typed(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_an_existing_path_is_used_as_typed(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         (tmp_path / name).mkdir(exist_ok=True)
     relative = dict(zip(("data.raw_dir", "data.directory", "run_dir"), names, strict=True))
@@ -222,12 +222,12 @@ def test_a_folder_that_is_to_be_made_has_the_name_that_was_typed(names: tuple[st
         (r"'\${name}'", "${name}"),
     ],
 )
-def test_what_is_quoted_for_hydra_and_references_keep_their_meaning(typed: str, meant: str) -> None:
+def test_quotes_for_hydra_and_references_keep_their_meaning(typed: str, meant: str) -> None:
     assert config_from_overrides([f"run_dir={typed}"]).run_dir == meant
 
 
 def test_a_line_break_in_a_path_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.raw_dir='a\\nb' holds a line break: rename"):
+    with pytest.raises(UserError, match=r"data\.raw_dir='a\\nb' contains a line break: rename"):
         config_from_overrides(["data.raw_dir=a\nb"])
 
 
@@ -290,8 +290,8 @@ def test_plain_values_of_another_type_or_out_of_bounds_are_named(key: str, value
         Config(**unflatten(values | {key: value}))
 
 
-def test_a_message_states_the_value_and_not_what_it_looks_like() -> None:
-    """An enum's message quotes the value, which may look like the end of msgspec's sentence."""
+def test_a_message_quotes_a_value_that_looks_like_a_message() -> None:
+    """The message of an enum quotes the value, which may look like the end of msgspec's message."""
     values = flatten(to_dict(compose_config())) | {"data.source": "x - at `$.model.name`"}
     with pytest.raises(UserError, match=r"^data\.source=x - at `\$\.model\.name` is invalid: must be one of imagenet"):
         Config(**unflatten(values))
@@ -338,7 +338,7 @@ def test_an_old_key_is_answered_with_its_new_name(monkeypatch: pytest.MonkeyPatc
         config_from_overrides(words)
 
 
-def test_new_names_are_keys_or_groups_of_the_schema_and_old_ones_are_not() -> None:
+def test_new_names_are_in_the_schema_and_old_ones_are_not() -> None:
     keys = schema_keys()
     for old, new in RENAMED.items():
         assert any(f"{key}.".startswith(f"{new}.") for key in keys)

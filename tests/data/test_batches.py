@@ -39,7 +39,7 @@ VIEW = EvaluationTransform(8, 8, InterpolationMode.BILINEAR)
 
 
 class Numbers:
-    """Stands in for a split: image i is a grey square whose level is i, its label is i modulo 7."""
+    """A split for tests: image i is a grey square of level i, with label i modulo 7."""
 
     def __init__(self, images: int) -> None:
         self.labels = np.arange(images, dtype=np.uint32) % 7
@@ -52,7 +52,7 @@ class Numbers:
 
 
 class GreySquares:
-    """Stands in for a decoder of those."""
+    """A decoder of these images."""
 
     name = "grey squares"
 
@@ -82,13 +82,13 @@ def config() -> LoaderConfig:
 def training_batches(
     images: int, layout: BatchLayout, config: LoaderConfig, rank: int = 0, seed: int = 5
 ) -> Iterator[TrainingBatches]:
-    """Batches of `Numbers`, unaugmented."""
+    """Batches of `Numbers` without augmentation."""
     with closing(ThreadedLoader(Numbers(images), GreySquares(), config, world())) as threads:  # type: ignore[arg-type]
         yield TrainingBatches(threads, no_augmentation(8), layout, rank, seed)
 
 
 def part_indices(layout: BatchLayout, config: LoaderConfig) -> list[list[list[int]]]:
-    """For each global batch the indices of each of its parts, put together from all ranks in the order of parts."""
+    """For each global batch the indices of each part, from all ranks, in the order of parts."""
     ranks = []
     for rank in range(layout.processes):
         with training_batches(100, layout, config, rank) as batches:
@@ -116,7 +116,7 @@ def divides(size: int, processes: int, cap: int) -> bool:
     return size % (processes * math.ceil(size / (processes * cap))) == 0
 
 
-def test_eight_four_and_one_processes_share_batch_learning_rate_and_parts() -> None:
+def test_batch_size_learning_rate_and_parts_are_equal_on_8_4_and_1_processes() -> None:
     optimization, trainer = settings(1024, cap=128)
     layouts = {processes: derive_layout(optimization, trainer, processes) for processes in (8, 4, 1)}
     assert {processes: layout.accumulation_steps for processes, layout in layouts.items()} == {8: 1, 4: 2, 1: 8}
@@ -139,9 +139,9 @@ def test_a_layout_respects_the_cap_and_divides() -> None:
             assert layout.images_per_forward * processes * layout.accumulation_steps == size
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do() -> None:
+def test_an_indivisible_batch_size_is_refused_with_the_nearest_valid_ones() -> None:
     optimization, trainer = settings(1000)
-    with pytest.raises(UserError, match=r"batch_size=1000 .* 3 processes x 2 .*nearest that does: 996 or 1002$"):
+    with pytest.raises(UserError, match=r"batch_size=1000 .* 3 processes x 2 .*nearest valid: 996 or 1002$"):
         derive_layout(optimization, trainer, 3)
 
 
@@ -155,7 +155,7 @@ def test_the_named_batch_sizes_are_the_nearest_and_do_divide() -> None:
             optimization.batch_size = size
             with pytest.raises(UserError) as refusal:
                 derive_layout(optimization, trainer, processes)
-            named = [int(value) for value in re.findall(r"\d+", str(refusal.value).split("nearest that does:")[1])]
+            named = [int(value) for value in re.findall(r"\d+", str(refusal.value).split("nearest valid:")[1])]
             below = next((value for value in range(size, 0, -1) if divides(value, processes, 10)), None)
             above = next(value for value in range(size, 1000) if divides(value, processes, 10))
             if named != [value for value in (below, above) if value]:
@@ -174,12 +174,12 @@ def test_the_order_is_a_permutation_and_pure() -> None:
     assert np.array_equal(order, np.random.default_rng((1, 3, 4)).permutation(1000)), "as it always was"
 
 
-def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
+def test_every_epoch_and_every_seed_has_another_order() -> None:
     orders = {epoch_order(seed, epoch, 50).tobytes() for seed in range(6) for epoch in range(6)}
     assert len(orders) == 36
 
 
-def test_an_order_of_blocks_is_a_permutation_that_stays_within_a_few_shards() -> None:
+def test_a_quasi_random_order_is_a_permutation_within_a_few_shards() -> None:
     sizes = [40] * 20 + [7]
     shard_of = np.repeat(np.arange(21), sizes)
     orders = [block_order(seed, epoch, sizes) for seed in (1, 2) for epoch in (0, 1)]
@@ -194,7 +194,7 @@ def test_an_order_of_blocks_is_a_permutation_that_stays_within_a_few_shards() ->
         assert max(last_seen) < 40 * WINDOW_SHARDS
 
 
-def test_blocks_are_what_is_delivered_and_recorded(data_directory: Path) -> None:
+def test_the_quasi_random_order_is_delivered_and_recorded(data_directory: Path) -> None:
     config = compose_config("experiment=smoke", "loader.order=quasi_random")
     pool = ThreadedLoader(open_split(data_directory, "train"), build_decoder(Decoder.pillow), config.loader, world())
     with closing(pool):
@@ -218,7 +218,7 @@ def test_a_global_batch_has_the_same_parts_on_any_number_of_processes(config: Lo
         assert joined(part_indices(BatchLayout(24, processes, 1), config)) == joined(whole)
 
 
-def test_an_epoch_visits_no_image_twice_and_leaves_the_incomplete_batch_out(config: LoaderConfig) -> None:
+def test_an_epoch_has_no_image_twice_and_drops_the_incomplete_batch(config: LoaderConfig) -> None:
     with training_batches(100, BatchLayout(24, 1, 2), config) as batches:
         seen = [index for step in batches.epoch(0) for batch in step for index in batch.indices.tolist()]
         facts = batches.facts()
@@ -312,7 +312,7 @@ class Refusing:
 
 
 def refused_image(data_directory: Path) -> str:
-    """What is said when the images of sound shards are refused."""
+    """The error if images of intact shards are refused."""
     pool = ThreadedLoader(
         open_split(data_directory, "train"),
         Refusing(),
@@ -324,10 +324,10 @@ def refused_image(data_directory: Path) -> str:
     return str(stopped.value)
 
 
-def test_a_decoder_that_refuses_a_sound_image_does_not_send_people_in_a_loop(data_directory: Path) -> None:
-    """Making the shard again would give the same bytes, and the same refusal."""
+def test_a_refused_image_of_an_intact_shard_does_not_advise_preprocessing(data_directory: Path) -> None:
+    """Making the shard again would give the same bytes and the same error."""
     said = refused_image(data_directory)
-    assert "install the version that the Data chapter names" in said
+    assert "install the version in the Data chapter" in said
     assert "(unknown kind)" in said
     assert "delete" not in said
     assert "damaged" not in said

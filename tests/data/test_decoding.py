@@ -1,4 +1,4 @@
-"""Decoding no further than somebody looks: Pillow's pixels to the last bit, and Pillow's verdict (T7, T35)."""
+"""Partial decoding: pixels and errors are those of Pillow (T7, T35)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SIZES = [(64, 96), (97, 51), (200, 133), (7, 9), (1, 1), (3, 40)]
 
 
 def jpeg(height: int, width: int, **options: object) -> bytes:
-    """A JPEG full of detail, so that a wrong row or a wrong neighbour shows."""
+    """A JPEG full of detail, to detect a wrong row or column."""
     if "factors" in options:
         return relabelled(height, width, **options)  # type: ignore[arg-type]
     noise = np.random.default_rng((height, width)).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), np.uint8)
@@ -58,9 +58,9 @@ def jpeg(height: int, width: int, **options: object) -> bytes:
 
 
 def relabelled(height: int, width: int, subsampling: str, factors: tuple[int, int]) -> bytes:
-    """A JPEG with sampling factors (across, down) that Pillow does not write: another with as many blocks in a unit.
+    """A JPEG with sampling factors (across, down) that Pillow does not write, made from one with as many blocks.
 
-    The picture is garbled, and each of its blocks is where a decoder expects one.
+    The image is garbled, but each block has a valid position.
     """
     across, down = factors
     units = -(-height // (8 * down)), -(-width // (8 * across))
@@ -85,7 +85,7 @@ def decoder() -> NvImageCodecDecoder:
 
 @pytest.fixture
 def alone(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> NvImageCodecDecoder:
-    """Without Pillow behind it."""
+    """The library without Pillow as a fallback."""
 
     def asked(self: PillowDecoder, content: bytes) -> None:
         raise AssertionError("Pillow was asked")
@@ -122,7 +122,7 @@ def test_any_part_has_the_pixels_of_pillows_full_image(
 )
 @pytest.mark.parametrize("width", [1, 2, 9, 17, 33, 34, 35, 50])
 def test_the_narrowest_parts_equal_the_full_image_too(kind: str, width: int, decoder: NvImageCodecDecoder) -> None:
-    """Left to itself, the library gets the first and last columns wrong by up to 13 levels."""
+    """Otherwise the first and last columns of the library differ by up to 13 levels."""
     content = jpeg(34, width, **KINDS[kind])
     whole, picture = decoded(content, PILLOW), decoder.open(content)
     for columns in (1, 2, 3, 5):
@@ -147,7 +147,7 @@ def test_no_more_is_decoded_than_is_looked_at(decoder: NvImageCodecDecoder, monk
 
 @pytest.mark.parametrize("scans", range(1, 10))
 def test_a_progressive_picture_without_its_last_scans_has_one_look(scans: int, decoder: NvImageCodecDecoder) -> None:
-    """libjpeg smooths what it lacks; left to itself the library shows parts up to 37 levels off."""
+    """libjpeg smooths missing parts. Otherwise parts of the library differ by up to 37 levels."""
     content = jpeg(200, 300, progressive=True)
     begins = [found.start() for found in re.finditer(b"\xff\xda", content)]
     tables = content.find(b"\xff\xc4", begins[scans - 1], begins[scans])
@@ -157,7 +157,9 @@ def test_a_progressive_picture_without_its_last_scans_has_one_look(scans: int, d
         assert torch.equal(picture.part(top, left, height, width), whole[:, top : top + height, left : left + width])
 
 
-def test_what_is_set_to_be_exact_is_heard(decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exact_decoding_options_have_an_effect(
+    decoder: NvImageCodecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = jpeg(97, 131, subsampling="4:2:0")
     monkeypatch.setattr(decoding, "EXACT", ":fancy_upsampling=0")
     assert not torch.equal(decoded(content, NvImageCodecDecoder()), decoded(content, decoder))
@@ -165,7 +167,7 @@ def test_what_is_set_to_be_exact_is_heard(decoder: NvImageCodecDecoder, monkeypa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pillow_is_not_needed_for_a_sound_jpeg(kind: str, alone: NvImageCodecDecoder) -> None:
-    """Where it were, loading would be slow and nobody would know why."""
+    """Otherwise loading would be slow without a visible reason."""
     picture = alone.open(jpeg(97, 131, **KINDS[kind]))
     assert picture.part(3, 4, 50, 60).shape == (3, 50, 60)
 
@@ -202,7 +204,7 @@ def test_threads_share_a_decoder(decoder: NvImageCodecDecoder) -> None:
 
 @pytest.mark.parametrize("name", list(Decoder))
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"GIF89a" + bytes(50), bytes(100)])
-def test_what_is_no_image_is_undecodable(name: Decoder, content: bytes) -> None:
+def test_other_files_than_images_are_undecodable(name: Decoder, content: bytes) -> None:
     with pytest.raises(UndecodableError) as raised:
         decoded(content, decoding.build_decoder(name))
     assert "0x" not in str(raised.value), "the same words on every run"
@@ -217,7 +219,7 @@ def test_a_cut_off_image_is_an_error_not_grey_pixels(name: Decoder) -> None:
 
 @pytest.mark.parametrize("kind", damages.JPEG_KINDS)
 def test_of_a_damaged_image_both_say_the_same(kind: str, decoder: NvImageCodecDecoder) -> None:
-    """Pixels where Pillow has pixels, and the same, of parts too; else Pillow's reason."""
+    """The pixels of Pillow, of parts too, or the reason of Pillow."""
     refused, generator = 0, np.random.default_rng(2)
     for content in damages.damaged(damages.picture(kind), np.random.default_rng(1)):
         with warnings.catch_warnings():
@@ -287,14 +289,12 @@ CAUSES = {
 
 @pytest.mark.process
 @pytest.mark.parametrize("why", CAUSES)
-def test_an_unusable_decoder_is_reported_at_once_with_the_way_out(why: str) -> None:
-    """Else Pillow would decode every image, and loading would be slow for no reason that anybody sees."""
+def test_an_unusable_decoder_is_reported_at_once_with_the_reason(why: str) -> None:
+    """Otherwise Pillow would decode every image, and loading would be slow without a message."""
     done = subprocess.run(
         [sys.executable, "-c", REFUSED.format(cause=CAUSES[why])], capture_output=True, check=True, text=True
     )
-    assert done.stdout.startswith(
-        f"loader.decoder=nvimgcodec cannot be used on this machine ({why}); use loader.decoder="
-    )
+    assert done.stdout.startswith(f"nvImageCodec (loader.decoder=nvimgcodec) cannot be used on this machine ({why})")
 
 
 SILENCED = """
@@ -311,9 +311,9 @@ print("said by Python", file=sys.stderr)
 
 @pytest.mark.process
 @pytest.mark.parametrize("silenced", [True, False])
-def test_processes_that_decode_do_not_repeat_what_libjpeg_thinks_of_a_picture(silenced: bool) -> None:
+def test_decoding_processes_do_not_print_warnings_of_libjpeg(silenced: bool) -> None:
     stray = jpeg(97, 131)[:-2] + bytes(13) + b"\xff\xd9"
-    assert store(stray, False, damages.KEEP).unusual == "stray bytes in a JPEG", "shards of today hold none"
+    assert store(stray, False, damages.KEEP).unusual == "stray bytes in a JPEG", "shards do not have them"
     done = subprocess.run(
         [sys.executable, "-c", SILENCED.format(silenced=silenced)], input=stray, capture_output=True, check=True
     )

@@ -1,7 +1,4 @@
-"""The check of a JPEG that keeps its bytes decodes less than a reader will, and has to find all that the reader finds.
-
-And what is written again holds the picture only.
-"""
+"""The check of a JPEG decodes less than a reader, and finds the same damage. Rewritten images have no metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from tests.builders.images import JPEG_KINDS, KEEP, damaged, encoded, picture, p
 
 
 def verdict_of_all_pixels(content: bytes) -> str:
-    """What decoding to pixels says: the oracle."""
+    """The damage found by decoding to pixels: the oracle."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -30,7 +27,7 @@ def verdict_of_all_pixels(content: bytes) -> str:
 
 
 def verdict(content: bytes) -> str | None:
-    """What is said of an image that keeps its bytes; None: it does not."""
+    """The reported damage of an image that keeps its bytes. None: the image is converted."""
     try:
         stored = store(content, False, KEEP)
     except DamagedImageError as error:
@@ -42,14 +39,14 @@ def verdict(content: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("kind", JPEG_KINDS)
-def test_the_check_finds_what_decoding_to_pixels_would_find(kind: str) -> None:
+def test_the_check_finds_the_damage_of_a_full_decode(kind: str) -> None:
     verdicts = set()
     count = {"sound": 0, "rejected": 0}
     for content in damaged(picture(kind), np.random.default_rng(list(kind.encode()))):
         said = verdict(content)
         if said is None:
             continue
-        if said.startswith(("L ", "RGB ")):  # else the reader may have filled up what is missing
+        if said.startswith(("L ", "RGB ")):  # otherwise the reader may have filled in missing pixels
             assert said == verdict_of_all_pixels(content)
         verdicts.add(said)
         count["sound" if said.startswith(("L ", "RGB ")) else "rejected"] += 1
@@ -76,7 +73,7 @@ METADATA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_resized_image_holds_its_pixels_and_nothing_else(mode: str) -> None:
+def test_a_resized_image_has_no_metadata(mode: str) -> None:
     content = encoded(pixels("with metadata", 90, 60).convert(mode), **METADATA)
     stored = store(content, False, Rules(keeps_png=False, resize_short_side=30, quality=77))
     with Image.open(io.BytesIO(content)) as image:
@@ -86,7 +83,7 @@ def test_a_resized_image_holds_its_pixels_and_nothing_else(mode: str) -> None:
     assert not any(value in stored.content for value in (b"hello", b"profile", b"Exif"))
 
 
-def test_two_thirds_of_a_picture_are_refused_where_it_is_resized_too() -> None:
+def test_a_truncated_image_is_refused_also_if_it_is_resized() -> None:
     content = encoded(pixels("cut", 400, 300))
     with pytest.raises(DamagedImageError, match="truncated"):
         store(content[: 2 * len(content) // 3], False, Rules(keeps_png=False, resize_short_side=30, quality=77))

@@ -1,4 +1,4 @@
-"""Damage that decoders pass over: refused where pixels are lost, recorded where none are, and never printed."""
+"""Damage that decoders ignore: refused if pixels are lost, recorded if not, never printed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ END, ADOBE_OF_NOBODY = b"\xff\xd9", b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\x07"
 
 
 def picture() -> Image.Image:
-    """Detailed enough for thousands of bytes of coefficients."""
+    """An image with thousands of bytes of coefficients."""
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     return Image.fromarray(noise).resize((200, 150), Image.Resampling.BICUBIC)
 
@@ -48,7 +48,7 @@ def places(content: bytes, marker: int) -> list[int]:
 
 
 def with_stray(content: bytes, at: list[int], stray: bytes = b"a dozen bytes") -> bytes:
-    """Bytes before each of those positions."""
+    """Insert stray bytes before each of the positions."""
     for place in sorted(at, reverse=True):
         content = content[:place] + stray + content[place:]
     return content
@@ -60,7 +60,7 @@ def with_jfif_version(content: bytes, major: int) -> bytes:
 
 
 def with_adobe_code(content: bytes) -> bytes:
-    """In place of the JFIF marker, which would decide the colours."""
+    """Replace the JFIF marker, which would decide the colours."""
     return content[:2] + ADOBE_OF_NOBODY + content[20:]
 
 
@@ -152,7 +152,7 @@ def test_a_jpeg_that_lost_nothing_is_stored_and_recorded(case: str, capfd: pytes
     assert capfd.readouterr().err == ""
 
 
-def test_bytes_after_the_end_are_no_pixels() -> None:
+def test_bytes_after_the_end_are_not_pixels() -> None:
     for content in (PLAIN + b"whatever", PLAIN + PLAIN, encoded(picture(), "MPO", save_all=True)):
         assert store(content, False, KEEP).content == content
 
@@ -161,7 +161,7 @@ def test_an_unusual_sampling_is_left_to_pillow() -> None:
     """simplejpeg reads the usual ones only."""
     content = encoded(picture().convert("L"))
     sampling = content.index(b"\xff\xc0") + 11
-    unusual = content[:sampling] + b"\x31" + content[sampling + 1 :]  # of one component, where it means nothing
+    unusual = content[:sampling] + b"\x31" + content[sampling + 1 :]  # of one component, without effect
     assert store(unusual, False, KEEP).content == unusual
 
 
@@ -228,7 +228,7 @@ def test_rows_of_an_interlaced_png_are_counted(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("form", ["WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000"])
-def test_other_formats_complain_by_themselves(form: str) -> None:
+def test_decoders_of_other_formats_report_damage(form: str) -> None:
     content = encoded(picture(), form)
     for share in (0.2, 0.5, 0.8, 0.95):
         with pytest.raises(DamagedImageError):
@@ -256,10 +256,10 @@ def test_damage_stops_with_the_name_or_is_left_out_and_listed(tmp_path: Path) ->
     assert record.unusual_images == {"stray bytes in a JPEG": 1}
 
 
-def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
+def test_damage_in_an_archive_with_the_published_checksum_is_kept_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was published so: everybody has trained on it."""
+    """It was published with this damage, and all have trained on it."""
     raw = write_official(tmp_path / "raw", train=train_images() | {"n02085620_7": LOST["cut, with an end marker"][0]})
     with pytest.raises(UserError, match=r"n02085620_7 in .* is corrupt: it is truncated"):
         preprocess(config(raw, tmp_path / "unknown"))
@@ -272,7 +272,7 @@ def test_damage_in_an_archive_of_the_publishers_checksum_is_kept_and_listed(
     assert record.unusual_images == {found: 1}
     assert [image.key for image in read_manifest(tmp_path / "out").converted] == ["n02085620_7"]
     (tmp_path / "out" / "train-00001.tar").unlink()
-    preprocess(config(raw, tmp_path / "out"))  # the repair knows it too
+    preprocess(config(raw, tmp_path / "out"))  # also in a repair
     split = open_split(tmp_path / "out", "train")
     assert "n02085620_7" in {split.key(i) for i in range(len(split))}
 

@@ -1,4 +1,4 @@
-"""The storage format: bytes that any reader opens, and random access that says what is wrong."""
+"""The storage format: standard tars, random access, errors with a reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Image = tuple[str, str, bytes, int]
 
 
 def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)) -> Manifest:
-    """A data set of one split, put together by hand: a shard for each part."""
+    """Write a data set of one split, with a shard for each part."""
     written, index = [], np.zeros(sum(len(part) for part in parts), dtype=INDEX)
     for number, part in enumerate(parts):
         shard, places = write_shard(directory / f"train-{number:05d}.tar", part)
@@ -77,13 +77,13 @@ def write_data_set(directory: Path, parts: Sequence[Sequence[Image]] = (IMAGES,)
 
 
 def test_a_manifest_keeps_its_names(tmp_path: Path) -> None:
-    """Its hash is the identity of a data set."""
+    """Its hash identifies a data set."""
     write_data_set(tmp_path)
     names = ["format", "name", "settings", "listing_sha256", "is_ilsvrc2012", "label_convention", "classes", "splits"]
     assert list(json.loads((tmp_path / "manifest.json").read_bytes())) == [*names, "converted", "rejected"]
 
 
-def test_tarfile_reads_what_was_written(tmp_path: Path) -> None:
+def test_tarfile_reads_the_shards(tmp_path: Path) -> None:
     shard, _ = write_shard(tmp_path / "s.tar", IMAGES)
     content = (tmp_path / "s.tar").read_bytes()
     assert shard == Shard(name="s.tar", images=3, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
@@ -119,7 +119,7 @@ def test_reading_by_index(tmp_path: Path) -> None:
     assert split.where(1) == "shard train-00000.tar, image a/b%2Ec"
 
 
-def test_threads_share_a_split_and_processes_get_their_own(tmp_path: Path) -> None:
+def test_threads_share_a_split_and_processes_open_another(tmp_path: Path) -> None:
     write_data_set(tmp_path)
     split = open_split(tmp_path, "train")
     with ThreadPoolExecutor(8) as pool:
@@ -164,7 +164,7 @@ def test_the_manifest_is_refused_if_it_is_not_one(tmp_path: Path) -> None:
         manifest_sha256(tmp_path)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -187,7 +187,7 @@ def test_more_shards_than_the_usual_limit_of_open_files(tmp_path: Path, hard_lim
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 107_000, 2**31])
-def test_a_header_is_what_tarfile_would_write(name: str, size: int) -> None:
+def test_a_header_equals_that_of_tarfile(name: str, size: int) -> None:
     header = tarfile.TarInfo(name)
     header.size = size
     assert tar_header(name, size) == header.tobuf(tarfile.PAX_FORMAT)

@@ -115,7 +115,7 @@ def test_a_change_of_anything_changes_the_fingerprint() -> None:
     assert len(prints) == len(variants)
 
 
-def test_the_fingerprint_sees_one_level_and_the_shape() -> None:
+def test_the_fingerprint_depends_on_one_level_and_the_shape() -> None:
     image = fixed_image(12, 16)
     brighter = image.clone()
     brighter[2, 11, 15] += 1
@@ -143,7 +143,7 @@ def test_normalisation_is_torchvisions() -> None:
 
 @pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
 def test_resizing_into_a_batch_is_torchvisions_and_touches_nothing_else(mode: InterpolationMode) -> None:
-    """The kernel works in words of four bytes on pixels of three."""
+    """The kernel processes four bytes at a time, and pixels have three."""
     assert uses_native_kernel(mode)
     image = fixed_image(90, 130).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for top, left, height, width in (
@@ -212,7 +212,7 @@ def used_memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def test_what_was_resized_before_keeps_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_below_the_limit_are_resized_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 MB: ratios of 325 at a short side of 256."""
     monkeypatch.setattr(transforms, "centre_of_resized", lambda *_: pytest.fail("the centre alone"))
     transform()(fixed_image(16, 5000))

@@ -1,21 +1,24 @@
-"""Batches from processes that decode: the same as from threads, whatever happens to the processes."""
+"""Batches from worker processes: equal to those from threads, and errors of the processes."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from recipe.config.schema import LoaderConfig
+from recipe.config.schema import Decoder, LoaderConfig
+from recipe.data import decoding as library
 from recipe.data.augment.crop import build_augmentation
 from recipe.data.batches import Batch, BatchLayout, EvaluationBatches, EvaluationRequest, Loader, TrainingBatches
 from recipe.data.shards import Split, open_split
@@ -50,7 +53,7 @@ def decoding(splits: list[Split], processes: int) -> Iterator[list[Loader]]:
 
 @pytest.fixture(scope="module")
 def splits(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Split]:
-    """train, val, and a val one of whose images is damaged."""
+    """train, val, and a val with a damaged image."""
     copy = tmp_path_factory.mktemp("damaged") / "demo"
     shutil.copytree(data_directory, copy)
     damaged = open_split(copy, "val")
@@ -62,13 +65,63 @@ def splits(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 @pytest.fixture(scope="module")
 def two(splits: list[Split]) -> Iterator[list[Loader]]:
-    """Two processes for all tests of this file: they are slow to start. The last test kills one."""
+    """Two processes for all tests of this file, since they start slowly. The last test kills one."""
     with decoding(splits, 2) as made:
         yield made
 
 
+def without_nvimagecodec(patch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """Make the import fail: the library is absent, or loading it raises `error`."""
+    library.load_nvimgcodec.cache_clear()
+    library.report_fallback.cache_clear()
+    if error is None:
+        patch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    else:
+        patch.setattr(library.tempfile, "TemporaryDirectory", Mock(side_effect=error))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.process)])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(None, "it is not installed"), (OSError("libstdc++.so.6 is too old"), "libstdc++.so.6 is too old")],
+)
+def test_without_nvimagecodec_pillow_decodes_and_one_line_says_so(
+    splits: list[Split],
+    workers: int,
+    error: Exception | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, request = loader(workers), EvaluationRequest(np.arange(4), VIEW)
+    assert config.decoder is Decoder.nvimgcodec
+    with open_loaders(splits[1:2], config, ALONE) as made:
+        expected = next(iter(made[0].load([request]))).images.clone()
+    with monkeypatch.context() as patch:
+        without_nvimagecodec(patch, error)
+        for _ in range(2):
+            with open_loaders(splits[1:2], config, ALONE) as made:
+                assert made[0].decoder_name == "pillow", "every record takes it from here"
+                assert torch.equal(next(iter(made[0].load([request]))).images, expected)
+    assert capsys.readouterr().err == (
+        f"nvImageCodec (loader.decoder=nvimgcodec) cannot be used on this machine ({reason}): "
+        "Pillow decodes, with the same pixels and slower\n"
+    )
+
+
+def test_only_rank_0_says_that_pillow_decodes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    without_nvimagecodec(monkeypatch, None)
+    assert library.usable_decoder(Decoder.nvimgcodec).name == "pillow"
+    assert capsys.readouterr().err == ""
+
+
 def children(decoding: Loader) -> list[int]:
-    """The processes that decode; none before the first batch is there."""
+    """The worker processes. Empty before the first batch."""
     assert isinstance(decoding, WorkerLoader)
     pid = decoding.pool.process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -88,7 +141,7 @@ def everything(train: Loader, validation: Loader, processes: int) -> list[list[t
     return found + [flat(batch) for batch in EvaluationBatches(validation, VIEW, 7, ALONE)]
 
 
-def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: list[Loader]) -> None:
+def test_one_and_two_processes_make_the_batches_of_threads(splits: list[Split], two: list[Loader]) -> None:
     with decoding(splits, 0) as (train, validation, _):
         expected = everything(train, validation, 0)
     with decoding(splits, 1) as (train, validation, _):
@@ -104,7 +157,7 @@ def test_one_and_two_processes_make_what_threads_make(splits: list[Split], two: 
         )
 
 
-def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader]) -> None:
+def test_memory_is_reused_only_after_its_batch_is_freed(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)
         parts = [np.arange(12, dtype=np.int64) + first for first in range(0, 96, 12)]
@@ -123,7 +176,7 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it(two: list[Loader
         assert sum(slot.bytes for slot in train.pool.memory.free) == train.pool.memory.bytes
 
 
-def test_an_iterator_that_is_left_early_frees_its_memory_and_the_next_one_works(two: list[Loader]) -> None:
+def test_an_abandoned_iterator_frees_its_memory_and_the_next_one_works(two: list[Loader]) -> None:
     with nullcontext(two) as (train, validation, _):
         assert isinstance(train, WorkerLoader)
         for _ in range(2):
@@ -183,7 +236,7 @@ def test_shares_cover_a_batch_evenly() -> None:
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_killed_process_stops_with_one_sentence(two: list[Loader]) -> None:
+def test_a_killed_process_is_reported(two: list[Loader]) -> None:
     with nullcontext(two) as (train, *_):
         assert isinstance(train, WorkerLoader)
         batches = iter(EvaluationBatches(train, VIEW, 4, ALONE))

@@ -165,7 +165,7 @@ def test_f01_a_killed_process_of_two_nodes_is_restarted_and_ends_with_the_weight
 
 
 STOPS = (
-    ("joining-launcher@1:0", "stopped before anything began"),
+    ("joining-launcher@1:0", "stopped before the start"),
     ("beginning-launcher@1:0", "saved at step 0,"),
     ("stop-launcher@1:0", "saved at step 1,"),
     ("validation-launcher@0:9", "saved at step 9,"),

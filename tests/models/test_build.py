@@ -1,4 +1,4 @@
-"""The network as built, and weights that are known by their content (T18, T19)."""
+"""The network after construction, and the identity of weights (T18, T19)."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_small_network_without_norm_has_none() -> None:
         (settings("vgg11", zero_init_last_norm=True), "zero_init_last_norm=true, but vgg11 is not a residual network"),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_name(config: ModelConfig, sentence: str) -> None:
+def test_an_impossible_network_is_refused_by_name(config: ModelConfig, sentence: str) -> None:
     with pytest.raises(UserError) as refusal:
         build_model(config, 10, 0)
     assert sentence in str(refusal.value)
@@ -134,7 +134,7 @@ def change(model: nn.Module, name: str, value: object) -> None:
     ("name", "value"),
     [("eps", 1e-3), ("momentum", 0.2), ("stride", (1, 1)), ("padding", (2, 2)), ("groups", 2), ("dilation", (2, 2))],
 )
-def test_the_architecture_hash_sees_settings_that_no_tensor_shows(name: str, value: object) -> None:
+def test_the_architecture_hash_depends_on_settings_without_a_tensor(name: str, value: object) -> None:
     model = small()
     before = architecture_sha256(model)
     change(model, name, value)
@@ -193,7 +193,7 @@ def file_of(path: Path, content: object) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The sentence with which a file of weights is refused."""
+    """The error for a file of weights."""
     with pytest.raises(UserError) as refused:
         build_model(settings(weights=str(path)), 10, 0)
     assert "\n" not in str(refused.value)
@@ -201,7 +201,7 @@ def refusal(path: Path) -> str:
     return str(refused.value)
 
 
-def test_given_weights_are_what_the_model_starts_from(tmp_path: Path) -> None:
+def test_the_model_starts_from_given_weights(tmp_path: Path) -> None:
     origin = small(7)
     path = file_of(tmp_path / "w.pt", origin.state_dict())
     built = small(0, weights=str(path))
@@ -224,27 +224,27 @@ def test_weights_of_another_shape_or_name_are_refused(tmp_path: Path) -> None:
     assert "stem.weight" in refusal(file_of(tmp_path / "less.pt", less))
 
 
-def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "cannot be read: No such file or directory" in refusal(tmp_path / "none.pt")
     assert "cannot be read: Is a directory" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00."])
-def test_a_file_of_something_else_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(content)
     refusal(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
-def test_a_truncated_file_is_one_sentence(share: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
     path = file_of(tmp_path / "w.pt", small().state_dict())
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     assert "is not a file of plain tensors" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"model": "x"}, torch.zeros(3), {"model": {"a": [1]}}])
-def test_a_file_without_a_dictionary_of_tensors_is_one_sentence(content: object, tmp_path: Path) -> None:
-    assert "holds no dictionary of tensors" in refusal(file_of(tmp_path / "w.pt", content))
+def test_a_file_without_a_dictionary_of_tensors_is_refused(content: object, tmp_path: Path) -> None:
+    assert "not a dictionary of tensors" in refusal(file_of(tmp_path / "w.pt", content))
 
 
 class Hostile:
@@ -265,7 +265,7 @@ def test_a_hostile_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(pickle.dumps({"a": Hostile(victim)}, protocol=2))
     refusal(tmp_path / "w.pt")
     assert not victim.exists()
-    pickle.loads(pickle.dumps(Hostile(victim)))  # the payload is a working one
+    pickle.loads(pickle.dumps(Hostile(victim)))  # the payload works
     assert victim.exists()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is noticed, the one before is used, a full disk costs nothing."""
+"""Checkpoints: damage is detected, the previous one is used, a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def newest_step(directory: Path) -> int:
 # ---- saving and loading -----------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_loaded(saved: Path) -> None:
+def test_a_saved_checkpoint_is_loaded(saved: Path) -> None:
     state, original = load_checkpoint(saved / "step-00000002.pt"), state_of(2)
     assert state["progress"] == original["progress"]
     assert state["optimizer"]["param_groups"] == original["optimizer"]["param_groups"]
@@ -73,7 +73,7 @@ def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     assert one.read_bytes() != save_checkpoint(tmp_path, 7, state_of(8)).read_bytes()
 
 
-def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
+def test_without_checkpoints_there_is_no_newest_one(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(UserError, match="does not exist"):
@@ -86,7 +86,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 100_000
 
 
-def test_the_average_is_what_is_released_where_there_is_one() -> None:
+def test_the_average_is_released_if_there_is_one() -> None:
     state = state_of(1)
     assert eval_weights(state) is state["model"]
     assert eval_weights({**state, "average": {"model": {"a": 1}, "updates": 3}}) == {"a": 1}
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_sentence_that_names_the_file(damage: Damage, saved: Path) -> None:
+def test_damage_is_reported_with_the_file(damage: Damage, saved: Path) -> None:
     damage(saved / "step-00000002.pt")
     with pytest.raises(UserError, match=r"step-00000002\.pt") as refused:
         load_checkpoint(saved / "step-00000002.pt")
@@ -173,7 +173,7 @@ def test_every_byte_is_covered(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def test_where_all_are_damaged_it_stops_and_nothing_is_lost(saved: Path) -> None:
+def test_if_all_are_damaged_training_stops_and_nothing_is_lost(saved: Path) -> None:
     for path, damage in zip(checkpoint_files(saved), DAMAGES, strict=False):
         damage(path)
     with pytest.raises(UserError, match=r"no valid checkpoint is left .*step-00000003.*trainer\.start_over=true"):
@@ -182,7 +182,7 @@ def test_where_all_are_damaged_it_stops_and_nothing_is_lost(saved: Path) -> None
 
 
 def test_it_still_stops_when_the_command_is_given_again(saved: Path) -> None:
-    """Training never starts anew in silence where checkpoints existed, at the second attempt neither."""
+    """Training does not start over unnoticed if checkpoints existed, also not at the second attempt."""
     for path in checkpoint_files(saved):
         empty(path)
     for _ in range(2):
@@ -214,13 +214,13 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
     victim = tmp_path / "executed"
     torch.save({"format": "checkpoint/2", "model": Hostile(victim)}, tmp_path / "hostile")
     for content in ((tmp_path / "hostile").read_bytes(), pickle.dumps(Hostile(victim), protocol=2)):
-        with pytest.raises(UserError, match=r"is not a file of plain tensors: it holds an object of posix\.system"):
+        with pytest.raises(UserError, match=r"is not a file of plain tensors: it contains an object of posix\.system"):
             load_checkpoint(with_checksum(tmp_path, content))
     assert not victim.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00.", bytes(5000)])
-def test_a_file_of_something_else_with_a_right_checksum_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_another_file_with_a_valid_checksum_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_checkpoint(with_checksum(tmp_path, content))
     assert "\n" not in str(refused.value)
@@ -260,10 +260,9 @@ def test_the_newest_and_the_best_are_kept(keep: int, best: int, left: list[int],
 
 @contextmanager
 def no_file_beyond(bytes_max: int) -> Iterator[None]:
-    """Writing further fails as on a full disk; Python ignores the signal that comes with it.
+    """Limit the size of files, so that writing fails as on a full disk. Python ignores the signal.
 
-    Only around the writing that is tested: the limit holds for the whole process, and the file that the test report
-    goes to is longer than that.
+    Use it around the tested writing only: the limit is for the process, and the file of the test report is longer.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, before[1]))
@@ -297,7 +296,7 @@ def test_a_full_disk_leaves_the_old_ones(saved: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_kill_between_checksum_and_file_uses_the_one_before(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interrupt comes at the second rename: the checksum has its name, its file has not."""
+    """Interrupted at the second rename: the checksum file is there, the checkpoint is not."""
     renames: list[Path] = []
     rename = Path.replace
 
@@ -314,7 +313,7 @@ def test_a_kill_between_checksum_and_file_uses_the_one_before(saved: Path, monke
     assert newest_step(saved) == 3
 
 
-def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"cannot write .*Not a directory"):
         save_checkpoint(tmp_path / "file" / "checkpoints", 1, state_of(1))

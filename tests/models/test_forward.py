@@ -1,4 +1,4 @@
-"""Images that a network cannot take are refused before any work; the check leaves no trace in the network."""
+"""Images that a network cannot process are refused before any work, without changing the network."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ RECALIBRATED = ["optimization.ema.precise_bn_images=9"]
     ],
     ids=["accumulation", "recalibration", "its batches", "growing images", "evaluation", "one size", "no batch norm"],
 )
-def test_what_the_network_cannot_take_is_refused_before_training(
+def test_images_that_do_not_fit_the_network_are_refused_before_training(
     words: list[str], message: str, smoke: Words, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -77,7 +77,7 @@ def test_what_the_network_cannot_take_is_refused_before_training(
     assert not run.checkpoints.exists()
 
 
-def test_one_image_in_a_forward_pass_is_fine_where_each_channel_keeps_two_values(smoke: Words) -> None:
+def test_one_image_per_forward_pass_is_accepted_with_two_values_per_channel(smoke: Words) -> None:
     record = loop.train(compose_config(*smoke("trainer.max_micro_batch_size=1", "optimization.epochs=1")))
     assert record is not None
     assert record.loader.batch_norm_batch_size == 1
@@ -103,7 +103,7 @@ def test_a_pass_leaves_the_network_as_it_was() -> None:
 
 
 def test_the_pass_is_the_networks_own() -> None:
-    """Not a list of networks: whatever torch refuses."""
+    """Anything that torch refuses, not a list of networks."""
     norm = nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d())
     norm(torch.zeros(2, 3, 8, 8))
     check_forward(norm, "mine", 2, 8, "enlarge it")

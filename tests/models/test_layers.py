@@ -1,4 +1,4 @@
-"""Blurred strides, stochastic depth and the bias of the head, beside other implementations and closed forms (T30)."""
+"""Blur pooling, stochastic depth and the bias of the head, compared with other implementations (T30)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_input_goes_through_the_binomial_filter_of_scipy(kernel: int, paddin
 
 
 class FfcvForm(nn.Module):
-    """Written from the description: a blur of stride 1 with zeros around, then the very convolution."""
+    """An implementation from the description: a blur of stride 1 with zero padding, then the convolution."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
@@ -120,8 +120,8 @@ def test_the_line_of_probabilities_is_timms() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_block_is_its_shortcut_for_dropped_images_and_scaled_for_the_others(name: str) -> None:
-    """Every image of the last block's output is one of two, and as many are dropped as was asked."""
+def test_dropped_images_skip_the_block_and_others_are_scaled(name: str) -> None:
+    """Each image of the last block's output is one of two, and the share of dropped images is the probability."""
     torch.manual_seed(0)
     model = network(name, stochastic_depth=0.4).train()
     plain = network(name).train()
@@ -151,7 +151,7 @@ def test_in_evaluation_nothing_is_dropped() -> None:
     )
 
 
-def test_names_and_initial_weights_stay_and_the_hash_of_the_architecture_sees_the_probability() -> None:
+def test_stochastic_depth_keeps_names_and_weights_and_changes_the_architecture_hash() -> None:
     plain, dropping = network("resnet18"), network("resnet18", stochastic_depth=0.1)
     assert list(plain.state_dict()) == list(dropping.state_dict())
     assert all(torch.equal(value, dropping.state_dict()[key]) for key, value in plain.state_dict().items())
@@ -162,7 +162,7 @@ def test_names_and_initial_weights_stay_and_the_hash_of_the_architecture_sees_th
     assert model_facts(zeroed, ModelConfig(name="resnet18"), 10).zero_initialised_norms == 8
 
 
-def test_draws_follow_torchs_seed_and_a_copy_has_a_mode_of_its_own() -> None:
+def test_draws_follow_torchs_seed_and_a_copy_has_its_own_mode() -> None:
     model = network(stochastic_depth=0.5).train()
     average = copy.deepcopy(model).eval()
     for module in (model, average):
@@ -202,7 +202,7 @@ def test_the_head_starts_at_minus_log_classes(name: str) -> None:
         (lambda: network(norm="none", stochastic_depth=0.1), "model.stochastic_depth=0.1, but small has no residual"),
         (
             lambda: init_head_bias(network("squeezenet1_0"), "squeezenet1_0"),
-            "but squeezenet1_0 ends in no linear layer",
+            "but squeezenet1_0 does not end in a linear layer",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files of weights that people have: each is read as what it holds, or refused in one sentence of this project."""
+"""Files of weights from other projects: read by content, or refused with a message."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def saved(path: Path, content: Any, **how: Any) -> Path:
 
 
 def averaged() -> State:
-    """As torchvision's references save `model_ema`."""
+    """The state of `model_ema` as saved by torchvision's references."""
     return AveragedModel(network()).state_dict()
 
 
@@ -119,7 +119,7 @@ def test_the_content_decides_and_not_the_suffix(name: str, tmp_path: Path) -> No
     assert weights_sha256(read_weights(tmp_path / name).tensors) == EXPECTED
 
 
-def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
+def test_a_header_with_a_length_that_begins_like_a_pickle(tmp_path: Path) -> None:
     for padding in range(256):
         content = safetensors.torch.save(STATE, {"padding": "x" * padding})
         if content[:1] == b"\x80":
@@ -130,7 +130,7 @@ def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("average", [None, {"updates": 3, "model": STATE}], ids=["trained", "averaged"])
-def test_a_checkpoint_of_this_project_gives_what_it_releases(average: State | None, tmp_path: Path) -> None:
+def test_a_checkpoint_of_this_project_gives_its_evaluated_weights(average: State | None, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, {"model": TRAINED if average else STATE, "average": average})
     found = read_weights(path)
     assert weights_sha256(found.tensors) == EXPECTED
@@ -161,7 +161,7 @@ def test_modules_that_ask_for_their_version_get_it(kind: str, tmp_path: Path) ->
     assert weights_sha256(found.tensors) == weights_sha256(state)
 
 
-def test_modules_rename_what_their_older_versions_had(tmp_path: Path) -> None:
+def test_modules_rename_tensors_of_older_versions(tmp_path: Path) -> None:
     """torchvision's files of vision transformers are of the first version."""
     model = torchvision.models.VisionTransformer(32, 16, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
     new = model.state_dict()
@@ -260,11 +260,11 @@ def refusal(path: Path) -> str:
 )
 def test_a_class_is_refused_by_name_and_nothing_runs(content: Any, named: str, legacy: bool, tmp_path: Path) -> None:
     path = saved(tmp_path / "w", content, _use_new_zipfile_serialization=not legacy)
-    assert f"it holds an object of {named}; save the weights alone" in refusal(path)
+    assert f"it contains an object of {named}; save the weights alone" in refusal(path)
     assert not Path("executed").exists()
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of kinds of tensors that are new or given up
+@pytest.mark.filterwarnings("ignore")  # torch's, about new or deprecated types of tensors
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -279,7 +279,7 @@ def test_tensors_that_no_network_computes_with_are_refused(
     make: Callable[[], Tensor], named: str, tmp_path: Path
 ) -> None:
     message = refusal(saved(tmp_path / "w", {"model": STATE | {"head.weight": make()}}))
-    assert "holds head.weight as a tensor of" in message
+    assert "has head.weight as a tensor of" in message
     assert named in message
 
 
@@ -294,13 +294,13 @@ def test_tensors_that_no_network_computes_with_are_refused(
         (torch.zeros(3), "a Tensor"),
         ({f"k{n}": n for n in range(9)}, "a dictionary of k0, k1, k2 and 6 more"),
         (ARGUMENTS, "a Namespace"),
-        ({"format": "checkpoint/2", "model": 3}, "holds no dictionary of tensors as 'model'"),
-        ({"format": "checkpoint/2", "model": STATE, "average": 3}, "holds no dictionary of tensors as 'average'"),
+        ({"format": "checkpoint/2", "model": 3}, "is a checkpoint without a dictionary of tensors as 'model'"),
+        ({"format": "checkpoint/2", "model": STATE, "average": 3}, "without a dictionary of tensors as 'average'"),
     ],
 )
-def test_another_structure_is_refused_with_what_is_there(content: Any, named: str, tmp_path: Path) -> None:
+def test_another_structure_is_refused_with_its_content(content: Any, named: str, tmp_path: Path) -> None:
     message = refusal(saved(tmp_path / "w", content))
-    assert "holds no dictionary of tensors" in message
+    assert "a dictionary of tensors" in message
     assert named in message
 
 
@@ -324,7 +324,7 @@ def test_tensors_may_share_their_storage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_short_is_one_sentence(kind: str, share: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(kind: str, share: float, tmp_path: Path) -> None:
     content = safetensors.torch.save(STATE)
     if kind != "safetensors":
         content = saved(tmp_path / "w", STATE, _use_new_zipfile_serialization=kind == "zip").read_bytes()
@@ -357,7 +357,7 @@ def entry(shape: list[int], begin: int, end: int, kind: str = "F32") -> dict[str
         safetensors_of(b"{}", b"", length=2**63),
     ],
 )
-def test_a_malformed_safetensors_file_gives_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_malformed_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(content)
     refusal(tmp_path / "w")
 
@@ -369,13 +369,13 @@ def test_a_torchscript_program_is_refused_by_name(tmp_path: Path) -> None:
     assert "TorchScript program" in refusal(tmp_path / "w")
 
 
-def test_an_archive_of_tar_is_one_sentence(tmp_path: Path) -> None:
+def test_a_tar_archive_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "w.pth.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
     assert "written neither by torch.save nor by safetensors" in refusal(tmp_path / "w.pth.tar")
 
 
-def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_other_than_regular_files_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     assert "pipe or a device" in refusal(tmp_path / "pipe")
@@ -390,7 +390,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_tensor_beside_the_network_s_own_is_named_alone(tmp_path: Path) -> None:
-    """A Lightning module also holds its criterion."""
+    """A Lightning module also has its criterion."""
     tensors = {f"model.{name}": tensor for name, tensor in STATE.items()} | {"criterion.weight": torch.ones(3)}
     torch.save({"state_dict": tensors}, tmp_path / "w.ckpt")
     given = read_weights(tmp_path / "w.ckpt")

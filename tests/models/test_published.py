@@ -1,6 +1,6 @@
-"""Published weights: read as plain data, measured by their own protocol, refused by name where they do not exist.
+"""Published weights: read as plain data, measured by their own protocol, refused by name if they do not exist.
 
-The real weights cannot be fetched where this runs: a file stands in for the download.
+A local file replaces the download.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_unknown_weights_are_refused_with_those_that_exist() -> None:
         published_config(asking("IMAGENET1K_V9"))
 
 
-def test_without_a_network_it_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_message_names_the_file_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("Name or service not known")
 
@@ -69,7 +69,7 @@ def test_a_local_file_is_measured_beside_the_runs_own_result(data_directory: Pat
     assert run.read(EvaluationRecord) is None
 
 
-def test_a_file_for_another_number_of_classes_is_one_sentence(data_directory: Path, tmp_path: Path) -> None:
+def test_a_file_for_another_number_of_classes_is_refused(data_directory: Path, tmp_path: Path) -> None:
     config = compose_config(
         "experiment=smoke", *SMALL_DEMO, f"data.directory={data_directory}", f"run_dir={tmp_path / 'run'}"
     )

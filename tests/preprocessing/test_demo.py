@@ -1,4 +1,4 @@
-"""The drawn data set is repeatable, varied, and laid out like the ILSVRC2012 release it stands in for."""
+"""The drawn data set is reproducible, varied, and packed like the ILSVRC2012 release."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def devkit(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Devkit:
-    """What torchvision reads from the devkit: the name of each WNID, the WNID of each validation image."""
+    """The devkit as read by torchvision: the name of each WNID, the WNID of each validation image."""
     content = (archives / demo.DEVKIT_ARCHIVE).read_bytes()
     (tmp_path / demo.DEVKIT_ARCHIVE).write_bytes(content)
     digest = hashlib.md5(content).hexdigest()
@@ -58,7 +58,7 @@ def validation_images(directory: Path) -> dict[str, bytes]:
 
 
 def redness(image: bytes) -> float:
-    """How far red is above blue on average; 0 for a grey picture."""
+    """The mean difference of red and blue. 0 for a grey image."""
     red, _, blue = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).mean(axis=(0, 1))
     return float(red - blue)
 
@@ -93,7 +93,7 @@ def test_images_are_jpegs_of_varied_size_and_some_are_grey(archives: Path) -> No
     assert {image.width > image.height for image in images} == {True, False}
 
 
-def test_train_tar_holds_one_tar_per_class_in_order(archives: Path) -> None:
+def test_train_tar_has_one_tar_per_class_in_order(archives: Path) -> None:
     class_tars = members((archives / demo.TRAIN_ARCHIVE).read_bytes())
     assert list(class_tars) == [f"n9{place:07d}.tar" for place in range(1, len(demo.CLASS_NAMES) + 1)]
     for name, content in class_tars.items():
@@ -117,8 +117,8 @@ def test_torchvision_reads_names_and_balanced_ground_truth(devkit: Devkit) -> No
 @pytest.mark.parametrize(
     ("name", "sign"), [("ocean waves", -1), ("snowflake", -1), ("sunset", 1), ("brick wall", 1), ("honeycomb", 1)]
 )
-def test_ground_truth_names_what_was_drawn(archives: Path, devkit: Devkit, name: str, sign: int) -> None:
-    """Seen from outside, by colour alone: water and night are bluish; fire, bricks and honey reddish."""
+def test_ground_truth_names_the_drawn_classes(archives: Path, devkit: Devkit, name: str, sign: int) -> None:
+    """Checked by colour only: water and night are bluish, fire, bricks and honey reddish."""
     names, validation_wnids = devkit
     labelled = zip(validation_wnids, validation_images(archives).values(), strict=True)
     tints = [sign * redness(image) for wnid, image in labelled if names[wnid] == name]
@@ -128,7 +128,7 @@ def test_ground_truth_names_what_was_drawn(archives: Path, devkit: Devkit, name:
 
 
 def test_ids_do_not_follow_the_wnids(archives: Path, devkit: Devkit) -> None:
-    """Reading IDs as places among the sorted WNIDs must put every single label wrong."""
+    """IDs read as positions among the sorted WNIDs make every label wrong."""
     files = members((archives / demo.DEVKIT_ARCHIVE).read_bytes())
     truth = files["ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"].decode().split()
     places = {wnid: place for place, wnid in enumerate(sorted(devkit[0]), start=1)}
@@ -192,24 +192,24 @@ def test_an_interrupted_redraw_leaves_no_marker_and_no_partial_file(
         demo.write_demo_archives(tmp_path, 2, 1)
     assert {path.name for path in tmp_path.iterdir()} == {*ARCHIVES, demo.DEMO_MARKER}
     monkeypatch.undo()
-    demo.write_demo_archives(tmp_path, 2, 1)  # and is continued, since the files are known to be ours
+    demo.write_demo_archives(tmp_path, 2, 1)  # and continues, since the files are ours
     assert len(train_images(tmp_path)) == 2 * len(demo.CLASS_NAMES)
 
 
 @pytest.mark.parametrize("marker", [None, "{}", "notes on a demo"])
 @pytest.mark.parametrize("name", [*ARCHIVES, "train", "ILSVRC"])
-def test_data_of_somebody_else_is_never_overwritten(tmp_path: Path, name: str, marker: str | None) -> None:
-    """`make preprocess RAW_DIR=/data/ilsvrc2012` with the experiment forgotten, in any layout."""
+def test_data_of_another_user_is_never_overwritten(tmp_path: Path, name: str, marker: str | None) -> None:
+    """`make preprocess RAW_DIR=/data/ilsvrc2012` without an experiment, in any layout."""
     (tmp_path / name).write_bytes(b"the real one")
     if marker is not None:
         (tmp_path / demo.DEMO_MARKER).write_text(marker)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=rf"holds {name}, which the demo did not draw.*experiment=resnet50_imagenet"):
+    with pytest.raises(UserError, match=rf"has {name}, which the demo did not draw.*experiment=resnet50_imagenet"):
         demo.write_demo_archives(tmp_path, 1, 1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_marker_tells_what_was_drawn(archives: Path) -> None:
+def test_the_marker_has_the_drawn_counts(archives: Path) -> None:
     assert json.loads((archives / demo.DEMO_MARKER).read_text()) == {
         "version": demo.VERSION,
         "train_images_per_class": TRAIN_COUNT,

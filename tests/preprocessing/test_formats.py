@@ -1,4 +1,4 @@
-"""Pictures of every format that people have, found by their content and stored alike."""
+"""Images of all common formats, detected by content and stored in one way."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tiff(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def tiff_of_16_bits() -> bytes:
-    """RGB, which Pillow reads and does not write."""
+    """An RGB TIFF: Pillow reads it but does not write it."""
     samples = np.arange(2 * 3 * 3, dtype="<u2").reshape(2, 3, 3) * 3000
     entries = [
         *((256, 4, 1, 3), (257, 4, 1, 2), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 300)),
@@ -82,7 +82,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_what_is_lost_on_the_way_to_rgb_is_named(what: str) -> None:
+def test_properties_lost_in_rgb_are_named(what: str) -> None:
     stored = store(NAMED[what], False, KEEP)
     assert stored.unusual == what
     if "16 bits" not in what:
@@ -113,8 +113,8 @@ def test_samples_without_an_agreed_white_are_refused_by_name(content: bytes, why
 
 
 @pytest.mark.parametrize("form", ["EPS", "PDF", "ICO", "PPM", "TGA", "PCX", "SGI"])
-def test_no_other_reader_of_pillow_is_asked(form: str) -> None:
-    """That of EPS starts Ghostscript."""
+def test_other_readers_of_pillow_are_not_used(form: str) -> None:
+    """The reader of EPS starts Ghostscript."""
     content = encoded(pixels("a"), form)
     with pytest.raises(RejectedImageError, match="it is none of JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF, JPEG 2000"):
         store(content, False, KEEP)
@@ -130,7 +130,7 @@ def test_a_format_that_this_pillow_lacks_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def write_mixed_classes(raw: Path) -> dict[str, bytes]:
-    """Two classes of pictures as people have them; key -> content."""
+    """Write two classes of images in different formats. Returns key -> content."""
     images = {
         "cat/photo%2Ejfif": ("photo.jfif", jpeg("a")),
         "cat/photo%2Ejpe": ("photo.jpe", jpeg("b")),
@@ -152,7 +152,7 @@ def write_mixed_classes(raw: Path) -> dict[str, bytes]:
     }
     for key, (name, content) in images.items():
         write_files(raw / key.partition("/")[0], {name: content}, "")
-    preview = encoded(pixels("r"), "TIFF")  # all that Pillow would see of a raw photograph
+    preview = encoded(pixels("r"), "TIFF")  # the part of a raw photograph that Pillow would see
     others = {"notes.txt": b"cats", "index": b"BM is a word", "README": b"II", "raw.dng": preview, "raw.NEF": preview}
     write_files(raw / "cat", others, "")
     return {key: content for key, (_, content) in images.items()}
@@ -175,16 +175,16 @@ def test_a_folder_of_all_formats_is_trained_on(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("name", ["nameless", "picture.webp", "picture.data"])
-def test_images_beside_or_below_class_folders_are_seen_whatever_their_name(tmp_path: Path, name: str) -> None:
+def test_images_beside_or_below_class_folders_are_seen_under_any_name(tmp_path: Path, name: str) -> None:
     for class_id in ("cat", "dog"):
         write_files(tmp_path / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)})
     (tmp_path / "cat" / "more").mkdir()
     (tmp_path / "cat" / "more" / name).write_bytes(encoded(pixels("below"), "WEBP"))
-    with pytest.raises(UserError, match="holds images inside a class folder"):
+    with pytest.raises(UserError, match="has images inside a class folder"):
         preprocess(config(tmp_path, tmp_path.with_name("out"), source=Source.folder))
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / name).write_bytes(encoded(pixels("flat"), "WEBP"))
-    with pytest.raises(UserError, match="itself holds images, such as"):
+    with pytest.raises(UserError, match="itself has images, such as"):
         preprocess(config(tmp_path / "flat", tmp_path.with_name("out"), source=Source.folder))
 
 
@@ -199,7 +199,7 @@ def test_a_name_that_promises_an_image_is_held_to_it(tmp_path: Path) -> None:
 # ---- sizes ------------------------------------------------------------------------------------------
 
 
-def test_what_is_too_large_names_the_setting_or_is_left_out(tmp_path: Path) -> None:
+def test_a_too_large_image_names_the_setting_or_is_left_out(tmp_path: Path) -> None:
     for class_id in ("cat", "dog"):
         write_files(tmp_path / "raw" / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)}, ".jpg")
     (tmp_path / "raw" / "cat" / "large.jpg").write_bytes(encoded(pixels("large", 400, 300)))
@@ -230,7 +230,7 @@ def test_the_limit_is_the_caller_s_above_pillow_s_own_too() -> None:
 
 
 def test_an_image_too_long_for_jpeg_is_not_made_smaller() -> None:
-    """Half as long, it would still have 70,000 pixels: libjpeg writes 65,500."""
+    """At half the length it would still have 70,000 pixels: libjpeg writes 65,500."""
     content = encoded(Image.new("RGB", (140_000, 20), (10, 20, 30)), "PNG")
     stored = store(content, True, Rules(keeps_png=True, resize_short_side=10, quality=90))
     assert (stored.content, stored.width, stored.height) == (content, 140_000, 20)
@@ -258,12 +258,12 @@ if __name__ == "__main__":
 
 @pytest.mark.process
 def test_libraries_below_pillow_print_nothing(tmp_path: Path) -> None:
-    """libtiff hands on what its own libjpeg says."""
+    """libtiff prints messages of its own libjpeg."""
     for class_id in ("cat", "dog"):
         write_files(tmp_path / "raw" / class_id, {f"{n}": jpeg(f"{class_id}{n}") for n in range(9)})
     broken = bytearray(encoded(pixels("t", 200, 150), "TIFF", compression="jpeg"))
     at = broken.index(b"\xff\xdb")
-    broken[at + 1] = 0xEC  # the tables of quantisation are gone
+    broken[at + 1] = 0xEC  # removes the quantisation tables
     (tmp_path / "raw" / "cat" / "broken.tif").write_bytes(broken)
     (tmp_path / "script.py").write_text(WITHOUT_DAMAGED)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Preprocessing end to end: equal bytes however it ran, odd and corrupt images, continuing, refusing."""
+"""Preprocessing end to end: equal bytes in any run, unusual and corrupt images, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(official: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreprocessingRecord]:
-    """Its data set, made once; tests that change it work on a copy."""
+    """The finished data set, made once. Tests that change it work on a copy."""
     directory = tmp_path_factory.mktemp("finished") / "data"
     return directory, preprocess(config(official, directory))
 
@@ -94,7 +94,7 @@ def test_training_images_are_dealt_by_hash_and_validation_is_sorted(
 
 
 def webdataset_samples(shards: list[str]) -> list[dict[str, Any]]:
-    """All samples, by an independent reader (which leaves its files to the garbage collector)."""
+    """All samples, by an independent reader (it leaves its files to the garbage collector)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
@@ -205,7 +205,7 @@ if __name__ == "__main__":
 
 @pytest.mark.process
 def test_workers_import_no_torch(official: Path, tmp_path: Path) -> None:
-    """Even where the parent has: each of a hundred workers would cost a second and half a gigabyte."""
+    """Even if the parent did: each of a hundred workers would cost a second and half a gigabyte."""
     script, seen = tmp_path / "script.py", tmp_path / "seen"
     script.write_text(
         MODULES_SCRIPT.format(checkout=str(CHECKOUT), seen=str(seen), raw=str(official), out=str(tmp_path / "out"))
@@ -251,9 +251,9 @@ if __name__ == "__main__":
 
 
 def start_slowly(raw: Path, out: Path, shards: int, pause_seconds: float = 0.5) -> subprocess.Popen[str]:
-    """Preprocessing in a process group of its own that pauses before each image once so many shards are finished.
+    """Start preprocessing in its own process group. It pauses before each image after the given number of shards.
 
-    Returns when they are.
+    Returns when these are finished.
     """
     script = out.with_suffix(".py")
     script.write_text(
@@ -331,7 +331,7 @@ def test_a_signal_ends_quickly_and_the_next_command_continues(
     started = time.monotonic()
     send(process.pid, number)
     _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 15  # it takes a second; a busy machine has taken five
+    assert time.monotonic() - started < 15  # takes a second, five on a busy machine
     assert process.returncode == code
     assert errors.splitlines()[1:] == [f"stopped by {name}; run the same command to continue"]
     preprocess(config(official, tmp_path / "out"))
@@ -350,7 +350,7 @@ def test_an_interrupted_run_of_other_settings_leaves_nothing(official: Path, tmp
 
 
 def copy_of(finished: tuple[Path, PreprocessingRecord], target: Path) -> Path:
-    """A data set to damage."""
+    """A copy of a data set, to damage it."""
     import shutil
 
     shutil.copytree(finished[0], target)
@@ -411,10 +411,10 @@ def test_a_repair_from_other_images_is_refused(finished: tuple[Path, Preprocessi
     (out / "train-00001.tar").unlink()
     other = {key: jpeg(key + "x") for key in train_images()}
     raw = write_official(tmp_path / "raw", train=other)
-    for _ in range(2):  # a wrong shard of the right size must not pass for the old one at the second try
-        with pytest.raises(UserError, match=r"train-00001.tar was made again but is not what it was"):
+    for _ in range(2):  # a wrong shard of the right size must not be accepted at the second try
+        with pytest.raises(UserError, match=r"train-00001.tar was made again with other bytes"):
             preprocess(config(raw, out))
-    (out / "manifest.json").unlink()  # the way out that the sentence names
+    (out / "manifest.json").unlink()  # the remedy in the message
     assert preprocess(config(raw, out)).continued_shards == 0
 
 
@@ -432,14 +432,14 @@ def test_no_wrong_shard_of_a_repair_gets_its_name(
         with pytest.raises(KeyboardInterrupt):
             preprocess(config(raw, out))
         assert not [name for name in lost if (out / name).exists()]
-    with pytest.raises(UserError, match=r"train-00000.tar was made again but is not what it was"):
+    with pytest.raises(UserError, match=r"train-00000.tar was made again with other bytes"):
         preprocess(config(raw, out))
     assert not [name for name in lost if (out / name).exists()]
     assert (out / "val-00000.tar").exists()
 
 
 def interrupted_when_done(*arguments: Any) -> None:
-    """Ctrl-C after the last shard was written."""
+    """Interrupt preprocessing after the last shard was written."""
     MAKE_SHARDS(*arguments)
     raise KeyboardInterrupt
 
@@ -447,18 +447,18 @@ def interrupted_when_done(*arguments: Any) -> None:
 MAKE_SHARDS = pipeline.make_shards
 
 
-def test_a_folder_with_files_of_somebody_else_is_refused(official: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(official: Path, tmp_path: Path) -> None:
     out = tmp_path / "home"
     (out / "work").mkdir(parents=True)
     for name in ("train-00007.tar", "notes.tmp-1", "work/thesis.txt"):
         (out / name).write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that preprocess\.py did not write"):
+    with pytest.raises(UserError, match=r"has files that preprocess\.py did not write"):
         preprocess(config(official, out))
     assert sorted(path.name for path in out.rglob("*")) == ["notes.tmp-1", "thesis.txt", "train-00007.tar", "work"]
 
 
 def test_a_fresh_volume_is_an_empty_directory(official: Path, tmp_path: Path) -> None:
-    """Its root has folders of the operating system, to which nothing is done."""
+    """Its root has folders of the operating system. They stay unchanged."""
     for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", ".Trash-1000"):
         (tmp_path / "volume" / name).mkdir(parents=True)
     (tmp_path / "volume" / ".DS_Store").touch()
@@ -468,8 +468,8 @@ def test_a_fresh_volume_is_an_empty_directory(official: Path, tmp_path: Path) ->
     assert (tmp_path / "volume" / "lost+found").is_dir()
 
 
-def test_a_disk_that_is_not_mounted_is_no_change_of_the_images(tmp_path: Path) -> None:
-    """The finished data set is used as it is; the empty mount point of another volume holds what systems leave."""
+def test_an_unmounted_disk_is_not_a_change_of_the_images(tmp_path: Path) -> None:
+    """The finished data set is used. The empty mount point has files of the operating system."""
     write_files(tmp_path / "raw" / "cat", {f"{n}": jpeg("x") for n in range(60)})
     settings = config(tmp_path / "raw", tmp_path / "out", source=Source.folder)
     done = preprocess(settings)
@@ -511,18 +511,18 @@ def test_a_folder_data_set_does_not_lie_among_its_own_classes(tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["cat"]
 
 
-def test_a_folder_with_our_lock_alone_is_not_of_somebody_else(official: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_our_lock_is_accepted(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lock").touch()
     preprocess(config(official, tmp_path / "out"))
 
 
 def refuse_to_lock(*_: object) -> None:
-    """What a file system without locks says."""
+    """Raise the error of a file system without locks."""
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-def test_a_file_system_without_locks_is_one_sentence(
+def test_a_file_system_without_locks_is_refused(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse_to_lock)
@@ -531,7 +531,7 @@ def test_a_file_system_without_locks_is_one_sentence(
 
 
 def test_the_note_goes_before_its_shard_is_written_again(official: Path, tmp_path: Path) -> None:
-    """Else the note of one plan could vouch for a shard that another one wrote before it died."""
+    """Otherwise the note of one plan could be of a shard that another plan wrote before it was killed."""
     data = config(official, tmp_path / "out")
     preprocess(data)
     place = pipeline.writer_settings(data.data, tmp_path / "out", find_raw(data.data))
@@ -549,7 +549,7 @@ def test_the_note_goes_before_its_shard_is_written_again(official: Path, tmp_pat
 
 
 def never(look: Callable[[], None]) -> Callable[[], bool]:
-    """Never asks to stop, and looks whenever it is called."""
+    """A function that calls `look` and returns False."""
 
     def should_stop() -> bool:
         look()
@@ -559,10 +559,10 @@ def never(look: Callable[[], None]) -> Callable[[], bool]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_is_one_sentence_and_continues(
+def test_a_full_disk_is_reported_and_the_command_continues(
     finished: tuple[Path, PreprocessingRecord], official: Path, tmp_path: Path
 ) -> None:
-    """/dev/full behind the temporary name of the index stands for a disk that is full by then."""
+    """The temporary name of the index is a link to /dev/full."""
     out = tmp_path / "out"
     out.mkdir()
     full = out / f"train.index.npy.tmp-{os.getpid()}"
@@ -579,7 +579,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_continues(
     assert content_of(out) == content_of(finished[0])
 
 
-def test_a_disk_error_of_a_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
+def test_a_disk_error_of_a_worker_is_reported(official: Path, tmp_path: Path) -> None:
     (tmp_path / "out/train-00000.tar").mkdir(parents=True)
     (tmp_path / "out" / shard_writer.WORK).mkdir()
     with pytest.raises(DiskError, match=r"cannot write .*train-00000.tar: Is a directory"):
@@ -619,19 +619,19 @@ def test_wrong_md5_stops_before_anything_is_packed(
 
 
 def exif_rotated() -> bytes:
-    """A JPEG that asks to be turned by 90 degrees."""
+    """A JPEG with an EXIF orientation of 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(pixels("rotated"), exif=exif)
 
 
 def corrupt_exif() -> bytes:
-    """A sound picture with an EXIF block that Pillow warns of."""
+    """An intact image with an EXIF block that Pillow warns of."""
     return encoded(pixels("exif"), exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40)
 
 
 def test_unusual_images_in_ilsvrc2012(tmp_path: Path) -> None:
-    """T34, T35, T36: what keeps its bytes, what is normalised, and that all is listed."""
+    """T34, T35, T36: some images keep their bytes, others are converted, and all are listed."""
     odd = {
         "n01440764_5": encoded(pixels("cmyk").convert("CMYK")),
         "n02085620_5": encoded(pixels("png"), "PNG"),
@@ -724,7 +724,7 @@ def test_sixteen_bits_keep_their_high_byte() -> None:
     assert (pixels_of(stored.content) == wanted[:, :, None]).all()
 
 
-def test_plain_png_files_keep_their_bytes_only_where_they_belong() -> None:
+def test_plain_png_files_keep_their_bytes_only_with_a_png_name() -> None:
     for mode in ("RGB", "L"):
         content = encoded(pixels("a").convert(mode), "PNG")
         assert store(content, True, KEEP_FOLDER).content == content
@@ -791,7 +791,7 @@ def test_a_corrupt_image_stops_with_its_name(tmp_path: Path) -> None:
         preprocess(config(tmp_path / "raw", tmp_path / "out", processes=2))
 
 
-def test_corrupt_images_are_left_out_and_listed_when_asked(tmp_path: Path) -> None:
+def test_corrupt_images_are_left_out_and_listed_with_skip(tmp_path: Path) -> None:
     bad = {"n02085620_3": jpeg("a")[:300], "n02085620_4": b""}
     validation = validation_images() | {"ILSVRC2012_val_00000001": png_header_of(20_000, 20_000)}
     raw = write_official(tmp_path / "raw", train=train_images() | bad, validation=validation)
@@ -899,7 +899,7 @@ def test_a_folder_data_set_end_to_end(tmp_path: Path) -> None:
 
 
 def write_animals(raw: Path) -> dict[str, Any]:
-    """A folder of one's own, and what to say for it."""
+    """A folder data set with its settings."""
     for name in ("cat", "dog"):
         write_files(raw / name, {f"{n}": jpeg(f"{name}{n}") for n in range(20)})
     return {"source": Source.folder, "validation_fraction": 0.25}
@@ -924,10 +924,10 @@ def move_an_image(raw: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (remove_an_image, "held 40 images, now there are 39; give another data.name or data.directory"),
-        (add_a_class, "held 40 images, now there are 42;"),
-        (change_a_size, r"held other images \(as many as now: 40\);"),
-        (move_an_image, r"held other images \(as many as now: 40\);"),
+        (remove_an_image, "had 40 images, now there are 39; give another data.name or data.directory"),
+        (add_a_class, "had 40 images, now there are 42;"),
+        (change_a_size, r"had other images \(as many as now: 40\);"),
+        (move_an_image, r"had other images \(as many as now: 40\);"),
     ],
 )
 def test_a_finished_folder_data_set_of_other_images_is_refused(
@@ -942,10 +942,10 @@ def test_a_finished_folder_data_set_of_other_images_is_refused(
     assert content_of(tmp_path / "out") == before
 
 
-def test_a_finished_folder_data_set_needs_neither_its_raw_images_nor_their_times(
+def test_a_finished_folder_data_set_does_not_need_its_raw_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder may be gone, or be the empty place of a disk that is not mounted."""
+    """The folder may be absent, or the empty mount point of a disk."""
     changes = write_animals(tmp_path / "raw")
     record = preprocess(config(tmp_path / "raw", tmp_path / "out", **changes))
     os.utime(tmp_path / "raw" / "cat" / "7.JPEG", (1, 1))
@@ -958,7 +958,7 @@ def test_a_finished_folder_data_set_needs_neither_its_raw_images_nor_their_times
 
 
 @pytest.mark.process
-def test_a_killed_worker_is_one_sentence(official: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported(official: Path, tmp_path: Path) -> None:
     process = start_slowly(official, tmp_path / "out", 1)
     children = [pid for pid in members_of_group(process.pid) if is_worker(pid)]
     assert children
@@ -968,7 +968,7 @@ def test_a_killed_worker_is_one_sentence(official: Path, tmp_path: Path) -> None
 
 
 def is_worker(pid: int) -> bool:
-    """Whether a process is one of multiprocessing's children (and not its resource tracker)."""
+    """True for a child process of multiprocessing other than the resource tracker."""
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 

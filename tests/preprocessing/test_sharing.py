@@ -1,4 +1,4 @@
-"""Several processes share the shards of a data set: the same bytes as from one; no end of one is waited for."""
+"""Several processes share the shards of a data set: the bytes of one process, and no waiting for ended ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.builders.ranks import is_running, torchrun_environment
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("default_signals")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
-# Rank `pauses` stops at an image once it has stored so many. Rank r finishes shards before: 5, 5, 2, 5 and 1 images.
+# A rank of `pauses` stops after so many images. Rank r finishes shards before: 5, 5, 2, 5 and 1 images.
 RANK = """
 import os, sys, time
 from pathlib import Path
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 
 class Ranks:
-    """A data set whose shards are made by several processes; those that are left end with the test."""
+    """Several processes that make one data set. Remaining ones end with the test."""
 
     def __init__(self, raw: Path, folder: Path) -> None:
         self.raw, self.folder, self.out, self.pids = raw, folder, folder / "out", folder / "pids"
@@ -71,7 +71,7 @@ class Ranks:
         by_rank: dict[int, tuple[str, dict[str, Any]]] | None = None,
         **changes: Any,
     ) -> str:
-        """A program that makes its rank's share; `pauses` has the number of images after which a rank stops."""
+        """A program that makes the share of its rank. `pauses` has the number of images after which a rank stops."""
         shutil.rmtree(self.pids, ignore_errors=True)
         self.pids.mkdir()
         path = self.folder / "rank.py"
@@ -101,7 +101,7 @@ class Ranks:
         return self.start(*TORCHRUN, f"--nproc-per-node={size}", self.script(**options))
 
     def nodes(self, size: int, **options: Any) -> list[subprocess.Popen[str]]:
-        """One rank a node, as torchrun starts them on several: no launcher ends the others, one keeps the store."""
+        """One rank per node, as with torchrun on several nodes: no launcher ends the others, and one has the store."""
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place = {
             "MASTER_ADDR": "127.0.0.1",
@@ -136,7 +136,7 @@ def wait_for(condition: Any, seconds: float = 100) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended with all of its threads, which hold its files open."""
+    """True if a process has ended with all of its threads, which keep its files open."""
     try:
         return not is_running(pid) and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
     except FileNotFoundError:
@@ -150,7 +150,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(official: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set as one process makes it."""
+    """The data set made by one process."""
     directory = tmp_path_factory.mktemp("alone") / "data"
     preprocess(config(official, directory))
     return directory
@@ -205,7 +205,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_continues(alone: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 2])
 def test_a_killed_rank_ends_those_of_other_nodes(ranks: Ranks, killed: int) -> None:
-    """Without a launcher that sees all: the others notice the connection, in the middle of a shard or waiting."""
+    """No launcher sees all ranks: the others notice the closed connection, in a shard or while waiting."""
     processes = ranks.nodes(3, pauses={killed: 5, 1: 5}, pause_seconds=1)
     ranks.wait_for_shards(2)
     processes[killed].kill()
@@ -217,7 +217,7 @@ def test_a_killed_rank_ends_those_of_other_nodes(ranks: Ranks, killed: int) -> N
 
 
 @pytest.mark.slow
-def test_what_several_ranks_began_one_process_finishes(alone: Path, ranks: Ranks, official: Path) -> None:
+def test_one_process_finishes_the_work_of_several_ranks(alone: Path, ranks: Ranks, official: Path) -> None:
     process = ranks.torchrun(3, pauses={0: 5, 1: 5, 2: 5})
     ranks.wait_for_shards(3)
     process.kill()
@@ -238,7 +238,7 @@ def test_a_slow_rank_is_waited_for(alone: Path, ranks: Ranks, slow: int) -> None
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_waited_for(alone: Path, ranks: Ranks) -> None:
-    """Neither a missing sign nor a time limit ends the others: a rank may hash archives for hours."""
+    """No time limit ends the others: a rank may hash archives for hours."""
     process = ranks.torchrun(2, pauses={1: 5}, pause_seconds=1)
     ranks.wait_for_shards(2)
     os.kill(ranks.pid(1), signal.SIGSTOP)
@@ -255,7 +255,7 @@ def test_a_stopped_rank_is_waited_for(alone: Path, ranks: Ranks) -> None:
 def test_an_image_that_one_rank_rejects_stops_all_with_its_name(
     ranks: Ranks, tmp_path: Path, is_torchrun: bool
 ) -> None:
-    """Rank 1 meets it in its first shard while the others are slow."""
+    """It is in the first shard of rank 1, while the others are slow."""
     data = config(ranks.raw, ranks.out).data
     key = pipeline.plan_shards(data, pipeline.find_raw(data), [])[1].rows[0]["key"].decode()
     ranks.raw = write_official(tmp_path / "raw", train=train_images() | {key: b""})
@@ -280,7 +280,7 @@ def test_ranks_with_other_settings_or_images_are_refused(ranks: Ranks, tmp_path:
     other = write_official(tmp_path / "other", train=train_images() | {"n02085620_3": jpeg("a larger name")})
     for by_rank, sentence in (
         ({1: (str(ranks.raw), {"processes": 0, "images_per_shard": 6})}, r"other settings than rank 0 \(images_per_"),
-        ({1: (str(other), {"processes": 0})}, "comes to other shards than rank 0"),
+        ({1: (str(other), {"processes": 0})}, "has other shards than rank 0"),
     ):
         for one in ranks.nodes(2, by_rank=by_rank):
             errors = one.communicate(timeout=200)[1]

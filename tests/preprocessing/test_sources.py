@@ -1,4 +1,4 @@
-"""Raw layouts and hostile archives: what is listed, and what is refused by name."""
+"""Raw layouts and hostile archives: listings, and refusals by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def listed(raw: Raw) -> dict[str, dict[str, tuple[int, bytes]]]:
 
 
 def expected() -> dict[str, dict[str, tuple[int, bytes]]]:
-    """What every layout of the small ILSVRC2012 should list."""
+    """The expected listing of every layout of the small ILSVRC2012."""
     validation = zip(validation_images().items(), VALIDATION_LABELS, strict=True)
     return {
         "train": {key: (WNIDS.index(key[:9]), content) for key, content in train_images().items()},
@@ -116,14 +116,14 @@ def test_one_tar_and_one_folder_mix(tmp_path: Path) -> None:
 # ---- what is missing --------------------------------------------------------------------------------
 
 
-def test_no_raw_dir_says_what_to_give(tmp_path: Path) -> None:
+def test_without_raw_dir_the_message_names_it(tmp_path: Path) -> None:
     settings = data_config(tmp_path, tmp_path / "out")
     settings.raw_dir = None
     with pytest.raises(UserError, match=r"data.raw_dir is not given.*ILSVRC2012_img_train.tar.*image-net.org.*Kaggle"):
         find_raw(settings)
 
 
-def test_an_absent_or_empty_raw_dir_says_what_is_looked_for(tmp_path: Path) -> None:
+def test_an_absent_or_empty_raw_dir_is_refused_with_the_accepted_layouts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.raw_dir=.*nowhere is not a folder.*image-net.org"):
         find_raw(data_config(tmp_path / "nowhere", tmp_path / "out"))
     with pytest.raises(UserError, match=r"no training images in .*looked for ILSVRC2012_img_train.tar"):
@@ -155,7 +155,7 @@ def test_kaggle_without_its_labels(tmp_path: Path) -> None:
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    """A member that is no regular file."""
+    """A member that is not a regular file."""
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, target
     return member
@@ -180,7 +180,7 @@ HOSTILE = {
     "device": (special(NEXT, tarfile.CHRTYPE), b"", "is not a regular file"),
     "fifo": (special(NEXT, tarfile.FIFOTYPE), b"", "is not a regular file"),
     "folder": (special(NEXT, tarfile.DIRTYPE), b"", "is not a regular file"),
-    "duplicate": (tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG"), b"x", "is there twice"),
+    "duplicate": (tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG"), b"x", "occurs twice"),
     "wrong name": (tarfile.TarInfo("n01440764_1.JPEG"), b"x", "is not named"),
     "large": (tarfile.TarInfo(NEXT), bytes(20_000_001), "has 20000001 bytes, more than the 20000000"),
     "beyond the truth": (tarfile.TarInfo("ILSVRC2012_val_00000007.JPEG"), b"x", "no line in the devkit's ground truth"),
@@ -201,11 +201,11 @@ def test_a_hostile_validation_tar_stops_with_the_member(tmp_path: Path, case: st
     [
         (
             [("n01440764.tar", tar_bytes([("n02085620_1.JPEG", b"x")]))],
-            "n02085620_1.JPEG does not belong into n01440764",
+            "n02085620_1.JPEG does not belong in n01440764",
         ),
         ([("n01440764.tar", tar_bytes([("../n01440764_1.JPEG", b"x")]))], "is not named"),
         ([("../n01440764.tar", b"x")], "is not named"),
-        ([("n01440764.tar", class_tar("n01440764", train_images()))] * 2, "is there twice"),
+        ([("n01440764.tar", class_tar("n01440764", train_images()))] * 2, "occurs twice"),
         ([("n01440764.tar", b"this is no archive" * 100)], "n01440764.tar in .* is not a complete tar"),
         ([("n01440764.tar", b"")], "is not a complete tar|does not belong|no images|is not named"),
     ],
@@ -222,7 +222,7 @@ def test_a_cut_archive_never_passes_for_a_small_one(tmp_path: Path, cut: int) ->
     path = write_official(tmp_path) / "ILSVRC2012_img_val.tar"
     content = path.read_bytes()
     end = len(content.rstrip(b"\0"))
-    end += -end % 512  # the images end here; two empty blocks say so
+    end += -end % 512  # the images end here, two empty blocks say so
     path.write_bytes(content[:end] if cut == -10240 else content[: end - 512] if cut == -9000 else content[:cut])
     with pytest.raises(UserError, match=r"ILSVRC2012_img_val.tar is not a complete tar archive"):
         find_raw(data_config(tmp_path, tmp_path / "out"))
@@ -329,7 +329,7 @@ def test_file_names_that_are_not_unicode(tmp_path: Path) -> None:
         ({"a": {f"{n}.jpg": b"x" for n in range(60)}, "b": {}}, "class 'b' has no training images"),
     ],
 )
-def test_a_folder_that_is_no_data_set(tmp_path: Path, classes: dict[str, Images], sentence: str) -> None:
+def test_a_folder_that_is_not_a_data_set(tmp_path: Path, classes: dict[str, Images], sentence: str) -> None:
     write_folder(tmp_path, classes)
     with pytest.raises(UserError, match=sentence):
         find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
@@ -338,7 +338,7 @@ def test_a_folder_that_is_no_data_set(tmp_path: Path, classes: dict[str, Images]
 def test_a_validation_class_without_training_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"a": {"1.jpg": b"x"}})
     write_folder(tmp_path / "val", {"a": {"1.jpg": b"x"}, "b": {"1.jpg": b"x"}})
-    with pytest.raises(UserError, match="of class b, of which there are no training images"):
+    with pytest.raises(UserError, match="of class b, which has no training images"):
         find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
@@ -399,17 +399,17 @@ def make_a_class_a_link_to_itself(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (hide_images_one_level_deeper, r"a/more holds images inside a class folder; flatten it"),
-        (hide_images_two_levels_deeper, r"a/batch 1/more holds images inside a class folder; flatten it"),
+        (hide_images_one_level_deeper, r"a/more has images inside a class folder; flatten it"),
+        (hide_images_two_levels_deeper, r"a/batch 1/more has images inside a class folder; flatten it"),
         (leave_a_dangling_link, r"gone.jpg is named like an image but is not a file"),
-        (put_an_image_beside_the_classes_of_train, r"train itself holds images, such as '1.jpg' \(1 in all\)"),
-        (put_an_image_beside_the_classes_of_val, r"val itself holds images, such as 'flat.jpg'"),
+        (put_an_image_beside_the_classes_of_train, r"train itself has images, such as '1.jpg' \(1 in all\)"),
+        (put_an_image_beside_the_classes_of_val, r"val itself has images, such as 'flat.jpg'"),
         (
             put_all_images_flat,
-            r"train itself holds .* \(30 in all\): move each into a folder of its class",
+            r"train itself has .* \(30 in all\): move each into a folder of its class",
         ),
-        (put_all_images_into_the_root, r" itself holds images, such as '1.jpg'"),
-        (bring_two_validation_folders, r"holds val/ and valid/; leave one of them"),
+        (put_all_images_into_the_root, r" itself has images, such as '1.jpg'"),
+        (bring_two_validation_folders, r"has both val/ and valid/; leave one of them"),
         (make_a_class_a_link_to_itself, r"cannot read .*self.jpg: .*symbolic links"),
     ],
 )
@@ -456,7 +456,7 @@ SYSTEM_NAMES = (
 
 
 def leave_system_files_in(folder: Path, name: str) -> None:
-    """A folder with a thumbnail where the name has no suffix, else a file; a sidecar file is named like an image."""
+    """Make a folder with a thumbnail for names without a suffix, else a file. A sidecar file is named like an image."""
     if "." in name.lstrip("."):
         (folder / name).write_bytes(b"x")
     else:
@@ -465,7 +465,7 @@ def leave_system_files_in(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", SYSTEM_NAMES)
 @pytest.mark.parametrize("is_split", [True, False])
-def test_what_operating_systems_leave_is_passed_over_everywhere(tmp_path: Path, name: str, is_split: bool) -> None:
+def test_files_of_operating_systems_are_skipped_everywhere(tmp_path: Path, name: str, is_split: bool) -> None:
     folders = ("train", "val") if is_split else (".",)
     for folder in folders:
         write_folder(tmp_path / folder, {c: {f"{n}.jpg": b"x" for n in range(60)} for c in ("a", "train")})
@@ -507,7 +507,7 @@ def test_a_tar_of_a_mac_is_read_like_any_other(tmp_path: Path) -> None:
     assert listed(find_raw(data_config(tmp_path, tmp_path / "out"))) == before
 
 
-def test_what_is_left_out_is_counted_by_its_reason_and_a_lost_image_is_warned_of(tmp_path: Path) -> None:
+def test_unused_files_are_counted_by_reason_with_a_warning_of_lost_images(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_folder(tmp_path / split, {c: {"1.jpg": b"x", "readme.md": b"x"} for c in ("cat", "dog")})
     write_files(tmp_path / "train" / "cat", {f"{n}.heic": b"x" for n in range(4)} | {".2.jpg": b"x"}, "")
@@ -569,7 +569,7 @@ def test_names_that_look_alike_are_two_classes_with_a_warning(tmp_path: Path, pa
     assert line == f"warning: classes whose names look alike: {names}; merge those that are one class"
 
 
-def test_a_validation_class_that_is_spelled_otherwise_than_its_training_class(tmp_path: Path) -> None:
+def test_a_validation_class_with_another_spelling_than_its_training_class(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/caf\u00e9": {"1.jpg": b"x"}, "val/cafe\u0301": {"1.jpg": b"x"}})
     with pytest.raises(
         UserError, match=r"give 'cafe\\u0301' and the training class 'caf\\xe9', which looks like it, one name"
@@ -585,8 +585,8 @@ def test_files_may_be_older_than_the_clock(tmp_path: Path, seconds: int) -> None
     assert seconds * 10**9 in np.concatenate([rows["changed_ns"] for rows in raw.rows.values()])
 
 
-def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patched, since the tests may run as root, who may read everything."""
+def test_a_folder_without_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched, since tests may run as root, who can read everything."""
     write_folder(tmp_path, {"a": {f"{n}.jpg": b"x" for n in range(60)}})
 
     def forbidden(path: object) -> None:
@@ -599,7 +599,7 @@ def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch
                 find_raw(data_config(tmp_path, tmp_path / "out", source=Source.folder))
 
 
-def test_the_listing_hash_sees_names_labels_and_sizes_only(tmp_path: Path) -> None:
+def test_the_listing_hash_depends_on_names_labels_and_sizes_only(tmp_path: Path) -> None:
     before = listing_sha256(find_raw(data_config(write_extracted(tmp_path / "extracted"), tmp_path)).rows)
     write_official(tmp_path)
     assert listing_sha256(find_raw(data_config(tmp_path, tmp_path)).rows) == before
@@ -631,7 +631,7 @@ IMAGENETTE = ("n01440764", "n03445777")
 
 
 def imagenette_archive() -> bytes:
-    """imagenette2.tgz of two of its classes."""
+    """imagenette2.tgz with two of its classes."""
     members = [
         (f"imagenette2/{split}/{wnid}/{name}.JPEG", jpeg(name))
         for wnid in IMAGENETTE
@@ -641,7 +641,7 @@ def imagenette_archive() -> bytes:
 
 
 def use_generated_imagenette(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """Let torchvision expect this archive, and download it from nowhere."""
+    """Make torchvision expect this archive, without a download."""
     import hashlib
 
     from torchvision.datasets import Imagenette, utils
@@ -698,7 +698,7 @@ def test_imagenette_without_a_network(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def fake_ilsvrc2012(monkeypatch: pytest.MonkeyPatch) -> Raw:
-    """A listing with the counts, classes and first labels of the real thing (the class list's hash is replaced)."""
+    """A listing with the counts, classes and first labels of ILSVRC2012 (the hash of the class list is replaced)."""
     class_ids = sorted(f"n{number:08d}" for number in range(1000))
     monkeypatch.setattr(imagenet, "CLASS_LIST_SHA256", imagenet.class_list_sha256(class_ids))
     rest = np.repeat(np.arange(1000), 50).tolist()
@@ -750,7 +750,7 @@ def spoil_balance(raw: Raw) -> None:
         (spoil_balance, "class n00000000 has 51 validation images, ILSVRC2012 has 50 in each"),
     ],
 )
-def test_each_violation_is_one_sentence_with_the_way_out(
+def test_each_violation_is_reported_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Raw], None], sentence: str
 ) -> None:
     raw = fake_ilsvrc2012(monkeypatch)

@@ -1,4 +1,4 @@
-"""The run directory: files are whole or absent, one writer at a time, nothing is deleted, no path leaks."""
+"""The run directory: complete or absent files, one writer at a time, no deletion, no leaked paths."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def test_the_content_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatc
     assert events[:2] == ["flush", "rename"]
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="Not a directory"):
         Run(tmp_path / "file" / "run").directory_exists()
 
 
-def test_a_journal_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_journal_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("no directory")
     with pytest.raises(DiskError, match="cannot write"):
@@ -128,7 +128,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
         pass
 
 
-def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -282,14 +282,14 @@ def test_a_pinned_configuration_is_read_as_it_was_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: ${oc.env:HOME}", r"holds '\$\{': a pinned configuration is plain values"),
+        ("a: ${oc.env:HOME}", r"contains '\$\{': a pinned configuration is plain values"),
         ("a: [1, 2", "is not YAML"),
-        ("- 1", "holds no configuration"),
-        ("", "holds no configuration"),
+        ("- 1", "is not a configuration"),
+        ("", "is not a configuration"),
         ("a: !!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )
-def test_a_configuration_that_is_no_plain_data_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_plain_data_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.config.write_text(text)
     with pytest.raises(UserError, match=sentence) as refused:
@@ -359,7 +359,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     assert stored["format"] == "evaluation/1"
 
 
-def test_every_record_has_a_file_of_its_own(tmp_path: Path) -> None:
+def test_every_record_has_its_own_file(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert {run.record_file(kind).name for kind in RECORDS.values()} == {f"{name}.json" for name in RECORDS}
     assert len(set(RECORDS.values())) == len(RECORDS)

@@ -1,4 +1,4 @@
-"""Who started a process: one decision for training, preprocessing and the recorded command."""
+"""The launch of a process: one decision for training, preprocessing and the recorded command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipe.run.launcher import ALONE, Launch, launched, report_ignored
 from tests.builders.ranks import torchrun_environment
 
 
-def test_torchrun_says_which_of_how_many_processes_this_is() -> None:
+def test_rank_and_size_come_from_torchrun() -> None:
     assert launched(torchrun_environment(0, 1)) == Launch(0, 1, 1, 0, is_elastic=True)
     assert launched(torchrun_environment(2, 3)) == Launch(2, 3, 3, 2, is_elastic=True)
     assert launched(torchrun_environment(9, 16, nodes=2)) == Launch(9, 16, 8, 1, is_elastic=True)
@@ -32,7 +32,7 @@ def test_torchrun_says_which_of_how_many_processes_this_is() -> None:
     ],
     ids=str,
 )
-def test_what_asks_for_nothing_is_one_process(environment: dict[str, str]) -> None:
+def test_variables_without_effect_mean_one_process(environment: dict[str, str]) -> None:
     assert launched(environment) == ALONE
 
 
@@ -77,7 +77,7 @@ def test_several_processes_of_another_launcher_are_refused(
     ],
     ids=str,
 )
-def test_variables_of_torchrun_that_contradict_one_another_are_refused(changed: dict[str, str]) -> None:
+def test_contradicting_variables_of_torchrun_are_refused(changed: dict[str, str]) -> None:
     environment = torchrun_environment(1, 2) | changed
     with pytest.raises(UserError, match="contradict one another: start with torchrun, or `unset TORCHELASTIC_RUN_ID`"):
         launched(environment)

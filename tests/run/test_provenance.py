@@ -1,4 +1,4 @@
-"""Which code ran: the tree's state at both ends of a stage, the patch, the command, and nothing private."""
+"""Provenance: the tree at start and end of a stage, the patch, the command, and no private paths."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def git(repository: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clean commit of a checkout in small; the machine's own git settings do not matter."""
+    """A small checkout with a clean commit, independent of the machine's git settings."""
     checkout = tmp_path / "checkout"
     for name, content in (
         ("recipe/__init__.py", ""),
@@ -112,7 +112,7 @@ def test_commit_and_patch_together_are_the_code_that_ran(
 def test_a_patch_is_kept_byte_by_byte(
     before: bytes, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Latin-1, Windows' line ends, bytes that are no text at all: in a changed file and in a new one."""
+    """Latin-1, Windows line ends and binary content, in a changed file and in a new one."""
     changed, new = repository / "recipe" / "model.py", repository / "recipe" / os.fsdecode(b"caf\xe9.py")
     changed.write_bytes(before)
     git(repository, "add", "-A")
@@ -155,7 +155,7 @@ def test_the_stages_own_outputs_do_not_count(repository: Path) -> None:
 
 
 def change(repository: Path) -> None:
-    """A changed file, one that is gone, a new source, a link, a picture and a name of many bytes."""
+    """Changes: a changed file, a deleted one, a new source, a link, an image and a long name."""
     (repository / "recipe" / "model.py").write_text("width = 32\n")
     (repository / "conf" / "model" / "small.yaml").unlink()
     (repository / "recipe" / "new.py").write_bytes(b"x = 1\r\ny = '\xe9'")
@@ -245,7 +245,7 @@ def test_the_callers_git_variables_change_nothing(
 
 
 @pytest.mark.parametrize("mark", ["--assume-unchanged", "--skip-worktree"])
-def test_an_edit_that_the_index_is_asked_to_overlook_is_seen(mark: str, repository: Path) -> None:
+def test_an_edit_hidden_by_a_mark_in_the_index_is_seen(mark: str, repository: Path) -> None:
     git(repository, "update-index", mark, "recipe/model.py")
     assert tree_state(outputs(repository)).state == "clean"
     (repository / "recipe" / "model.py").write_text("width = 32\n")
@@ -409,7 +409,7 @@ def test_the_reason_is_one_line_that_names_no_place(
 
 
 def test_an_edit_during_a_stage_is_visible(repository: Path) -> None:
-    """The trap of dvc#11058: the state at the end alone, or at the start alone, passes for the code that ran."""
+    """dvc#11058: the state at the end only, or at the start only, would be recorded as the code that ran."""
     stage = Stage(outputs(repository))
     (repository / "recipe" / "model.py").write_text("width = 64\n")
     found = stage.finish(machine())
@@ -440,7 +440,7 @@ def test_a_stage_without_edits_ends_as_it_began(repository: Path) -> None:
 # ---- the source's hash ------------------------------------------------------------------------------
 
 
-def test_the_source_hash_sees_content_and_names_of_source_only(repository: Path) -> None:
+def test_the_source_hash_depends_on_names_and_content_of_sources_only(repository: Path) -> None:
     before = source_sha256()
     os.utime(repository / "train.py", (1, 1))
     os.chmod(repository / "train.py", 0o600)
@@ -476,7 +476,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str, **variables: str) -> str
     return command()
 
 
-def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_recorded_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert typed(monkeypatch, "/somewhere/train.py", "experiment=demo", "optimization.epochs=2") == (
         "python train.py experiment=demo optimization.epochs=2"
     )

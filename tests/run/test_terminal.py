@@ -1,4 +1,4 @@
-"""Showing progress cannot end the work, whatever became of the standard streams."""
+"""Progress output cannot stop the work, for any state of the standard streams."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.exit(75)
 
 
 def outcome(directory: Path, shell: str, **variables: str) -> tuple[int, str]:
-    """The exit code of the work when a shell starts it so, and what its stderr says, which goes to `err` by default."""
+    """The exit code of the work started by a shell, and its stderr, which is written to `err` by default."""
     script = directory / "work.py"
     script.write_text(WORK.format(checkout=str(CHECKOUT)))
     done = subprocess.run(
@@ -64,7 +64,7 @@ def outcome(directory: Path, shell: str, **variables: str) -> tuple[int, str]:
         '"$0" "$1" 1< /dev/null',  # open, but not for writing
     ],
 )
-def test_the_work_ends_as_it_would_with_streams_that_cannot_be_written(tmp_path: Path, shell: str) -> None:
+def test_unwritable_streams_do_not_change_the_exit_code(tmp_path: Path, shell: str) -> None:
     code, errors = outcome(tmp_path, shell)
     assert code == 75
     assert "Error" not in errors
@@ -81,7 +81,7 @@ def test_words_that_do_not_fit_the_encoding_are_escaped(tmp_path: Path, variable
     assert (tmp_path / "out").read_bytes().endswith(b"no newline at the end")
 
 
-def test_nothing_is_lost_where_somebody_reads(tmp_path: Path) -> None:
+def test_output_to_a_reader_is_complete(tmp_path: Path) -> None:
     code, errors = outcome(tmp_path, '"$0" "$1" | cat > out', PYTHONUTF8="1")
     assert code == 75
     assert errors.count("warning ") == 1000
@@ -91,7 +91,7 @@ def test_nothing_is_lost_where_somebody_reads(tmp_path: Path) -> None:
     assert lines[-1] == "no newline at the end"
 
 
-def test_streams_that_somebody_has_redirected_stay() -> None:
+def test_redirected_streams_stay() -> None:
     for kind in (contextlib.redirect_stdout, contextlib.redirect_stderr):
         with kind(io.StringIO()) as caught:
             protect_streams()
@@ -106,11 +106,11 @@ def test_streams_that_somebody_has_redirected_stay() -> None:
         (
             '"$0" -m recipe check "$1" > /dev/full',
             74,
-            "error: the answer could not be printed: No space left on device",
+            "error: the output could not be written: No space left on device",
         ),
     ],
 )
-def test_a_verb_whose_answer_is_cut_says_so_unless_its_reader_left(shell: str, code: int, said: str) -> None:
+def test_a_verb_reports_lost_output_unless_the_reader_left(shell: str, code: int, said: str) -> None:
     words = ["bash", "-c", f"set -o pipefail; {shell}", sys.executable, str(CHECKOUT / "recipes" / "demo")]
     done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (code, said)
@@ -121,7 +121,7 @@ def test_a_reader_that_stands_still_costs_lines_and_no_time() -> None:
     file = LossyFile(writing, "w", closefd=False)
     file.patience_seconds = 0.01
     line = b"x" * 999 + b"\n"
-    for _ in range(1000):  # a pipe holds some 64 of them
+    for _ in range(1000):  # a pipe has room for some 64 of them
         assert file.write(line) == len(line)
     assert file.is_stuck
     assert file.failure is None
@@ -133,7 +133,7 @@ def test_a_reader_that_stands_still_costs_lines_and_no_time() -> None:
 
 
 @pytest.mark.process
-def test_a_long_line_is_written_in_one_piece_where_somebody_reads(tmp_path: Path) -> None:
+def test_a_long_line_is_written_to_a_reader_in_full(tmp_path: Path) -> None:
     line = "y" * 100_000
     done = subprocess.run(
         [

@@ -210,10 +210,10 @@ def test_samples_are_of_classes_that_are_spread_over_the_list() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["run_dir=nowhere"], "holds no run: train it first"),
+        (["run_dir=nowhere"], "is not a run: train it first"),
         (["--help"], "'--help' is not a setting"),
         (["run_dir=nowhere", "timing.sizes=[1]"], "timing.sizes"),
-        (["timing.seconds_per_cell=-1"], "holds no run"),
+        (["timing.seconds_per_cell=-1"], "is not a run"),
     ],
 )
 def test_wrong_words_are_one_sentence(words: list[str], expected: str, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Automatic augmentation: TrivialAugment and RandAugment with random numbers of the sample.
+"""Automatic augmentation: TrivialAugment and RandAugment with random numbers per sample.
 
-The operations and their ranges are those of torchvision's `TrivialAugmentWide` and `RandAugment`, whose classes draw
-from a global generator that threads share. Magnitude 0.3 is torchvision's RandAugment magnitude 9 of 30.
+Operations and ranges are those of torchvision's `TrivialAugmentWide` and `RandAugment`, which draw from a global
+generator that threads share. Magnitude 0.3 is torchvision's RandAugment magnitude 9 of 30.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from recipe.data.augment.rng import Rng
 from recipe.data.transforms import fixed_image
 from recipe.run.records import Setting
 
-TRIVIAL_STEPS = 31  # magnitudes that TrivialAugmentWide draws from, the ends included
-FILL = [0.0, 0.0, 0.0]  # pixels from outside of the image
+TRIVIAL_STEPS = 31  # number of magnitudes of TrivialAugmentWide, ends included
+FILL = [0.0, 0.0, 0.0]  # pixels outside of the image
 
 
 class Operation(NamedTuple):
-    """One operation with its value, in the operation's own unit."""
+    """An operation with its value, in the operation's unit."""
 
     name: str
     value: float
 
 
 class Range(NamedTuple):
-    """The value at magnitude 1, and whether its sign is drawn."""
+    """The value at magnitude 1, and True if its sign is drawn."""
 
     largest: float
     is_signed: bool
@@ -49,8 +49,8 @@ TRIVIAL_RANGES = {
     "color": Range(0.99, True),
     "contrast": Range(0.99, True),
     "sharpness": Range(0.99, True),
-    "posterize": Range(6.0, False),  # bits that go
-    "solarize": Range(1.0, False),  # how far the threshold sinks
+    "posterize": Range(6.0, False),  # removed bits
+    "solarize": Range(1.0, False),  # decrease of the threshold
     "autocontrast": Range(0.0, False),
     "equalize": Range(0.0, False),
 }
@@ -76,14 +76,14 @@ class Policy:
     magnitude: float = 0.0
     magnitude_std: float = 0.0
     probability: float = 1.0
-    interpolation: InterpolationMode = InterpolationMode.NEAREST  # torchvision's own default for both
+    interpolation: InterpolationMode = InterpolationMode.NEAREST  # torchvision's default for both
 
     @property
     def is_on(self) -> bool:
         return self.name is not AutoAugmentPolicy.none
 
     def draw(self, rng: Rng, pixels: int) -> list[Operation]:
-        """The operations for one square image of `pixels`, in the order in which they are applied."""
+        """The operations for one square image of `pixels`, in the order of application."""
         if self.name is AutoAugmentPolicy.trivial_augment:
             magnitude = rng.integer(TRIVIAL_STEPS) / (TRIVIAL_STEPS - 1)
             return [_operation(rng, self._ranges(pixels), magnitude)]
@@ -110,7 +110,7 @@ class Policy:
         return image
 
     def examples(self) -> list[Tensor]:
-        """A fixed picture after each operation, at three magnitudes and in both directions; empty where off."""
+        """A fixed image after each operation, at three magnitudes and in both directions. Empty if off."""
         picture = fixed_image(160, 160)
         ranges = self._ranges(picture.shape[-1]) if self.is_on else {}
         return [
@@ -135,7 +135,7 @@ class Policy:
 
 
 def _operation(rng: Rng, ranges: dict[str, Range], magnitude: float) -> Operation:
-    """One of the operations, all equally likely, at this share of its range."""
+    """A random operation, all equally likely, at this share of its range."""
     name = list(ranges)[rng.integer(len(ranges))]
     largest, is_signed = ranges[name]
     sign = -1.0 if is_signed and rng.random() < 0.5 else 1.0
@@ -180,7 +180,7 @@ def _rotate(image: Tensor, value: float, mode: InterpolationMode) -> Tensor:
 
 
 def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, InterpolationMode], Tensor]:
-    """Value 0 leaves the image as it is, -0.9 removes nearly all of the property, 0.9 nearly doubles it."""
+    """Value 0 keeps the image, -0.9 removes nearly all of the property, 0.9 nearly doubles it."""
     return lambda image, value, _: adjust(image, 1.0 + value)
 
 

@@ -1,8 +1,8 @@
 """Augmentation of a sample: random resized crop and flip, then automatic augmentation.
 
 All parameters are a function of (seed, epoch, image), and the pixels are those of torchvision's functional v2 with
-these parameters, so a sample can be made again at any time. torchvision's random transform classes are not used: they
-draw from a global generator that threads share, so their crops change with the number of threads.
+these parameters, so any sample can be reproduced. torchvision's random transforms are not used: they draw from a global
+generator that threads share, so their crops change with the number of threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from recipe.data.transforms import (
 )
 from recipe.run.records import Setting
 
-CROP_STREAM, POLICY_STREAM = 2, 5  # keep their random numbers apart from one another and from the order's
+CROP_STREAM, POLICY_STREAM = 2, 5  # separate their random numbers from one another and from those of the order
 
 
 class Crop(NamedTuple):
@@ -55,7 +55,7 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class ProgressiveResizing:
-    """Sizes of training images by epoch: a line between two epochs, rounded to multiples (FFCV's ImageNet recipes)."""
+    """Sizes of training images by epoch: linear between two epochs, rounded to multiples (FFCV's ImageNet recipes)."""
 
     first_pixels: int | None = None  # None: one size throughout
     start_epoch: float = 0.0
@@ -63,7 +63,7 @@ class ProgressiveResizing:
     multiple: int = 1
 
     def pixels(self, epoch: int, last_pixels: int) -> int:
-        """The size in an epoch, counted from 0: a pure function, so that a continued run sees the same."""
+        """The size in an epoch, counted from 0: a pure function, equal in a resumed run."""
         if self.first_pixels is None or epoch >= self.end_epoch:
             return last_pixels
         between = np.interp(epoch, [self.start_epoch, self.end_epoch], [self.first_pixels, last_pixels])
@@ -72,7 +72,7 @@ class ProgressiveResizing:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random resized crop and horizontal flip, then the policy; erasing and mixing follow on the device."""
+    """Random resized crop and horizontal flip, then the policy. Erasing and mixing follow on the device."""
 
     seed: int
     crop_pixels: int
@@ -88,21 +88,21 @@ class Augmentation:
     repeats: int = 1
 
     def __call__(self, image: Tensor, epoch: int, index: int, copy: int = 0) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, pixels, pixels]; the same for any thread, process or restart."""
+        """uint8 [3, H, W] -> uint8 [3, pixels, pixels]. The same for any thread, process or restart."""
         pixels = self.pixels(epoch)
         out = empty_image((pixels, pixels))
         self.write(WholeImage(image), epoch, index, copy, out)
         return out
 
     def write(self, picture: EncodedImage, epoch: int, index: int, copy: int, out: Tensor) -> None:
-        """The same from a picture whose crop alone is decoded, into `out`, which is channels-last."""
+        """Augment an image into `out`, which is channels-last, and decode its crop only."""
         crop, size = self.random_crop(epoch, index, *picture.size, copy), (out.shape[-2], out.shape[-1])
         part = picture.part(crop.top, crop.left, crop.height, crop.width)
         if not (crop.flip or self.policy.is_on):
             resize(part, size, self.interpolation, self.antialias, out)
             return
         resized = resize(part, size, self.interpolation, self.antialias)
-        image = resized[None].flip(-1)[0] if crop.flip else resized  # torch mirrors batches faster than images
+        image = resized[None].flip(-1)[0] if crop.flip else resized  # torch flips batches faster than images
         if self.policy.is_on:
             rng = Rng(POLICY_STREAM, self.seed, epoch, index, copy)
             image = self.policy.apply(image, self.policy.draw(rng, size[0]))
@@ -115,11 +115,11 @@ class Augmentation:
     def mix_parameters(
         self, place: BatchPlace, indices: NDArray[np.int64], copies: NDArray[np.int64]
     ) -> MixParameters | None:
-        """The parameters of erasing and mixing for the images of one forward pass; None where both are off."""
+        """The parameters of erasing and mixing for the images of one forward pass. None if both are off."""
         return mix_parameters(self.mixing, self.erasing, place, indices, copies)
 
     def random_crop(self, epoch: int, index: int, height: int, width: int, copy: int = 0) -> Crop:
-        """The crop of copy `copy` of sample `index` in `epoch`; distributed as torchvision's RandomResizedCrop."""
+        """The crop of copy `copy` of sample `index` in `epoch`, distributed as in torchvision's RandomResizedCrop."""
         rng = Rng(CROP_STREAM, self.seed, epoch, index, copy)
         flip = rng.random() < self.flip_probability
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
@@ -133,7 +133,7 @@ class Augmentation:
         return self._central(height, width, flip)
 
     def _central(self, height: int, width: int, flip: bool) -> Crop:
-        """The largest central crop whose shape is allowed, where no random one fitted."""
+        """The largest central crop of an allowed shape, used if no random crop fits."""
         crop_height, crop_width = height, width
         if width / height < self.ratio[0]:
             crop_height = max(1, round(width / self.ratio[0]))
@@ -142,7 +142,7 @@ class Augmentation:
         return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
     def facts(self, epochs: int) -> dict[str, Setting]:
-        """The live settings over a training of so many epochs, for the record."""
+        """The live settings over a training of `epochs`, for the record."""
         crop: dict[str, Setting] = {
             "random_resized_crop_pixels": self._sizes(epochs),
             "scale": list(self.scale),
@@ -155,15 +155,15 @@ class Augmentation:
         return crop | self.policy.facts() | repeats | self.erasing.facts() | self.mixing.facts()
 
     def _sizes(self, epochs: int) -> Setting:
-        """One size, or each with the epoch, counted from 1, in which it begins."""
+        """One size, or each size with its first epoch, counted from 1."""
         sizes = [self.pixels(epoch) for epoch in range(epochs)]
         begins = [epoch for epoch in range(epochs) if epoch == 0 or sizes[epoch] != sizes[epoch - 1]]
         return sizes[0] if len(begins) <= 1 else [f"{sizes[epoch]} from epoch {epoch + 1}" for epoch in begins]
 
     def fingerprint(self) -> str:
-        """A hash of the pixels of 16 samples of fixed pictures, and of the mix parameters of four batches if any.
+        """A hash of the pixels of 16 samples of fixed images, and of the mix parameters of four batches if any.
 
-        Rare cases are hashed besides: crops that do not fit after all attempts, each operation of the policy.
+        Also hashes rare cases: crops that do not fit after all attempts, and each operation of the policy.
         """
         sizes = [(96, 128), (150, 100), (40, 400), (64, 64)]
         views = [self(fixed_image(*size), epoch, index) for epoch in range(2) for index in range(2) for size in sizes]

@@ -1,8 +1,8 @@
 """Mixup, cutmix and random erasing: the loader draws their parameters, the device applies them to batches.
 
-Images are paired inside fixed groups of the *global* batch, and a group's parameters are a function of (seed, epoch,
+Images are paired inside fixed groups of the *global* batch. The parameters of a group are a function of (seed, epoch,
 batch, group), so the same images are mixed in the same way on any number of processes. Inside a group each image is
-mixed with its predecessor, as in torchvision's `MixUp` and `CutMix`; erasing is torchvision's `RandomErasing`, with
+mixed with its predecessor, as in torchvision's `MixUp` and `CutMix`. Erasing is torchvision's `RandomErasing`, with
 parameters that are a function of (seed, epoch, image).
 """
 
@@ -22,7 +22,7 @@ from recipe.data.augment.rng import Rng
 from recipe.errors import UserError
 from recipe.run.records import Setting
 
-MIXING_STREAM, ERASING_STREAM = 6, 7  # keep these random numbers apart from those of the order and the crop
+MIXING_STREAM, ERASING_STREAM = 6, 7  # separate these random numbers from those of the order and the crop
 ATTEMPTS = 10  # to find a crop or rectangle that fits, as torchvision's RandomResizedCrop and RandomErasing
 
 
@@ -48,17 +48,17 @@ class BatchPlace(NamedTuple):
 
 
 class GroupMix(NamedTuple):
-    """How the images of a group are mixed with their predecessors."""
+    """The parameters that mix the images of a group with their predecessors."""
 
     lam: float  # weight of an image's own pixels outside the rectangle
-    rectangle: Rectangle  # that comes from the predecessor
+    rectangle: Rectangle  # taken from the predecessor
     weight: float  # of an image's own label
 
 
 class MixParameters(NamedTuple):
-    """Parameters of erasing, mixup and cutmix for the images of a batch; tensors have length 0 for those that are off.
+    """Parameters of erasing (the first) and of mixup and cutmix (the others) for the images of a batch.
 
-    The first is of erasing, the others are of mixup and cutmix.
+    Tensors of methods that are off have length 0.
     """
 
     erased: Tensor  # int64 [N, 4]: top, left, bottom, right
@@ -71,7 +71,7 @@ class MixParameters(NamedTuple):
         return MixParameters(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def pin_memory(self) -> MixParameters:
-        """A copy in pinned memory, from which a GPU copies without blocking."""
+        """A copy in pinned memory, for copies to a GPU without blocking."""
         return MixParameters(*(tensor.pin_memory() for tensor in self))
 
 
@@ -85,7 +85,7 @@ class Erasing:
     ratio: tuple[float, float] = (0.3, 3.3)
 
     def draw(self, epoch: int, index: int, copy: int, pixels: int) -> Rectangle:
-        """The rectangle of one sample; empty where nothing is erased."""
+        """The rectangle of one sample. Empty if nothing is erased."""
         rng = Rng(ERASING_STREAM, self.seed, epoch, index, copy)
         if rng.random() >= self.probability:
             return NO_RECTANGLE
@@ -151,7 +151,7 @@ class Mixing:
 
 
 def cut(generator: np.random.Generator, lam: float, pixels: int) -> Rectangle:
-    """A rectangle around a random point that covers 1 - `lam` of a square image, less the part outside of it."""
+    """A rectangle around a random point with 1 - `lam` of the area of a square image, clipped to the image."""
     row, column = (int(generator.integers(pixels)) for _ in range(2))
     half = int(0.5 * math.sqrt(1.0 - lam) * pixels)
     return Rectangle(max(row - half, 0), max(column - half, 0), min(row + half, pixels), min(column + half, pixels))
@@ -173,9 +173,9 @@ def build_mixing(config: MixupConfig, seed: int) -> Mixing:
 def mix_parameters(
     mixing: Mixing, erasing: Erasing, place: BatchPlace, indices: NDArray[np.int64], copies: NDArray[np.int64]
 ) -> MixParameters | None:
-    """The parameters for the images of one forward pass; None where erasing and mixing are off.
+    """The parameters for the images of one forward pass. None if erasing and mixing are off.
 
-    Raises `UserError` where `group_size` does not divide the forward pass.
+    Raises `UserError` if `group_size` does not divide the forward pass.
     """
     if not (mixing.is_on or erasing.probability):
         return None
@@ -201,7 +201,7 @@ def mix_parameters(
 
 
 def predecessors(images: int, group: int) -> Tensor:
-    """For each image the position of the one before it in its group; of the last image for the first."""
+    """For each image the position of its predecessor in the group. That of the first is the last."""
     places = torch.arange(images)
     return places // group * group + (places - 1) % group
 
@@ -210,7 +210,7 @@ def predecessors(images: int, group: int) -> Tensor:
 
 
 def mix(images: Tensor, parameters: MixParameters | None) -> Tensor:
-    """Erase, then mix: float [N, C, H, W] -> the same; the layout in memory stays."""
+    """Erase, then mix: float [N, C, H, W] -> the same shape and memory layout."""
     if parameters is None:
         return images
     if len(parameters.erased):
@@ -231,17 +231,17 @@ def inside(rectangles: Tensor, images: Tensor) -> Tensor:
 
 
 def soft_targets(labels: Tensor, parameters: MixParameters | None, classes: int) -> Tensor:
-    """Labels [N] as they are, or mixed as the images were: float [N, classes] whose rows sum to 1."""
+    """Unchanged labels [N], or labels mixed as the images: float [N, classes] with rows that sum to 1."""
     if parameters is None or not len(parameters.partner):
         return labels
-    every_class = torch.arange(classes, device=labels.device)  # one_hot reads its labels back on some devices
+    every_class = torch.arange(classes, device=labels.device)  # one_hot synchronises on some devices
     own, others = (classes_of[:, None] == every_class for classes_of in (labels, labels[parameters.partner]))
     weight = parameters.weight.view(-1, 1)
     return weight * own + (1 - weight) * others
 
 
 def dominant_labels(labels: Tensor, parameters: MixParameters | None) -> Tensor:
-    """The class with the larger weight in each image, which training accuracy is counted against."""
+    """The class with the larger weight in each image, for the training accuracy."""
     if parameters is None or not len(parameters.partner):
         return labels
     return torch.where(parameters.weight >= 0.5, labels, labels[parameters.partner])

@@ -1,4 +1,4 @@
-"""Random numbers of a sample: a function of its key, so that threads, processes and restarts do not change them."""
+"""Random numbers of a sample, a function of its key: threads, processes and restarts do not change them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import struct
 from hashlib import blake2b
 from statistics import NormalDist
 
-KEY = struct.Struct("<6Q")  # stream, seed, epoch, index, copy; number of the block
+KEY = struct.Struct("<6Q")  # stream, seed, epoch, index, copy, block
 BLOCK = struct.Struct("<8Q")  # all 64 bytes of BLAKE2b (RFC 7693), as words
 
 
 class Rng:
-    """Random numbers of copy `copy` of sample `index` in `epoch`; `stream` separates their purposes.
+    """Random numbers of copy `copy` of sample `index` in `epoch`. `stream` separates their purposes.
 
-    Parts of the key are below 2**64 and not negative. numpy is not used: seeding one of its generators takes ten times
-    as long as drawing the few numbers of a sample here.
+    Parts of the key are below 2**64 and not negative. Seeding a generator of numpy would take ten times as long as
+    drawing the few numbers of a sample here.
     """
 
     def __init__(self, stream: int, seed: int, epoch: int, index: int, copy: int = 0) -> None:
@@ -30,17 +30,17 @@ class Rng:
         return self.words.pop()
 
     def random(self) -> float:
-        """At least 0, less than 1; a multiple of 2**-53."""
+        """A multiple of 2**-53 in [0, 1)."""
         return (self.word() >> 11) * 2.0**-53
 
     def uniform(self, low: float, high: float) -> float:
-        """At least `low`, less than `high`."""
+        """A number in [`low`, `high`)."""
         return low + (high - low) * self.random()
 
     def integer(self, count: int) -> int:
-        """From 0 to `count` - 1, equally likely but for `count` / 2**64."""
+        """An integer in [0, `count`), uniform up to `count` / 2**64."""
         return self.word() * count >> 64
 
     def normal(self, mean: float, std: float) -> float:
-        """Of the normal distribution, by its inverse; `std` above 0."""
-        return NormalDist(mean, std).inv_cdf(((self.word() >> 12) + 0.5) * 2.0**-52)  # neither 0 nor 1
+        """A normally distributed number, by the inverse distribution. `std` is above 0."""
+        return NormalDist(mean, std).inv_cdf(((self.word() >> 12) + 0.5) * 2.0**-52)  # not 0 or 1

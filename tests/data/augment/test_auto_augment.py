@@ -1,4 +1,4 @@
-"""TrivialAugment and RandAugment: torchvision's pixels under the same draw, torchvision's distribution of draws."""
+"""TrivialAugment and RandAugment: pixels and distribution of draws as in torchvision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCHVISIONS = {name: "".join(word.capitalize() for word in name.split("_")) for
 
 
 def theirs(oracle: v2.Transform, image: Tensor, name: str, magnitude: float) -> Tensor:
-    """Torchvision's own application of one operation; its magnitude is a threshold or bits for two of them."""
+    """One operation applied by torchvision. For two of them the magnitude is a threshold or bits."""
     result: Tensor = oracle._apply_image_or_video_transform(  # type: ignore[attr-defined]
         image, TORCHVISIONS[name], magnitude, interpolation=InterpolationMode.NEAREST, fill={torch.Tensor: None}
     )
@@ -50,7 +50,7 @@ def test_pixels_are_torchvisions(name: str, step: int) -> None:
         for sign in (1.0, -1.0) if is_signed else (1.0,):
             mine = TRIVIAL.apply(IMAGE, [Operation(name, sign * largest * step / 30)])
             expected = theirs(oracle, IMAGE, name, sign * magnitude)
-            # torchvision's magnitudes are float32: one grey level where a product is rounded, or a pixel of an edge
+            # torchvision's magnitudes are float32: a product may round to another grey level, an edge move by a pixel
             beyond = (mine.int() - expected.int()).abs() > 1
             assert float(beyond.float().mean()) < 0.01, (kind, sign)
             assert mine.shape == IMAGE.shape

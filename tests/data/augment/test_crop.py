@@ -114,7 +114,7 @@ MIXED = Mixing(seed=7, mixup_alpha=0.2, cutmix_alpha=1.0, group_size=8)
 def test_an_edit_of_the_draws_alone_changes_the_fingerprint(
     part: type, edited: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pixels that the loader makes stay what they were."""
+    """The pixels of the loader do not change."""
     mine = replace(augmentation(), mixing=MIXED, erasing=Erasing(seed=7, probability=0.5))
     before, view = mine.fingerprint(), mine(IMAGE, 0, 0)
     plain = augmentation().fingerprint()
@@ -124,7 +124,7 @@ def test_an_edit_of_the_draws_alone_changes_the_fingerprint(
     assert augmentation().fingerprint() == plain
 
 
-def test_what_the_device_draws_is_in_the_fingerprint() -> None:
+def test_draws_for_the_device_are_in_the_fingerprint() -> None:
     mine = replace(augmentation(), mixing=MIXED)
     variants = [
         augmentation(),

@@ -1,5 +1,4 @@
-"""Mixup, cutmix, erasing and repeated augmentation: torchvision's result under the same draw, and no dependence on
-how a global batch is divided."""
+"""Mixup, cutmix, erasing and repeated augmentation: torchvision's results, for any division of a global batch."""
 
 from __future__ import annotations
 
@@ -87,7 +86,7 @@ def test_cutmix_is_torchvisions() -> None:
     torch.testing.assert_close(soft_targets(labels, parameters, CLASSES), oracle.transform(labels, given))
 
 
-def test_groups_are_mixed_each_by_itself_and_the_layout_in_memory_stays() -> None:
+def test_groups_are_mixed_separately_and_the_memory_layout_stays() -> None:
     pictures, labels = images(8)
     groups = [GroupMix(0.3, NOTHING, 0.3), GroupMix(1.0, NOTHING, 1.0)]
     whole = mix(pictures, parameters_of(groups, 4))
@@ -152,7 +151,7 @@ def test_both_share_the_groups_and_the_probability_leaves_some_alone() -> None:
     drawn = [both.draw(0, batch, 0, 64) for batch in range(4000)]
     cut = sum(draw.rectangle != NOTHING for draw in drawn)
     alone = sum(draw == GroupMix(1.0, NOTHING, 1.0) for draw in drawn)
-    assert abs(cut - 500) < 100  # some rectangles are empty: their share rounds to nothing
+    assert abs(cut - 500) < 100  # some rectangles are empty: their sides round to 0
     assert abs(alone - 2000) < 200
 
 
@@ -181,7 +180,7 @@ def test_every_part_of_the_key_matters_and_nothing_else() -> None:
     assert len(rectangles) == 12
 
 
-def test_a_group_that_does_not_divide_a_forward_pass_is_one_sentence() -> None:
+def test_a_group_size_that_does_not_divide_a_forward_pass_is_refused() -> None:
     mixing = Mixing(seed=1, mixup_alpha=1.0, group_size=8)
     indices = np.arange(12)
     with pytest.raises(UserError, match=r"augmentation\.mixup\.group_size=8 does not divide the 12 images"):
@@ -192,7 +191,7 @@ def test_a_group_that_does_not_divide_a_forward_pass_is_one_sentence() -> None:
 
 
 class Numbers:
-    """A split whose image k says k."""
+    """A split with the value k in image k."""
 
     def __init__(self, count: int) -> None:
         self.labels = np.arange(count, dtype=np.uint32) % CLASSES
@@ -229,7 +228,7 @@ def configuration(*words: str) -> Config:
 
 
 def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
-    """The global batches of one epoch, put together from all ranks and accumulation steps."""
+    """The global batches of one epoch, merged from all ranks and accumulation steps."""
     augmentation = build_augmentation(config.augmentation, config.seed)
     ranks = []
     for rank in range(layout.processes):
@@ -246,13 +245,13 @@ def global_batches(config: Config, layout: BatchLayout) -> list[Batch]:
 
 
 @pytest.mark.parametrize("layout", [BatchLayout(48, 2, 1), BatchLayout(48, 3, 1), BatchLayout(48, 1, 2)])
-def test_a_global_batch_is_mixed_and_erased_alike_on_any_number_of_processes(layout: BatchLayout) -> None:
+def test_mixing_and_erasing_do_not_depend_on_the_number_of_processes(layout: BatchLayout) -> None:
     config = configuration(*MIXED, ERASED, "augmentation.auto_augment.policy=trivial_augment")
     for one, other in zip(global_batches(config, BatchLayout(48, 1, 1)), global_batches(config, layout), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
 
 
-def test_repeated_augmentation_holds_every_image_so_many_times_in_other_views() -> None:
+def test_repeated_augmentation_repeats_every_image_in_different_views() -> None:
     config = configuration("augmentation.repeated_augmentation=4")
     augmentation = build_augmentation(config.augmentation, 0)
     threads = ThreadedLoader(Numbers(100), Stripes(), config.loader, ALONE)  # type: ignore[arg-type]
@@ -277,7 +276,7 @@ def test_repeated_augmentation_holds_every_image_so_many_times_in_other_views() 
 
 
 def ffcvs_size(epoch: int, low: int, high: int, start: int, end: int) -> int:
-    """`get_resolution` of ffcv-imagenet, retold: two ends, a rounded line between them."""
+    """`get_resolution` of ffcv-imagenet: linear between two ends, rounded."""
     if epoch <= start:
         return low
     if epoch >= end:
@@ -310,7 +309,7 @@ def test_views_and_the_record_have_the_sizes_of_their_epochs() -> None:
     assert augmentation.facts(2)["random_resized_crop_pixels"] == 12
 
 
-def test_the_record_names_what_is_on_and_only_that() -> None:
+def test_the_record_names_only_active_methods() -> None:
     def keys(*words: str) -> set[str]:
         return set(build_augmentation(configuration(*words).augmentation, 0).facts(1))
 
@@ -324,7 +323,7 @@ def test_the_record_names_what_is_on_and_only_that() -> None:
 
 
 def stepped(processes: int, words: list[str]) -> dict[str, Any]:
-    """The weights of a model without norm after two steps; one rank of `processes`."""
+    """The weights of a model without norm after two steps, on one rank of `processes`."""
     import os
 
     from recipe.distributed import start_world

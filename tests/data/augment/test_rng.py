@@ -1,4 +1,4 @@
-"""Random numbers of a sample: a function of the key alone, uniform and independent over keys and within one."""
+"""Random numbers of a sample: a function of the key, uniform and independent over keys and within a key."""
 
 from __future__ import annotations
 
