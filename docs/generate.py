@@ -1,7 +1,7 @@
 """The generated pages, configuration.md and experiments.md: python docs/generate.py
 
-Types and bounds are those of `recipe/config/schema.py`, defaults those of the reference experiment. The meaning of a key
-is the comment on its line in `conf/`, or, for a key that the reference experiment does not state, in the schema.
+Types and bounds are those of `recipe/config/schema.py`, defaults those of the reference experiment. A key's meaning is
+the comment on its line in `conf/`, or, for a key that the reference experiment does not state, in the schema.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import textwrap
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -32,8 +31,8 @@ CONFIGURATION = f"""{BY_HAND}
 # Configuration
 
 Every setting, with its default in the reference experiment, `resnet50_imagenet`. Set any of them as `key=value` on the
-command line, or in a file of `conf/experiment/`. `python train.py --cfg job` prints all values. How names of folders are
-read is described in [Train on ImageNet](imagenet.md#paths).
+command line, or in a file of `conf/experiment/`. `python train.py --cfg job` prints all values. For unusual names of
+folders see [Your own images](own-images.md#names-of-folders).
 
 The last column says what a setting belongs to:
 
@@ -47,9 +46,10 @@ The last column says what a setting belongs to:
 EXPERIMENTS = f"""{BY_HAND}
 # Experiments
 
-Each experiment is a file in `conf/experiment/`. Choose it with `experiment=NAME` or `make ... EXPERIMENT=NAME`. A number
-is *measured* by this project, *published* by others, or *declared* as an aim. What was run and published here is in the
-table of the [README](../README.md#results). Everything else was not run. To add one, see
+Each experiment is a file in `conf/experiment/`. Choose it with `experiment=NAME` or `make ... EXPERIMENT=NAME`.
+
+A number is *measured* by this project, *published* by others, or *declared* as an aim. What was run and published here
+is in the table of the [README](../README.md#results). Everything else was not run. To add an experiment, see
 [CONTRIBUTING](../CONTRIBUTING.md#how-to-add).
 """
 BAR = r"\|"
@@ -68,7 +68,8 @@ NAMES: dict[type[inspection.Type], str] = {
 
 def comments_of_yaml(path: Path, prefix: str = "") -> dict[str, str]:
     """Dotted key -> the comment on its line."""
-    found, place = {}, []
+    found: dict[str, str] = {}
+    place: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         match = COMMENT.match(line)
         if match:
@@ -98,7 +99,7 @@ def meanings() -> dict[str, str]:
     return {key: text.replace("None", "null") for key, text in found.items()}
 
 
-def sections(section: type = Config, prefix: str = "") -> list[tuple[str, type]]:
+def sections(section: Any = Config, prefix: str = "") -> list[tuple[str, Any]]:
     """(prefix of its keys, dataclass), outer ones first."""
     inner = [(f"{prefix}{name}.", kind) for name, kind in get_type_hints(section).items() if is_dataclass(kind)]
     return [(prefix, section), *(found for name, kind in inner for found in sections(kind, name))]
@@ -119,12 +120,12 @@ def type_name(kind: inspection.Type) -> str:
 
 
 def allowed_values(kind: inspection.Type) -> str:
-    """The bounds of one value, or of each value of a list, in the words of the error message."""
+    """The bounds of a value, or of each value of a list, in the words of the error message."""
     if isinstance(kind, inspection.UnionType):
         return "; ".join(filter(None, map(allowed_values, kind.types)))
     if isinstance(kind, inspection.Metadata):
-        words = [str((kind.extra_json_schema or {})["description"]), allowed_values(kind.type)]
-        return "; ".join(text for text in words if text and not text.startswith("a path"))
+        texts = [str((kind.extra_json_schema or {})["description"]), allowed_values(kind.type)]
+        return "; ".join(text for text in texts if text and not text.startswith("a path"))
     if isinstance(kind, inspection.ListType):
         each = "each one of" if isinstance(kind.item_type, inspection.EnumType) else "each"
         return f"{each} {words}" if (words := allowed_values(kind.item_type)) else ""
@@ -136,7 +137,8 @@ def allowed_values(kind: inspection.Type) -> str:
 
 def conditions(config: Config) -> dict[str, list[str]]:
     """Key -> what it must be beside the values of other keys."""
-    values, found = flatten(to_dict(config)), {}
+    values = flatten(to_dict(config))
+    found: dict[str, list[str]] = {}
     for key, _, words in schema._cross_checks(config):
         current = {f"{other}={value}": other for other, value in values.items()}
         for text, other in current.items():
@@ -156,11 +158,8 @@ def row(*cells: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A default as YAML has it; a long text is shortened."""
-    if value is None or value == "":
-        return "null" if value is None else "empty"
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"`{textwrap.shorten(text, 40, placeholder=' ...')}`"
+    """A default as YAML has it."""
+    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def configuration_page() -> str:
@@ -187,7 +186,7 @@ def configuration_page() -> str:
 
 def default(key: str, value: Any) -> str:
     stated = {"run_dir": "`runs/${name}`", "data.directory": "`data/${.name}`"}  # before they are resolved
-    return stated.get(key) or shown(value)
+    return "declared in the file" if "description." in key else stated.get(key) or shown(value)
 
 
 def header_of(path: Path) -> dict[str, str]:
