@@ -153,7 +153,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def _known_config(values: dict[str, Any]) -> Config:
-    unknown = [key for key in flatten(values) if key not in schema_keys()]
+    unknown = sorted(flatten(values).keys() - set(schema_keys()))
     if unknown:
         way_out = hint(unknown[0]) or "; `python train.py --cfg job` prints all of them"
         raise UserError(f"{unknown[0]} is not a setting{way_out}")
