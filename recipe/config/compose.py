@@ -257,8 +257,9 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
             f"{display_path(run.directory)} holds no run: train it first, with `python train.py "
             f"run_dir={display_path(run.directory)}` and the experiment that you want"
         )
-    words = _with_experiment(given, stored["name"])
-    composed, pinned = flatten(_plain_values(compose("config", words))), flatten(stored)
+    pinned = flatten(stored)  # the run's data set has its folder below data/, unless `given` names another
+    words = [f"data.name={pinned.get('data.name')}", *_with_experiment(given, stored["name"])]
+    composed = flatten(_plain_values(compose("config", words)))
     given_keys = _keys(given, composed)
     mine = {key for key in given_keys if key in RUNTIME_KEYS or key.startswith(f"{own_group}.")}
     changed = [
