@@ -316,7 +316,7 @@ def test_a_later_stage_finds_the_data_set_of_the_run(given: list[str]) -> None:
     assert config.pinned == trained.pinned
     elsewhere = stage_config_from_overrides(["run_dir=runs/my_images", "data.directory=elsewhere"], "evaluation")
     assert elsewhere.data.directory == "elsewhere"
-    with pytest.raises(UserError, match="data.name: my_images -> other"):
+    with pytest.raises(UserError, match=r"data\.name: my_images -> other"):
         stage_config_from_overrides(["run_dir=runs/my_images", "data.name=other"], "evaluation")
 
 
