@@ -386,7 +386,7 @@ def _check_device(trainer: TrainerConfig, device: torch.device) -> None:
     if built_for and capability[0] * 10 + capability[1] < min(built_for):
         raise UserError(
             f"{name} has compute capability {capability[0]}.{capability[1]}, but torch {torch.__version__} "
-            f"is built for {min(built_for) / 10} and newer; README.md has the line for older GPUs"
+            f"is built for {min(built_for) / 10} and newer; docs/older-gpus.md has the commands"
         )
     if trainer.precision is Precision.bf16 and capability < (8, 0):
         raise UserError(f"trainer.precision=bf16, but {name} has no bf16 arithmetic; use trainer.precision=fp16")

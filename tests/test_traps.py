@@ -44,6 +44,7 @@ from recipe.distributed import World
 from recipe.document import figures
 from recipe.document.formatting import accuracy
 from recipe.document.render import write_document
+from recipe.document.run_data import load
 from recipe.errors import NonFiniteError
 from recipe.models.build import build_model
 from recipe.run.directory import Run
@@ -426,7 +427,9 @@ def test_the_document_shows_both_parameter_groups(proven: Proven) -> None:
     assert weights.tensors == sum(parameter.dim() > 1 for parameter in live.parameters())
     assert exempt.tensors == sum(parameter.dim() <= 1 for parameter in live.parameters()) > 0
     for group in (weights, exempt):
-        row = re.search(rf"^\| Parameters: {group.name} \| [\d,]+ in {group.tensors} tensors;.*$", proven.document, re.MULTILINE)
+        row = re.search(
+            rf"^\| Parameters: {group.name} \| [\d,]+ in {group.tensors} tensors;.*$", proven.document, re.MULTILINE
+        )
         assert row
         assert re.search(r"weight_decay[^,|]*?" + re.escape(f"{group.settings['weight_decay']:g}"), row[0])
 

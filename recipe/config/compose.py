@@ -153,7 +153,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def _known_config(values: dict[str, Any]) -> Config:
-    unknown = [key for key in flatten(values) if key not in schema_keys()]
+    unknown = sorted(flatten(values).keys() - set(schema_keys()))
     if unknown:
         way_out = hint(unknown[0]) or "; `python train.py --cfg job` prints all of them"
         raise UserError(f"{unknown[0]} is not a setting{way_out}")
@@ -257,8 +257,9 @@ def _pinned_config(given: list[str], own_group: str) -> Config:
             f"{display_path(run.directory)} is not a run: train it first, with `python train.py "
             f"run_dir={display_path(run.directory)}` and the experiment that you want"
         )
-    words = _with_experiment(given, stored["name"])
-    composed, pinned = flatten(_plain_values(compose("config", words))), flatten(stored)
+    pinned = flatten(stored)  # the run's data set has its folder below data/, unless `given` names another
+    words = [f"data.name={pinned.get('data.name')}", *_with_experiment(given, stored["name"])]
+    composed = flatten(_plain_values(compose("config", words)))
     given_keys = _keys(given, composed)
     mine = {key for key in given_keys if key in RUNTIME_KEYS or key.startswith(f"{own_group}.")}
     changed = [

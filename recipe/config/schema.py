@@ -153,36 +153,36 @@ class TimedBackend(str, Enum):
 class DataDescription:
     """Declared facts of a data set. Empty ones are printed as *unknown*."""
 
-    summary: str = ""
-    origin: str = ""
-    licence: str = ""
-    access: str = ""
-    labels: str = ""
-    test_set: str = ""
-    biases: str = ""
-    adding_samples: str = ""
-    papers: list[str] = field(default_factory=list)
+    summary: str = ""  # one line
+    origin: str = ""  # where the images come from
+    licence: str = ""  # of the images
+    access: str = ""  # how to get them
+    labels: str = ""  # what a label is and where it comes from
+    test_set: str = ""  # how the validation images came to be
+    biases: str = ""  # known biases
+    adding_samples: str = ""  # how to add images
+    papers: list[str] = field(default_factory=list)  # author, title, arXiv number
 
 
 @dataclass
 class ModelDescription:
     """Declared facts of a model."""
 
-    summary: str = ""
-    papers: list[str] = field(default_factory=list)
+    summary: str = ""  # one line
+    papers: list[str] = field(default_factory=list)  # author, title, arXiv number
 
 
 @dataclass
 class ExperimentDescription:
     """Declared purpose of an experiment, its expected accuracy and the source of that number."""
 
-    summary: str = ""
-    hardware: str = ""
-    expected_time: str = ""
-    expected_accuracy: str = ""
-    expected_source: str = ""
-    papers: list[str] = field(default_factory=list)
-    action_items: list[str] = field(default_factory=list)
+    summary: str = ""  # one line
+    hardware: str = ""  # that it was written for
+    expected_time: str = ""  # of the training
+    expected_accuracy: str = ""  # top-1 on the validation images
+    expected_source: str = ""  # who measured or published that number
+    papers: list[str] = field(default_factory=list)  # author, title, arXiv number
+    action_items: list[str] = field(default_factory=list)  # what remains to be done
 
 
 @dataclass(kw_only=True)
@@ -194,17 +194,17 @@ class DataConfig:
     raw_dir: File | None  # the raw archives or folders
     directory: File  # the processed shards, index and manifest
     expect: Expectation
-    on_corrupt: Corrupt = Corrupt.stop
-    max_pixels: PositiveInt = MAX_PIXELS  # of an image (`on_corrupt` applies to larger ones)
+    on_corrupt: Corrupt = Corrupt.stop  # for an image that is damaged, too large or of a format that cannot be stored
+    max_pixels: PositiveInt = MAX_PIXELS  # most pixels of an image. `on_corrupt` applies to larger ones
     resize_short_side: Pixels | None = None  # of training images (bilinear, JPEG). None keeps the original bytes
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90  # of resized training images
-    validation_fraction: Share = 0.1  # chosen by hash if a folder has no validation set
-    images_per_shard: PositiveInt = 1000
+    validation_fraction: Share = 0.1  # share chosen by hash if a folder has no validation set
+    images_per_shard: PositiveInt = 1000  # images in one tar file
     processes: Natural | None = None  # of preprocess.py. None: one per core (torchrun's share them). 0: no other
     train_images_per_class: Natural = 0  # of the demo, which is drawn
-    validation_images_per_class: Natural = 0
+    validation_images_per_class: Natural = 0  # of the demo
     mean: Annotated[list[float], RGB] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # RGB in [0, 1]
-    std: Annotated[list[Positive], RGB] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    std: Annotated[list[Positive], RGB] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # RGB in [0, 1]
     description: DataDescription = field(default_factory=DataDescription)
 
 
@@ -214,11 +214,11 @@ class ModelConfig:
 
     name: str
     zero_init_last_norm: bool = False  # the last norm of every residual block starts at zero (arXiv 1706.02677)
-    norm: Norm = "batch"  # of `small` only
-    blur_pool: bool = False  # blur the input of strided convolutions of 16 or more channels (arXiv 1904.11486)
+    norm: Norm = "batch"  # of `small` only. none: without normalisation
+    blur_pool: bool = False  # blur what goes into a strided convolution of 16 or more channels (arXiv 1904.11486)
     stochastic_depth: BelowOne = 0.0  # share of images that skip the last residual block, linear from 0 at the first
     weights: File | None = None  # initial weights. Their hash is pinned, not the path
-    weights_sha256: str | None = None
+    weights_sha256: str | None = None  # of the initial weights, set by training
     description: ModelDescription = field(default_factory=ModelDescription)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra.errors import HydraException
 
 from recipe.config import schema as configuration
-from recipe.config.compose import config_from_overrides
+from recipe.config.compose import config_from_overrides, stage_config_from_overrides
 from recipe.config.identity import (
     RENAMED,
     RUNTIME_KEYS,
@@ -25,6 +25,7 @@ from recipe.config.identity import (
 )
 from recipe.config.schema import PATHS, Config, config_from_pinned, schema_keys
 from recipe.errors import UserError
+from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
 from tests.builders.configs import compose_config
 
@@ -304,6 +305,19 @@ def test_unknown_and_missing_keys_are_named() -> None:
     faults = r"optimization\.foo is unknown; trainer\.gpus is a fact of the machine; seed is missing"
     with pytest.raises(UserError, match=f"^{faults}$"):
         config_from_pinned(unflatten(values | {"optimization.foo": 1, "trainer.gpus": 8}))
+
+
+@pytest.mark.parametrize("given", [[], ["data=folder"]])
+def test_a_later_stage_finds_the_data_set_of_the_run(given: list[str]) -> None:
+    trained = compose_config("data=folder", "data.name=my_images", "name=my_images")
+    Run("runs/my_images").write_config(trained.pinned.values)
+    config = stage_config_from_overrides(["run_dir=runs/my_images", *given], "evaluation")
+    assert config.data.directory == "data/my_images"
+    assert config.pinned == trained.pinned
+    elsewhere = stage_config_from_overrides(["run_dir=runs/my_images", "data.directory=elsewhere"], "evaluation")
+    assert elsewhere.data.directory == "elsewhere"
+    with pytest.raises(UserError, match=r"data\.name: my_images -> other"):
+        stage_config_from_overrides(["run_dir=runs/my_images", "data.name=other"], "evaluation")
 
 
 @pytest.mark.parametrize("wrong", [-1e9, 1e9, 10**9, -(10**9), "", "?", [], [-1], [0.5] * 4, None])

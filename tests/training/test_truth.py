@@ -189,4 +189,4 @@ def test_flipped_views_in_the_code_alone_change_the_metrics_name(smoke: Words, m
     assert found is not None
     assert found.protocol.name == "resize28-crop24-bilinear-flip-average"
     assert "views" in found.protocol.transform
-    assert "views the image and its mirror image in document(words)
+    assert "views the image and its mirror image" in document(words)
