@@ -144,11 +144,24 @@ def test_a_fresh_recipe_has_not_drifted(finished: Path) -> None:
     assert findings(finished) == []
 
 
-def test_the_document_alone_is_enough(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_document_alone_names_the_file_of_its_trace(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page has the hash only; with the file beside it, it is compared, and another file is refused."""
     shutil.copy(finished / "run/recipe.md", tmp_path / "alone.md")
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", "alone.md"])
+    assert "records/fingerprint.json is not beside it" in capsys.readouterr().err
+    assert main(["verify", "alone.md", "--skip", "trace"]) == 0
+    (tmp_path / "records").mkdir()
+    trace = (finished / "run/records/fingerprint.json").read_text()
+    (tmp_path / "records/fingerprint.json").write_text(trace)
     assert main(["verify", "alone.md"]) == 0
     assert "trace matches" in capsys.readouterr().out
-    assert main(["drift", "alone.md"]) == 0
+    (tmp_path / "records/fingerprint.json").write_text(trace.replace('"parameters": ', '"parameters": 1'))
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", "alone.md"])
+    assert "is not the one that the document names by its hash" in capsys.readouterr().err
 
 
 def test_a_change_of_the_code_alone_is_drift(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
