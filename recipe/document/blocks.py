@@ -1,4 +1,4 @@
-"""Generated blocks between markers that carry a hash; all other text of a document belongs to its authors.
+"""Generated blocks between markers that carry a hash. All other text belongs to its authors.
 
     <!-- recipe:begin raw_data sha256=... -->
     generated, replaced when a stage runs again
@@ -28,14 +28,14 @@ DIFF_LINES_MAX = 40
 
 @dataclass(frozen=True)
 class Prose:
-    """Text that people wrote."""
+    """Text between the blocks, by people."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Block:
-    """A generated block; its marker lines keep their own line endings."""
+    """A generated block. Its marker lines keep their own line endings."""
 
     id: str
     sha256: str  # stored in the marker
@@ -53,7 +53,7 @@ class Block:
 
 
 def merge_blocks(document: str, generated: Mapping[str, str]) -> str:
-    """Put the generated blocks into the document; a missing block is inserted after its predecessor.
+    """Put the generated blocks into the document. A missing block is inserted after its predecessor.
 
     `generated` maps block ids to contents, in the order of the template. Raises `UserError` where a block was edited.
     """
@@ -69,7 +69,7 @@ def merge_blocks(document: str, generated: Mapping[str, str]) -> str:
 
 
 def split(document: str) -> list[Prose | Block]:
-    """Split a document into prose and blocks; the joined pieces are the document.
+    """Split a document into prose and blocks. The joined pieces are the document.
 
     Raises `UserError` where a marker has no partner or a block occurs twice.
     """
@@ -89,7 +89,7 @@ def split(document: str) -> list[Prose | Block]:
             block = Block(begin["begin"], begin["sha256"], begin[0], document[begin.end() : marker.start()], marker[0])
             if block.id in seen:
                 raise UserError(
-                    f"the document holds the generated block {block.id!r} twice: remove one of them, or indent its "
+                    f"the document contains the generated block {block.id!r} twice: remove one of them, or indent its "
                     "markers if it is a quotation"
                 )
             seen.add(block.id)
@@ -105,7 +105,7 @@ def split(document: str) -> list[Prose | Block]:
 
 
 def check_edits(pieces: list[Prose | Block], generated: Mapping[str, str]) -> None:
-    """Raise `UserError` with the id, both hashes and a diff of an edited block; blocks of unknown ids are ignored."""
+    """Raise `UserError` with the id, both hashes and a diff of an edited block. Blocks of unknown ids are ignored."""
     for block in edited_blocks(pieces):
         if block.id in generated:
             raise UserError(
@@ -145,7 +145,7 @@ def content_sha256(content: str) -> str:
 
 
 def _updated(block: Block, content: str) -> Block:
-    """The block with new content in its own line endings; unchanged where the content is the same."""
+    """The block with new content in its own line endings. Unchanged where the content is the same."""
     if content == block.content.replace("\r\n", "\n"):
         return block
     newline = "\r\n" if block.begin.endswith("\r\n") else "\n"

@@ -20,7 +20,7 @@ DATA_DIRECTORY = re.compile(
 def again(facts: RunData) -> list[str]:
     """A shell script that clones the code, sets it up and runs the stages as recorded.
 
-    It checks out other code wherever a stage ran on other code than the stage before it.
+    A stage that ran on another commit than the one before it gets its own checkout.
     """
     lines = ['git clone "$REPOSITORY" recipe && cd recipe']
     code_before: list[str] | None = None
@@ -60,7 +60,7 @@ def to_train(facts: RunData) -> str:
 
 
 def to_evaluate(facts: RunData) -> str:
-    """The command that fills the performance metrics; the run's pinned configuration has all other settings."""
+    """The command that fills the performance metrics. The run's pinned configuration has all other settings."""
     return f"python evaluate.py {places(facts)}"
 
 
@@ -74,7 +74,7 @@ def to_infer(facts: RunData) -> str:
 
 
 def experiment(facts: RunData) -> str:
-    """The arguments that name this run; without its directory where that is the default."""
+    """The arguments that name this run. Without its directory where that is the default."""
     usual = facts.run_dir == f"runs/{facts.name}"
     return f"experiment={shlex.quote(facts.name)}" + ("" if usual else f" {run_dir(facts)}")
 
@@ -86,7 +86,7 @@ def places(facts: RunData) -> str:
 
 
 def run_dir(facts: RunData) -> str:
-    """The argument that names this run's directory; one outside the checkout is a variable."""
+    """The argument that names this run's directory. One outside the checkout is a variable."""
     if is_elsewhere(facts.run_dir):
         return f'run_dir="{PLACES["run_dir"]}"'
     return f"run_dir={shlex.quote(facts.run_dir)}"

@@ -68,7 +68,7 @@ def evenly(items: Sequence[T], most: int) -> list[T]:
 
 
 def figure_names(facts: RunData) -> list[str]:
-    """The figures that have something to show; the document names these and no others."""
+    """The figures that have something to show. The document names these and no others."""
     training, metrics, data = facts.training, facts.metrics, facts.preprocessing
     has = {"images_per_class": data is not None and any(split.images_per_class for split in data.splits.values())}
     if training is not None:

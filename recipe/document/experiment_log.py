@@ -2,7 +2,7 @@
 
 Each stage appends a line when it starts and another when it ends. Here the two are joined, and a training is compared
 with its parent: the newest training before it with another configuration. The log may be long, cut off or edited: lines
-that do not fit are counted and skipped, and what is kept is bounded.
+that do not fit are counted and skipped, and the number of kept ones is bounded.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_log(log: Path, name: str | None, run: str, place: str | None = None) ->
 
 
 def read_lines(log: Path) -> tuple[list[LogLine], int]:
-    """The newest lines, and the number of those that could not be read; none where the file cannot be read."""
+    """The newest lines, and the number of those that could not be read. None where the file cannot be read."""
     try:
         with opened(log, str(log), sys.maxsize) as handle:
             size = handle.seek(0, 2)

@@ -152,7 +152,7 @@ def draw_loss(figure: Figure, training: TrainingRecord, metrics: Sequence[Metric
 def draw_learning_rate(figure: Figure, training: TrainingRecord, metrics: Sequence[MetricRow]) -> None:
     axes = tidy(figure.add_subplot(), "optimizer step", "learning rate")
     line(axes, list(training.schedule.points), TRAIN, "schedule, evaluated", "-")
-    # A row counts completed steps and holds the rate of the last of them, whose number, from 0, is one less.
+    # A row counts completed steps. Its rate is that of the last one, whose number, from 0, is one less.
     logged = [(step - 1, rate) for step, rate in points(metrics, "train", "step", "learning_rate")]
     line(axes, evenly(logged, LOGGED_DOTS), VALIDATION, "logged while training", "o")
     axes.xaxis.set_major_formatter(WITH_THOUSANDS)
@@ -233,7 +233,7 @@ def _draw_sheet(figure: Figure, tiles: Sequence[Tile], rows: int) -> None:
 
 
 def fitting(name: str, letters: int = CLASS_NAME_LETTERS) -> str:
-    """A class name of at most so many letters; dollars are escaped, since matplotlib reads them as mathematics."""
+    """A class name of at most so many letters. Dollars are escaped, since matplotlib reads them as mathematics."""
     name = name.replace("$", r"\$")
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 

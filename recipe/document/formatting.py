@@ -37,7 +37,7 @@ def finalize(value: object) -> Markdown:
 
 
 def on_one_line(value: str) -> str:
-    """Without line breaks, control characters and lone surrogates; direction overrides would reorder a page."""
+    """Without line breaks, control characters and lone surrogates. Direction overrides would reorder a page."""
     encodable = value.encode("utf-8", "replace").decode()
     kept = (" " if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") else letter for letter in encodable)
     return " ".join("".join(kept).split())
@@ -59,14 +59,14 @@ def code(value: str) -> Markdown:
 
 
 def fenced(lines: str | list[str], language: str = "") -> Markdown:
-    """A code block whose fence is longer than any that it holds; each given line stays one line."""
+    """A code block with a fence longer than any inside it. Each given line stays one line."""
     body = "\n".join(on_one_line(line) for line in ([lines] if isinstance(lines, str) else lines))
     ticks = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", body))])
     return Markdown(f"{ticks}{language}\n{body}\n{ticks}")
 
 
 def percent(fraction: float | None) -> Markdown:
-    """A fraction as a percentage with two decimals; the only format of an accuracy."""
+    """A fraction as a percentage with two decimals. The only format of an accuracy."""
     return number(None if fraction is None else 100 * fraction, 2, " %")
 
 
@@ -75,7 +75,7 @@ def accuracy(correct: int, images: int) -> Markdown:
 
 
 def number(value: float | None, decimals: int = 0, unit: str = "") -> Markdown:
-    """A number with thousands separators; a dash for None."""
+    """A number with thousands separators. A dash for None."""
     if value is None:
         return Markdown(NOTHING)
     return Markdown(f"{value:,.{decimals}f}{unit}" if math.isfinite(value) else "not finite")

@@ -1,8 +1,7 @@
 """The table of latencies: measured on each machine, and published for a V100.
 
-Published figures are of ResNet-50 at 224 pixels and printed for that model only, marked as published and with their
-source. They were measured in other ways (means instead of medians, no preprocessing, a server in between); the row
-says so.
+Published figures are of ResNet-50 at 224 pixels and printed for that model only, with their source. They were measured
+in other ways (means instead of medians, no preprocessing, a server in between), as the row says.
 """
 
 from __future__ import annotations

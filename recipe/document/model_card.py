@@ -26,7 +26,7 @@ FENCE = "---"
 
 
 def readme(facts: RunData, licence: str, run_document: str, published: str | None) -> str:
-    """The file's text; `run_document` is the run's document, `published` the existing README.md.
+    """The file's text. `run_document` is the run's document, `published` the existing README.md.
 
     Raises `UserError` where a generated part of either was edited by hand.
     """
@@ -60,7 +60,7 @@ def card(facts: RunData, licence: str) -> dict[str, Any]:
 
 
 def result(facts: RunData) -> dict[str, Any]:
-    """The evaluation for the Hub's index of results; values are fractions."""
+    """The evaluation for the Hub's index of results. Values are fractions."""
     evaluation, data = facts.evaluation, facts.preprocessing
     assert evaluation is not None, "a published recipe was evaluated"
     assert data is not None, "a published recipe has its data"
@@ -89,7 +89,7 @@ def result(facts: RunData) -> dict[str, Any]:
 
 
 def front_matter(values: dict[str, Any], own_keys: str) -> str:
-    """The front matter with its dashes; `own_keys` are the lines of people."""
+    """The front matter with its dashes. `own_keys` are the lines of people."""
     content = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)
     lines = [
         FENCE,
@@ -158,7 +158,7 @@ def with_prose_of(document: str, run_document: str) -> str:
 
 
 def prose_by_place(document: str) -> dict[str, str]:
-    """Block id -> the prose after it; "" is the prose before the first block."""
+    """Block id -> the prose after it. "" is the prose before the first block."""
     prose: dict[str, str] = {"": ""}
     place = ""
     for piece in blocks.split(document):
@@ -171,7 +171,7 @@ def prose_by_place(document: str) -> dict[str, str]:
 
 
 def end_of_place(pieces: list[Prose | Block], block_id: str) -> int:
-    """The position after the prose that follows a block; the end where the block is missing."""
+    """The position after the prose that follows a block. The end where the block is missing."""
     ids = [piece.id if isinstance(piece, Block) else None for piece in pieces]
     if block_id and block_id not in ids:
         return len(pieces)

@@ -24,7 +24,7 @@ SECTION_NAMES = {  # of the document -> its title
 
 
 class Caution(NamedTuple):
-    """One thing that a reader must know before using the result."""
+    """A limit of the result."""
 
     text: Markdown
     is_serious: bool = True
@@ -53,7 +53,7 @@ def warnings(facts: RunData, sections: Mapping[str, Section]) -> list[Caution]:
 
 
 def stages(facts: RunData) -> list[tuple[Markdown, StageRecord]]:
-    """(name, record) of each stage that ran; latencies that the inference stage measured are part of it."""
+    """(name, record) of each stage that ran. Latencies that the inference stage measured are part of it."""
     named = []
     for name, record in facts.stages():
         if isinstance(record, TimingRecord) and is_same_stage(record, facts.inference):
@@ -118,13 +118,13 @@ def _versions(ran: Sequence[tuple[Markdown, Provenance]]) -> Markdown:
 
 
 def variables(facts: RunData) -> Markdown:
-    """The variables of the commands, each with what to replace it by."""
+    """The variables of the commands, each with its replacement."""
     names = dict.fromkeys(VARIABLE.findall("\n".join(commands.again(facts))))
     return Markdown(", ".join(f"`${name}` by {VARIABLES.get(name, 'the full path of yours')}" for name in names))
 
 
 def hashes(facts: RunData, rows_shown: int) -> list[tuple[Markdown, str]]:
-    """(name, SHA-256) of everything that records name by its hash; at most `rows_shown` outputs of preprocessing."""
+    """(name, SHA-256) of all files and values with a hash. At most `rows_shown` outputs of preprocessing."""
     rows: list[tuple[Markdown, str]] = []
     if (training := facts.training) is not None:
         rows.append((Markdown("recipe_id: configuration without the seed"), training.recipe_id))

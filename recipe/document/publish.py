@@ -1,11 +1,10 @@
 """python -m recipe publish RUN: a run's recipe as a folder to commit, `recipes/<name>/`, and its row in README.md.
 
-The folder's README.md is both a page and a model card; figures, records, the pinned configuration and the logged rows
+The folder's README.md is both a page and a model card. Figures, records, the pinned configuration and the logged rows
 are beside it. Weights, checkpoints and TensorBoard's events are left out. Code without a commit and stale sections are
 refused, or, if allowed, named on the page.
 
-The files are written into a new folder, which then takes the place of the published one: a reader sees the old recipe
-or the new one, and nothing in between.
+The files are written into a new folder that replaces the published one in one step.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def publish(
     allow_modified: bool = False,
     allow_stale: bool = False,
 ) -> Path:
-    """Write the folder of a published recipe and its row in README.md; raises `UserError`, with nothing written, for
+    """Write the folder of a published recipe and its row in README.md. Raises `UserError`, with nothing written, for
     what should not be published."""
     main, others = finished_run(run), [finished_run(other) for other in seeds]
     output = output or RECIPES / main.facts.name
@@ -148,10 +147,10 @@ def publish(
 
 
 def finished_run(run: Run) -> FinishedRun:
-    """Read a run; raises `UserError` where it is not finished, or where a generated block of its page was edited."""
+    """Read a run. Raises `UserError` where it is not finished, or where a generated block of its page was edited."""
     where = display_path(run.directory)
     if not run.records.is_dir():
-        raise UserError(f"{where} holds no run")
+        raise UserError(f"{where} contains no run")
     check_document(run)
     facts = load(run, portable_path(run.directory))
     if facts.publication is not None:
@@ -166,7 +165,7 @@ def finished_run(run: Run) -> FinishedRun:
 
 
 def check_allowed(is_allowed: bool, flag: str, problems: list[str]) -> list[str]:
-    """The problems that were allowed; raises `UserError` where there are some and they were not."""
+    """The problems that were allowed. Raises `UserError` where there are some and they were not."""
     if problems and not is_allowed:
         raise UserError(f"not published: {'; '.join(problems)}. To publish it all the same, and say so, add {flag}")
     return problems
@@ -215,7 +214,7 @@ def check_address(address: str | None) -> None:
     if parts is None or parts.scheme != "https" or not parts.hostname or re.search(r'[\s<>"`\\|()\[\]]', address):
         raise UserError(f"--artefacts {address!r} cannot be: it must be an address that begins with https://")
     if "@" in parts.netloc:
-        raise UserError("--artefacts holds a user name or a password: leave it out, the page is for everyone")
+        raise UserError("--artefacts contains a user name or a password: leave it out, the page is for everyone")
 
 
 def check_licence(licence: str) -> None:
@@ -232,10 +231,10 @@ def check_own_folder(output: Path, main: FinishedRun) -> None:
     is_published = output.is_dir() and before.read(PublicationRecord) is not None
     training = before.read(TrainingRecord) if is_published else None
     if training is None:
-        raise UserError(f"{display_path(output)} is there and holds no published recipe; give another --output")
+        raise UserError(f"{display_path(output)} is there and contains no published recipe; give another --output")
     if training.recipe_id != main.training.recipe_id:
         raise UserError(
-            f"{display_path(output)} holds another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
+            f"{display_path(output)} contains another recipe (recipe_id {training.recipe_id[:16]}, this run's is "
             f"{main.training.recipe_id[:16]}); give another --output"
         )
 
@@ -244,7 +243,7 @@ def check_own_folder(output: Path, main: FinishedRun) -> None:
 
 
 def check_same_recipe(main: FinishedRun, other: FinishedRun) -> None:
-    """A run that differs in its seed only, measured in the same way; raises `UserError` for any other."""
+    """A run that differs in its seed only, measured in the same way. Raises `UserError` for any other."""
     for what, theirs, ours in (
         ("recipe_id", other.training.recipe_id, main.training.recipe_id),
         ("data set", other.training.inputs.get("manifest"), main.training.inputs.get("manifest")),
@@ -266,7 +265,7 @@ def seed_problems(main: FinishedRun, others: Sequence[FinishedRun]) -> Iterator[
 
 
 def published_seeds(main: FinishedRun, others: Sequence[FinishedRun], published: Run) -> SeedsRecord | None:
-    """All runs of the recipe by seed, `main` among them; where none are given, those that were published before."""
+    """All runs of the recipe by seed, `main` among them. Where none are given, those that were published before."""
     if not others:
         before = published.read(SeedsRecord)
         if before is not None and seeds_record([main]).runs[0] not in before.runs:
@@ -313,7 +312,7 @@ def seeds_record(entries: Sequence[FinishedRun]) -> SeedsRecord:
 
 @contextmanager
 def replaced_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends without an error it takes the place of `output`, else nothing changes."""
+    """A folder to fill. When the block ends without an error it takes the place of `output`, else nothing changes."""
     temporary, old = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
     with disk_errors(temporary):
         temporary.mkdir(parents=True)
@@ -334,7 +333,7 @@ def replaced_folder(output: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path, main: FinishedRun, output: Path, records: Sequence[Record], licence: str) -> None:
-    """All files of the published recipe; the page is rendered from the records that were copied."""
+    """All files of the published recipe. The page is rendered from the records that were copied."""
     copy = Run(folder)
     write_atomically(copy.config, main.run.content(main.run.config))
     copy_records(main, copy)
@@ -398,7 +397,7 @@ def copy_figures(page: str, facts: RunData, main: FinishedRun, copy: Run) -> Non
 
 
 def thinned(rows: Sequence[MetricRow]) -> list[MetricRow]:
-    """The rows; of more than `METRIC_ROWS_MAX` only the last of training and of validation in each epoch."""
+    """The rows. Of more than `METRIC_ROWS_MAX` only the last of training and of validation in each epoch."""
     if len(rows) <= METRIC_ROWS_MAX:
         return list(rows)
     last = {(row["epoch"], row["split"]): row for row in rows}
@@ -421,7 +420,7 @@ def page_with_table(output: Path) -> Path | None:
 
 
 def with_table(page: Path) -> bytes:
-    """The page with the table that the records of `recipes/` beside it give; raises `UserError` for an edited table."""
+    """The page with the table that the records of `recipes/` beside it give. Raises `UserError` for an edited table."""
     folders = published_folders(page.parent / RECIPES)
     rows = [table_row(folder) for folder in folders]
     content = table(TABLE_HEAD, rows) if rows else "No recipe is published yet."
@@ -430,11 +429,11 @@ def with_table(page: Path) -> bytes:
 
 
 def published_folders(recipes: Path) -> list[Path]:
-    """By name; raises `UserError` for a folder that `publish` did not write."""
+    """By name. Raises `UserError` for a folder that `publish` did not write."""
     folders = sorted(path for path in recipes.glob("*") if path.is_dir() and not path.name.startswith("."))
     for folder in folders:
         if Run(folder).read(PublicationRecord) is None:
-            raise UserError(f"{display_path(folder)} holds no published recipe: publish it, or move it away")
+            raise UserError(f"{display_path(folder)} contains no published recipe: publish it, or move it away")
     return folders
 
 

@@ -1,7 +1,6 @@
 """The JSON block of the document: a recipe and its claims, for programs.
 
-Everything in it is copied from the records of the run; `recipe.review` compares it with another machine, checkout or
-run.
+All of it is copied from the records of the run. `recipe.review` compares it with another machine, checkout or run.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ LINE_MAX = 400  # letters of a line of JSON
 
 
 def recipe_claims(facts: RunData) -> dict[str, Any]:
-    """The pinned configuration with its hashes, and every claim; nulls where nothing was run yet."""
+    """The pinned configuration with its hashes, and every claim. Nulls where nothing was run yet."""
     training = facts.training
     return {
         "format": RECIPE_FORMAT,
@@ -64,9 +63,9 @@ def recipe_claims(facts: RunData) -> dict[str, Any]:
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """JSON for people too: an object or a list on one line where it fits, else its entries, short ones side by side.
+    """Readable JSON: an object or a list on one line if it fits, else its entries, short ones side by side.
 
-    ASCII, and each line but the first and the last begins with a blank, so that none of them is markdown.
+    ASCII. Every inner line is indented, so that none of them is markdown.
     """
     return _encoded(values, "")
 
@@ -102,7 +101,7 @@ def training_code(training: TrainingRecord) -> dict[str, Any]:
 
 
 def data_claims(preprocessing: PreprocessingRecord) -> dict[str, Any]:
-    """The data set; `raw_sha256` is equal for every layout of the same images."""
+    """The data set. `raw_sha256` is equal for every layout of the same images."""
     return {
         "data_set": preprocessing.data_set,
         "manifest_sha256": preprocessing.outputs.get("manifest"),
@@ -136,7 +135,7 @@ def training_claims(training: TrainingRecord) -> dict[str, Any]:
 
 
 def columns(epochs: Sequence[Epoch]) -> dict[str, list[Any]]:
-    """One list for each column, so that 600 epochs stay a few lines; how long an epoch took is not a claim."""
+    """One list for each column, so that 600 epochs stay a few lines. How long an epoch took is not a claim."""
     return {name: [getattr(epoch, name) for epoch in epochs] for name in DYNAMICS}
 
 
@@ -168,5 +167,5 @@ def serialization_claims(serialization: SerializationRecord) -> dict[str, Any]:
 
 
 def seeds_claims(seeds: SeedsRecord, evaluation: SeedCounts) -> dict[str, Any]:
-    """Several runs of the recipe; their epochs are in records/seeds.json."""
+    """Several runs of the recipe. Their epochs are in records/seeds.json."""
     return {"seeds": [run.seed for run in seeds.runs], **msgspec.to_builtins(evaluation)}

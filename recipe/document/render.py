@@ -1,8 +1,7 @@
 """Render `recipe.md` for people and `recipe.json` for programs from the records of a run.
 
-Rendering is a pure function of the records, the pinned configuration and the logged rows, so equal inputs give equal
-bytes; nothing is ever read back from a page but the hashes of its own blocks. `templates/document.md.j2` has the
-order of the chapters, and each chapter its own file.
+Rendering is a pure function of records, pinned configuration and logged rows: equal inputs give equal bytes. Only the
+hashes of its own blocks are read back from a page. `templates/document.md.j2` orders the chapters, each in its file.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ EXTREME_CLASSES = 5
 
 
 def render(facts: RunData, existing: str | None) -> str:
-    """The document with its generated blocks; all other text of `existing` is kept byte for byte.
+    """The document with its generated blocks. All other text of `existing` is kept byte for byte.
 
     Raises `UserError` where a generated block of `existing` was edited by hand.
     """
@@ -174,7 +173,7 @@ def title(facts: RunData) -> str:
 
 
 def ilsvrc2012_verdict(preprocessing: PreprocessingRecord) -> str:
-    """The evidence that these are the published images; only the hashes of the archives prove their content."""
+    """The evidence that these are the published images. Only the hashes of the archives prove their content."""
     if not preprocessing.is_ilsvrc2012:
         return "no"
     if preprocessing.archives and all(archive.is_published_md5 for archive in preprocessing.archives):
@@ -189,7 +188,7 @@ def declared(facts: RunData, key: str) -> Markdown | None:
 
 
 def descriptions(facts: RunData) -> dict[str, Any]:
-    """The declared values that training pinned; before training, those of the data set."""
+    """The declared values that training pinned. Before training, those of the data set."""
     if facts.config is not None:
         return flatten(facts.config)
     return flatten({"data": {"description": facts.preprocessing.description}}) if facts.preprocessing else {}
@@ -242,7 +241,7 @@ def json_file(facts: RunData) -> bytes:
 
 
 def metrics_summary(facts: RunData) -> dict[str, Any]:
-    """The number of logged rows, the last ones and the epochs; all rows are in metrics.jsonl."""
+    """The number of logged rows, the last ones and the epochs. All rows are in metrics.jsonl."""
     by_split = {split: [row for row in facts.metrics if row["split"] == split] for split in ("train", "validation")}
     return {
         "rows": len(facts.metrics),

@@ -121,7 +121,7 @@ def section(facts: RunData, records: Sequence[LaterRecord | None], *checks: Chec
 def trained_reasons(facts: RunData, record: LaterRecord) -> list[str]:
     """Whether the evaluated weights are among those that training released, such as last, best or averaged.
 
-    An evaluation of an earlier checkpoint is sound too; the document calls it one.
+    An evaluation of an earlier checkpoint is sound too. The document calls it one.
     """
     if facts.training is None or not isinstance(record, EvaluationRecord):
         return []

@@ -344,12 +344,12 @@ def test_another_recipe_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     other.write_config(other_config)
     for record in (preprocessing_record(), training_record(other_config), evaluation_record(other_config)):
         other.write(record)
-    with pytest.raises(UserError, match="holds another recipe"):
+    with pytest.raises(UserError, match="contains another recipe"):
         publish(other)
     assert tree(folder) == before
     Path("recipes", "mine").mkdir()
     Path("recipes", "mine", "thesis.md").write_text("mine")
-    with pytest.raises(UserError, match="holds no published recipe"):
+    with pytest.raises(UserError, match="contains no published recipe"):
         publish(run, Path("recipes", "mine"))
     with pytest.raises(UserError, match="published recipe already"):
         publish(Run(folder), Path("recipes", "copy"))
@@ -510,7 +510,7 @@ def test_an_edited_table_is_refused_before_anything_is_written(run: Run, readme:
 
 def test_a_page_without_a_place_for_the_table_stays_and_another_folder_is_refused(run: Run, readme: Path) -> None:
     Path("recipes", "thesis").mkdir(parents=True)
-    with pytest.raises(UserError, match="recipes/thesis holds no published recipe"):
+    with pytest.raises(UserError, match="recipes/thesis contains no published recipe"):
         publish(run)
     readme.write_text("# words\n")
     publish(run)
