@@ -70,23 +70,23 @@ def as_json(values: dict[str, Any]) -> str:
     return _encoded(values, "")
 
 
-def _encoded(value: Any, indent: str) -> str:
-    line = json.dumps(value, ensure_ascii=True, allow_nan=False)
-    if not isinstance(value, dict | list) or not value or (indent and len(indent) + len(line) < LINE_MAX):
+def _encoded(value: Any, indent: str, name: str = "") -> str:
+    line = name + json.dumps(value, ensure_ascii=True, allow_nan=False)
+    room = LINE_MAX - len(indent) - len(", ")
+    if not isinstance(value, dict | list) or not value or (indent and len(line) < room):
         return line
     if isinstance(value, dict):
-        entries = [(f"{json.dumps(key)}: {_encoded(entry, indent + '  ')}", entry) for key, entry in value.items()]
+        (opened, closed), named = "{}", [(f"{json.dumps(key)}: ", entry) for key, entry in value.items()]
     else:
-        entries = [(_encoded(entry, indent + "  "), entry) for entry in value]
+        (opened, closed), named = "[]", [("", entry) for entry in value]
     lines: list[str] = []
-    for text, entry in entries:
-        is_scalar = not isinstance(entry, dict | list)
-        if lines and is_scalar and not lines[-1].endswith(("}", "]")) and len(lines[-1]) + len(text) < LINE_MAX - 10:
+    for name_of, entry in named:
+        text, is_scalar = _encoded(entry, indent + "  ", name_of), not isinstance(entry, dict | list)
+        if lines and is_scalar and not lines[-1].endswith(("}", "]")) and len(lines[-1]) + len(text) + 4 < room:
             lines[-1] += f", {text}"
         else:
             lines.append(text)
-    opened, closed = "{}" if isinstance(value, dict) else "[]"
-    return opened + "\n" + ",\n".join(f"{indent}  {text}" for text in lines) + f"\n{indent}{closed}"
+    return name + opened + "\n" + ",\n".join(f"{indent}  {text}" for text in lines) + f"\n{indent}{closed}"
 
 
 def training_code(training: TrainingRecord) -> dict[str, Any]:

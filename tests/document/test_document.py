@@ -13,6 +13,7 @@ import pytest
 
 from recipe.config import identity as configuration
 from recipe.document import figures
+from recipe.document.recipe_json import as_json
 from recipe.document.render import check_document, json_file, write_document
 from recipe.document.run_data import sections
 from recipe.errors import UserError
@@ -548,3 +549,44 @@ def test_a_command_that_ran_several_stages_stands_once() -> None:
     records = {"preprocessing": preprocessing_record, "training": training_record, "evaluation": evaluation_record}
     made = {name: make(provenance=provenance(command)) for name, make in records.items()}
     assert section(document(**made), "run_again").count(command) == 1
+
+
+# The size of the page
+
+
+def test_the_page_is_short_whatever_the_run_has() -> None:
+    """Its text is read, and its folds opened: neither grows with epochs, classes, shards or a large configuration."""
+    classes = [
+        ClassCounts(index=i, class_id=f"n{i:08d}", name=str(i), images=50, correct_top1=40, correct_top5=45)
+        for i in range(1000)
+    ]
+    shards = {f"train-{number:06d}.tar": sha(str(number)) for number in range(1282)}
+    records: dict[str, Any] = {
+        "training": training_record(epochs=epoch_records(300)),
+        "metrics": metric_rows(300),
+        "evaluation": evaluation_record(per_class=classes),
+        "preprocessing": preprocessing_record(outputs={"manifest": sha("manifest")} | shards),
+    }
+    text = document(**records)
+    folded = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert len(folded.splitlines()) <= 320
+    assert len(text.splitlines()) <= 650
+    block = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
+    assert len(block.splitlines()) <= 150
+    assert max(map(len, block.splitlines())) <= 400
+
+
+def test_the_json_block_has_a_line_for_each_short_group() -> None:
+    values = {
+        "config": {
+            "loader": {"order": "random"},
+            "long": {"text": "x" * 300, "more": "y" * 300, "n": 1},
+            "z": 1,
+            "empty": {},
+        }
+    }
+    text = as_json(values)
+    assert json.loads(text) == values
+    assert '    "loader": {"order": "random"},\n' in text
+    assert '"n": 1\n' in text
+    assert all(line.startswith(" ") for line in text.splitlines()[1:-1])
