@@ -1,7 +1,7 @@
 """`check`: compare a recipe with the guideline's checklist and with itself.
 
 Four levels: *present*, *well-formed*, *resolvable* (hashes match, commands parse, the code is known, records and
-document agree) and, with `--execute`, *executed* (hashes, counts and figures are measured again).
+document agree) and *executed* (with `--execute`: hashes, counts and figures are measured again).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for an unreadable recipe."""
+    """0: no finding, 1: findings (not notes or CANNOT TELL). Raises `UserError` for an unreadable recipe."""
     report = check(open_recipe(arguments.path), executes=arguments.execute)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))
     return int(any(finding.kind is Kind.finding for finding in report.findings))
@@ -79,7 +79,7 @@ class CheckReport:
 
 
 def check(recipe: OpenedRecipe, executes: bool = False) -> CheckReport:
-    """Check a recipe of this pipeline; raises `UserError` for other documents and for one that cannot be walked."""
+    """Check a recipe of this pipeline. Raises `UserError` for other documents and for one nested too deeply."""
     page = None
     if recipe.document is not None and recipe.document_path is not None:
         page = Page(recipe.document_path.name, recipe.document)

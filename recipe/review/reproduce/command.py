@@ -1,8 +1,8 @@
 """`reproduce`: run a recipe again from its document alone, and judge each of its claims.
 
-The document may come from anybody. Only its one JSON block is read; the configuration is checked value by value, places
+The document may come from anybody. Only its one JSON block is read. The configuration is checked value by value, paths
 come from this machine, and the stages are this project's own functions. No command, address or path of the document is
-used; the differences from this checkout are shown, and the user is asked, before anything runs.
+used. Before anything runs, the differences from this checkout are shown and the user is asked.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """1 where a claim was found wrong, else 0."""
+    """1: a claim is wrong, else 0."""
     if launched().is_elastic:
         raise UserError("reproduce starts its own processes: run it without torchrun")
     plan = plan_reproduction(arguments)
@@ -93,7 +93,7 @@ class ReproductionPlan:
 
 
 def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
-    """Read the document and decide; raises `UserError` for everything that would stop the work later."""
+    """Read the document and decide. Raises `UserError` for everything that would stop the work later."""
     subject = open_recipe(arguments.path)
     if subject.document_path is None or subject.document is None:
         raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
@@ -160,7 +160,7 @@ def claimed_data(recipe: Recipe) -> ClaimedData:
 def chosen_data(
     arguments: Namespace, config: Config, claimed: ClaimedData, run_dir: Path, stages: list[str]
 ) -> tuple[Path, Path | None, str]:
-    """(processed folder, raw folder, words): the recipe's data set where it is here, else a place to make it."""
+    """(processed folder, raw folder, words): the recipe's data set if it is here, else a folder to make it in."""
     known = [Path(arguments.data_dir)] if arguments.data_dir else [run_dir / "data", Path("data", config.data.name)]
     for directory in known:
         try:
@@ -190,7 +190,7 @@ def chosen_data(
 
 
 def chosen_weights(asked: str | None, config: Config) -> str | None:
-    """The file of initial weights; training compares its hash with the recipe's."""
+    """The file of initial weights. Training compares its hash with the recipe's."""
     if config.model.weights_sha256 is not None and asked is None:
         raise UserError(
             f"the recipe starts from the weights {shown(config.model.weights_sha256)}: give their file as --weights"
@@ -221,7 +221,7 @@ def _show(plan: ReproductionPlan) -> None:
 
 
 def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
-    """Raise `UserError` where the user does not agree."""
+    """Raise `UserError` unless the user agrees."""
     if arguments.yes:
         return
     if not sys.stdin.isatty():
@@ -262,7 +262,7 @@ def run_stage(name: str, plan: ReproductionPlan, run: Run) -> None:
 
 
 def _preprocess(plan: ReproductionPlan, run: Run) -> None:
-    """Make the data set, unless it is here; raises `UserError` for one of other images, before hours of training."""
+    """Make the data set unless it is here. Raises `UserError` for one of other images, before hours of training."""
     config = plan.config
     if config.data.raw_dir is None:
         return

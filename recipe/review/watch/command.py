@@ -1,8 +1,8 @@
 """`watch`: is a run on track? As a verb, and after each validation of a training with `reference=RECIPE`.
 
 The run is compared with seeds of the same recipe at every epoch that it has completed. Exit codes: 0 ON TRACK, 1 OFF
-TRACK, 3 CANNOT TELL, 2 where the two cannot be compared. `--save FILE` writes the epochs of these seeds, no means, into
-one file, which `--against` and `reference=` read, as `records/seeds.json` of a published recipe.
+TRACK, 3 CANNOT TELL, 2 for two that cannot be compared. `--save FILE` writes the epochs of these seeds, no means, into
+one file for `--against` and `reference=`, such as `records/seeds.json` of a published recipe.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the verdict, and return its exit code; without a run, only save the seeds."""
+    """Print the verdict and return its exit code. Without a run, only save the seeds."""
     if arguments.run is None and arguments.save is None:
         raise UserError("give a run to watch, or --save FILE to write the seeds of --against into one file")
     if not 0 < arguments.alpha < 1:
@@ -73,12 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class TrainingWatch:
-    """Prints one line after each validation of a training; it never stops a run."""
+    """Prints one line after each validation of a training. It never stops a run."""
 
     watch: Watch
 
     def __call__(self, run: Run) -> None:
-        """Print the verdict; an error is a warning."""
+        """Print the verdict. An error is a warning."""
         try:
             judgement = self.watch.judge(watched_run(run))
         except Exception as error:  # hours of training are worth more than any error here
@@ -88,7 +88,7 @@ class TrainingWatch:
 
 
 def training_watch(config: Config) -> TrainingWatch | None:
-    """The watch of a training with a reference; raises `UserError` where its recipe is another."""
+    """The watch of a training with a reference. Raises `UserError` if its recipe is another."""
     if config.reference is None:
         return None
     from recipe.models.build import resolve_weights  # torch, which the verb does without
