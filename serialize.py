@@ -21,9 +21,9 @@ def main(_composed: DictConfig) -> None:
         write_document(run, portable_path(config.run_dir))
         for entry in record.variants:
             print(
-                f"{entry.variant}: top-1 {entry.correct_top1 / record.images:.2%} (eager "
-                f"{record.eager_correct_top1 / record.images:.2%}), {entry.flips} of {record.images} images change "
-                f"their class, logits within {entry.relative_logit_error:.1e} of the largest; {entry.file}"
+                f"{entry.variant}: top-1 {entry.correct_top1 / record.images:.2%} (PyTorch "
+                f"{record.eager_correct_top1 / record.images:.2%}), {entry.flips} of {record.images} predictions "
+                f"differ, logits within {entry.relative_logit_error:.1e} of the largest: {entry.file}"
             )
         print(f"wrote {display_path(run.document)}")
 

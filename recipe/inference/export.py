@@ -48,10 +48,10 @@ def load_evaluated(run: Run) -> Evaluated:
     here = display_path(run.directory)
     training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
     if training is None:
-        raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
+        raise UserError(f"{here} has no finished training: run `python train.py run_dir={here}` first")
     if evaluation is None:
         raise UserError(
-            f"{here} holds no evaluation, and a model of unknown accuracy is not used: "
+            f"{here} has no evaluation, and a model of unknown accuracy is not used: "
             f"run `python evaluate.py run_dir={here}` first"
         )
     path = run.checkpoints / evaluation.protocol.checkpoint
@@ -59,7 +59,7 @@ def load_evaluated(run: Run) -> Evaluated:
     weights = weights_sha256(eval_weights(state))
     if weights != evaluation.inputs.get("weights"):
         raise UserError(
-            f"{where} holds other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"
+            f"{where} has other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"
         )
     return Evaluated(
         where=where,

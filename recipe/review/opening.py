@@ -59,7 +59,7 @@ class OpenedRecipe:
         """The JSON block. Raises `UserError` for a document without one."""
         if self.block is None:
             raise UserError(
-                f"{self.name} holds no ```json block of format {RECIPE_FORMAT}: it was not written by a run"
+                f"{self.name} has no ```json block of format {RECIPE_FORMAT}: it was not written by a run"
             )
         return self.block
 
@@ -86,7 +86,7 @@ def open_recipe(path: str | Path) -> OpenedRecipe:
         raise UserError(f"{display_path(path)} does not exist; give a run directory, a published recipe or a document")
     run = Run(folder) if (folder / "records").is_dir() else None
     if text is None and run is None:
-        raise UserError(f"{display_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
+        raise UserError(f"{display_path(path)} has neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
     return OpenedRecipe(path, document, text, json_block(text) if text is not None else None, run)
 
 
@@ -103,7 +103,7 @@ def json_block(document: str) -> dict[str, Any] | None:
     blocks = [block for text in JSON_FENCE.findall(document) if (block := _parse_block(text)) is not None]
     if len(blocks) > 1:
         raise UserError(
-            f"the document holds {len(blocks)} ```json blocks of format {RECIPE_FORMAT}: one of them is not its own"
+            f"the document has {len(blocks)} ```json blocks of format {RECIPE_FORMAT}: one of them is not its own"
         )
     return blocks[0] if blocks else None
 
@@ -193,13 +193,13 @@ def check_numbers(value: Any) -> None:
     plain = msgspec.to_builtins(value)
     json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999
     if any(isinstance(number, int) and abs(number) >= LARGEST_INTEGER for number in numbers_in(plain)):
-        raise UserError("it holds an integer that nothing here counts to")
+        raise UserError("it has an integer of 2**63 or more")
     if isinstance(value, TrainingRecord) and (value.schedule.steps_per_epoch < 1 or value.schedule.steps < 1):
-        raise UserError("it holds a training without steps")
+        raise UserError("it has a training without steps")
     if isinstance(value, EvaluationRecord | SerializationRecord) and value.images < 1:
-        raise UserError("it holds a count over no image")
+        raise UserError("it has counts of zero images")
     if isinstance(value, EnergyRecord) and (value.seconds <= 0 or value.joules < 0):
-        raise UserError("it holds an energy of no time, or a negative one")
+        raise UserError("its energy or its time is not positive")
 
 
 def numbers_in(value: Any) -> Iterator[int | float]:

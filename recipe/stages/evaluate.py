@@ -222,7 +222,7 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
     files = checkpoint_files(run.checkpoints)
     if not files:
         raise UserError(
-            f"{display_path(run.directory)} holds no checkpoint: run `python train.py "
+            f"{display_path(run.directory)} has no checkpoint: run `python train.py "
             f"run_dir={display_path(run.directory)}` first"
         )
     if name == "last":

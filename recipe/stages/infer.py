@@ -74,7 +74,7 @@ class Demonstration:
             model = classifiers[path.name].predict
             if isinstance(model, OnnxModel) and model.metadata.weights_sha256 != self.checkpoint.weights_sha256:
                 raise UserError(
-                    f"{path.name} holds other weights than those that were evaluated: "
+                    f"{path.name} has other weights than those that were evaluated: "
                     f"run `python serialize.py run_dir={shlex.quote(display_path(self.run.directory))}` again"
                 )
         return classifiers

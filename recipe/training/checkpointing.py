@@ -48,7 +48,7 @@ def pin(run: Run, config: Config) -> None:
     changed = differences(theirs, mine)
     if changed:
         raise UserError(
-            f"{display_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
+            f"{display_path(run.directory)} has a run of another configuration ({'; '.join(changed)}); "
             "give another run_dir, or trainer.start_over=true to move that run aside"
         )
 

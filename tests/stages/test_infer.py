@@ -240,7 +240,7 @@ def test_files_of_other_weights_are_refused_from_within_the_notebook(
     write_properties(stranger, told | {"weights_sha256": "0" * 64})
     done = run_notebook(words_of(config, run.directory))
     assert done.returncode == 2
-    assert "model-fp32.onnx holds other weights than those that were evaluated" in done.stderr.splitlines()[-1]
+    assert "model-fp32.onnx has other weights than those that were evaluated" in done.stderr.splitlines()[-1]
     assert run.document.read_bytes() == before
 
 

@@ -43,10 +43,10 @@ def code_findings(facts: RunData, run: Run) -> list[Finding]:
         place, provenance = f"records/{name}.json, provenance", record.provenance
         source = provenance.source_sha256
         if source_changed(provenance):
-            what = "the source changed during the stage, so that the code of its result is not known"
+            what = "the source changed during the stage, so the code of its result is unknown"
             findings.append(Finding(Level.resolvable, place, what, "run the stage again; do not edit code meanwhile"))
         if not SHA256.fullmatch(source):
-            what = f"source_sha256 {shorten(source)} is not a SHA-256, so that the code is not identified"
+            what = f"source_sha256 {shorten(source)} is not a SHA-256: the code is not identified"
             findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
         patch = provenance.tree_at_start.patch_sha256
         findings += patch_findings(patch, run) if patch else commit_findings(place, provenance)
@@ -61,7 +61,7 @@ def patch_findings(patch: str, run: Run) -> list[Finding]:
         return [Finding(Level.well_formed, name, f"{shorten(patch)} is not a SHA-256", mend)]
     path = run.directory / name
     if not path.exists():
-        return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
+        return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is missing", mend)]
     try:
         content = run.content(path)
     except UserError as error:
@@ -90,7 +90,7 @@ def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
         )
         return [Finding(Level.resolvable, place, what, "fetch the complete history to look", Kind.cannot_tell)]
     if there != recorded:
-        what = f"commit {commit[:12]} holds source {there[:16]}, the stage ran on {recorded[:16]}"
+        what = f"commit {commit[:12]} contains source {there[:16]}, the stage ran on {recorded[:16]}"
         return [Finding(Level.resolvable, place, what, "run the stage again from a commit")]
     return []
 

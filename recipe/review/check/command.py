@@ -93,7 +93,7 @@ def check(recipe: OpenedRecipe, executes: bool = False) -> CheckReport:
     except RecursionError:
         raise UserError(f"{recipe.name} is nested too deeply to be a recipe") from None
     except ArithmeticError as error:
-        raise UserError(f"{recipe.name} holds numbers that no run has: {error}") from error
+        raise UserError(f"{recipe.name} has numbers that no run has: {error}") from error
 
 
 def _check(recipe: OpenedRecipe, page: Page | None, executes: bool) -> CheckReport:

@@ -59,7 +59,7 @@ class CountedPredictions:
         """The counts that differ in the file. Raises `UserError` for an unreadable file."""
         key, label, top = read_predictions(path)
         is_top1, is_top5 = ((top[:, :within] == label[:, None]).any(axis=1) for within in (1, 5))
-        faults = ["it holds an image twice"] if len(np.unique(key)) != len(key) else []
+        faults = ["it has an image twice"] if len(np.unique(key)) != len(key) else []
         for name, count, claimed in (
             ("images", len(label), self.images),
             ("correct_top1", int(is_top1.sum()), self.correct_top1),
@@ -118,7 +118,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read_header(entry)
     if math.prod(shape) * kind.itemsize > size:
-        raise UserError(f"{name} claims the shape {shape} of {kind.name[:50]}, which its {size:,} bytes do not hold")
+        raise UserError(f"{name} claims the shape {shape} of {kind.name[:50]}, but has {size:,} bytes")
     with archive.open(name) as entry:
         return np.lib.format.read_array(entry, allow_pickle=False)
 
@@ -219,7 +219,7 @@ def prediction_findings(facts: RunData, run: Run) -> Iterator[Finding]:
         if what:
             yield Finding(Level.executed, counted.file, what, AGAIN)
     if absent:
-        what = f"not in this folder, so that nothing was counted again: {first_few(absent)}"
+        what = f"not in this folder, and not counted again: {first_few(absent)}"
         yield Finding(Level.executed, "predictions", what, kind=Kind.cannot_tell)
 
 

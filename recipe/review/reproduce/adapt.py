@@ -68,7 +68,7 @@ def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
         return Accelerator.cpu
     if torch.cuda.is_available():
         return Accelerator.cuda
-    notes.append(f"it ran on {shown(training.accelerator)}; this machine shows no GPU, so that it runs on the CPU")
+    notes.append(f"it ran on {shown(training.accelerator)}; this machine has no GPU, so it runs on the CPU")
     return Accelerator.cpu
 
 
@@ -77,7 +77,7 @@ def _recorded_count(recipe: Recipe, name: str, most: int, notes: list[str]) -> i
     value = recipe.determinism_context.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
         return value
-    notes.append(f"{name}: {shown(value)} there, which cannot be set here (1 to {most})")
+    notes.append(f"{name}: {shown(value)} there, not possible here (1 to {most})")
     return None
 
 

@@ -96,7 +96,7 @@ def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
     """Read the document and decide. Raises `UserError` for everything that would stop the work later."""
     subject = open_recipe(arguments.path)
     if subject.document_path is None or subject.document is None:
-        raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
+        raise UserError(f"{subject.name} has no document; give recipe.md or README.md")
     identity = subject.required_block()
     recipe, config = parse_recipe(identity), parse_config(identity)
     check_known_network(config)
@@ -136,7 +136,7 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
         )
     if Run(run_dir).read(ReproductionRecord) is not None:
         raise UserError(
-            f"{display_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
+            f"{display_path(run_dir)} has a finished reproduction of this document, see {REPORT} in it; to do it "
             "again, give a new folder as --run-dir"
         )
     return run_dir
@@ -147,7 +147,7 @@ def chosen_stages(asked: list[str] | None, recipe: Recipe) -> list[str]:
     claimed = [stage for stage, claim in CLAIMS.items() if getattr(recipe.claims, claim) is not None]
     absent = [stage for stage in asked or [] if stage not in claimed]
     if absent:
-        raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to compare it with")
+        raise UserError(f"the recipe has no claims about the stage {absent[0]}: nothing to compare")
     return [stage for stage in claimed if asked is None or stage in asked]
 
 
@@ -171,7 +171,7 @@ def chosen_data(
             return directory, None, f"{display_path(directory)} has the recipe's manifest"
     if "preprocess" not in stages:
         raise UserError(
-            f"no data set with the manifest {claimed.manifest_sha256[:16]} is at hand (looked in "
+            f"no data set with the manifest {claimed.manifest_sha256[:16]} was found (looked in "
             f"{', '.join(display_path(directory) for directory in known)}): give --data-dir, or the stage "
             "preprocess too"
         )
@@ -181,7 +181,7 @@ def chosen_data(
             for name, split in claimed.splits.items()
         )
         raise UserError(
-            f"the recipe was trained on {shown(claimed.data_set)} ({expected}), which is not at hand: give the folder "
+            f"the recipe was trained on {shown(claimed.data_set)} ({expected}), which was not found: give the folder "
             "of the raw data as --raw-dir, or the preprocessed data set as --data-dir"
         )
     raw_dir = Path(arguments.raw_dir) if arguments.raw_dir else run_dir / "raw"
@@ -225,7 +225,7 @@ def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
     if arguments.yes:
         return
     if not sys.stdin.isatty():
-        raise UserError("there is no terminal to ask in: read what is shown above, then add --yes")
+        raise UserError("cannot ask without a terminal: read the lines above, then add --yes")
     if input("Run it? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("not run")
 

@@ -205,7 +205,7 @@ def judge_counts(
         why = f"the same weights; {apart} image(s) apart, allowed: {allowed}"
         return (EVALUATION_EQUAL if apart <= allowed else DIFFERS), why
     if claims.seeds is None:
-        return CANNOT_TELL, "other weights; the recipe is one run (n = 1), so that its spread is unknown"
+        return CANNOT_TELL, "other weights; the recipe is one run (n = 1): its spread is unknown"
     if not is_top1:
         return CANNOT_TELL, "other weights; the recipe gives the spread of top-1 only"
     return against_seeds(claims.seeds, evaluation.images, ours)
@@ -286,7 +286,7 @@ def overall_verdict(claims: list[JudgedClaim]) -> str:
 WORDS = """A level says how much was shown. BIT-EXACT: the same bits. NUMERICALLY EQUAL: within the stated tolerance,
 over the first epoch. STATISTICALLY CONSISTENT: not further apart than several runs of the recipe, whose number and
 spread are given; smaller differences cannot be seen. EVALUATION EQUAL: the same weights give the same counts, but for a
-few images. DIFFERS: it is not what the recipe claims. CANNOT TELL: this comparison can show neither.
+few images. DIFFERS: the claim is wrong. CANNOT TELL: this comparison can show neither.
 
 The recipe's own numbers are taken from its document and deserve the trust of its author; this report adds the
 measurements of a second party."""

@@ -47,7 +47,7 @@ def stored_trace(recipe: OpenedRecipe) -> Fingerprint:
     """The recipe's own trace, from the document's block. Raises `UserError` if there is none."""
     value = recipe.required_block().get("fingerprint")
     if value is None:
-        raise UserError(f"{recipe.name} holds no fingerprint: the code was edited while it was training, or before it")
+        raise UserError(f"{recipe.name} has no fingerprint: the code was edited while it was training, or before it")
     try:
         return msgspec.convert(value, Fingerprint)
     except (msgspec.ValidationError, RecursionError) as error:

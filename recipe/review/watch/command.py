@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write these seeds into one file, .json")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"family-wise error, default {ALPHA}")
-    parser.add_argument("--follow", type=float, metavar="SECONDS", help="look again until it ends or is off track")
+    parser.add_argument("--follow", type=float, metavar="SECONDS", help="look again until the run ends or is off track")
     parser.add_argument("--json", action="store_true", help="for programs: one line of JSON for each look")
 
 
@@ -46,13 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.run is None and arguments.save is None:
         raise UserError("give a run to watch, or --save FILE to write the seeds of --against into one file")
     if not 0 < arguments.alpha < 1:
-        raise UserError(f"--alpha {arguments.alpha} cannot be: an error is between 0 and 1")
+        raise UserError(f"--alpha {arguments.alpha} is invalid: must be between 0 and 1")
     if arguments.follow is not None and not 0 < arguments.follow < float("inf"):
-        raise UserError(f"--follow {arguments.follow} cannot be: give the seconds between two looks")
+        raise UserError(f"--follow {arguments.follow} is invalid: must be the seconds between two looks")
     watch = Watch(open_reference(arguments.against), arguments.alpha)
     if arguments.save is not None:
         if arguments.save.suffix != ".json":
-            raise UserError(f"--save {arguments.save} cannot be: its name must end in .json")
+            raise UserError(f"--save {arguments.save} is invalid: must end in .json")
         write_atomically(arguments.save, to_json(watch.reference))
         if not arguments.json:
             print(f"wrote {display_path(arguments.save)}: {len(watch.reference.runs)} seeds")

@@ -85,7 +85,7 @@ def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
     claims, config = dict_or_empty(block.get("claims")), block.get("config")
     training, seed = claims.get("training"), dict_or_empty(config).get("seed")
     if not isinstance(training, dict) or not isinstance(config, dict):
-        raise UserError(f"{recipe.name} holds no finished training: nothing can be compared with it")
+        raise UserError(f"{recipe.name} has no finished training: nothing can be compared with it")
     splits = dict_or_empty(dict_or_empty(claims.get("data")).get("splits"))
     values = {
         "seed": seed if isinstance(seed, int) else 0,
@@ -119,10 +119,10 @@ def _checked(record: SeedsRecord, where: str) -> SeedsRecord:
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(steps))}")
     if not record.runs:
-        raise UserError(f"{where} holds no seed")
+        raise UserError(f"{where} has no seed")
     for run in record.runs:
         if run.epochs.get("epoch") != list(range(1, epochs + 1)):
-            raise UserError(f"seed {run.seed} of {where} does not hold each of its {epochs} epochs once, in order")
+            raise UserError(f"seed {run.seed} of {where} does not have each of its {epochs} epochs once, in order")
         for name in WATCHED_METRICS:
             values = run.epochs.get(name, [])
             if len(values) != epochs or not all(is_exact_number(value) for value in values):

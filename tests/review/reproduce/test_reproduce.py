@@ -146,7 +146,7 @@ def test_a_finished_reproduction_is_not_done_again(
     with pytest.raises(SystemExit) as stopped:
         main(["reproduce", "recipe.md", "--yes"])
     assert stopped.value.code == 2
-    assert "holds a finished reproduction" in capsys.readouterr().err
+    assert "has a finished reproduction" in capsys.readouterr().err
 
 
 def altered(emitted: Path, tmp_path: Path, change: Callable[[dict], None]) -> Path:  # type: ignore[type-arg]

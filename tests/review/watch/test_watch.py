@@ -178,7 +178,7 @@ def test_documents_and_published_seeds_make_one_reference(capsys: pytest.Capture
 def test_neither_run_nor_file_and_a_file_of_another_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give a run to watch, or --save FILE" in refused(["watch", "--against", write_reference()], capsys)
     words = ["watch", "--against", write_reference(), "--save", "dynamics.txt"]
-    assert "--save dynamics.txt cannot be" in refused(words, capsys)
+    assert "--save dynamics.txt is invalid" in refused(words, capsys)
     assert not Path("dynamics.txt").exists()
 
 
