@@ -58,9 +58,7 @@ class OpenedRecipe:
     def required_block(self) -> dict[str, Any]:
         """The JSON block. Raises `UserError` for a document without one."""
         if self.block is None:
-            raise UserError(
-                f"{self.name} has no ```json block of format {RECIPE_FORMAT}: it was not written by a run"
-            )
+            raise UserError(f"{self.name} has no ```json block of format {RECIPE_FORMAT}: it was not written by a run")
         return self.block
 
     def claims(self, chapter: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_stalls_are_warned_of_too(logger: MetricLogger, capsys: pytest.CaptureFi
 
 
 def test_the_probe_sees_threads_that_hold_the_gil() -> None:
-    """They compute in Python and never let go by themselves; the probe's own operations let go each time."""
+    """They compute in Python and never release the GIL by themselves. The probe's own operations do each time."""
     probe, done = StallProbe(), threading.Event()
 
     def compute() -> None:

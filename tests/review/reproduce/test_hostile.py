@@ -1,4 +1,4 @@
-"""A recipe from a stranger: what it must never be able to do."""
+"""An untrusted recipe, and the actions that it must never cause."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ESCAPES = "\x1b]0;title\x07\x1b[31mred\x1b[0m\u202eoverride\x9b"
 
 @pytest.fixture(autouse=True)
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra takes most of the time; what it composes is looked at only."""
+    """Hydra takes most of the time. Its result is only read."""
     monkeypatch.setattr(fitting, "config_from_overrides", lambda words: COMPOSED(*words))
     monkeypatch.setattr(fitting, "source_sha256", SOURCE)
 
@@ -68,7 +68,7 @@ def block(smoke_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def document(block: dict[str, Any], rehash: bool = True) -> str:
-    """A page that holds this block, its hashes made to fit as a clever stranger would."""
+    """A page with this block and hashes that fit, as a clever attacker would make it."""
     if rehash and isinstance(block.get("config"), dict):
         block = block | {"config_sha256": config_sha256(block["config"]), "recipe_id": recipe_id(block["config"])}
     return f"# A recipe\n\n```json\n{json.dumps(block, indent=1)}\n```\n"
@@ -227,7 +227,7 @@ def test_variables_stay_words(block: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 
 def texts_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The place of every text of a block, whatever it is nested in."""
+    """The place of every text of a block, nested or not."""
     if isinstance(value, str):
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -236,7 +236,7 @@ def texts_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def test_no_text_of_it_moves_the_terminal(block: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whichever it stands in, and whether the recipe is refused for it or shown."""
+    """In any of them, with a recipe that is refused for it or shown."""
     places = list(texts_of(block))
     assert len(places) > 50
     for place in places:
