@@ -165,13 +165,10 @@ def int8_facts(images: int, reduce_range: bool) -> dict[str, Setting]:
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands the calibration images to the quantiser."""
-
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self.batches = batches
 
     def get_next(self) -> dict[str, object] | None:
-        """One input, or None at the end."""
         images = next(self.batches, None)
         return None if images is None else {INPUT: images.contiguous().numpy()}
 

@@ -62,7 +62,6 @@ class Cell:
     rounds: list[list[float]] = field(default_factory=list)  # milliseconds
 
     def measure(self, seconds: float) -> None:
-        """Measure one more round of at least one call."""
         times: list[float] = []
         until = time.perf_counter() + seconds
         while not times or time.perf_counter() < until:
@@ -70,7 +69,6 @@ class Cell:
         self.rounds.append(times)
 
     def latency(self) -> Latency:
-        """The statistics of all rounds."""
         every = np.array([value for times in self.rounds for value in times])
         median = float(np.median(every))
         return Latency(
@@ -155,7 +153,6 @@ def measure_timing(run: Run, config: Config, world: World, picture: Path, comman
 
 
 def _bench(run: Run, config: Config, world: World, picture: Path) -> Bench:
-    """Open the evaluated checkpoint and the picture."""
     checkpoint = load_evaluated(run)
     classifier = Classifier(lambda images: images, checkpoint.interface, checkpoint.where)
     layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format

@@ -37,7 +37,7 @@ class TrainingCode(Record, frozen=True, kw_only=True):
 
 
 class MeasuredAccuracy(Record, frozen=True, kw_only=True):
-    """Of the eager model, from the evaluation record."""
+    """The eager model's, from the evaluation record."""
 
     protocol: str
     precision: str
@@ -49,8 +49,6 @@ class MeasuredAccuracy(Record, frozen=True, kw_only=True):
 
 
 class Metadata(Record, frozen=True, kw_only=True):
-    """The metadata of an exported file."""
-
     format: str = "recipe-onnx/1"
     name: str
     variant: str

@@ -85,7 +85,6 @@ class Comparison:
 
     @property
     def top1_change(self) -> float:
-        """Accuracy of the exported model less that of the eager one."""
         return self.exported.accuracy(1) - self.eager.accuracy(1)
 
     def flip_examples(self, key_of: Callable[[int], str]) -> list[Flip]:
@@ -138,19 +137,18 @@ def compare(
 
 
 def limit_of(variant: Variant, config: SerializationConfig) -> str:
-    """The limit of the gate, in words."""
     if variant is Variant.fp32:
         return f"logits within {config.fp32_tolerance:g} of the largest one"
     return f"top-1 at most {accuracy_drop_max(variant, config):.2%} below the eager model's"
 
 
 def accuracy_drop_max(variant: Variant, config: SerializationConfig) -> float:
-    """As a fraction."""
+    """The limit as a fraction."""
     return config.fp16_accuracy_drop_max if variant is Variant.fp16 else config.int8_accuracy_drop_max
 
 
 def passes(variant: Variant, found: Comparison, config: SerializationConfig) -> bool:
-    """Written so that NaN does not pass."""
+    """Whether a variant is within its limit. NaN is not."""
     if variant is Variant.fp32:
         return found.relative_logit_error <= config.fp32_tolerance
     return -found.top1_change <= accuracy_drop_max(variant, config) and np.isfinite(found.relative_logit_error)

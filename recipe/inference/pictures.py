@@ -80,7 +80,6 @@ def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple
 
 
 def picture_too_large(where: str, what: str, max_pixels: int) -> UserError:
-    """The sentence for a picture that claims too much."""
     return UserError(f"{where} is too large: {what}, while max_pixels={max_pixels}; make it smaller, or give more")
 
 
@@ -95,7 +94,7 @@ def pixels_of_image(image: Image.Image, apply_orientation: bool) -> Tensor:
 
 
 def on_paper(image: Image.Image) -> Image.Image:
-    """Transparency as a person would see it."""
+    """Show transparency as white."""
     layer = image.convert("RGBA")
     paper = Image.new("RGB", layer.size, PAPER)
     paper.paste(layer, mask=layer.getchannel("A"))
@@ -103,7 +102,7 @@ def on_paper(image: Image.Image) -> Image.Image:
 
 
 def checked(pixels: Tensor, what: str) -> Tensor:
-    """Pixels that somebody else has decoded."""
+    """Check the dtype and shape of decoded pixels. Raises `UserError`."""
     if pixels.dtype is not torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.numel():
         raise UserError(f"{what} has shape {list(pixels.shape)} and type {pixels.dtype}; wanted: uint8 RGB")
     return pixels

@@ -31,8 +31,6 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about one place."""
-
     level: Level
     place: str  # a file, with its section, line or field
     what: str

@@ -24,7 +24,7 @@ class LinePace:
         self.started = self.printed_at = time.perf_counter()
 
     def wait_seconds(self) -> float:
-        """The time until the next line; zero or less: it is due."""
+        """Until the next line, which is due at zero."""
         now = time.perf_counter()
         return self.printed_at + max(LINE_SECONDS, LINE_SHARE * (now - self.started)) - now
 
@@ -39,9 +39,7 @@ class ProgressPrinter:
     A thread prints the lines and moves the clock of the bar, so that one unit may take minutes.
     """
 
-    def __init__(
-        self, what: str, total: int, unit: str, done: int = 0, scale: int = 1000, shows: bool = True, stays: bool = True
-    ) -> None:
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, scale: int = 1000, shows: bool = True) -> None:
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
         self.count = self.initial = done
         self.started = time.perf_counter()
@@ -54,11 +52,11 @@ class ProgressPrinter:
             initial=done,
             disable=not (shows and sys.stderr.isatty()),
             dynamic_ncols=True,
-            leave=stays,
+            leave=None,  # unless it is inside another bar
             delay=BAR_DELAY_SECONDS,
         )
         self.ended = Event()
-        self.thread = Thread(target=self._print_lines if self.bar.disable else self._move_clock, daemon=True)
+        self.thread = Thread(target=self._keep_alive, daemon=True)
         if shows:
             self.thread.start()
 
@@ -99,14 +97,12 @@ class ProgressPrinter:
             return str(tqdm.format_sizeof(value, "", self.scale))
         return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
-    def _print_lines(self) -> None:
+    def _keep_alive(self) -> None:
         pace = LinePace()
         while not self.ended.wait(pace.wait_seconds()):
-            print(self.line(), file=sys.stderr, flush=True)
             pace.printed()
-
-    def _move_clock(self) -> None:
-        while not self.ended.wait(LINE_SECONDS):
+            if self.bar.disable:
+                print(self.line(), file=sys.stderr, flush=True)
             self.bar.refresh()
 
 

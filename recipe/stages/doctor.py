@@ -64,7 +64,7 @@ class Findings:
 
     @property
     def cores_needed(self) -> int:
-        """To keep up with the model."""
+        """The number of cores that keep up with the model."""
         return math.ceil(MARGIN * self.model / self.load_on_a_core)
 
     def bounds(self) -> dict[str, float]:

@@ -157,7 +157,6 @@ def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Pred
 
 
 def onnx_model(run: Run, config: Config, manifest_hash: str) -> EvaluatedModel:
-    """An exported model of the run, with the transform of its metadata."""
     variant = config.evaluation.variant
     path = run.onnx_file(variant.value)
     where = display_path(path)
@@ -276,7 +275,6 @@ def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measure
 def evaluation_record(
     run: Run, world: World, stage: Stage, manifest: Manifest, evaluated: EvaluatedModel, measurement: Measurement
 ) -> EvaluationRecord:
-    """Write the predictions and return their record."""
     predictions, protocol = measurement.predictions, _protocol(evaluated, measurement)
     assert predictions is not None, "only the first process describes"
     check_finite(predictions, evaluated.checkpoint)

@@ -145,7 +145,6 @@ class Demonstration:
         return record
 
     def show_latency(self, record: TimingRecord) -> bytes:
-        """The distribution of latencies, PNG."""
         return latency_png(record)
 
     def write(self) -> Path:
@@ -237,7 +236,6 @@ def execute(notebook: Any) -> Any:
 
 
 def without_places(notebook: Any) -> Any:
-    """The executed notebook without paths of this machine."""
     for cell in notebook.cells:
         if PARAMETERS in cell.metadata.get("tags", []):
             cell.source = redact_paths(cell.source)

@@ -55,8 +55,6 @@ EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Export:
-    """The checkpoint to export, and the settings."""
-
     run: Run
     config: Config
     checkpoint: Evaluated

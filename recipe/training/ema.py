@@ -70,7 +70,6 @@ class ModelEma:
         return {"updates": self.updates, "model": self.model.state_dict()} if self.is_on else None
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from `state()`."""
         if state is not None:
             self.updates = state["updates"]
             self.model.load_state_dict(state["model"])

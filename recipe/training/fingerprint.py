@@ -204,7 +204,6 @@ def _deterministic(count: int) -> Iterator[None]:
 
 @contextmanager
 def _small_training(config: Config) -> Iterator[Training]:
-    """The live objects of a training of the canary's size."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), backend="none")
     with tempfile.TemporaryDirectory(prefix="canary-") as folder:
         small = canary_config(config, Path(folder))
@@ -352,7 +351,6 @@ def _l2_norm(tensors: list[Tensor]) -> float:
 
 
 def _evaluated(training: Training) -> EvaluationProbe:
-    """The evaluator's results on the validation images."""
     predict = validation_predictor(training)
     logits = predict(next(iter(training.validation)).images)
     predictions = predict_validation(training, predict)

@@ -132,7 +132,6 @@ def _dropout_seed(training: Training) -> int:
 
 
 def _complete_epoch(training: Training) -> None:
-    """Move on to the next epoch, for the next checkpoint or the record."""
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_stalled_seconds = 0.0

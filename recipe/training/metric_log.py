@@ -266,7 +266,6 @@ class DataWait:
         self.probe = probe
 
     def timed(self, items: Iterator[T]) -> Iterator[T]:
-        """The same items."""
         while True:
             before = time.perf_counter()
             item = next(items, None)

@@ -79,7 +79,7 @@ def predict_validation(training: Training, predict: Predict) -> Predictions | No
     validation = training.validation
     batches = training.stop_request.polled(training.watchdog.watched(validation), validation.common_batches)
     shows = training.metric_log is not None
-    with ProgressPrinter("validating", len(validation), "batches", shows=shows, stays=False) as progress:
+    with ProgressPrinter("validating", len(validation), "batches", shows=shows) as progress:
         predictions = evaluate(predict, progress.counted(batches))
     collected = collect(predictions, training.world, len(validation.loader.split))
     training.model.train()
@@ -130,7 +130,6 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
 
 
 def _measured_row(training: Training, **measured: Any) -> Row:
-    """The numbers of a row with their place in the run."""
     progress = training.progress
     return Row(
         epoch=progress.epoch + 1,

@@ -117,7 +117,6 @@ class DecoupledSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Decay, then SGD's own step."""
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             kept = 1 - group["decoupled_weight_decay"] * group["lr"] / group["full_learning_rate"]

@@ -67,7 +67,6 @@ def _outputs(training: Training) -> dict[str, str]:
 
 
 def _arithmetic(training: Training) -> dict[str, Setting]:
-    """The arithmetic, from torch's own switches and the model's tensors."""
     parameter = next(parameter for parameter in training.model.parameters() if parameter.dim() == 4)
     return {
         "forward_and_backward": training.train_step.precision.value,

@@ -69,7 +69,6 @@ class Watchdog:
             faulthandler.dump_traceback_later(ALARM_SHARE * self.timeout_seconds, file=self.file or sys.stderr)
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items, each of them progress."""
         for item in items:
             yield item
             self.progressed()

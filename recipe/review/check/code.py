@@ -97,7 +97,6 @@ def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
 
 @cache
 def source_sha256_here() -> str:
-    """Of this checkout."""
     return source_sha256()
 
 

@@ -51,7 +51,6 @@ class CheckReport:
         return {kind.value: counts[kind] for kind in Kind}
 
     def as_json(self) -> dict[str, Any]:
-        """The report for programs."""
         return {
             "format": "check/1",
             "subject": self.recipe,

@@ -76,7 +76,6 @@ class CountedPredictions:
 
 
 def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
-    """Every file of predictions that a record names."""
     for record in (facts.evaluation, *facts.other_evaluations):
         for file in record.outputs if record is not None else ():
             if record is not None and file.endswith(".npz"):
@@ -124,7 +123,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
 
 
 def executed_findings(facts: RunData, run: Run) -> list[Finding]:
-    """Everything that is cheap to measure again."""
+    """All findings that are cheap to measure again."""
     return [
         *output_findings(facts, run, Level.executed),
         *checkpoint_findings(run),

@@ -53,7 +53,6 @@ def record_findings(facts: RunData) -> list[Finding]:
 
 
 def sums(facts: RunData) -> Iterator[Sum]:
-    """Every equation between the records."""
     if facts.preprocessing:
         yield from data_sums(facts.preprocessing)
     if facts.training:

@@ -46,8 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class DiffReport:
-    """Two recipes beside each other."""
-
     a: str
     b: str
     differs: bool

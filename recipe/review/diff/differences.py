@@ -119,8 +119,6 @@ HASHES = (  # chapter and key of the claims, name, note
 
 @dataclass(frozen=True)
 class Difference:
-    """One value that differs."""
-
     group: Group
     key: str
     before: Any

@@ -234,7 +234,6 @@ def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
 
 
 def run_plan(plan: ReproductionPlan) -> ReproductionRecord:
-    """Run the stages, judge the claims and write the report."""
     run = Run(plan.run_dir)
     write_atomically(run.directory / DOCUMENT_HASH_FILE, f"{plan.document_sha256}\n".encode())
     stage = Stage(run.directory)

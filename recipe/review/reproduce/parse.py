@@ -29,15 +29,11 @@ BoundedCount = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_NUMBER)]
 
 
 class ClaimedSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """One split of the data set."""
-
     images: BoundedCount
     raw_sha256: Sha256
 
 
 class ClaimedData(msgspec.Struct, frozen=True, kw_only=True):
-    """The data set."""
-
     data_set: Word
     manifest_sha256: Sha256
     class_list_sha256: Sha256
@@ -77,8 +73,6 @@ class ClaimedEvaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClaimedFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One exported file."""
-
     sha256: Sha256
     correct_top1: BoundedCount
     correct_top5: BoundedCount
@@ -104,8 +98,6 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClaimedCode(msgspec.Struct, frozen=True, kw_only=True):
-    """The code that trained."""
-
     commit: Word | None
     tree: Word
     source_sha256: Sha256

@@ -33,8 +33,6 @@ HOLDS, BROKEN, NOT_HERE = "holds", "BROKEN", "not here"
 
 
 class Link(msgspec.Struct, frozen=True):
-    """One step of the chain."""
-
     name: str
     state: str
     detail: str
