@@ -34,6 +34,7 @@ from recipe.models.build import build_model, model_facts
 from recipe.preprocessing.pipeline import preprocess
 from recipe.run.directory import Run
 from recipe.run.environment import versions
+from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import source_sha256
 from recipe.run.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.training.build import Training, build_training
@@ -76,11 +77,12 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
     facts = model_facts(model, network, classes)
     schedule = build_schedule(config.optimization, steps_per_epoch)
     augmentation = build_augmentation(config.augmentation, config.seed)
-    with _deterministic(threads), _small_training(config) as training:
+    progress = ProgressPrinter("fingerprint of this code", TRACED_STEPS, "training steps")
+    with progress, _deterministic(threads), _small_training(config) as training:
         settings = _facts(config, training)
         groups = optimizer_facts(training.train_step.optimizer)
         start = _start(training)
-        probes, tallies = zip(*_probes(training, start), strict=True)
+        probes, tallies = zip(*progress.counted(_probes(training, start)), strict=True)
         _, top1, top5, images = (sum(column) for column in zip(*tallies, strict=True))
         evaluation = _evaluated(training)
         order = _order_sha256(training)
