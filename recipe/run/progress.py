@@ -46,8 +46,8 @@ class ProgressPrinter:
         self.bar = tqdm(
             desc=what,
             total=total,
-            unit=unit,
-            unit_scale=True,
+            unit=f" {unit}",
+            unit_scale=scale == 1024,
             unit_divisor=scale,
             initial=done,
             disable=not (shows and sys.stderr.isatty()),
