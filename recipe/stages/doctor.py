@@ -75,8 +75,10 @@ class Findings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Measure what bounds the speed of an experiment on this machine."
-    parser.add_argument("words", nargs="*", metavar="key=value", help="as for train.py: experiment=demo trainer.gpus=8")
+    parser.description = "Measure the bottleneck of an experiment on this machine."
+    parser.add_argument(
+        "words", nargs="*", metavar="key=value", help="settings, as for train.py: experiment=demo trainer.gpus=8"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from recipe.review.opening import OpenedRecipe, RecordReader, open_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure hashes, counts and figures again")
-    parser.add_argument("--json", action="store_true", help="print the findings for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

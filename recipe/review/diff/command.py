@@ -30,7 +30,7 @@ NORMAL_95 = 1.96
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("A", "B"):
         parser.add_argument(name.lower(), metavar=name, help="a run, a published recipe, or a document")
-    parser.add_argument("--json", action="store_true", help="print the differences for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

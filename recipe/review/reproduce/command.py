@@ -46,11 +46,13 @@ RUN_NAME_DIGITS = 12  # of that hash
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
-    parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
-    parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
-    parser.add_argument("--weights", help="the file of initial weights, where the recipe starts from given ones")
-    parser.add_argument("--stages", nargs="+", choices=CLAIMS, help="only these; by default all that it claims")
+    parser.add_argument("--raw-dir", help="the folder of the raw data (the demo draws its own)")
+    parser.add_argument("--data-dir", help="the preprocessed data set, or a folder for it (default: in the run)")
+    parser.add_argument("--run-dir", help="a new folder (default: runs/reproduction-<hash of the document>)")
+    parser.add_argument("--weights", help="the file of initial weights, if the recipe starts from one")
+    parser.add_argument(
+        "--stages", nargs="+", choices=CLAIMS, help="stages to run (default: all that the recipe claims)"
+    )
 
 
 def run(arguments: Namespace) -> int:

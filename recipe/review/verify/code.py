@@ -34,7 +34,7 @@ PLAIN_SETTING = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydr
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run, a published recipe, or its document")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: Namespace) -> int:

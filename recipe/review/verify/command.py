@@ -24,10 +24,10 @@ LEADING_DIFFERENCES = 3  # of a trace: the others follow from them
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run, a published recipe, or its document")
-    parser.add_argument("--raw-dir", type=Path, help="the raw archives; those of the experiment's file by default")
-    parser.add_argument("--data-dir", type=Path, help="the processed data; that of the experiment's file by default")
-    parser.add_argument("--skip", choices=("chain", "trace"), help="leave one of the two out")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--raw-dir", type=Path, help="the raw archives (default: those of the experiment)")
+    parser.add_argument("--data-dir", type=Path, help="the processed data (default: those of the experiment)")
+    parser.add_argument("--skip", choices=("chain", "trace"), help="the part to leave out")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: Namespace) -> int:

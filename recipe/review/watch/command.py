@@ -27,7 +27,7 @@ EXIT_CODES = {ON_TRACK: 0, OFF_TRACK: 1, CANNOT_TELL: 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="a run directory, finished or not; or a recipe")
+    parser.add_argument("run", nargs="?", help="a run directory, finished or not, or a recipe")
     parser.add_argument(
         "--against",
         nargs="+",
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write these seeds into one file, .json")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"family-wise error, default {ALPHA}")
     parser.add_argument("--follow", type=float, metavar="SECONDS", help="look again until the run ends or is off track")
-    parser.add_argument("--json", action="store_true", help="for programs: one line of JSON for each look")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each look")
 
 
 def run(arguments: argparse.Namespace) -> int:
