@@ -59,7 +59,7 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
         finished = finished_training(run) if world.is_rank0 else None
         if world.broadcast_from_rank0(finished is not None):
             return finished
-        stage = _started(run, config, world, weights) if world.is_rank0 else None
+        stage = _started(run, config, weights) if world.is_rank0 else None
         with (
             Watchdog(world, run, config.trainer.timeout_seconds) as watchdog,
             build_training(config, world, run, stage, stop_request, watchdog, weights) as training,
@@ -68,21 +68,25 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
             with world.rank0_errors_everywhere():
                 if world.is_rank0:
                     check_space(training)
+                    _print_start(config, world, run)
             meter = EnergyMeter(world)
             fit(training, after_validation)
             return _leave_record(training, meter) if world.is_rank0 else None
 
 
-def _started(run: Run, config: Config, world: World, weights: GivenWeights | None) -> Stage:
+def _started(run: Run, config: Config, weights: GivenWeights | None) -> Stage:
     if weights is not None:
         print(weights, file=sys.stderr, flush=True)
-    epochs, devices = config.optimization.epochs, f"{world.size} x {world.device.type}"
-    work = f"{config.model.name} on {config.data.name}, {epochs} epoch{'s' * (epochs > 1)}, {devices}"
-    print(f"training {work}: {display_path(run.directory)}", file=sys.stderr, flush=True)
     settings = {key: value for key, value in flatten(config.pinned.values).items() if "description." not in key}
     digest = config.pinned.config_sha256
     append_to_journal(run, "train", "started", name=config.name, config_sha256=digest, config=settings)
     return Stage(run.directory)
+
+
+def _print_start(config: Config, world: World, run: Run) -> None:
+    epochs, devices = config.optimization.epochs, f"{world.size} x {world.device.type}"
+    work = f"{config.model.name} on {config.data.name}, {epochs} epoch{'s' * (epochs > 1)}, {devices}"
+    print(f"training {work}: {display_path(run.directory)}", file=sys.stderr, flush=True)
 
 
 def fit(training: Training, after_validation: AfterValidation | None = None) -> None:
