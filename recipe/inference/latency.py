@@ -14,6 +14,7 @@ import io
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -141,6 +142,7 @@ def measure_timing(run: Run, config: Config, world: World, picture: Path, comman
 
     `command` repeats the measurement if the command line of this process does not.
     """
+    print("preparing the measurement of latencies", file=sys.stderr, flush=True)
     stage = Stage(run.directory, command)
     bench = _bench(run, config, world, picture)
     cells = _warmed_up(list(_cells(bench)), bench.absent)
