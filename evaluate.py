@@ -1,4 +1,4 @@
-"""A run directory -> top-1 and top-5 over the whole validation set: python evaluate.py run_dir=runs/demo"""
+"""A run directory -> top-1 and top-5 on all validation images: python evaluate.py run_dir=runs/demo"""
 
 import hydra
 from omegaconf import DictConfig

@@ -1,4 +1,4 @@
-"""A run's evaluated weights -> ONNX files that agree with them: python serialize.py run_dir=runs/demo"""
+"""A run's evaluated weights -> ONNX files: python serialize.py run_dir=runs/demo"""
 
 import hydra
 from omegaconf import DictConfig
@@ -12,7 +12,7 @@ from recipe.stages.serialize import serialize_run
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(_composed: DictConfig) -> None:
-    """Export the variants, hold each to the eager model, and add the result to the run's document."""
+    """Export the variants, compare each with PyTorch, and add the result to the run's document."""
     with one_job():
         config = stage_config(own_group="serialization")
         run = Run(config.run_dir)
@@ -21,9 +21,9 @@ def main(_composed: DictConfig) -> None:
         write_document(run, portable_path(config.run_dir))
         for entry in record.variants:
             print(
-                f"{entry.variant}: top-1 {entry.correct_top1 / record.images:.2%} (eager "
-                f"{record.eager_correct_top1 / record.images:.2%}), {entry.flips} of {record.images} images change "
-                f"their class, logits within {entry.relative_logit_error:.1e} of the largest; {entry.file}"
+                f"{entry.variant}: top-1 {entry.correct_top1 / record.images:.2%} (PyTorch "
+                f"{record.eager_correct_top1 / record.images:.2%}), {entry.flips} of {record.images} predictions "
+                f"differ, logits within {entry.relative_logit_error:.1e} of the largest: {entry.file}"
             )
         print(f"wrote {display_path(run.document)}")
 

@@ -83,12 +83,12 @@ def flags(words: tuple[str, ...]) -> list[str]:
 
 
 def settings(words: tuple[str, ...]) -> list[str]:
-    """The values; later ones win."""
+    """The values, of which later ones win."""
     return [word for word in words if not word.startswith("-")]
 
 
 def last_hash(done: subprocess.CompletedProcess[str]) -> str:
-    """The weights hash, which training prints last."""
+    """The weights hash: the last line of training."""
     name, value = done.stdout.strip().splitlines()[-1].split()
     assert name == "weights_sha256"
     return value
@@ -193,9 +193,7 @@ run_command(main)
 @pytest.mark.parametrize(
     ("seeds", "code", "ran"), [("0,1,4", 1, ["job 0", "job 4"]), ("1,0,2,4", 75, ["job 0"]), ("0,3,4", 130, ["job 0"])]
 )
-def test_a_fault_of_ours_ends_its_job_and_a_signal_ends_the_sweep(
-    tmp_path: Path, seeds: str, code: int, ran: list[str]
-) -> None:
+def test_a_bug_ends_its_job_and_a_signal_ends_the_sweep(tmp_path: Path, seeds: str, code: int, ran: list[str]) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(conf=str(CHECKOUT / "conf")))
     done = subprocess.run(
         [sys.executable, "script.py", "-m", f"seed={seeds}"],
@@ -261,7 +259,7 @@ def test_every_stage_finds_a_folder_of_any_name(run_command: Command, tmp_path: 
     "name", ["my images", "my(images)", "a;b", "x$HOME", "$(HOME)$$", "it's", 'a"b`id`', "a=b", "-x", "~", "*", "#\\"]
 )
 def test_make_hands_the_folder_on_as_it_was_given(tmp_path: Path, name: str) -> None:
-    """By make's own grammar and the environment's; a program that prints its words stands in for Python."""
+    """By make's own grammar and the environment's. A program that prints its words stands in for Python."""
     shutil.copy(CHECKOUT / "Makefile", tmp_path)
     for file in ("pyproject.toml", "constraints.txt", ".venv/installed-constraints.txt"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -342,7 +340,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> bool:
-    """Whether all that was said is one line, without a traceback."""
+    """Whether the output is one line, without a traceback."""
     lines = done.stderr.strip().splitlines()
     return len(lines) == 1 and lines[0].startswith("error: ")
 
@@ -373,9 +371,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> bool:
         ("preprocess.py", ["data=imagenet", "data.directory=new"], "data.raw_dir", 2),
     ],
 )
-def test_bad_input_gets_one_sentence(
-    run_command: Command, script: str, words: list[str], named: str, code: int
-) -> None:
+def test_bad_input_gets_one_line(run_command: Command, script: str, words: list[str], named: str, code: int) -> None:
     done = run_command(script, *words, code=code, data=not any("data.directory" in word for word in words))
     assert named in done.stderr
     assert one_sentence(done), done.stderr

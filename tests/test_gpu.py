@@ -1,4 +1,4 @@
-"""What needs a GPU: bf16, a compiled step, pinned batches, the energy counter, CUDA events."""
+"""Tests on a GPU: bf16, a compiled step, pinned batches, the energy counter, CUDA events."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VIEW = EvaluationTransform(40, 32, InterpolationMode.BILINEAR)
 
 @pytest.fixture(autouse=True)
 def default_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the deterministic mode that an earlier training in this process may have left; no TF32."""
+    """Without TF32 and the deterministic mode that an earlier training in this process may have left."""
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
@@ -84,7 +84,7 @@ def test_a_compiled_step_in_channels_last_equals_the_eager_one() -> None:
         )
 
 
-def test_pinned_batches_of_workers_hold_the_pixels_of_threads(data_directory: Path) -> None:
+def test_pinned_batches_of_workers_have_the_pixels_of_threads(data_directory: Path) -> None:
     def batches(workers: int) -> list[tuple[Tensor, Tensor]]:
         words = ["experiment=smoke", f"loader.workers={workers}", "loader.threads=2"]
         with open_loaders([open_split(data_directory, "val")], compose_config(*words).loader, GPU) as (loader,):

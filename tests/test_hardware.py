@@ -1,4 +1,4 @@
-"""The one command for a machine with a GPU: what it runs, skips, stops and leaves; nothing is measured here."""
+"""The one command for a machine with a GPU: its parts, skips, stops and results. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
 @pytest.mark.parametrize(
     "words", [["--raw-dir", "raw"], ["--raw-dir", "raw", "--images", "i", "--seeds", "5"], ["--small"]]
 )
-def test_every_part_needs_earlier_ones_only_and_names_files_that_exist(
+def test_every_part_needs_earlier_ones_only_and_names_existing_files(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = arguments_of(monkeypatch, *words)

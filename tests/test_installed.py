@@ -1,4 +1,4 @@
-"""The package as a wheel, without its checkout: the verbs work, and what needs the checkout says so in one sentence."""
+"""The package as a wheel, without its checkout: the verbs work, or say in one line that they need the checkout."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_file_imports_only_from_floors_below(path: Path) -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What tests share is in tests/builders, tests/faults/inject.py and tests/faults/launched.py."""
+    """Shared code of tests is in tests/builders, tests/faults/inject.py and tests/faults/launched.py."""
     importers = [
         str(path.relative_to(CHECKOUT))
         for path in sorted((CHECKOUT / "tests").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The recipes that are published here: whole, and still what this code does."""
+"""The recipes that are published here: complete, and still what this code does."""
 
 from __future__ import annotations
 

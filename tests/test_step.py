@@ -1,4 +1,4 @@
-"""The parts of benchmarks/step.py that are no measurement: which group a kernel belongs to, and which batch is best."""
+"""Parts of benchmarks/step.py other than measurements: the group of a kernel, and the best batch."""
 
 from __future__ import annotations
 

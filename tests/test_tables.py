@@ -35,7 +35,7 @@ class Row:
 
     @property
     def reason(self) -> str:
-        """Why a test is missing; empty where none is."""
+        """Why a test is missing, or an empty string."""
         (*_, last) = self.cells[-1].split("<br>")
         return "" if CITED.fullmatch(last) else last
 

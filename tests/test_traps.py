@@ -1,6 +1,6 @@
 """Traps and contradictions that no single module can rule out: what a finished run, its records and its document say.
 
-`tests/TRAPS.md` and `tests/CONTRADICTIONS.md` say which test stands behind which row.
+`tests/TRAPS.md` and `tests/CONTRADICTIONS.md` name the test of each row.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Proven:
 
 @pytest.fixture(scope="module")
 def proven(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proven]:
-    """Two epochs of four steps, every step logged; the journal lies in a directory of its own."""
+    """Two epochs of four steps, every step logged, with the journal in a separate directory."""
     here = tmp_path_factory.mktemp("proven")
     words = [
         "experiment=smoke",
@@ -170,7 +170,7 @@ def test_the_protocol_records_the_live_arithmetic(smoke: Words, monkeypatch: pyt
 
 
 def test_pillow_and_its_jpeg_library_are_recorded(proven: Proven) -> None:
-    """T7: which library decoded every image in preprocessing, and which versions later stages had."""
+    """T7: the library that decoded the images in preprocessing, and the versions of later stages."""
     decoded_with = proven.preprocessing.decoded_with
     assert decoded_with.startswith(f"Pillow {proven.preprocessing.provenance.versions['pillow']}, libjpeg")
     assert str(features.version("libjpeg_turbo") or features.version("jpg")) in decoded_with
@@ -230,7 +230,7 @@ def test_images_evaluated_are_the_images_of_the_split(proven: Proven) -> None:
 
 @dataclass(frozen=True)
 class Devkit:
-    """What torchvision reads from the demo's devkit: the oracle."""
+    """The oracle: torchvision's reading of the demo's devkit."""
 
     wnids: list[str]  # sorted, so that their places are the labels
     names: dict[str, str]
@@ -384,7 +384,7 @@ def test_a_loader_that_forgets_the_epoch_changes_the_record(
 
 
 def test_the_rates_that_were_applied_are_the_recorded_curve(proven: Proven) -> None:
-    """Rows hold what the optimizer's groups held at each step; the record holds the schedule, evaluated."""
+    """Rows have the rates of the optimizer's groups at each step. The record has the schedule, evaluated."""
     schedule, rows = proven.training.schedule, proven.rows_of("train")
     assert [(row["step"] - 1, row["learning_rate"]) for row in rows] == schedule.points
     live = build_schedule(proven.config.optimization, IMAGES_PER_EPOCH // 24)
@@ -419,7 +419,7 @@ def test_the_figures_show_the_recorded_schedule_and_rows(proven: Proven) -> None
 
 
 def test_the_document_shows_both_parameter_groups(proven: Proven) -> None:
-    """Contradiction 19: which tensors decay is printed, not left to the reader."""
+    """Contradiction 19: the tensors that decay are printed, not left to the reader."""
     weights, exempt = proven.training.parameter_groups
     assert weights.settings["weight_decay"] == proven.config.optimization.weight_decay > 0
     assert exempt.settings["weight_decay"] == 0.0
@@ -440,7 +440,7 @@ def test_the_document_shows_both_parameter_groups(proven: Proven) -> None:
 def mean_loss_and_hits(
     model: nn.Module, batches: Iterator[list[Batch]] | list[list[Batch]], config: Config, smoothing: float
 ) -> tuple[float, float]:
-    """Over all images; written out, without the code that is tested."""
+    """Over all images, written out without the code that is tested."""
     normalisation = Normalisation(config.data.mean, config.data.std, torch.device("cpu"))
     losses, hits = [], []
     with torch.no_grad():
@@ -452,7 +452,7 @@ def mean_loss_and_hits(
 
 
 def test_train_rows_come_from_training_batches_and_validation_rows_from_validation(smoke: Words) -> None:
-    """With a rate of nearly zero and no norm the network stays what it was, so both rows can be worked out anew."""
+    """With a rate of nearly zero and no norm the network stays as it was, so both rows can be computed again."""
     config = compose_config(
         *smoke(
             "optimization.epochs=1",
@@ -574,7 +574,7 @@ def waiting_share(words: list[str]) -> float:
     return record.epochs[0].data_wait_fraction
 
 
-def test_the_data_share_tells_slow_data_from_slow_steps(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_share_distinguishes_slow_data_from_slow_steps(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["optimization.epochs=1", "loader.threads=1"]
     opened, step = NvImageCodecDecoder.open, TrainStep.__call__
 
@@ -665,7 +665,7 @@ def test_the_commands_of_the_document_can_be_typed(proven: Proven) -> None:
 
 
 def test_no_link_of_the_document_points_at_a_line(proven: Proven) -> None:
-    """Contradiction 8: what the code does is printed; nobody is sent to look it up at a number."""
+    """Contradiction 8: the work of the code is printed, with no reference to line numbers."""
     links = re.findall(r"\]\(([^)]*)\)", proven.document)
     assert links
     assert not [link for link in links if "#L" in link or "://" in link]

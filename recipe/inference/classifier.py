@@ -1,8 +1,7 @@
 """The class for users of a model: `Classifier.load(path)("puppy.jpg", top=5)`.
 
-A checkpoint and an exported file are used alike. Each says itself how its pixels are made and what its classes are
-called, so nothing has to be repeated and no list of names can be off by one. An exported file needs none of the code
-that builds networks.
+A checkpoint and an exported file are used alike. Both contain their transform and their class names, so nothing has to
+be repeated and no list of names can be off by one. An exported file needs none of the code that builds networks.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ class Classifier:
         device: str = "cpu",
         max_pixels: int = MAX_PIXELS,
     ) -> Classifier:
-        """From `model-fp32.onnx` or `step-00000222.pt`; raises `UserError` for anything else, damaged or hostile.
+        """Load `model-fp32.onnx` or `step-00000222.pt`. Raises `UserError` for anything else, damaged or hostile.
 
-        `apply_orientation` turns photographs upright as their EXIF says, which training never did; `device` is for
+        `apply_orientation` turns photographs upright by their EXIF, which training never did. `device` is for
         checkpoints. A picture of more than `max_pixels` is refused.
         """
         path = Path(path)
@@ -92,7 +91,7 @@ class Classifier:
         return logits
 
     def pixels(self, picture: Picture) -> Tensor:
-        """What the network sees: uint8 [3, crop, crop], as in evaluation."""
+        """The input of the network: uint8 [3, crop, crop], as in evaluation."""
         pixels = pixels_of(picture, self.apply_orientation, self.max_pixels)
         try:
             return self.transform(pixels)

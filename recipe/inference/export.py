@@ -1,9 +1,9 @@
-"""The evaluated checkpoint of a run, whose accuracy is known, and the bytes of an ONNX file made from a network.
+"""Loading the evaluated checkpoint of a run, and making the bytes of ONNX files from it.
 
-fp32 is made by torch's exporter, fp16 and int8 from that graph. uint8 pixels go in and the cast and the normalisation
-are part of the graph, since a wrong mean or BGR for RGB is the commonest error of a deployment. Equal weights give
-equal bytes: what the exporter notes about this machine (hundreds of paths in stack traces) is taken out. Nothing here
-judges the result; `parity` does.
+fp32 is made by torch's exporter, fp16 and int8 from that graph. uint8 pixels go in: the cast and the normalisation are
+part of the graph, since a wrong mean or BGR for RGB is the commonest error of a deployment. Equal weights give equal
+bytes: the exporter's notes about this machine (hundreds of paths in stack traces) are removed. `parity` judges the
+result.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def load_evaluated(run: Run) -> Evaluated:
     here = display_path(run.directory)
     training, evaluation = run.read(TrainingRecord), run.read(EvaluationRecord)
     if training is None:
-        raise UserError(f"{here} holds no finished training: run `python train.py run_dir={here}` first")
+        raise UserError(f"{here} has no finished training: run `python train.py run_dir={here}` first")
     if evaluation is None:
         raise UserError(
-            f"{here} holds no evaluation, and a model of unknown accuracy is not used: "
+            f"{here} has no evaluation, and a model of unknown accuracy is not used: "
             f"run `python evaluate.py run_dir={here}` first"
         )
     path = run.checkpoints / evaluation.protocol.checkpoint
@@ -59,7 +59,7 @@ def load_evaluated(run: Run) -> Evaluated:
     weights = weights_sha256(eval_weights(state))
     if weights != evaluation.inputs.get("weights"):
         raise UserError(
-            f"{where} holds other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"
+            f"{where} has other weights than those that were evaluated: run `python evaluate.py run_dir={here}` again"
         )
     return Evaluated(
         where=where,
@@ -96,7 +96,7 @@ class Deployable(nn.Module):
 
 
 def export_fp32(model: nn.Module, interface: Interface) -> onnx.ModelProto:
-    """The graph with a batch of any size; batch norms are folded into their convolutions by the exporter."""
+    """The graph for a batch of any size. The exporter folds batch norms into their convolutions."""
     deployable = Deployable(model, interface).eval()
     size = interface.crop_pixels
     example = torch.zeros(EXAMPLE_BATCH, 3, size, size, dtype=torch.uint8)
@@ -116,7 +116,7 @@ def export_fp32(model: nn.Module, interface: Interface) -> onnx.ModelProto:
 
 
 def stripped(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Without stack traces and other notes of the exporter: they hold paths of this machine."""
+    """Remove stack traces and other notes of the exporter: they contain paths of this machine."""
     del graph.metadata_props[:]
     del graph.graph.metadata_props[:]
     parts = (graph.graph.node, graph.graph.value_info, graph.graph.input, graph.graph.output, graph.graph.initializer)
@@ -128,7 +128,7 @@ def stripped(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights and activations in half precision, the normalisation among them; input and output as they were."""
+    """Convert weights and activations to half precision, the normalisation included. Input and output stay."""
     converted: onnx.ModelProto = convert_float_to_float16(copy_of(graph), keep_io_types=True)
     return stripped(converted)
 
@@ -165,13 +165,10 @@ def int8_facts(images: int, reduce_range: bool) -> dict[str, Setting]:
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands the calibration images to the quantiser."""
-
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self.batches = batches
 
     def get_next(self) -> dict[str, object] | None:
-        """One input, or None at the end."""
         images = next(self.batches, None)
         return None if images is None else {INPUT: images.contiguous().numpy()}
 
@@ -187,7 +184,7 @@ def normalisation_nodes(graph: onnx.ModelProto) -> list[str]:
 
 
 def copy_of(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The converters write into what they are given."""
+    """A copy, since the converters modify their input."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     return copy

@@ -1,9 +1,9 @@
 """Latencies of pictures on this machine, with their distribution.
 
 Three things are timed for each batch size: preprocessing (from a file's bytes to pixels), the model (from pixels to
-logits), and both together; for the eager network, the compiled one and every provider of onnxruntime.
-Cells are visited in rounds, so that a machine that slows down slows all of them down, and each cell is measured as two
-interleaved halves: what these differ by is noise, and a difference below it means nothing.
+logits), and both together. The model is the eager network, the compiled one, and every provider of onnxruntime. Cells
+are visited in rounds, so that a machine that slows down slows all of them down. Each cell is measured as two
+interleaved halves: their difference is noise, and a smaller difference between cells means nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import io
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
 from recipe.run.records import BOTH, MODEL, PREPROCESSING, Absent, Hardware, Latency, Setting, TimingRecord
 
-TIMING_ROUNDS = 4  # even against odd rounds: the same quantity, measured twice
+TIMING_ROUNDS = 4  # two halves, alternating: the same quantity, measured twice
 WARMUP_CALLS = 3
 REPEATS_BEYOND = 5  # a percentile needs so many repeats beyond it
 QUANTILES = 51  # kept for the figure
@@ -51,7 +52,7 @@ CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.l
 
 @dataclass
 class Cell:
-    """One entry of the table: something to call, and how long each call took."""
+    """One entry of the table: a callable and the duration of each call."""
 
     backend: str
     precision: str
@@ -62,7 +63,6 @@ class Cell:
     rounds: list[list[float]] = field(default_factory=list)  # milliseconds
 
     def measure(self, seconds: float) -> None:
-        """Measure one more round of at least one call."""
         times: list[float] = []
         until = time.perf_counter() + seconds
         while not times or time.perf_counter() < until:
@@ -70,7 +70,6 @@ class Cell:
         self.rounds.append(times)
 
     def latency(self) -> Latency:
-        """The statistics of all rounds."""
         every = np.array([value for times in self.rounds for value in times])
         median = float(np.median(every))
         return Latency(
@@ -88,13 +87,13 @@ class Cell:
         )
 
     def noise(self) -> float:
-        """The relative difference between the medians of even and odd rounds."""
+        """The relative difference between the medians of alternate rounds."""
         even, odd = (statistics.median(value for times in self.rounds[start::2] for value in times) for start in (0, 1))
         return abs(even - odd) / min(even, odd)
 
 
 def percentile(values: np.ndarray, share: float) -> float | None:
-    """None where fewer than five values are beyond it, since one outlier would decide it."""
+    """None with fewer than five values beyond it, since one outlier would decide it."""
     if len(values) * (1 - share) < REPEATS_BEYOND - 1e-9:
         return None
     return round(float(np.quantile(values, share)), 4)
@@ -139,10 +138,11 @@ class Bench:
 
 
 def measure_timing(run: Run, config: Config, world: World, picture: Path, command: str | None = None) -> TimingRecord:
-    """Measure every cell that runs on this machine; the others are recorded with their reason.
+    """Measure every cell that runs on this machine. The others are recorded with their reason.
 
-    `command` repeats the measurement where the command line of this process does not.
+    `command` repeats the measurement if the command line of this process does not.
     """
+    print("preparing the measurement of latencies", file=sys.stderr, flush=True)
     stage = Stage(run.directory, command)
     bench = _bench(run, config, world, picture)
     cells = _warmed_up(list(_cells(bench)), bench.absent)
@@ -155,7 +155,6 @@ def measure_timing(run: Run, config: Config, world: World, picture: Path, comman
 
 
 def _bench(run: Run, config: Config, world: World, picture: Path) -> Bench:
-    """Open the evaluated checkpoint and the picture."""
     checkpoint = load_evaluated(run)
     classifier = Classifier(lambda images: images, checkpoint.interface, checkpoint.where)
     layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
@@ -205,7 +204,7 @@ def _pair(
 
 
 def _compiled(bench: Bench) -> Iterator[Cell]:
-    """torch.compile, on a GPU with CUDA graphs; every batch size is compiled again, so there are few."""
+    """torch.compile, on a GPU with CUDA graphs. Every batch size is compiled again, so there are few."""
     mode = "reduce-overhead" if bench.world.device.type == "cuda" else "default"
     for precision in _precisions(bench):
         model: nn.Module = torch.compile(bench.model, dynamic=False, mode=mode)  # type: ignore[assignment]
@@ -329,7 +328,7 @@ def machine_name(machine: Hardware) -> str:
 
 
 def clock_facts(world: World) -> dict[str, Setting]:
-    """Driver, clocks and power of a GPU; else the clock of a processor core."""
+    """Driver, clocks and power of a GPU, or the clock of a processor core."""
     if world.device.type == "cuda":
         return gpu_clock_facts(world.local_rank)
     found = re.search(r"^cpu MHz\s*:\s*([\d.]+)", _text_of(Path("/proc/cpuinfo")), re.MULTILINE)
@@ -337,7 +336,7 @@ def clock_facts(world: World) -> dict[str, Setting]:
 
 
 def gpu_clock_facts(index: int) -> dict[str, Setting]:
-    """From nvidia-smi; empty where it is missing or fails."""
+    """From nvidia-smi. Empty if it is missing or fails."""
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)

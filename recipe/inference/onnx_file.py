@@ -1,7 +1,7 @@
 """An exported ONNX file: its metadata, and a session that computes logits.
 
-One file holds everything: graph, weights, and under `metadata_props` the classes, how pixels are made, the hashes of
-what it came from and the accuracy of the model. No external data, no path, no date.
+The file is self-contained: graph, weights, and in `metadata_props` the classes, the preprocessing, the hashes of its
+origins and the accuracy of the model. No external data, no path, no date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from recipe.run.records import Interface, Record
 INPUT, OUTPUT = "images", "logits"
 CPU_PROVIDER = "CPUExecutionProvider"
 ONNX_BYTES_MAX = 2**31  # a protobuf cannot be longer
-FATAL_ONLY = 4  # onnxruntime's own log; its errors are raised as well
+FATAL_ONLY = 4  # onnxruntime's own log: its errors are raised as well
 
 
 class TrainingCode(Record, frozen=True, kw_only=True):
@@ -37,20 +37,18 @@ class TrainingCode(Record, frozen=True, kw_only=True):
 
 
 class MeasuredAccuracy(Record, frozen=True, kw_only=True):
-    """Of the eager model, from the evaluation record."""
+    """The eager model's, from the evaluation record."""
 
     protocol: str
     precision: str
     epochs_completed: int  # by these weights
-    epochs: int  # of the whole training
+    epochs: int  # of the complete training
     images: int
     correct_top1: int
     correct_top5: int
 
 
 class Metadata(Record, frozen=True, kw_only=True):
-    """What an exported file says about itself."""
-
     format: str = "recipe-onnx/1"
     name: str
     variant: str
@@ -63,12 +61,12 @@ class Metadata(Record, frozen=True, kw_only=True):
     manifest_sha256: str
     training: TrainingCode
     accuracy: MeasuredAccuracy
-    licence: str  # declared for the data set; empty if not declared
+    licence: str  # declared for the data set, or empty
     versions: dict[str, str]  # of what exported it
 
 
 def to_properties(metadata: Metadata) -> dict[str, str]:
-    """Metadata as the strings that ONNX holds: text as it is, everything else as JSON."""
+    """Metadata as the strings that ONNX stores: text as it is, everything else as JSON."""
     values: dict[str, Any] = msgspec.to_builtins(metadata)
     return {name: value if isinstance(value, str) else canonical_json(value).decode() for name, value in values.items()}
 
@@ -91,7 +89,7 @@ def from_properties(properties: dict[str, str], where: str) -> Metadata:
 
 
 class OnnxModel:
-    """A file in a session of onnxruntime: a `Predict`, and what it says about itself.
+    """A file in a session of onnxruntime: a `Predict` with metadata.
 
     Raises `UserError` for a file that is damaged, reads other files, or contradicts itself.
     """
@@ -124,7 +122,7 @@ class OnnxModel:
         return torch.from_numpy(logits)
 
     def _check_own_shapes(self) -> None:
-        """The graph takes and gives what the metadata says, as far as its shapes are fixed."""
+        """Raise `UserError` unless inputs and outputs of the graph fit the metadata, as far as shapes are fixed."""
         interface = self.metadata.interface
         crop = interface.crop_pixels
         for what, found, wanted in (
@@ -141,7 +139,7 @@ class OnnxModel:
 
 
 def _fits(found: Any, wanted: list[int | None]) -> bool:
-    """Whether a shape can be the wanted one; a dimension that is a name may be anything."""
+    """Whether a shape fits the wanted one. A named dimension fits any size."""
     return len(found.shape) == len(wanted) and all(
         wish is None or not isinstance(size, int) or size == wish
         for size, wish in zip(found.shape, wanted, strict=True)
@@ -153,12 +151,12 @@ def _reason(error: Exception) -> str:
 
 
 def described(content: bytes, where: str) -> Metadata:
-    """What a file says about itself, before anything of it is run; refuses one that would read other files."""
+    """Read the metadata before anything of the file is run. Raises `UserError` for one that would read other files."""
     try:
         model = onnx.load_model_from_string(content)
         external = next((tensor.name for tensor in tensors_of(model) if is_external(tensor)), None)
         properties = [(entry.key, entry.value) for entry in model.metadata_props]
-    except Exception as error:  # protobuf's own classes, and whatever its fields hold
+    except Exception as error:  # protobuf's own classes, and others from its fields
         raise UserError(f"{where} cannot be opened: it is not an ONNX file, or a damaged one") from error
     if external is not None:
         raise UserError(
@@ -170,12 +168,12 @@ def described(content: bytes, where: str) -> Metadata:
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
-    """Whether onnxruntime would look for the numbers of a tensor outside of the model."""
+    """Whether onnxruntime would look for the tensor's numbers outside of the model."""
     return tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data) > 0
 
 
 def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, wherever it stands: in graphs, nodes, functions, sparse ones and training."""
+    """Every tensor of a model: in graphs, nodes, functions, sparse ones and training."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
@@ -192,5 +190,5 @@ def onnx_protocol(eager: str, variant: str) -> str:
 
 
 def read_onnx(path: Path, where: str) -> bytes:
-    """The bytes of a file, which hold all of it."""
+    """The bytes of a file of at most `ONNX_BYTES_MAX`."""
     return read_file(path, where, ONNX_BYTES_MAX)

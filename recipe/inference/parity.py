@@ -35,7 +35,7 @@ class ParityError(UserError):
 
 @dataclass
 class Side:
-    """What one model said about every image so far, and how far its logits were from the eager ones."""
+    """One model's predictions so far, and the largest difference of its logits from the eager ones."""
 
     predict: Predict
     parts: list[Predictions] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Side:
     seconds: float = 0.0  # of predicting
 
     def take(self, batch: Batch, eager: Tensor | None) -> Tensor:
-        """Predict one batch; with `eager` logits, note the largest difference. NaN counts as infinitely far."""
+        """Predict one batch. With `eager` logits, note the largest difference. NaN counts as infinitely far."""
         started = time.perf_counter()
         logits = self.predict(batch.images)
         self.seconds += time.perf_counter() - started
@@ -78,14 +78,13 @@ class Comparison:
 
     @property
     def flips(self) -> list[int]:
-        """Positions of the images whose best class differs, the clearest first."""
+        """Positions of the images with another best class, the clearest first."""
         different = np.flatnonzero(self.eager.top[:, 0] != self.exported.top[:, 0])
         order = np.argsort(-self.eager.margins[different], kind="stable")
         return [int(index) for index in different[order]]
 
     @property
     def top1_change(self) -> float:
-        """Accuracy of the exported model less that of the eager one."""
         return self.exported.accuracy(1) - self.eager.accuracy(1)
 
     def flip_examples(self, key_of: Callable[[int], str]) -> list[Flip]:
@@ -109,10 +108,10 @@ def compare(
     exported_batches: Iterable[Batch],
     images: int,
 ) -> dict[Variant, Comparison]:
-    """One pass over the validation set; the two sides' batches hold the same images, each with its own pixels."""
+    """One pass over the validation set. Both sides' batches contain the same images, each with its own pixels."""
     reference = Side(eager)
     sides = {variant: Side(predict) for variant, predict in exported.items()}
-    with ProgressPrinter("comparing exported models with the eager one", images, "images") as progress:
+    with ProgressPrinter("comparing", images, "images") as progress:
         for ours, theirs in zip(eager_batches, exported_batches, strict=True):
             assert torch.equal(ours.indices, theirs.indices), "the two sides see the same images"
             logits = reference.take(ours, None)
@@ -138,19 +137,18 @@ def compare(
 
 
 def limit_of(variant: Variant, config: SerializationConfig) -> str:
-    """What the gate allows, in words."""
     if variant is Variant.fp32:
         return f"logits within {config.fp32_tolerance:g} of the largest one"
     return f"top-1 at most {accuracy_drop_max(variant, config):.2%} below the eager model's"
 
 
 def accuracy_drop_max(variant: Variant, config: SerializationConfig) -> float:
-    """As a fraction."""
+    """The limit as a fraction."""
     return config.fp16_accuracy_drop_max if variant is Variant.fp16 else config.int8_accuracy_drop_max
 
 
 def passes(variant: Variant, found: Comparison, config: SerializationConfig) -> bool:
-    """Written so that NaN does not pass."""
+    """Whether a variant is within its limit. NaN is not."""
     if variant is Variant.fp32:
         return found.relative_logit_error <= config.fp32_tolerance
     return -found.top1_change <= accuracy_drop_max(variant, config) and np.isfinite(found.relative_logit_error)
@@ -159,7 +157,7 @@ def passes(variant: Variant, found: Comparison, config: SerializationConfig) -> 
 def check_parity(
     comparisons: Mapping[Variant, Comparison], config: SerializationConfig, key_of: Callable[[int], str]
 ) -> None:
-    """Stop with what is wrong and on which images, unless every variant passes."""
+    """Raise `ParityError` with the failures and their images, unless every variant passes."""
     failed = [
         complaint(variant, found, config, key_of)
         for variant, found in comparisons.items()
@@ -170,7 +168,7 @@ def check_parity(
 
 
 def complaint(variant: Variant, found: Comparison, config: SerializationConfig, key_of: Callable[[int], str]) -> str:
-    """One variant's failure: the numbers, what is allowed, the images."""
+    """One variant's failure: the numbers, the limit, the images."""
     flips = found.flips
     named = ", ".join(f"{key_of(index)} (margin {found.eager.margins[index]:.3g})" for index in flips[:NAMED_MAX])
     return (

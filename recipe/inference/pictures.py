@@ -1,8 +1,8 @@
-"""People's own pictures, of whatever kind and from whomever, as the uint8 RGB that the network was trained on.
+"""Users' pictures of any kind, as the uint8 RGB that the network was trained on.
 
-Training data are JPEG and PNG that preprocessing has normalised; a user brings palettes, transparency, CMYK, 16 bits,
-animations and photographs on their side, in the formats that preprocessing reads. Files are hostile until read: the
-header is looked at first, pixels are capped, a truncated file is an error.
+Training data are JPEG and PNG that preprocessing has normalised. Users bring palettes, transparency, CMYK, 16 bits,
+animations and photographs on their side, in the formats that preprocessing reads. Files are untrusted: the header is
+read first, pixels are capped, a truncated file is an error.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor
 def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_PIXELS, name: str = "") -> Tensor:
     """uint8 RGB [3, H, W] of a path, a file's bytes, a Pillow image, an array [H, W, 3] or a tensor [3, H, W].
 
-    `name` is what to call a file's bytes. Raises `UserError` for a file that is not a picture, is damaged, or claims
-    more than `max_pixels` pixels.
+    `name` stands for a file's bytes in messages. Raises `UserError` for a file that is not a picture, is damaged, or
+    claims more than `max_pixels` pixels.
     """
     if isinstance(picture, Tensor):
         return checked(picture, "the tensor")
@@ -72,7 +72,7 @@ def pixels_of(picture: Picture, apply_orientation: bool, max_pixels: int = MAX_P
 
 
 def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
-    """A file's bytes, and what to call it."""
+    """A file's bytes, and its name for messages."""
     if isinstance(picture, bytes):
         return picture, f"the picture of {len(picture)} bytes"
     where = display_path(picture)
@@ -80,12 +80,11 @@ def bytes_of(picture: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple
 
 
 def picture_too_large(where: str, what: str, max_pixels: int) -> UserError:
-    """The sentence for a picture that claims too much."""
     return UserError(f"{where} is too large: {what}, while max_pixels={max_pixels}; make it smaller, or give more")
 
 
 def pixels_of_image(image: Image.Image, apply_orientation: bool) -> Tensor:
-    """The first frame, upright if asked, on white paper where it is transparent."""
+    """The first frame, upright if asked, on white paper if it is transparent."""
     if image.mode in MODES_WITHOUT_WHITE:
         raise UserError(f"the picture has {MODES_WITHOUT_WHITE[image.mode]}; 8 or 16 bits of grey or RGB are read")
     if apply_orientation:
@@ -95,7 +94,7 @@ def pixels_of_image(image: Image.Image, apply_orientation: bool) -> Tensor:
 
 
 def on_paper(image: Image.Image) -> Image.Image:
-    """Transparency as a person would see it."""
+    """Show transparency as white."""
     layer = image.convert("RGBA")
     paper = Image.new("RGB", layer.size, PAPER)
     paper.paste(layer, mask=layer.getchannel("A"))
@@ -103,7 +102,7 @@ def on_paper(image: Image.Image) -> Image.Image:
 
 
 def checked(pixels: Tensor, what: str) -> Tensor:
-    """Pixels that somebody else has decoded."""
+    """Check the dtype and shape of decoded pixels. Raises `UserError`."""
     if pixels.dtype is not torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.numel():
         raise UserError(f"{what} has shape {list(pixels.shape)} and type {pixels.dtype}; wanted: uint8 RGB")
     return pixels

@@ -13,7 +13,7 @@ CANNOT_TELL = "CANNOT TELL"  # a verdict of watch, a level of reproduce
 
 
 class Level(str, Enum):
-    """How far a statement of the document was checked."""
+    """The depth of the check of a statement."""
 
     present = "present"  # it is there
     well_formed = "well-formed"  # it can be read
@@ -22,7 +22,7 @@ class Level(str, Enum):
 
 
 class Kind(str, Enum):
-    """What a finding means for the exit code: only `finding` fails a check."""
+    """The weight of a finding for the exit code: only `finding` fails a check."""
 
     finding = "finding"
     note = "note"  # missing, but not asked for by the guideline
@@ -31,8 +31,6 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about one place."""
-
     level: Level
     place: str  # a file, with its section, line or field
     what: str

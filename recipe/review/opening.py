@@ -1,7 +1,7 @@
 """Open a recipe: a run, a published folder, or the document alone, with its JSON block.
 
-It may come from anybody. The document is read as text in which one fenced block is JSON of a known format; records are
-decoded by type; nothing of it is run, imported or expanded.
+It may come from anybody. The document is text with one fenced block of JSON in a known format. Records are decoded by
+type. Nothing is run, imported or expanded.
 
 Records are read one by one, so that a broken file does not hide another (level *well-formed*).
 """
@@ -50,21 +50,19 @@ class OpenedRecipe:
         return display_path(self.path)
 
     def facts(self) -> RunData:
-        """The records beside the document; raises `UserError` where there are none."""
+        """The records beside the document. Raises `UserError` if there are none."""
         if self.run is None:
             raise UserError(f"{self.name} is a document without records beside it; give the folder of the run")
         return load(self.run, portable_path(self.run.directory))
 
     def required_block(self) -> dict[str, Any]:
-        """The JSON block; raises `UserError` where the document has none."""
+        """The JSON block. Raises `UserError` for a document without one."""
         if self.block is None:
-            raise UserError(
-                f"{self.name} holds no ```json block of format {RECIPE_FORMAT}: it was not written by a run"
-            )
+            raise UserError(f"{self.name} has no ```json block of format {RECIPE_FORMAT}: it was not written by a run")
         return self.block
 
     def claims(self, chapter: str) -> dict[str, Any]:
-        """The claims of the JSON block on a chapter; empty where it has none."""
+        """The claims of the JSON block on a chapter, or an empty dict."""
         return dict_or_empty(dict_or_empty((self.block or {}).get("claims")).get(chapter))
 
 
@@ -73,7 +71,7 @@ def dict_or_empty(value: object) -> dict[str, Any]:
 
 
 def open_recipe(path: str | Path) -> OpenedRecipe:
-    """Open the recipe under a path; raises `UserError` where there is none."""
+    """Open the recipe under a path. Raises `UserError` if there is none."""
     path = Path(path)
     if path.is_dir():
         folder = path
@@ -86,12 +84,12 @@ def open_recipe(path: str | Path) -> OpenedRecipe:
         raise UserError(f"{display_path(path)} does not exist; give a run directory, a published recipe or a document")
     run = Run(folder) if (folder / "records").is_dir() else None
     if text is None and run is None:
-        raise UserError(f"{display_path(path)} holds neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
+        raise UserError(f"{display_path(path)} has neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
     return OpenedRecipe(path, document, text, json_block(text) if text is not None else None, run)
 
 
 def read_text(path: Path, folder: Path | None = None) -> str:
-    """A text file, line endings included; raises `UserError` for a large or binary file and a link out of `folder`."""
+    """A text file, line endings included. Raises `UserError` for a large or binary file, or a link out of `folder`."""
     try:
         return read_file(path, display_path(path), LARGEST_DOCUMENT_BYTES, folder).decode()
     except UnicodeDecodeError as error:
@@ -99,19 +97,19 @@ def read_text(path: Path, folder: Path | None = None) -> str:
 
 
 def json_block(document: str) -> dict[str, Any] | None:
-    """The one JSON block of a known format; None where there is none, `UserError` where there are several."""
+    """The one JSON block of a known format, or None. Raises `UserError` for several."""
     blocks = [block for text in JSON_FENCE.findall(document) if (block := _parse_block(text)) is not None]
     if len(blocks) > 1:
         raise UserError(
-            f"the document holds {len(blocks)} ```json blocks of format {RECIPE_FORMAT}: one of them is not its own"
+            f"the document has {len(blocks)} ```json blocks of format {RECIPE_FORMAT}: one of them is not its own"
         )
     return blocks[0] if blocks else None
 
 
 def _parse_block(text: str) -> dict[str, Any] | None:
-    """A block of the known format; None for other JSON and text that is not JSON.
+    """A block of the known format. None for other JSON and for text that is not JSON.
 
-    Raises `UserError` where a key stands twice: two readers of it would read two recipes.
+    Raises `UserError` for a repeated key: two readers of it would read two recipes.
     """
     repeated: list[str] = []
 
@@ -156,18 +154,18 @@ def contradictions(block: dict[str, Any]) -> list[str]:
 
 
 class RecordReader:
-    """Reads the files of a run; an unreadable one is a finding."""
+    """Reads the files of a run. An unreadable one is a finding."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.findings: list[Finding] = []
 
     def facts(self) -> RunData:
-        """The facts of all readable files; the others are None or empty."""
+        """The facts of all readable files. The others are None or empty."""
         return load(self.run, portable_path(self.run.directory), self._read)
 
     def _read(self, path: Path, read: Callable[[], Any]) -> Any:
-        """One file; None where it is absent, or unreadable, which is a finding."""
+        """One file. None if it is absent or unreadable. The latter is a finding."""
         if not os.path.lexists(path):
             return None
         try:
@@ -193,13 +191,13 @@ def check_numbers(value: Any) -> None:
     plain = msgspec.to_builtins(value)
     json.dumps(plain, allow_nan=False)  # msgspec would let infinity through, as 1e999
     if any(isinstance(number, int) and abs(number) >= LARGEST_INTEGER for number in numbers_in(plain)):
-        raise UserError("it holds an integer that nothing here counts to")
+        raise UserError("it has an integer of 2**63 or more")
     if isinstance(value, TrainingRecord) and (value.schedule.steps_per_epoch < 1 or value.schedule.steps < 1):
-        raise UserError("it holds a training without steps")
+        raise UserError("it has a training without steps")
     if isinstance(value, EvaluationRecord | SerializationRecord) and value.images < 1:
-        raise UserError("it holds a count over no image")
+        raise UserError("it has counts of zero images")
     if isinstance(value, EnergyRecord) and (value.seconds <= 0 or value.joules < 0):
-        raise UserError("it holds an energy of no time, or a negative one")
+        raise UserError("its energy or its time is not positive")
 
 
 def numbers_in(value: Any) -> Iterator[int | float]:

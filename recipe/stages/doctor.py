@@ -1,8 +1,8 @@
-"""What bounds the speed of an experiment on this machine: python -m recipe doctor experiment=demo
+"""The bottleneck of an experiment on this machine: python -m recipe doctor experiment=demo
 
-Every stage that an image passes is measured alone: reading its bytes, decoding, the augmentation, the copy to the
-device, and a training step on data that is there already. The slowest of them, with the cores there are, is the bound.
-Nothing is written. On a machine that is busy with other work the numbers are lower.
+Every stage of loading and training is measured alone: reading bytes, decoding, the augmentation, the copy to the
+device, and a training step on data that is there already. The slowest of them, with the cores there are, is the
+bottleneck. Nothing is written. On a machine that is busy with other work the numbers are lower.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ SAMPLE = 200  # images
 SAMPLE_BYTES = 2**30  # of them, decoded
 ROUNDS = 3
 MEASURED_STEPS = 5
-SMALL_SIDE = 256  # pixels; what re-encoding would make of the short side
-CPU_IMAGES = 16  # of a step on a CPU, where a whole batch would take minutes
+SMALL_SIDE = 256  # pixels of the short side after re-encoding
+CPU_IMAGES = 16  # of a step on a CPU, where a full batch would take minutes
 MARGIN = 1.1  # of loading over training, so that a device is not kept waiting
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Images per second of each stage alone; `decode` and `transform` on one core, `model` on all devices of a node."""
+    """Images per second of each stage alone: `decode` and `transform` on one core, `model` on all devices of a node."""
 
     read: float
     decode: float
     transform: float
-    small: float | None  # decoding and transforming on one core after re-encoding; None where that was done
+    small: float | None  # decoding and transforming on one core after re-encoding, None if that was done
     copy: float | None  # None on a CPU
     model: float
     cores: int
@@ -64,23 +64,25 @@ class Findings:
 
     @property
     def cores_needed(self) -> int:
-        """To keep up with the model."""
+        """The number of cores that keep up with the model."""
         return math.ceil(MARGIN * self.model / self.load_on_a_core)
 
     def bounds(self) -> dict[str, float]:
-        """What each stage allows on this machine."""
+        """The speed that each stage allows on this machine."""
         load = self.load_on_a_core * self.cores
         bounds = {"storage": self.read, "decoding and augmentation": load, "the training step": self.model}
         return bounds if self.copy is None else bounds | {"the copy to the device": self.copy}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Measure what bounds the speed of an experiment on this machine."
-    parser.add_argument("words", nargs="*", metavar="key=value", help="as for train.py: experiment=demo trainer.gpus=8")
+    parser.description = "Measure the bottleneck of an experiment on this machine."
+    parser.add_argument(
+        "words", nargs="*", metavar="key=value", help="settings, as for train.py: experiment=demo trainer.gpus=8"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; the data set must have been prepared."""
+    """Measure and print. The data set must have been prepared."""
     config = config_from_overrides(arguments.words)
     manifest = read_manifest(config.data.directory)
     with start_world(config.trainer) as world:
@@ -117,14 +119,14 @@ def examined(config: Config, classes: int, world: World) -> Findings:
 
 
 def sample(split: Split, seed: int) -> list[int]:
-    """Some images, as many as can be held decoded, and one at least."""
+    """Some images, at least one, no more than fit into memory decoded."""
     chosen: list[int] = np.random.default_rng(seed).permutation(len(split))[:SAMPLE].tolist()
     sizes = [3 * int(split.index[i]["width"]) * int(split.index[i]["height"]) for i in chosen]
     return chosen[: max(1, int(np.searchsorted(np.cumsum(sizes), SAMPLE_BYTES, side="right")))]
 
 
 def crop(decoder: ImageDecoder, content: bytes, augmentation: Augmentation, index: int) -> Tensor:
-    """What training decodes of an image, uint8 [3, H, W]: the part that a crop shows."""
+    """The part of an image that training decodes: a random crop, uint8 [3, H, W]."""
     picture = decoder.open(content)
     box = augmentation.random_crop(0, index, *picture.size)
     return picture.part(box.top, box.left, box.height, box.width)
@@ -143,7 +145,7 @@ def rate(count: int, work: Callable[[], object]) -> float:
 def small_rate(
     split: Split, chosen: list[int], contents: list[bytes], decoder: ImageDecoder, augmentation: Augmentation
 ) -> float | None:
-    """Decoding and transforming after re-encoding to a short side of 256; None where images are as small already."""
+    """Decoding and transforming after re-encoding to a short side of 256. None if images are as small already."""
     sides = [min(int(split.index[i]["width"]), int(split.index[i]["height"])) for i in chosen]
     if statistics.median(sides) <= SMALL_SIDE:
         return None
@@ -216,7 +218,7 @@ def report(findings: Findings) -> str:
 
 
 def verdict(findings: Findings) -> str:
-    """The bound, the workers that keep up with the step, and what would help."""
+    """The bottleneck, the number of cores that keep up with the step, and possible improvements."""
     bounds = findings.bounds()
     bound = min(bounds, key=lambda name: bounds[name])
     needed, cores = findings.cores_needed, findings.cores
@@ -231,7 +233,7 @@ def verdict(findings: Findings) -> str:
 
 
 def training_time(findings: Findings, epochs: int, images: int) -> str:
-    """How long training would take at the measured bound, with the arithmetic."""
+    """The duration of training at the measured bound, with the arithmetic."""
     bound = min(findings.bounds().values())
     time_taken = duration(epochs * images / bound)
     return (

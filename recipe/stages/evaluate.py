@@ -1,8 +1,8 @@
 """The evaluation stage: a model on all validation images, and its record.
 
 `evaluate_run` is called by `evaluate.py` in every process. It measures a checkpoint of the run, one of its exported
-models, or published weights, by one evaluator. The configuration is the run's own; only the `evaluation` group and
-machine settings can be changed, and the protocol's name says so.
+models, or published weights, by one evaluator. The configuration is the run's own. Only the `evaluation` group and
+machine settings can be changed, and the protocol's name shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from recipe.config.identity import config_sha256
 from recipe.config.schema import Backend, Config
@@ -54,6 +53,7 @@ from recipe.models.checkpoint import State, checkpoint_files, eval_weights, load
 from recipe.models.pretrained import GivenWeights, load_state, published_accuracy, published_weights
 from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path, write_atomically
+from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
 from recipe.run.records import ConfusedPair, EvaluationRecord, Mistake, Protocol, Setting, TrainingRecord
 
@@ -63,7 +63,7 @@ NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # a file of weights may have a
 
 
 def evaluate_run(config: Config) -> EvaluationRecord | None:
-    """Evaluate the run's checkpoint; returns the record on the first process, None on the others."""
+    """Evaluate the run's checkpoint. Returns the record on rank 0, None on the others."""
     with start_world(config.trainer) as world:
         run = Run(config.run_dir)
         stage = Stage(run.directory) if world.is_rank0 else None
@@ -84,7 +84,7 @@ def evaluate_run(config: Config) -> EvaluationRecord | None:
 
 
 def config_of_run(run: Run, config: Config) -> dict[str, Any]:
-    """The configuration as training pinned it; this one where the run has none (published weights)."""
+    """The configuration pinned by training, or this one if the run has none (published weights)."""
     return run.read_config() or config.pinned.values
 
 
@@ -94,7 +94,7 @@ class EvaluatedModel:
 
     predict: Predict
     transform: EvaluationTransform
-    normalisation: dict[str, list[float]]  # mean and deviation, wherever they are applied
+    normalisation: dict[str, list[float]]  # mean and deviation, applied here or in the graph
     backend: str
     precision: str
     protocol: str  # the name of the metric
@@ -116,7 +116,7 @@ def load_model(run: Run, config: Config, world: World, manifest: Manifest, manif
 
 
 def checkpoint_model(run: Run, config: Config, world: World, manifest_hash: str) -> EvaluatedModel:
-    """The network with the weights of a checkpoint: the moving average where the run keeps one."""
+    """The network with the weights of a checkpoint: the EMA if the run keeps one."""
 
     def read() -> tuple[str, State]:
         path = chosen_checkpoint(run, config.evaluation.checkpoint)
@@ -161,7 +161,6 @@ def _torch_predict(model: nn.Module, config: Config, world: World) -> tuple[Pred
 
 
 def onnx_model(run: Run, config: Config, manifest_hash: str) -> EvaluatedModel:
-    """An exported model of the run, with the transform of its metadata."""
     variant = config.evaluation.variant
     path = run.onnx_file(variant.value)
     where = display_path(path)
@@ -222,11 +221,11 @@ def published_model(config: Config, world: World, manifest: Manifest, manifest_h
 
 
 def chosen_checkpoint(run: Run, name: str) -> Path:
-    """The file of `last`, `best` or a file name; `last` is the newest, also of an unfinished training."""
+    """The file of `last`, `best` or a file name. `last` is the newest, also of an unfinished training."""
     files = checkpoint_files(run.checkpoints)
     if not files:
         raise UserError(
-            f"{display_path(run.directory)} holds no checkpoint: run `python train.py "
+            f"{display_path(run.directory)} has no checkpoint: run `python train.py "
             f"run_dir={display_path(run.directory)}` first"
         )
     if name == "last":
@@ -242,7 +241,7 @@ def chosen_checkpoint(run: Run, name: str) -> Path:
 
 
 def _best_step(run: Run, newest: Path) -> int:
-    """The best step from the training record; while training goes on, from its newest checkpoint."""
+    """The best step from the training record or, while training goes on, from its newest checkpoint."""
     training = run.read(TrainingRecord)
     if training is not None:
         return training.best_epoch * training.schedule.steps_per_epoch
@@ -257,7 +256,7 @@ def _best_step(run: Run, newest: Path) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The live objects of an evaluation, from which the record is read back, and the predictions."""
+    """The predictions and live objects of an evaluation. The record is read back from them."""
 
     config: Config
     batches: EvaluationBatches
@@ -270,15 +269,16 @@ def _measure(config: Config, world: World, evaluated: EvaluatedModel) -> Measure
     started = time.perf_counter()
     with open_loaders([split], config.loader, world) as (loader,):
         batches = EvaluationBatches(loader, evaluated.transform, config.evaluation.batch_size, world)
-        progress = tqdm(batches, unit="batch", file=sys.stderr, disable=not (world.is_rank0 and sys.stderr.isatty()))
-        predictions = collect(evaluate(evaluated.predict, progress), world, len(split))
+        if world.is_rank0:
+            print(f"evaluating {evaluated.checkpoint} on {len(split):,} images", file=sys.stderr, flush=True)
+        with ProgressPrinter("evaluating", len(batches), "batches", shows=world.is_rank0) as progress:
+            predictions = collect(evaluate(evaluated.predict, progress.counted(batches)), world, len(split))
     return Measurement(config, batches, predictions, time.perf_counter() - started)
 
 
 def evaluation_record(
     run: Run, world: World, stage: Stage, manifest: Manifest, evaluated: EvaluatedModel, measurement: Measurement
 ) -> EvaluationRecord:
-    """Write the predictions and return their record."""
     predictions, protocol = measurement.predictions, _protocol(evaluated, measurement)
     assert predictions is not None, "only the first process describes"
     check_finite(predictions, evaluated.checkpoint)
@@ -358,7 +358,7 @@ def mistakes_png(
 
 
 def _views(predict: Predict) -> dict[str, Setting]:
-    """The views of an image whose logits are averaged, where there are several."""
+    """The averaged views of an image, if there are several."""
     return {"views": "the image and its mirror image, logits averaged"} if isinstance(predict, FlipAverage) else {}
 
 

@@ -1,7 +1,7 @@
 """The inference stage: `inference.ipynb` shows a run's model on pictures, from every file, and its latency.
 
 `python -m recipe.stages.infer run_dir=runs/demo` executes the notebook without a browser. It reads the run's pinned
-configuration and writes records and the document, as every stage does; the executed copy goes into the run.
+configuration and writes records and the document, as every stage does. The executed copy goes into the run.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ CLASSES_NAMED = 20
 
 
 class Demonstration:
-    """A run's evaluated checkpoint and its exported files; `words` are the arguments of `python evaluate.py`.
+    """A run's evaluated checkpoint and its exported files. `words` are the arguments of `python evaluate.py`.
 
-    Raises `UserError` where the run was not trained and evaluated.
+    Raises `UserError` if the run was not trained and evaluated.
     """
 
     def __init__(self, words: list[str]) -> None:
@@ -74,7 +74,7 @@ class Demonstration:
             model = classifiers[path.name].predict
             if isinstance(model, OnnxModel) and model.metadata.weights_sha256 != self.checkpoint.weights_sha256:
                 raise UserError(
-                    f"{path.name} holds other weights than those that were evaluated: "
+                    f"{path.name} has other weights than those that were evaluated: "
                     f"run `python serialize.py run_dir={shlex.quote(display_path(self.run.directory))}` again"
                 )
         return classifiers
@@ -114,7 +114,7 @@ class Demonstration:
         return guesses_png(picture)
 
     def show_picture(self, picture: Path) -> bytes:
-        """The picture as a small PNG for the document, without its metadata, which may name a place."""
+        """The picture as a small PNG for the document. Its metadata, which may name a place, is left out."""
         pixels = pixels_of(picture, apply_orientation=True, max_pixels=self.config.data.max_pixels)
         self.pictures[f"{picture.stem}.png"] = thumbnail_png(pixels.numpy())
         return self.pictures[f"{picture.stem}.png"]
@@ -151,7 +151,6 @@ class Demonstration:
         return record
 
     def show_latency(self, record: TimingRecord) -> bytes:
-        """The distribution of latencies, PNG."""
         return latency_png(record)
 
     def write(self) -> Path:
@@ -199,6 +198,7 @@ def main(words: list[str]) -> None:
         run = Run(stage_config_from_overrides(words, own_group="timing").run_dir)
         check_document(run)
         notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+        print(f"executing {NOTEBOOK.name} on {display_path(run.directory)}", file=sys.stderr, flush=True)
         executed = execute(with_words(notebook, words))
         write_atomically(run.notebook, nbformat.writes(executed).encode())  # type: ignore[no-untyped-call]
         print(f"wrote {display_path(run.notebook)} and {display_path(run.document)}")
@@ -242,7 +242,6 @@ def execute(notebook: Any) -> Any:
 
 
 def without_places(notebook: Any) -> Any:
-    """The executed notebook without paths of this machine."""
     for cell in notebook.cells:
         if PARAMETERS in cell.metadata.get("tags", []):
             cell.source = redact_paths(cell.source)

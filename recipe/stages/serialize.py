@@ -1,7 +1,7 @@
 """The serialization stage: a run's evaluated checkpoint -> ONNX files that passed the parity gate, and their record.
 
-Files are made and compared in memory, so that no file is written before it has passed. Only the checkpoint of the
-evaluation record is exported, since its accuracy is known.
+Files are made and compared in memory: none is written before it has passed. Only the checkpoint of the evaluation
+record is exported, since its accuracy is known.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from recipe.inference.onnx_file import MeasuredAccuracy, Metadata, OnnxModel, Tr
 from recipe.inference.parity import Comparison, check_any_batch, check_parity, compare, limit_of
 from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import CHECKOUT, display_path, write_atomically
+from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
 from recipe.run.records import SerializationRecord, Setting, VariantFacts
 
@@ -54,15 +55,13 @@ EXPORTING_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Export:
-    """The checkpoint to export, and the settings."""
-
     run: Run
     config: Config
     checkpoint: Evaluated
 
 
 def serialize_run(config: Config) -> SerializationRecord:
-    """Export the run's evaluated checkpoint; raises `ParityError` and leaves no file where one does not agree."""
+    """Export the run's evaluated checkpoint. Raises `ParityError` and writes no file if one does not agree."""
     trainer = replace(config.trainer, accelerator=Accelerator.cpu, precision=Precision.fp32, gpus=None)
     config = replace(config, trainer=trainer)
     with start_world(trainer) as world:
@@ -147,12 +146,12 @@ def _as_file(export: Export, variant: Variant, graph: onnx.ModelProto, conversio
     """Add the metadata, check that the file names no path of this machine, and open it as a user would."""
     content = with_properties(graph, to_properties(metadata(export, variant)))
     for path in (str(CHECKOUT), str(Path.home()), sys.prefix):
-        assert len(path) < 4 or path.encode() not in content, f"the export_variants file holds the path {path}"
-    return ExportedFile(variant, content, OnnxModel(content, f"the export_variants {variant.value} model"), conversion)
+        assert len(path) < 4 or path.encode() not in content, f"the exported file contains the path {path}"
+    return ExportedFile(variant, content, OnnxModel(content, f"the exported {variant.value} model"), conversion)
 
 
 def metadata(export: Export, variant: Variant) -> Metadata:
-    """The metadata of a file: of training and evaluation; of this export only the versions."""
+    """The metadata of a file: of training and evaluation, and the versions of this export."""
     training, evaluation = export.checkpoint.training, export.checkpoint.evaluation
     return Metadata(
         name=export.config.name,
@@ -186,15 +185,17 @@ def exporting_versions() -> dict[str, str]:
 
 
 def calibration_images(export: Export, world: World, count: int) -> Generator[Tensor, None, None]:
-    """Single training images in the view of the evaluation; a choice that depends on the seed alone."""
+    """Single training images in the view of the evaluation. The choice depends on the seed alone."""
     config = export.config
     split = open_split(config.data.directory, "train")
     chosen = np.random.default_rng((CALIBRATION_STREAM, config.seed)).permutation(len(split))[:count]
     transform = transform_of(export.checkpoint.interface, "the checkpoint")
     with open_loaders([split], config.loader, world) as (loader,):
         parts = (np.array([index], dtype=np.int64) for index in chosen)
-        for batch in loader.load(EvaluationRequest(indices, transform) for indices in parts):
-            yield batch.images
+        requests = (EvaluationRequest(indices, transform) for indices in parts)
+        with ProgressPrinter("calibrating int8", count, "images") as progress:
+            for batch in progress.counted(loader.load(requests)):
+                yield batch.images
 
 
 # ---- the gate ---------------------------------------------------------------------------------------
@@ -203,12 +204,13 @@ def calibration_images(export: Export, world: World, count: int) -> Generator[Te
 def compared_with_eager(
     export: Export, files: list[ExportedFile], split: Split, world: World
 ) -> dict[Variant, Comparison]:
-    """Every variant over the whole validation set; returns only if all pass."""
+    """Compare every variant on all validation images. Returns only if all pass."""
     config = export.config
     normalisation = Normalisation(config.data.mean, config.data.std, world.device)
     eager = predictor(export.checkpoint.model, normalisation, Precision.fp32, world.device, channels_last=False)
     interface = files[0].model.metadata.interface  # the file's, not the configuration's
     views = (build_evaluation_transform(config.evaluation), transform_of(interface, "the exported model"))
+    print_step(f"comparing {', '.join(file.variant.value for file in files)} with PyTorch on {len(split):,} images")
     with open_loaders([split], config.loader, world) as (loader,):
         ours, theirs = (EvaluationBatches(loader, view, config.serialization.batch_size, world) for view in views)
         comparisons = compare(eager, {file.variant: file.model for file in files}, ours, theirs, len(split))
@@ -260,7 +262,7 @@ def serialization_record(
 
 
 def write_variant(export: Export, file: ExportedFile, predictions: Predictions, split: Split) -> dict[str, str]:
-    """Write the file and its predictions; returns name -> SHA-256."""
+    """Write the file and its predictions. Returns name -> SHA-256."""
     run = export.run
     target = run.onnx_file(file.variant.value)
     beside = run.predictions_file(onnx_protocol(export.checkpoint.evaluation.protocol.name, file.variant.value))
@@ -295,5 +297,4 @@ def variant_facts(export: Export, file: ExportedFile, found: Comparison, split: 
 
 
 def print_step(what: str) -> None:
-
     print(f"{what} ...", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ CPU_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_", "DNNL_", "MKL_")  # choose i
 
 @dataclass
 class Progress:
-    """Counters of a run; all of them are saved with every checkpoint."""
+    """Counters of a run, all saved with every checkpoint."""
 
     epoch: int = 0  # completed epochs, their validation included
     batch: int = 0  # completed batches of the epoch after those
@@ -59,7 +59,7 @@ class Progress:
     sessions: list[Session] = field(default_factory=list)
 
     def tally_of(self, world: World) -> list[float]:
-        """The counts of this process since the last row; with another number of processes the first has them all."""
+        """The counts of this process since the last row. With another number of processes, rank 0 gets all of them."""
         tallies = self.window.get("tallies", [])
         if len(tallies) == world.size:
             mine: list[float] = tallies[world.rank]
@@ -67,13 +67,13 @@ class Progress:
         return [sum(column) for column in zip([0.0] * 4, *tallies, strict=True)] if world.is_rank0 else [0.0] * 4
 
     def lap(self) -> tuple[float, float]:
-        """(seconds since the last row, of which waited for data)."""
+        """(seconds since the last row, seconds of it spent waiting for data)."""
         return self.window.get("seconds", 0.0), self.window.get("waited_seconds", 0.0)
 
 
 @dataclass
 class Training:
-    """The live objects of one process; the record is read back from these."""
+    """The live objects of one process. The record is read back from them."""
 
     config: Config
     world: World
@@ -113,9 +113,9 @@ def build_training(
     watchdog: Watchdog,
     weights: GivenWeights | None,
 ) -> Iterator[Training]:
-    """Open the data, build the network and its collaborators; close the loaders at the end.
+    """Open the data and build the network and its collaborators. Closes the loaders at the end.
 
-    `config` and the given initial `weights` are those of `resolve_weights`.
+    `config` and the initial `weights` come from `resolve_weights`.
     """
     with world.rank0_errors_everywhere():
         manifest, manifest_hash = open_dataset(config.data, run if world.is_rank0 else None)
@@ -125,8 +125,8 @@ def build_training(
     facts = model_facts(model, config.model, len(manifest.classes))
     model = model.to(world.device).to(memory_format=memory_format(config.trainer))
     augmentation = build_augmentation(config.augmentation, config.seed)
-    with ExitStack() as held:
-        batches, validation = _build_batches(config, world, augmentation, held)
+    with ExitStack() as stack:
+        batches, validation = _build_batches(config, world, augmentation, stack)
         _check_forward_passes(config, model, batches, validation)
         ema = build_ema(model, config.optimization, batches.batches_per_epoch)
         train_step = TrainStep(
@@ -160,11 +160,11 @@ def build_training(
 
 
 def _build_batches(
-    config: Config, world: World, augmentation: Augmentation, held: ExitStack
+    config: Config, world: World, augmentation: Augmentation, stack: ExitStack
 ) -> tuple[TrainingBatches, EvaluationBatches]:
-    """The loaders of both splits, with threads or processes that end with `held`."""
+    """The loaders of both splits. Their threads or processes end with `stack`."""
     splits = [open_split(config.data.directory, name) for name in ("train", "val")]
-    train, validation = held.enter_context(open_loaders(splits, config.loader, world))
+    train, validation = stack.enter_context(open_loaders(splits, config.loader, world))
     layout = derive_layout(config.optimization, config.trainer, world.size)
     transform = build_evaluation_transform(config.evaluation)
     return (

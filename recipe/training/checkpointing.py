@@ -1,11 +1,11 @@
-"""Checkpoints of a training: what binds a run to its configuration, when it is saved, and how it continues.
+"""Checkpoints of a training: pinning the configuration, saving and resuming.
 
 The order of an epoch and the pixels of a sample are functions of the seed, so the position in the data is (epoch,
-batch); the learning rate is a function of the step. So no generator or scheduler needs saving.
+batch). The learning rate is a function of the step. No generator or scheduler needs saving.
 
-A checkpoint is written after the last step of every epoch, every `trainer.save_every_steps`, and on a stop request.
-An epoch is saved before its validation, so a validation that fails costs no training: the same command validates
-again. The results of a validation reach the next checkpoint, those of the last epoch the record.
+A checkpoint is written after the last step of every epoch, every `trainer.save_every_steps`, and on a stop request. An
+epoch is saved before its validation, so a validation that fails costs no training: the same command validates again.
+The results of a validation reach the next checkpoint, those of the last epoch the record.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ FAILURES_IN_A_ROW = 3
 
 
 def pin(run: Run, config: Config) -> None:
-    """Write the configuration into a new run; refuse a directory that holds a run of another one.
+    """Write the configuration into a new run. Raises `UserError` for a run of another configuration.
 
-    It binds once something was trained: a first try that stopped before (a batch that does not divide, missing data)
-    can be corrected in place.
+    A first try that stopped before training (a batch that does not divide, missing data) can be corrected in place.
     """
     mine, theirs = config.pinned.values, run.read_config()
     has_begun = any(run.checkpoints.glob("step-*")) or run.read(TrainingRecord) is not None
@@ -49,7 +48,7 @@ def pin(run: Run, config: Config) -> None:
     changed = differences(theirs, mine)
     if changed:
         raise UserError(
-            f"{display_path(run.directory)} holds a run of another configuration ({'; '.join(changed)}); "
+            f"{display_path(run.directory)} has a run of another configuration ({'; '.join(changed)}); "
             "give another run_dir, or trainer.start_over=true to move that run aside"
         )
 
@@ -63,7 +62,7 @@ def finished_training(run: Run) -> TrainingRecord | None:
 
 
 def check_space(training: Training) -> None:
-    """Raise `DiskError` where this user cannot write all checkpoints of the run to its disk; quotas are not seen."""
+    """Raise `DiskError` if the disk has no room for all checkpoints of the run. Quotas are not checked."""
     trainer, optimization, run = training.config.trainer, training.config.optimization, training.run
     sizes = [path.stat().st_size for path in checkpoint_files(run.checkpoints)]
     weights, parameters = (
@@ -89,11 +88,11 @@ def check_space(training: Training) -> None:
 
 @contextmanager
 def resumed(training: Training) -> Iterator[None]:
-    """Continue from the newest checkpoint, or begin; the first process opens the metric log there, and closes it."""
+    """Continue from the newest checkpoint, or begin. Rank 0 also opens the metric log, and closes it at the end."""
     world, progress = training.world, training.progress
     restore(training, world.read_on_rank0(lambda: saved_state(training.run)))
     training.wait.continue_from(*progress.lap())
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with world.rank0_errors_everywhere():
             if world.is_rank0:
                 training.metric_log = MetricLogger(
@@ -104,7 +103,7 @@ def resumed(training: Training) -> Iterator[None]:
                     progress.step,
                     progress.epoch,
                 )
-                held.enter_context(closing(training.metric_log))
+                stack.enter_context(closing(training.metric_log))
                 if training.metric_log.missing:
                     session = progress.sessions[-1]
                     note = f"{session.note}; {training.metric_log.missing}"
@@ -113,7 +112,7 @@ def resumed(training: Training) -> Iterator[None]:
 
 
 def saved_state(run: Run) -> State | None:
-    """The newest valid checkpoint; leftovers of an interrupted save are removed first."""
+    """Load the newest valid checkpoint. Removes leftovers of an interrupted save first."""
     for leftover in run.checkpoints.glob("*.tmp-*"):
         leftover.unlink()
     state = newest_checkpoint(run.checkpoints)
@@ -124,7 +123,7 @@ def saved_state(run: Run) -> State | None:
 
 
 def restore(training: Training, state: State | None) -> None:
-    """Continue from a checkpoint, or begin; starts a session and notes whether it can be bit-exact."""
+    """Continue from a checkpoint, or begin. Starts a session and notes if it can be bit-exact."""
     world, train_step, progress = training.world, training.train_step, training.progress
     if state is None:
         _begin_session(training, is_exact=None, note="from the beginning")
@@ -194,10 +193,10 @@ def _begin_session(training: Training, is_exact: bool | None, note: str) -> None
 
 
 def save(training: Training, must_succeed: bool = False) -> None:
-    """Write a checkpoint of this moment; every process calls this after the same step.
+    """Write a checkpoint. Every process calls this after the same step.
 
-    A disk that is full for a while costs a warning, and the next checkpoint is tried as usual. Raises `DiskError` at
-    the third failure in a row, where the checkpoint `must_succeed`, and where the run directory has vanished.
+    A full disk costs a warning, and the next checkpoint is tried as usual. Raises `DiskError` at the third failure in a
+    row, if the checkpoint `must_succeed`, and if the run directory has vanished.
     """
     seconds, waited_seconds = training.wait.so_far()
     tallies = training.world.gather(training.train_step.tally.tolist())
@@ -210,7 +209,7 @@ def save(training: Training, must_succeed: bool = False) -> None:
 
 
 def save_where_due(training: Training) -> None:
-    """Inside an epoch, every `trainer.save_every_steps`; its last step is followed by validation, then saved anyway."""
+    """Save inside an epoch, every `trainer.save_every_steps`. `fit` saves the end of an epoch."""
     every, progress = training.config.trainer.save_every_steps, training.progress
     if every is not None and progress.step % every == 0 and progress.batch < training.batches.batches_per_epoch:
         save(training)
@@ -234,7 +233,7 @@ def save_and_exit(training: Training) -> None:
 
 
 def _save_or_warn(training: Training, must_succeed: bool) -> None:
-    if not training.run.config.exists():  # a new directory would hold a checkpoint alone
+    if not training.run.config.exists():  # a new directory would contain the checkpoint and nothing else
         raise DiskError(f"{display_path(training.run.directory)} has vanished; nothing more can be saved there")
     try:
         if training.metric_log is not None:

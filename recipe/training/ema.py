@@ -1,10 +1,11 @@
-"""The exponential moving average (EMA) of weights and buffers, which validation and evaluation then see.
+"""The exponential moving average (EMA) of weights and buffers, used by validation and evaluation.
 
-The decay warms up with the number of updates, min(decay, (1 + n) / (10 + n)), since a fixed one would keep the random
-initial weights for many epochs. torchvision's form copies the weights during the warm-up of the learning rate instead.
+The decay warms up with the number of updates, min(decay, (1 + n) / (10 + n)). A fixed decay would keep the random
+initial weights for many epochs. The form of torchvision copies the weights during the warm-up of the learning rate
+instead.
 
-Precise BN: the average of batch-norm statistics is not what the averaged weights produce (Izmailov et al., arXiv
-1803.05407, whose `update_bn` torch has), so they can be estimated on training images before every validation.
+Precise BN: averaged batch-norm statistics are not those that the averaged weights produce (Izmailov et al., arXiv
+1803.05407, `update_bn` in torch). So they can be estimated on training images before every validation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PRECISE_BN_STREAM = 8  # keeps this choice of images apart from other draws
 
 
 class ModelEma:
-    """Follows a model from the outside; with a decay of 0 it is the model itself."""
+    """The EMA of a model. With a decay of 0 it is the model itself."""
 
     def __init__(self, model: nn.Module, config: EmaConfig) -> None:
         self.decay = config.decay
@@ -58,7 +59,6 @@ class ModelEma:
                 average.copy_(current)
 
     def is_due(self, step: int) -> bool:
-        """Whether the average moves after this step."""
         return step % self.every_steps == 0
 
     def decay_now(self) -> float:
@@ -66,11 +66,10 @@ class ModelEma:
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     def state(self) -> dict[str, Any] | None:
-        """For a checkpoint; None when off."""
+        """For a checkpoint. None if the EMA is off."""
         return {"updates": self.updates, "model": self.model.state_dict()} if self.is_on else None
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from `state()`."""
         if state is not None:
             self.updates = state["updates"]
             self.model.load_state_dict(state["model"])
@@ -91,10 +90,10 @@ class ModelEma:
 
 
 class TorchvisionEma(ModelEma):
-    """As references/classification of torchvision has it, which trained `IMAGENET1K_V2`.
+    """The EMA of torchvision's references/classification, used to train `IMAGENET1K_V2`.
 
-    The weight of the new model, 1 - decay, is multiplied by batch size x every_steps / epochs; updates come after the
-    first step of an epoch and every `every_steps` from there; during the warm-up, and at the first update after it, the
+    The weight of the new model, 1 - decay, is multiplied by batch size x every_steps / epochs. Updates come after the
+    first step of an epoch and every `every_steps` from there. During the warm-up, and at the first update after it, the
     average is a copy.
     """
 
@@ -105,7 +104,7 @@ class TorchvisionEma(ModelEma):
         self.steps_per_epoch, self.warmup_epochs = steps_per_epoch, config.warmup_epochs
 
     def update(self, step: int) -> None:
-        """Move; copy as long as the learning rate warms up."""
+        """Move the average, or copy the weights while the learning rate warms up."""
         super().update(step)
         if (step - 1) // self.steps_per_epoch < self.warmup_epochs:
             self.updates = 0
@@ -140,10 +139,10 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class PreciseBnBatches:
-    """`images` training images, seen as evaluation sees its own, in batches of one size; an incomplete one is left out.
+    """`images` training images in the view of the evaluation, in batches of one size. Drops an incomplete batch.
 
-    The images are a choice of the seed alone, and the first process alone reads them: the statistics are the same on
-    any number of processes.
+    The choice of images depends on the seed alone, and only rank 0 reads them. The statistics are the same on any
+    number of processes.
     """
 
     loader: Loader
@@ -166,7 +165,7 @@ class PreciseBnBatches:
 def precise_bn(model: nn.Module, predict: Predict, batches: Iterable[Batch]) -> None:
     """Replace all running statistics by the mean of those of the batches, each batch with the same weight.
 
-    `predict` runs `model`, which is in evaluation mode and stays there: no dropout, no stochastic depth.
+    `predict` runs `model` in evaluation mode: no dropout, no stochastic depth.
     """
     with _estimating(batch_norms(model)):
         for batch in batches:
@@ -174,7 +173,7 @@ def precise_bn(model: nn.Module, predict: Predict, batches: Iterable[Batch]) -> 
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """All batch norms; raises `UserError` for a network without one."""
+    """All batch norms. Raises `UserError` for a network without one."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise UserError("optimization.ema.precise_bn_images must be 0 for a network without batch norm")

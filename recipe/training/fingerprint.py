@@ -1,9 +1,9 @@
-"""A golden trace of a recipe, the canary: the numbers of ten steps, which anyone can compute again in a minute.
+"""A golden trace of a recipe (the canary): the numbers of ten training steps, computed again in a minute.
 
-The steps are spread over the recipe's own schedule, on a few dozen images that the project draws, through the functions
-that train: the same decoder, augmentation, mixing, network, loss, optimizer, average and evaluation. `canary_config`
-makes images, batches and precision small enough for a laptop. Everything runs in fp32 on one CPU thread, so that the
-numbers agree between machines but for the last digits.
+The steps are spread over the recipe's own schedule. They use a few dozen drawn images and the functions that train:
+decoder, augmentation, mixing, network, loss, optimizer, EMA and evaluation. `canary_config` makes images, batches and
+precision small enough for a laptop. Everything runs in fp32 on one CPU thread, so that the numbers agree between
+machines but for the last digits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from recipe.models.build import build_model, model_facts
 from recipe.preprocessing.pipeline import preprocess
 from recipe.run.directory import Run
 from recipe.run.environment import versions
+from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import source_sha256
 from recipe.run.records import EvaluationProbe, Fingerprint, ModelFacts, ProbeStep, Schedule, Setting, TrainingRecord
 from recipe.training.build import Training, build_training
@@ -44,8 +45,8 @@ from recipe.training.shutdown import StopRequest
 from recipe.training.watchdog import Watchdog
 
 TRACED_STEPS = 10
-# Of the learning rate: with whole steps the last digits of two machines part a hundredfold at each of them, and after
-# ten they are a percent apart; so they stay within some ten-thousandths (measured: benchmarks/results/canary.md).
+# Of the learning rate. With full steps the difference between two machines grows a hundredfold at each of them, to a
+# percent after ten. With this share it stays within some ten-thousandths (measured: benchmarks/results/canary.md).
 RATE_SHARE = 0.05
 MANY_UPDATES = 10**6
 LARGEST_PIXELS = 64
@@ -62,25 +63,26 @@ def leave_fingerprint(run: Run, config: Config, record: TrainingRecord) -> None:
     trained_with = {record.provenance.source_sha256, record.provenance.source_sha256_at_end}
     if (stored is not None and {stored.source_sha256} == trained_with) or {source_sha256()} != trained_with:
         return
-    print("fingerprint: ten steps on a few drawn images", file=sys.stderr, flush=True)
     run.write(take_fingerprint(config, record.schedule.steps_per_epoch, record.model.classes))
 
 
 def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads: int = 1) -> Fingerprint:
-    """Compute the fingerprint; `steps_per_epoch` and `classes` are those of the recipe's own data.
+    """Compute the fingerprint. `steps_per_epoch` and `classes` are those of the recipe's own data.
 
-    Several `threads` serve to measure how far the last digits move.
+    Several `threads` are for measuring how far the last digits move.
     """
+    print("fingerprint of this code: ten training steps on drawn images", file=sys.stderr, flush=True)
     network = replace(config.model, weights=None, weights_sha256=None)  # those of a run are not needed
     model = build_model(network, classes, config.seed, config.optimization.bce.init_head_bias)
     facts = model_facts(model, network, classes)
     schedule = build_schedule(config.optimization, steps_per_epoch)
     augmentation = build_augmentation(config.augmentation, config.seed)
-    with _deterministic(threads), _small_training(config) as training:
+    progress = ProgressPrinter("fingerprint of this code", TRACED_STEPS, "training steps")
+    with progress, _deterministic(threads), _small_training(config) as training:
         settings = _facts(config, training)
         groups = optimizer_facts(training.train_step.optimizer)
         start = _start(training)
-        probes, tallies = zip(*_probes(training, start), strict=True)
+        probes, tallies = zip(*progress.counted(_probes(training, start)), strict=True)
         _, top1, top5, images = (sum(column) for column in zip(*tallies, strict=True))
         evaluation = _evaluated(training)
         order = _order_sha256(training)
@@ -107,7 +109,7 @@ def take_fingerprint(config: Config, steps_per_epoch: int, classes: int, threads
 
 
 def canary_config(config: Config, folder: Path) -> Config:
-    """The recipe at a size that a laptop computes in seconds; settings that are not named here stay."""
+    """The recipe at a size that a laptop computes in seconds. Settings not named here stay."""
     optimization, augmentation, evaluation = config.optimization, config.augmentation, config.evaluation
     group_size = min(augmentation.mixup.group_size, 8)
     multiple = math.lcm(group_size, augmentation.repeated_augmentation)
@@ -191,7 +193,7 @@ def _one_cpu(trainer: TrainerConfig) -> TrainerConfig:
 
 @contextmanager
 def _deterministic(count: int) -> Iterator[None]:
-    """Deterministic arithmetic with so many threads; restores torch's switches."""
+    """Use deterministic arithmetic with `count` threads. Restores torch's switches."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(count)
     torch.use_deterministic_algorithms(True)
@@ -204,7 +206,6 @@ def _deterministic(count: int) -> Iterator[None]:
 
 @contextmanager
 def _small_training(config: Config) -> Iterator[Training]:
-    """The live objects of a training of the canary's size."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), backend="none")
     with tempfile.TemporaryDirectory(prefix="canary-") as folder:
         small = canary_config(config, Path(folder))
@@ -262,7 +263,7 @@ def _evenly(total: int, count: int) -> list[int]:
 
 
 def _probes(training: Training, start: Start) -> Iterator[tuple[ProbeStep, StepCounts]]:
-    """All steps; from the middle on the EMA has as many updates as late in a training, when its decay has warmed up."""
+    """Take all steps. From the middle on the EMA has as many updates as late in a training: its decay has warmed up."""
     for number, position in enumerate(_evenly(training.learning_rate.steps, TRACED_STEPS)):
         if number == TRACED_STEPS // 2:
             training.ema.updates = MANY_UPDATES
@@ -297,7 +298,7 @@ def _probe(training: Training, position: int, start: Start) -> tuple[ProbeStep, 
 
 
 class StepCounts(NamedTuple):
-    """The counts of a step; the loss is a sum over its images."""
+    """The counts of a step. The loss is a sum over its images."""
 
     loss: float
     top1: float
@@ -336,7 +337,7 @@ def _hooked(training: Training, seen: StepTensors) -> Iterator[None]:
 
 
 def _distances(training: Training, start: Start) -> dict[str, float]:
-    """How far each parameter group, and the EMA where there is one, has moved from its start."""
+    """The distance of each parameter group, and of the EMA if it is on, from its start."""
     distances = {}
     for group, before in zip(training.train_step.optimizer.param_groups, start.groups, strict=True):
         distances[group["name"]] = _l2_norm([now - then for now, then in zip(group["params"], before, strict=True)])
@@ -352,7 +353,6 @@ def _l2_norm(tensors: list[Tensor]) -> float:
 
 
 def _evaluated(training: Training) -> EvaluationProbe:
-    """The evaluator's results on the validation images."""
     predict = validation_predictor(training)
     logits = predict(next(iter(training.validation)).images)
     predictions = predict_validation(training, predict)
@@ -380,7 +380,7 @@ def _order_sha256(training: Training) -> str:
 
 
 def _facts(config: Config, training: Training) -> dict[str, Setting]:
-    """Facts of the live objects; the evaluation's have the recipe's own sizes."""
+    """Facts of the live objects. Those of the evaluation have the recipe's own sizes."""
     transform = build_evaluation_transform(config.evaluation)
     averaging = {name: value for name, value in training.ema.facts().items() if name != "updates"}
     return {

@@ -1,7 +1,7 @@
-"""The training loop: reads as the algorithm; everything else is a named collaborator that knows its own cadence.
+"""The training loop. It reads as the algorithm: everything else is a collaborator that knows its own cadence.
 
-`train.py` calls `train` in every process. It continues a run that was interrupted, recognises one that is finished, and
-writes the record of the Training chapter.
+`train.py` calls `train` in every process. It continues an interrupted run, recognises a finished one, and writes the
+record of the Training chapter.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ DROPOUT_STREAM = 3  # keeps these seeds apart from those of the order and the au
 
 
 def train(config: Config, after_validation: AfterValidation | None = None) -> TrainingRecord | None:
-    """Train the experiment of a configuration; every process calls this with the same one.
+    """Train the experiment of a configuration. Every process calls this with the same one.
 
-    The first process calls `after_validation` after each validation; it must not raise. Returns the record on the
-    first process, None on the others. Raises `UserError` for what a person can mend.
+    Rank 0 calls `after_validation` after each validation. It must not raise. Returns the record on rank 0, None on the
+    others. Raises `UserError` for errors that a user can correct.
     """
     config, weights = resolve_weights(config)
     with (
@@ -68,6 +68,7 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
             with world.rank0_errors_everywhere():
                 if world.is_rank0:
                     check_space(training)
+                    _print_start(config, world, run)
             meter = EnergyMeter(world)
             fit(training, after_validation)
             return _leave_record(training, meter) if world.is_rank0 else None
@@ -82,8 +83,14 @@ def _started(run: Run, config: Config, weights: GivenWeights | None) -> Stage:
     return Stage(run.directory)
 
 
+def _print_start(config: Config, world: World, run: Run) -> None:
+    epochs, devices = config.optimization.epochs, f"{world.size} x {world.device.type}"
+    work = f"{config.model.name} on {config.data.name}, {epochs} epoch{'s' * (epochs > 1)}, {devices}"
+    print(f"training {work}: {display_path(run.directory)}", file=sys.stderr, flush=True)
+
+
 def fit(training: Training, after_validation: AfterValidation | None = None) -> None:
-    """Step over every epoch; after each a checkpoint, then validation. Stop requests are checked between steps."""
+    """Step over every epoch. After each, save a checkpoint and validate. Stop requests are checked between steps."""
     progress, epochs = training.progress, training.config.optimization.epochs
     try:
         training.stop_request.poll(0)  # a signal during the build
@@ -113,13 +120,13 @@ def take_step(training: Training, batches: list[Batch]) -> None:
     progress.batch += 1
     progress.images_seen += training.batches.layout.global_batch_size
     training.ema.update(progress.step)
-    if training.metric_log is not None:
-        training.metric_log.step()
     is_last = progress.batch == training.batches.batches_per_epoch
     if is_last:
         progress.trained_epochs = progress.epoch + 1
     if is_last or progress.batch % training.config.trainer.log_every_steps == 0:
         measure_steps(training)
+    if training.metric_log is not None:
+        training.metric_log.step()
 
 
 def _dropout_seed(training: Training) -> int:
@@ -129,7 +136,6 @@ def _dropout_seed(training: Training) -> int:
 
 
 def _complete_epoch(training: Training) -> None:
-    """Move on to the next epoch, for the next checkpoint or the record."""
     progress = training.progress
     progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.epoch_seconds = progress.epoch_waited_seconds = progress.epoch_stalled_seconds = 0.0
@@ -163,14 +169,14 @@ def _leave_record(training: Training, meter: EnergyMeter) -> TrainingRecord:
 
 @contextmanager
 def _one_writer(config: Config, world: World) -> Iterator[Run]:
-    """The run directory with its configuration pinned, locked by the first process; all processes must agree on it."""
+    """Pin the configuration and lock the run, on rank 0. All processes must have the same configuration and code."""
     run = Run(config.run_dir)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with world.rank0_errors_everywhere():
             if world.is_rank0:
                 if config.trainer.start_over and run.config.exists():
                     print(f"the old run is now {display_path(run.archive())}", flush=True)
-                held.enter_context(run.lock())
+                stack.enter_context(run.lock())
                 pin(run, config)
         world.assert_equal_across_ranks("the configuration", config.pinned.config_sha256)
         world.assert_equal_across_ranks("the source code", source_sha256())

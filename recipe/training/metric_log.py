@@ -1,6 +1,6 @@
 """Metrics of a run while it trains: metrics.jsonl, TensorBoard's events, the terminal.
 
-The rows of `metrics.jsonl` are the source; the events are made from them. A continued run first cuts both back to its
+The rows of `metrics.jsonl` are the source, the events are made from them. A continued run first cuts both back to its
 checkpoint. Rows are rare, so a GPU is seldom waited for.
 
 Rows that cannot be written are buffered and retried. A checkpoint is saved only after its rows (`flush`), so a resumed
@@ -29,15 +29,17 @@ from recipe.errors import DiskError
 from recipe.run.directory import Run
 from recipe.run.files import disk_errors, write_atomically
 from recipe.run.metric_rows import Place, Row, missing_rows, planned_places
+from recipe.run.progress import LinePace, eta
 
 T = TypeVar("T")
 PROBE_OPERATIONS = 64
-WAITING_LIMIT = 0.1  # share of the time that may go unmentioned
+WAITING_SHOWN = 0.01  # share of the time from which a line names it
+WAITING_LIMIT = 0.1  # share of the time from which a session warns
 SECONDS_TO_JUDGE = 10.0  # an epoch shorter than this is mostly its own start
 
 
 class MetricLogger:
-    """Writes and prints rows, on the first process."""
+    """Writes and prints rows, on rank 0."""
 
     def __init__(
         self,
@@ -51,9 +53,12 @@ class MetricLogger:
         self.run = run
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
-        self.first_step = completed_steps
+        self.first_step = self.completed_steps = completed_steps
         self.has_warned = False
-        self.started = time.perf_counter()
+        self.pace = LinePace()
+        self.since = time.perf_counter()  # of the last row
+        self.spent_seconds = {"train": 0.0, "validation": 0.0}  # in this session, up to the last row
+        self.validations, self.validated_epochs = 0, completed_epochs
         self.buffered: list[Row] = []  # not written yet
         self.has_disk_error = False
         self.events = run.tensorboard / "events.out.tfevents.0.recipe"
@@ -69,10 +74,10 @@ class MetricLogger:
         )
 
     def _cut(self, planned: list[Place]) -> str | None:
-        """Keep the planned rows, those before the checkpoint; returns which of them are missing, in words.
+        """Keep the planned rows before the checkpoint. Returns the missing ones, in words.
 
-        The others come again: later steps, and the validation of an epoch that was saved before it. A row that is
-        there twice is kept once.
+        The others come again: later steps, and the validation of an epoch that was saved before it. A row that is there
+        twice is kept once.
         """
         stored = {row.place: row for row in reversed([Row(**row) for row in self.run.metric_rows()])}
         rows = [stored[place] for place in planned if place in stored]
@@ -96,7 +101,7 @@ class MetricLogger:
         self.event_bytes = len(content)
 
     def write(self, row: Row) -> None:
-        """Print a row, append it to the file and to TensorBoard's events; a row that the disk refuses is retried."""
+        """Print a row, append it to the file and to TensorBoard's events. Rows that the disk refuses are retried."""
         self._print_row(row)
         self.buffered.append(row)
         try:
@@ -107,7 +112,7 @@ class MetricLogger:
             self.has_disk_error = True
 
     def flush(self, durably: bool = False) -> None:
-        """Write the buffered rows; raises `DiskError` and keeps them where the disk refuses."""
+        """Write the buffered rows. Raises `DiskError` and keeps them if the disk refuses."""
         lines, events = as_lines(self.buffered), as_records(map(as_event, self.buffered))
         append(self.run.metrics, lines, self.written_bytes, durably)
         append(self.events, events, self.event_bytes, durably)
@@ -118,16 +123,25 @@ class MetricLogger:
 
     def _print_row(self, row: Row) -> None:
         """Above the bar on a terminal, as a plain line elsewhere."""
-        speed = f"{row.images_per_second:,.0f} images/s"
-        waiting = "" if row.data_wait_fraction is None else f"  waiting for data {row.data_wait_fraction:.0%}"
-        waiting += f"  stalled {row.stalled_fraction:.0%}" if (row.stalled_fraction or 0) > WAITING_LIMIT else ""
-        line = (
-            f"epoch {row.epoch}/{self.epochs}  step {row.step}  {row.split:<10}  loss {row.loss:.4f}  "
-            f"top-1 {row.top1_accuracy:.2%}  {speed}{waiting}{self._remaining(row)}"
-        )
-        self._print(line, sys.stdout)
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f"loss {row.loss:.3f}, {speed}{waiting}")
+        now = time.perf_counter()
+        self.spent_seconds[row.split] += now - self.since
+        self.since = now
+        self.validations += row.split == "validation"
+        self.validated_epochs = row.epoch - (row.split == "train")
+        self.pace.printed()
+        if row.split == "validation":
+            measured = f"loss {row.loss:.4f}  top-1 {row.top1_accuracy:.2%}  top-5 {row.top5_accuracy:.2%}"
+            self._print(f"{self._place(row.step, row.epoch)}  validation  {measured}{self._eta(row.step)}", sys.stdout)
+            return
+        speed = f"{row.images_per_second:,.0f} img/s{lost_time(row)}"
+        measured = f"loss {row.loss:.3f}  top-1 {row.top1_accuracy:.1%}"
+        self._print(f"{self._place(row.step, row.epoch)}  {measured}  {speed}{self._eta(row.step)}", sys.stdout)
+        self.bar.set_postfix_str(f"loss {row.loss:.3f}, {speed}")
+
+    def _place(self, step: int, epoch: int) -> str:
+        """`epoch 3/6  step 111/222`, aligned over all lines of a run."""
+        steps = str(self.epochs * self.steps_per_epoch)
+        return f"epoch {epoch:{len(str(self.epochs))}}/{self.epochs}  step {step:{len(steps)}}/{steps}"
 
     def _print(self, line: str, file: TextIO) -> None:
         if self.bar.disable:
@@ -135,16 +149,16 @@ class MetricLogger:
         else:
             self.bar.write(line, file=file)
 
-    def _remaining(self, row: Row) -> str:
-        """The remaining time at the speed of this session."""
-        done = row.step - self.first_step
-        left = self.epochs * self.steps_per_epoch - row.step
-        if not (done and left):
-            return ""
-        return f"  ETA {tqdm.format_interval((time.perf_counter() - self.started) / done * left)}"
+    def _eta(self, step: int) -> str:
+        """The remaining time at the speed of this session. Validations count once one was measured."""
+        training = self.spent_seconds["train"] + time.perf_counter() - self.since
+        steps, done = self.epochs * self.steps_per_epoch - step, step - self.first_step
+        seconds = training / max(1, done) * steps
+        seconds += self.spent_seconds["validation"] / max(1, self.validations) * (self.epochs - self.validated_epochs)
+        return f"  ETA {eta(seconds)}" if done and seconds else ""
 
     def warn_of_waiting(self, epoch: int, data_wait_fraction: float, stalled: float, seconds: float) -> None:
-        """Warn once a session of what keeps a device from being busy; a few seconds are too short to judge."""
+        """Warn once a session if the device waits for images or the main thread. Short epochs are not judged."""
         if self.has_warned or seconds < SECONDS_TO_JUDGE or max(data_wait_fraction, stalled) <= WAITING_LIMIT:
             return
         self.has_warned = True
@@ -161,10 +175,24 @@ class MetricLogger:
         )
 
     def step(self) -> None:
+        """Count a step. Without a bar, print a line if no row was printed for a while."""
+        self.completed_steps += 1
         self.bar.update()
+        if self.bar.disable and self.pace.wait_seconds() <= 0:
+            epoch = (self.completed_steps - 1) // self.steps_per_epoch + 1
+            self._print(f"{self._place(self.completed_steps, epoch)}{self._eta(self.completed_steps)}", sys.stdout)
+            self.pace.printed()
 
     def close(self) -> None:
         self.bar.close()
+
+
+def lost_time(row: Row) -> str:
+    """The larger of data wait and stalls, if worth naming."""
+    waited, stalled = row.data_wait_fraction or 0.0, row.stalled_fraction or 0.0
+    if stalled > max(WAITING_LIMIT, waited):
+        return f"  stalled {stalled:.0%}"
+    return f"  data wait {waited:.0%}" if waited > WAITING_SHOWN else ""
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:
@@ -189,7 +217,7 @@ def as_records(events: Iterable[Event]) -> bytes:
 
 
 def append(path: Path, content: bytes, at: int, durably: bool) -> None:
-    """Write `content` after the first `at` bytes of a file; cuts off what a failed attempt left there."""
+    """Write `content` after the first `at` bytes of a file. Cuts off the rest of a failed attempt."""
     with disk_errors(path), path.open("r+b", buffering=0) as handle:
         handle.truncate(at)
         handle.seek(at)
@@ -202,10 +230,9 @@ def append(path: Path, content: bytes, at: int, durably: bool) -> None:
 class StallProbe:
     """Estimates how often this thread is stalled: times a tiny workload and compares wall with CPU time.
 
-    Each operation of torch releases the GIL and takes it again, as launching a kernel does. Wall time that is not CPU
-    time was spent waiting for the GIL, which decoding threads may hold, or for a core: such a loop does not wait for
-    data and is slow nevertheless. The GIL changes hands every 5 ms or so: a few samples tell little, those of an epoch
-    tell it well.
+    Each operation of torch releases the GIL and takes it again, as launching a kernel does. Wall time beyond CPU time
+    was spent waiting for the GIL (taken by decoding threads) or for a core. Such a loop is slow without waiting for
+    data. The GIL changes hands every 5 ms or so: a few samples say little, those of an epoch are reliable.
     """
 
     def __init__(self) -> None:
@@ -221,14 +248,14 @@ class StallProbe:
         self.seconds += time.perf_counter() - clock
 
     def stalled(self) -> float:
-        """The share of the wall time of all samples since the last call in which this thread did not run."""
+        """The stalled share of the wall time of all samples since the last call."""
         share = 1 - self.processor_seconds / self.seconds if self.seconds else 0.0
         self.seconds = self.processor_seconds = 0.0
         return max(0.0, share)
 
 
 class DataWait:
-    """Measures the wall time that a loop waits for its next item; with a probe, also how often it is stalled.
+    """Measures the wall time that a loop waits for its next item and, with a probe, how often it is stalled.
 
     The probe is for loops that launch work on a GPU: on a CPU the thread that computes competes with its own kernels.
     """
@@ -239,7 +266,6 @@ class DataWait:
         self.probe = probe
 
     def timed(self, items: Iterator[T]) -> Iterator[T]:
-        """The same items."""
         while True:
             before = time.perf_counter()
             item = next(items, None)
@@ -251,11 +277,11 @@ class DataWait:
             yield item
 
     def stalled_fraction(self) -> float | None:
-        """Since the last call; None without a probe."""
+        """Since the last call. None without a probe."""
         return None if self.probe is None else round(self.probe.stalled(), 4)
 
     def so_far(self) -> tuple[float, float]:
-        """(seconds since the last lap, of which waited); the lap goes on."""
+        """(seconds since the last lap, seconds of it spent waiting). The lap goes on."""
         return time.perf_counter() - self.since, self.waited_seconds
 
     def continue_from(self, seconds: float, waited_seconds: float) -> None:
@@ -263,7 +289,7 @@ class DataWait:
         self.since, self.waited_seconds = time.perf_counter() - seconds, waited_seconds
 
     def lap(self) -> tuple[float, float]:
-        """(seconds since the last call, of which waited)."""
+        """(seconds since the last call, seconds of it spent waiting)."""
         now = time.perf_counter()
         elapsed, waited = now - self.since, self.waited_seconds
         self.since, self.waited_seconds = now, 0.0

@@ -1,7 +1,7 @@
 """Rows of metrics.jsonl: of the steps since the row before, and of a validation.
 
-Here the host waits for the device (with fp16 the gradient scaler waits at every step too), and a loss that is not
-finite stops the training.
+Here the host waits for the device (with fp16 the gradient scaler waits at every step too). A loss that is not finite
+stops the training.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 from recipe.errors import NonFiniteError
 from recipe.evaluation import Predict, Predictions, collect, evaluate, predictor
 from recipe.run.metric_rows import EPOCH_FIELDS, Row
+from recipe.run.progress import ProgressPrinter
 from recipe.run.records import Epoch
 from recipe.training.build import Training
 from recipe.training.ema import PreciseBnBatches, precise_bn
 
 
 def measure_steps(training: Training) -> None:
-    """A `train` row over all processes; every process calls this after the same step."""
+    """Write a `train` row over all processes. Every process calls this after the same step."""
     tally = training.world.sum(training.train_step.take_tally()).tolist()
     loss, top1, top5, images = tally
     seconds, waited_seconds = training.wait.lap()
@@ -44,7 +45,7 @@ def measure_steps(training: Training) -> None:
 
 
 def validate(training: Training, predict: Predict) -> None:
-    """A `validation` row: every image once, by `validation_predictor`; its time is counted since the last lap."""
+    """Write a `validation` row: every image once. Its time is counted since the last lap."""
     predictions = predict_validation(training, predict)
     seconds, _ = training.wait.lap()
     with training.world.rank0_errors_everywhere():
@@ -53,9 +54,9 @@ def validate(training: Training, predict: Predict) -> None:
 
 
 def validation_predictor(training: Training) -> Predict:
-    """A predictor of the evaluated weights, those of the EMA where there is one, made equal on every process.
+    """A predictor of the evaluated weights, those of the EMA if it is on, made equal on every process.
 
-    Call this before the epoch's checkpoint, so that the checkpoint holds the weights that are validated.
+    Call this before the epoch's checkpoint, so that the checkpoint contains the validated weights.
     """
     config, world, model = training.config, training.world, training.ema.model
     world.broadcast_module(training.model)
@@ -74,12 +75,15 @@ def validation_predictor(training: Training) -> Predict:
 
 
 def predict_validation(training: Training, predict: Predict) -> Predictions | None:
-    """A prediction for every validation image, on the first process; the network is in training mode afterwards."""
+    """Predictions of all validation images on rank 0, else None. Leaves the network in training mode."""
     validation = training.validation
     batches = training.stop_request.polled(training.watchdog.watched(validation), validation.common_batches)
-    predictions = collect(evaluate(predict, batches), training.world, len(validation.loader.split))
+    shows = training.metric_log is not None
+    with ProgressPrinter("validating", len(validation), "batches", shows=shows) as progress:
+        predictions = evaluate(predict, progress.counted(batches))
+    collected = collect(predictions, training.world, len(validation.loader.split))
     training.model.train()
-    return predictions
+    return collected
 
 
 def _recalibrate_ema(training: Training, predict: Predict) -> None:
@@ -126,7 +130,6 @@ def _note_validation(training: Training, predictions: Predictions, seconds: floa
 
 
 def _measured_row(training: Training, **measured: Any) -> Row:
-    """The numbers of a row with their place in the run."""
     progress = training.progress
     return Row(
         epoch=progress.epoch + 1,
@@ -153,7 +156,7 @@ def _epoch(training: Training, row: Row, validation_seconds: float) -> Epoch:
 
 
 def _write(training: Training, row: Row) -> None:
-    """Write the row on the first process; stop on every process that sees a loss which is not finite."""
+    """Write the row on rank 0. Raises `NonFiniteError` on every process that sees a loss that is not finite."""
     if not math.isfinite(row.loss):
         raise NonFiniteError(
             f"the {row.split} loss is {row.loss} at step {row.step} (epoch {row.epoch}); lower "

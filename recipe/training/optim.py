@@ -30,8 +30,9 @@ RECORDED_POINTS = 100
 class BinaryCrossEntropy(nn.Module):
     """Logits [N, classes] and labels [N] or targets [N, classes] -> a scalar.
 
-    The mean over images *and* classes, as in ResNet strikes back (Wightman et al., arXiv 2110.00476); with
-    `sum_classes` as Mosaic has it, `classes` times as large, and so is the learning rate that fits SGD.
+    The mean over images *and* classes, as in ResNet strikes back (Wightman et al., arXiv 2110.00476). With
+    `sum_classes`, as in Mosaic, the loss is `classes` times as large, and SGD needs a learning rate as many times
+    smaller.
     """
 
     def __init__(self, label_smoothing: float, sum_classes: bool, target_threshold: float | None) -> None:
@@ -41,7 +42,7 @@ class BinaryCrossEntropy(nn.Module):
         self.target_threshold = target_threshold
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The threshold comes before the smoothing: timm has it after, where it undoes the smoothing."""
+        """Apply the threshold before the smoothing: timm applies it after, and so undoes the smoothing."""
         classes = logits.shape[1]
         wide = logits if logits.dtype is torch.float64 else logits.float()
         wanted = functional.one_hot(targets, classes) if targets.dim() == 1 else targets
@@ -116,7 +117,6 @@ class DecoupledSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Decay, then SGD's own step."""
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             kept = 1 - group["decoupled_weight_decay"] * group["lr"] / group["full_learning_rate"]
@@ -126,7 +126,7 @@ class DecoupledSGD(torch.optim.SGD):
 
 
 def _lamb(groups: list[dict[str, Any]], config: OptimizationConfig) -> torch.optim.Optimizer:
-    """timm's, which trained ResNet strikes back: it clips the norm of the gradient of all parameters to 1."""
+    """LAMB of timm, as in ResNet strikes back. Clips the norm of the gradient of all parameters to 1."""
     try:
         from timm.optim.lamb import Lamb  # here: an optional dependency
     except ImportError as error:
@@ -141,7 +141,7 @@ def _lamb(groups: list[dict[str, Any]], config: OptimizationConfig) -> torch.opt
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> list[ParameterGroup]:
-    """The live parameter groups, without what moves from step to step."""
+    """The live parameter groups, without values that change from step to step."""
     return [
         ParameterGroup(
             name=group["name"],

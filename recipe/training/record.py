@@ -1,4 +1,4 @@
-"""The records of a training, read back from its live objects: its course and result, and the energy that it took."""
+"""The records of a training, read back from its live objects: its course, its result and its energy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN_INPUTS = 8  # images
 
 
 def training_record(training: Training) -> TrainingRecord:
-    """The record of a training whose last epoch is done; on the first process."""
+    """The record of a finished training, on rank 0."""
     config, world, progress = training.config, training.world, training.progress
     assert training.stage is not None, "it is the first process's"
     step = training.train_step
@@ -65,7 +65,7 @@ def training_record(training: Training) -> TrainingRecord:
 
 
 def _outputs(training: Training) -> dict[str, str]:
-    """The hashes of the evaluated weights of the last epoch, and of the best one where its checkpoint is kept."""
+    """The hashes of the evaluated weights of the last epoch and of the best one, if its checkpoint is kept."""
     best = training.run.checkpoints / f"step-{training.progress.best_step:08d}.pt"
     outputs = {"weights": weights_sha256(training.ema.model.state_dict())}
     if best.exists():
@@ -97,7 +97,6 @@ def training_inputs_png(training: Training) -> bytes:
 
 
 def _arithmetic(training: Training) -> dict[str, Setting]:
-    """The arithmetic, from torch's own switches and the model's tensors."""
     parameter = next(parameter for parameter in training.model.parameters() if parameter.dim() == 4)
     return {
         "forward_and_backward": training.train_step.precision.value,
@@ -129,7 +128,7 @@ def accelerator_joules(uuids: Sequence[str] | None = None) -> float | None:
 
 
 class EnergyMeter:
-    """Reads the counter of this run's accelerators now, for the difference later; off where several machines run it."""
+    """The energy of this run's accelerators since its start. Off if several machines run it."""
 
     def __init__(self, world: World) -> None:
         self.uuids = accelerator_uuids(world)
@@ -139,7 +138,7 @@ class EnergyMeter:
         return accelerator_joules(self.uuids) if self.uuids else None
 
     def record(self, sessions: Sequence[Session]) -> EnergyRecord | None:
-        """The energy since the start; None without a counter, and where another session trained a part."""
+        """The energy since the start. None without a counter, or if another session trained a part."""
         now = self.read()
         if self.joules is None or now is None or len(sessions) != 1:
             return None
@@ -153,7 +152,7 @@ class EnergyMeter:
 
 
 def accelerator_uuids(world: World) -> list[str]:
-    """NVML's names of this run's devices; none on a CPU and where several machines run it."""
+    """NVML's names of this run's devices. Empty on a CPU, or if several machines run it."""
     if not world.is_rank0 or world.device.type != "cuda" or world.size != world.local_size:
         return []
     uuids = [getattr(torch.cuda.get_device_properties(index), "uuid", None) for index in range(world.local_size)]

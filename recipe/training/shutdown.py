@@ -1,8 +1,8 @@
 """Graceful shutdown: signal handlers set a flag, all ranks agree on it, training stops after the same step.
 
-A scheduler that takes the machine back sends SIGTERM or a user signal, a closing terminal SIGHUP, a person Ctrl-C.
-All processes poll after the same steps and add up their flags, so that all of them stop at the same step even where
-only one got the signal. The training loop then saves a checkpoint and exits with code 75.
+A scheduler that takes the machine back sends SIGTERM or a user signal, a closing terminal SIGHUP, a person Ctrl-C. All
+processes poll after the same steps and add up their flags, so all of them stop at the same step even if only one got
+the signal. The training loop then saves a checkpoint and exits with code 75.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StopRequest:
         self.every = STEPS_BETWEEN_POLLS if world.size > 1 and world.device.type == "cuda" else 1
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler; a second Ctrl-C stops at once."""
+        """Handle a signal. A second Ctrl-C stops at once."""
         now = time.monotonic()
         if number == signal.SIGINT:
             echo_seconds = ECHO_SECONDS if self.is_launched else 0.0
@@ -57,7 +57,7 @@ class StopRequest:
                     os.write(2, text.encode())  # print is not safe here: it may be interrupted print itself
 
     def poll(self, step: int) -> None:
-        """Raise `Stopped` on all processes or on none; all of them poll at the same steps."""
+        """Raise `Stopped` on all processes or on none. All of them poll at the same steps."""
         if step % self.every == 0 and self._is_agreed():
             raise Stopped
 
@@ -68,7 +68,7 @@ class StopRequest:
         return bool(self.world.sum(requests).item() > 0)
 
     def polled(self, items: Iterable[T], common: int) -> Iterator[T]:
-        """The same items with a poll after each of the first `common`, which every process has, and one at the end."""
+        """The same items. Polls after each of the first `common`, as every process has so many, and at the end."""
         for number, item in enumerate(items, start=1):
             yield item
             if number <= common:
@@ -78,7 +78,7 @@ class StopRequest:
 
 @contextmanager
 def graceful_shutdown(world: World) -> Iterator[StopRequest]:
-    """Handle signals inside; enter this after the process group is there.
+    """Handle signals inside. Enter this after the process group is there.
 
     While a process waits in C++ for the others to join, no Python handler runs: no signal could end it.
     """

@@ -19,17 +19,17 @@ from recipe.training.optim import Loss
 
 
 def compiled(model: nn.Module, trainer: TrainerConfig) -> nn.Module:
-    """`trainer.compile`, with CUDA graphs where `trainer.cuda_graphs` is set."""
+    """Apply `trainer.compile`, with CUDA graphs if `trainer.cuda_graphs` is set."""
     if not trainer.compile:
         return model
     return cast(nn.Module, torch.compile(model, mode="reduce-overhead" if trainer.cuda_graphs else None))
 
 
 def replicate(model: nn.Module, world: World, example: Tensor, precision: Precision) -> nn.Module:
-    """DistributedDataParallel where there are several processes: gradients are averaged over them.
+    """Wrap in DistributedDataParallel if there are several processes: gradients are averaged over them.
 
     DDP changes the layout of its gradient buckets after the first backward pass, so a continued run would sum in
-    another order than an uninterrupted one; one pass over `example` ([N, 3, H, W], in the arithmetic of the steps)
+    another order than an uninterrupted one. One pass over `example` ([N, 3, H, W], in the arithmetic of the steps)
     before the first step settles the layout. Buffers are put back and gradients dropped. It takes three processes to
     show the difference.
     """
@@ -48,7 +48,7 @@ def replicate(model: nn.Module, world: World, example: Tensor, precision: Precis
 
 
 class TrainStep:
-    """One optimizer step from the forward passes of this process; its counts stay on the device."""
+    """One optimizer step from the forward passes of this process. Its counts stay on the device."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class TrainStep:
         self.tally = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss x images, top-1, top-5, images
 
     def __call__(self, batches: list[Batch], learning_rate: float) -> None:
-        """Forward and backward over all batches, then one update; the gradient is that of the mean over all images."""
+        """Forward and backward over all batches, then one update. The gradient is that of the mean over all images."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         for number, batch in enumerate(batches, start=1):

@@ -1,12 +1,12 @@
-"""Watchdog: keeps the stacks of all processes when one of them hangs.
+"""Watchdog: writes the stacks of all processes when one of them hangs.
 
 A hung rank cannot report itself: it may be stuck in C code while the others block in a collective. So each process sets
-an alarm at every step and every batch of validation; where none follows for most of `trainer.timeout_seconds`, Python's
+an alarm at every step and every batch of validation. If none follows for most of `trainer.timeout_seconds`, Python's
 own C thread writes the stack of every thread to `hang/rank-<rank>.txt` in the run directory, without the GIL. A little
 later the collective times out in the processes that wait, and their error names these files.
 
-Processes on other nodes write to their own file system where it is not shared; these files are the only ones that
-processes other than the first write.
+These files are the only ones that processes other than rank 0 write. On another node they go to its own file system if
+that is not shared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Watchdog:
-    """The alarm of this process, as a context manager; off where it is the only one.
+    """The alarm of this process, as a context manager. Off if it is the only process.
 
     Raises `HangError` in place of the error of a process that waited for a hung one.
     """
@@ -69,7 +69,6 @@ class Watchdog:
             faulthandler.dump_traceback_later(ALARM_SHARE * self.timeout_seconds, file=self.file or sys.stderr)
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items, each of them progress."""
         for item in items:
             yield item
             self.progressed()
@@ -80,7 +79,7 @@ class Watchdog:
         return self._bytes() > self.kept_bytes
 
     def close(self, is_clean: bool) -> None:
-        """Cancel the alarm; a clean end drops the stacks of this session, and an empty file goes."""
+        """Cancel the alarm. A clean end drops the stacks of this session and removes an empty file."""
         faulthandler.cancel_dump_traceback_later()
         if self.file is None:
             return
@@ -102,7 +101,7 @@ class Watchdog:
 
 
 def _opened(path: Path) -> IO[Any] | None:
-    """For appending; None, which stands for the terminal, where this process cannot write there."""
+    """Open for appending. None, which stands for the terminal, if this process cannot write there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("ab")

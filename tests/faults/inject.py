@@ -2,7 +2,7 @@
 
     FAULT=kill@1:13 python tests/faults/inject.py experiment=smoke trainer.gpus=2
 
-`FAULT=<name>@<rank>:<step>` strikes the process of that rank once its run has completed that many steps; a `+` at the
+`FAULT=<name>@<rank>:<step>` strikes the process of that rank once its run has completed that many steps. A `+` at the
 end repeats it in every attempt of an elastic launch, else only the first attempt is struck. The names:
 
     kill          SIGKILL
@@ -10,15 +10,15 @@ end repeats it in every attempt of an elastic launch, else only the first attemp
     hang          the process sleeps for an hour
     nan           the weights of this process become NaN
     joining       SIGTERM before the processes join their group
-    beginning     SIGTERM after that, before anything is built; of joining and beginning the step is 0
-    naming        SIGKILL when a file is written and not renamed yet; the step counts such files of a process
+    beginning     SIGTERM after that, before anything is built (step 0, as for joining)
+    naming        SIGKILL when a file is written and not renamed yet (the step counts such files of a process)
     validation    SIGTERM as the next validation begins
 
 `stop`, `joining`, `beginning` and `validation` with `-launcher` after them strike the parent process instead, with
-`-group` the process group; this process goes on once the signal has reached it.
+`-group` the process group. This process goes on once the signal has reached it.
 
-The functions that are struck are wrapped where `train` finds them, so production holds no hook. The processes that
-`launch` spawns import the script that was started, which is this one, and are wrapped by that; torchrun runs it.
+The functions are wrapped in the modules from which `train` takes them, so production code has no hook. Processes that
+`launch` spawns import the script that was started, this one, and so are wrapped too. torchrun runs it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 
 def inject(patch: pytest.MonkeyPatch) -> None:
-    """Wrap everything that a fault can strike; what strikes is read from the environment at each place."""
+    """Wrap everything that a fault can strike. Each wrapper reads the environment."""
     join, build, take_step, validate = (
         torch.distributed.init_process_group,
         loop.build_training,
@@ -90,7 +90,7 @@ def injected(fault: str) -> Iterator[None]:
 
 
 def is_due(name: str, rank: int, step: int) -> bool:
-    """Whether the fault of this name is to strike here and now."""
+    """Whether the fault of this name strikes here and now."""
     fault = os.environ.get(VARIABLE, "")
     is_first_attempt = os.environ.get(ATTEMPT, "0") == "0"
     return (is_first_attempt or fault.endswith("+")) and fault.rstrip("+") == f"{name}@{rank}:{step}"
@@ -137,7 +137,7 @@ def naming(temporary_sibling: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 
 def _send_and_wait(send: Callable[[], None]) -> None:
-    """Send SIGTERM to others and wait until it was handed on to this process, which may end by it."""
+    """Send SIGTERM to others and wait for it to be handed on to this process, which it may end."""
     handler, has_come = signal.getsignal(signal.SIGTERM), [False]
 
     def noting(number: int, frame: FrameType | None) -> None:

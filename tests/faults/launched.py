@@ -1,4 +1,4 @@
-"""Starts training as a user does, lets a fault befall it, and looks at what is left."""
+"""Starts training as a user does, strikes it with a fault, and collects the result."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def start(
     new_session: bool = False,
     terminal: int | None = None,
 ) -> subprocess.Popen[str]:
-    """Start a training in `directory`, in the run `x` unless the words say otherwise; a fault goes through inject.py.
+    """Start a training in `directory`, in the run `x` unless the words say otherwise. A fault goes through inject.py.
 
-    With a `terminal` it runs as in the foreground of a shell there, and what it prints goes to it.
+    With a `terminal` it runs and prints there, as in the foreground of its shell.
     """
     common = [*COMMON, f"data.directory={data}"]
     script = "tests/faults/inject.py" if fault else "train.py"
@@ -58,7 +58,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], code: int, seconds: float = 300) -> tuple[str, str]:
-    """What it printed, once it has ended with this exit code."""
+    """Its output, after it ended with this exit code."""
     try:
         output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ def finish(process: subprocess.Popen[str], code: int, seconds: float = 300) -> t
 
 
 def weights_of(output: str) -> str:
-    """The weights hash, which training prints last."""
+    """The weights hash: the last line of training."""
     name, value = output.strip().splitlines()[-1].split()
     assert name == "weights_sha256"
     return value

@@ -1,4 +1,4 @@
-"""Images that cannot be read: listed by preprocessing, named by training, and quickly, whichever process meets them."""
+"""Unreadable images: listed by preprocessing, named by training, and quickly, by any process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Words = Callable[..., list[str]]
 
 @pytest.mark.process
 def test_f12_preprocessing_lists_every_unusual_and_every_damaged_image(tmp_path: Path) -> None:
-    """One of each kind at once: what can be read is in the data set, what cannot is left out, and both are listed."""
+    """One of each kind at once: readable ones are in the data set, the others are left out, and all are listed."""
     damaged = {
         "n01440764_11": (encoded(pixels("a", 400, 300))[:2000], "truncated"),
         "n01440764_12": (b"", "empty"),
@@ -71,7 +71,7 @@ def test_f12_training_names_a_shard_that_is_missing(smoke: Words, data_directory
 
 
 def train_noting_refusals(config: Config) -> TrainingRecord | None:
-    """Train; the moment at which an image was refused is the first line of `refused`, that of the end of `ended`."""
+    """Train. Writes the time of the first refusal of an image to `refused`, that of the end to `ended`."""
     decode = PillowDecoder.open
 
     def noting(self: PillowDecoder, content: bytes) -> EncodedImage:
@@ -95,7 +95,7 @@ def train_noting_refusals(config: Config) -> TrainingRecord | None:
 def test_f15_a_failure_in_a_thread_of_one_process_of_two_surfaces_within_five_seconds(
     smoke: Words, data_directory: Path, tmp_path: Path
 ) -> None:
-    """From the refusal of the image to the end of its process: 5 s; the launcher, on a busy machine, a little later."""
+    """From the refusal of the image to the end of its process: 5 s. The launcher, on a busy machine, a little later."""
     key, shard = with_damaged_image(data_directory, tmp_path / "damaged")
     words = smoke(
         f"data.directory={tmp_path / 'damaged'}",
@@ -109,7 +109,7 @@ def test_f15_a_failure_in_a_thread_of_one_process_of_two_surfaces_within_five_se
     assert stopped.value.exit_code == UserError.exit_code
     refused, ended = (float(Path(name).read_text().splitlines()[0]) for name in ("refused", "ended"))
     assert 0 <= ended - refused < 5
-    assert launcher_ended - refused < 60  # less than a wait for the others would take; 23 s were seen at load 16
+    assert launcher_ended - refused < 60  # less than a wait for the others would take: 23 s were seen at load 16
 
 
 def fails_with(error: Exception) -> Callable[..., Tensor]:

@@ -103,7 +103,7 @@ def files_of_at_most(limit: int) -> Iterator[None]:
 def test_f09_rows_that_the_disk_refuses_wait_and_none_is_lost_or_written_twice(
     smaller: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whichever of the two files is refused: half a line and half an event are cut off again."""
+    """For either of the two files: half a line and half an event are cut off again."""
     run = Run(tmp_path / "run")
     with closing(MetricLogger(run, 1, 9, 1, 0, 0)) as logger:
         logger.write(row(1))
@@ -136,7 +136,7 @@ def rows_refused(monkeypatch: pytest.MonkeyPatch, attempts: set[int]) -> None:
 
 
 def test_f09_a_disk_that_is_full_for_a_while_costs_no_row(smoke: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and the checkpoint behind them are refused together, then come together."""
+    """Rows and the checkpoint after them are refused together, then come together."""
     words = ("trainer.log_every_steps=1", "optimization.batch_size=36", "optimization.epochs=2")
     steps = [1, 2, 3, 3, 4, 5, 6, 6]
     rows_refused(monkeypatch, {2, 3, 4, 5})  # the rows of steps 2, 3 and of validation, the checkpoint of step 3
@@ -166,7 +166,7 @@ class _Usage(NamedTuple):
 def test_f09_the_disk_is_asked_for_room_before_training(
     more: tuple[str, ...], smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for one checkpoint too few stops the run; the size in the message is that of the checkpoints that come."""
+    """Room for one checkpoint too few stops the run. The message has the size of a checkpoint."""
     words = smoke("optimization.epochs=1", "trainer.save_every_steps=2", "optimization.learning_rate=0.01", *more)
     with_free_space(monkeypatch, 1000)
     with pytest.raises(DiskError, match=r"has 0\.0 MiB left, too little for 5 checkpoints of ") as stopped:
@@ -220,7 +220,7 @@ def kind_of_failure(words: list[str], fault: str) -> str:
 
 
 @pytest.mark.slow
-def test_f10_numbers_that_are_none_stop_every_process_and_spoil_no_checkpoint(smoke: Words, tmp_path: Path) -> None:
+def test_f10_nan_stops_every_process_and_spoils_no_checkpoint(smoke: Words, tmp_path: Path) -> None:
     """Fault 10: rank 1 alone is poisoned in the second epoch."""
     words = smoke("optimization.batch_size=36", "optimization.epochs=2", "trainer.log_every_steps=1")
     found = spawn_ranks(2, kind_of_failure, words, "nan@1:4")
@@ -230,7 +230,7 @@ def test_f10_numbers_that_are_none_stop_every_process_and_spoil_no_checkpoint(sm
 
 
 def seconds_until_noticed(words: list[str], fault: str) -> tuple[float, str]:
-    """The process of that rank sleeps; how long each takes to end, and what it says."""
+    """The process of that rank sleeps. Returns the seconds and the output of each."""
     if fault.startswith(f"hang@{os.environ['RANK']}"):
         time.sleep = _short_sleep  # type: ignore[assignment]
     started = time.monotonic()
@@ -243,7 +243,7 @@ def _short_sleep(seconds: float, sleep: Callable[[float], None] = time.sleep) ->
 
 @pytest.mark.slow
 def test_f11_a_process_that_hangs_is_noticed_and_all_stacks_are_kept(smoke: Words, tmp_path: Path) -> None:
-    """The frame that hangs is named, so is what the other one waits in; an earlier hang's stacks stay."""
+    """The frame that hangs is named, and the one in which the other waits. An earlier hang's stacks stay."""
     hangs = Run(tmp_path / "run").hangs
     hangs.mkdir(parents=True)
     (hangs / "rank-0.txt").write_text("earlier\n")
@@ -262,7 +262,7 @@ def test_f11_a_process_that_hangs_is_noticed_and_all_stacks_are_kept(smoke: Word
 
 
 def watched_training(words: list[str]) -> str:
-    """How training ends, and how often the alarm was set."""
+    """The end of training, and the number of alarms."""
     alarms: list[float] = []
     alarm = faulthandler.dump_traceback_later
     faulthandler.dump_traceback_later = lambda seconds, **more: alarms.append(seconds)

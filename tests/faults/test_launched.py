@@ -1,4 +1,4 @@
-"""Faults of whole processes, by either launch: what a person or a scheduler sees, and that nothing is lost."""
+"""Faults of processes, by either launch: a clear end for a person or a scheduler, and nothing lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHORT = ("optimization.epochs=2",)
 
 @pytest.fixture(scope="session")
 def uninterrupted(data_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights that two processes end with when nothing happens."""
+    """The weights of two undisturbed processes."""
     directory = tmp_path_factory.mktemp("whole")
     output, _ = finish(start(directory, data_directory, *SHORT, "trainer.gpus=2"), 0)
     return weights_of(output)
@@ -41,7 +41,7 @@ def uninterrupted(data_directory: Path, tmp_path_factory: pytest.TempPathFactory
 def test_f01_a_killed_rank_is_restarted_and_ends_with_the_uninterrupted_weights(
     launch: str, data_directory: Path, tmp_path: Path, uninterrupted: str
 ) -> None:
-    """Fault 1: rank 1 vanishes at step 13; the next attempt continues after the checkpoint of step 9."""
+    """Fault 1: rank 1 vanishes at step 13. The next attempt continues after the checkpoint of step 9."""
     launcher, words = BOTH[launch]
     restarts = ("trainer.max_restarts=1",) if launcher == OURS else ()
     launcher = (*launcher, "--max-restarts=1") if launcher == TORCHRUN else launcher
@@ -55,7 +55,7 @@ def test_f01_a_killed_rank_is_restarted_and_ends_with_the_uninterrupted_weights(
 
 @pytest.mark.parametrize("launch", BOTH)
 def test_f02_no_process_outlives_its_launcher(launch: str, data_directory: Path, tmp_path: Path) -> None:
-    """Fault 2, and 14: the launcher is killed; the run directory is free again and the next command continues."""
+    """Fault 2, and 14: the launcher is killed. The run directory is free again and the next command continues."""
     launcher, words = BOTH[launch]
     process = start(tmp_path, data_directory, *ENDLESS, *words, launcher=launcher)
     wait_until(lambda: steps_done(tmp_path) > 12)
@@ -73,7 +73,7 @@ def test_f02_no_process_outlives_its_launcher(launch: str, data_directory: Path,
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_f03_a_signal_to_our_launcher_saves_the_step(number: int, data_directory: Path, tmp_path: Path) -> None:
-    """Fault 3; SIGTERM comes below."""
+    """Fault 3. SIGTERM comes below."""
     process = start(tmp_path, data_directory, *ENDLESS, "trainer.gpus=2", new_session=True)
     wait_until(lambda: steps_done(tmp_path) > 12)
     if number == signal.SIGINT:
@@ -116,7 +116,7 @@ def read_until_closed(descriptor: int) -> None:
 def test_f03_what_was_ignored_at_the_start_stays_ignored(
     number: int, gpus: int, data_directory: Path, tmp_path: Path
 ) -> None:
-    """SIGHUP under nohup, SIGINT in a background job; to the whole group, so to the launcher and its processes."""
+    """SIGHUP under nohup, SIGINT in a background job, sent to the process group: launcher and processes."""
     before = signal.signal(number, signal.SIG_IGN)
     process = start(tmp_path, data_directory, *ENDLESS, f"trainer.gpus={gpus}", new_session=True)
     signal.signal(number, before)
@@ -152,7 +152,7 @@ def two_agents(directory: Path, data: Path, *words: str, fault: str | None = Non
 def test_f01_a_killed_process_of_two_nodes_is_restarted_and_ends_with_the_weights_of_one_node(
     data_directory: Path, tmp_path: Path, uninterrupted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the export that training asks for where torch needs it; both agents start their process anew."""
+    """With the export that training asks for if torch needs it. Both agents start their process again."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     agents = two_agents(tmp_path, data_directory, *SHORT, fault="kill@1:13")
     ended = [finish(agent, 0) for agent in agents]
@@ -177,7 +177,7 @@ STOPS = (
 def test_f03_signals_to_launcher_and_group_save_wherever_they_come(
     data_directory: Path, tmp_path: Path, uninterrupted: str
 ) -> None:
-    """Before and in the first step, in an epoch, in validation; each command continues the one before."""
+    """Before and in the first step, in an epoch, in validation. Each command continues the one before."""
     words = (*SHORT, "trainer.gpus=2")
     for fault, said in STOPS:
         process = start(tmp_path, data_directory, *words, fault=fault, new_session=True)

@@ -1,4 +1,4 @@
-"""Faults of the processes that decode: none outlives its training, and a training whose decoder dies says so."""
+"""Faults of decoding processes: none outlives its training, and a training without its decoder says so."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINING_AND_LOADING = 4  # the training process, the one that divided, and the 
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
-    """A test that fails must not leave an endless training behind."""
+    """A failing test must not leave an endless training."""
     yield
     for pid in processes_of(tmp_path):
         os.kill(pid, signal.SIGKILL)

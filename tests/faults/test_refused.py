@@ -1,4 +1,4 @@
-"""What is refused before it does harm: two runs in one directory, processes that do not fit together, hostile files."""
+"""Refused before any harm: two runs in one directory, processes that do not fit together, hostile files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_f13_processes_that_differ_are_refused_before_the_first_step(
 def test_f14_a_second_training_is_refused_at_once_and_accepted_when_the_first_is_killed(
     data_directory: Path, tmp_path: Path
 ) -> None:
-    """The first is a command; the second, in this process, has the same words."""
+    """The first is a command. The second, in this process, has the same words."""
     words = ["optimization.epochs=500", "trainer.log_every_steps=1"]
     first = start(tmp_path, data_directory, *words)
     wait_until(lambda: steps_done(tmp_path) > 9)

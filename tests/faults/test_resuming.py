@@ -39,7 +39,7 @@ def train(config: Config) -> TrainingRecord | None:
 
 
 def train_stopped(words: list[str], name: str, rank: int, step: int) -> None:
-    """Train until that rank alone is told to stop; every process leaves with 75."""
+    """Train until that rank alone is asked to stop. Every process leaves with 75."""
     with injected(f"{name}@{rank}:{step}"), pytest.raises(SystemExit) as end:
         train(compose_config(*words))
     assert end.value.code == 75
@@ -52,7 +52,7 @@ def rows(words: list[str]) -> list[dict[str, Any]]:
 
 
 def cut_and_compare(words: list[str], run_dir: str, rank: int, threads: int | None = None) -> TrainingRecord | None:
-    """Cut twice within one epoch and once in its validation, continue; compare with an uninterrupted run."""
+    """Cut twice within one epoch and once in its validation, continue, compare with an uninterrupted run."""
     whole, cut = [*words, f"run_dir={run_dir}/whole"], [*words, f"run_dir={run_dir}/cut"]
     train(compose_config(*whole))
     for step in CUTS:
@@ -79,7 +79,7 @@ def exact_and_positions(words: list[str], run_dir: str, rank: int) -> tuple[list
 def test_f04_a_stopped_run_continues_bit_by_bit_on_several_processes(
     smoke: Words, tmp_path: Path, processes: int
 ) -> None:
-    """The last rank alone is told; three processes, because two hide the order of a sum."""
+    """The last rank alone is asked to stop. Three processes: two hide the order of a sum."""
     results = spawn_ranks(processes, exact_and_positions, smoke(*LONG), str(tmp_path), processes - 1)
     assert results[0] == ([None, True, True, True], [0, *(cut + 1 for cut in CUTS), 2 * STEPS_PER_EPOCH])
     assert results[1:] == [None] * (processes - 1)
@@ -95,7 +95,7 @@ def test_f05_a_stopped_run_continues_bit_by_bit_with_other_threads(smoke: Words,
 
 
 def images_of(words: list[str], fault_text: str | None) -> list[int]:
-    """Which images this process trained on, in order, until it was stopped or done."""
+    """The images that this process trained on, in order, until it was stopped or done."""
     seen: list[int] = []
     step = loop.take_step
 

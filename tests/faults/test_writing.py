@@ -23,7 +23,7 @@ from tests.faults.launched import COMMON, finish, start
 
 Words = Callable[..., list[str]]
 # Writes the document of `x` over and over, killed before the 1st, 2nd, ... file gets its name, and once in peace.
-# Forks need no import each; nothing here has threads.
+# Forks import nothing again, and nothing here has threads.
 KILL_AT_EACH_FILE = """
 import os, shutil, sys
 from recipe.document.render import write_document

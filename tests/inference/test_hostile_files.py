@@ -1,4 +1,4 @@
-"""Exported files and checkpoints from strangers: `Classifier` says in one sentence why it does not use them."""
+"""Untrusted exported files and checkpoints: `Classifier` refuses them with one clear line."""
 
 from __future__ import annotations
 
@@ -160,16 +160,16 @@ def test_an_interface_that_contradicts_its_graph_is_refused(changes: dict[str, A
 
 @pytest.mark.parametrize("name", ["interface", "accuracy", "training", "versions", "format"])
 @pytest.mark.parametrize("value", ["[" * 10**5 + "]" * 10**5, '{"a":' * 10**5, "", "null", "\ud7ff", "NaN", "[1]"])
-def test_metadata_of_any_kind_are_one_sentence(name: str, value: str, model: onnx.ModelProto) -> None:
+def test_invalid_metadata_are_refused_in_one_line(name: str, value: str, model: onnx.ModelProto) -> None:
     assert refusal(with_property(model, name, value))
 
 
-def test_a_property_that_stands_twice_is_refused(model: onnx.ModelProto) -> None:
+def test_a_repeated_property_is_refused(model: onnx.ModelProto) -> None:
     model.metadata_props.append(model.metadata_props[0])
     assert "twice" in refusal(model)
 
 
-def test_metadata_that_are_not_text_are_one_sentence(model: onnx.ModelProto) -> None:
+def test_metadata_that_are_not_text_are_refused_in_one_line(model: onnx.ModelProto) -> None:
     content = model.SerializeToString()
     assert refusal(content.replace(b"recipe-onnx/1", b"\xff\xfeipe-onnx/1"))
 
@@ -217,12 +217,12 @@ def poisoned(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def test_logits_that_are_not_finite_are_no_answer(model: onnx.ModelProto) -> None:
+def test_logits_that_are_not_finite_are_refused(model: onnx.ModelProto) -> None:
     assert "not finite" in refusal(poisoned(model))
 
 
 @pytest.mark.parametrize("name", ["x.onnx", "x.pt"])
-def test_what_is_not_a_file_is_refused_at_once(name: str) -> None:
+def test_pipes_and_devices_are_refused_at_once(name: str) -> None:
     os.mkfifo(name)
     Path("zero.onnx").symlink_to("/dev/zero")
     Path("x.pt.sha256").write_text("0" * 64)
@@ -303,9 +303,9 @@ ENTRIES = ["config", "config_sha256", "interface", "manifest_sha256", "progress"
 
 @pytest.mark.parametrize("value", [None, 7, "x", [], {}, {"a": {"b": 1}}, torch.zeros(2)], ids=str)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_checkpoint_with_another_entry_is_one_sentence(entry: str, value: Any, copied: Config) -> None:
+def test_a_checkpoint_with_another_entry_is_refused_in_one_line(entry: str, value: Any, copied: Config) -> None:
     if (entry, value) == ("average", None) or (entry == "optimizer" and isinstance(value, dict)):
-        return  # this run has no average; the optimizer is training's to restore
+        return  # this run has no average, and training restores the optimizer
     if entry.endswith("sha256") and value == "x":
         return  # a hash like any other: of another data set
     path = with_checkpoint(copied, lambda state: state.update({entry: value}))
@@ -319,7 +319,7 @@ def test_a_checkpoint_with_another_entry_is_one_sentence(entry: str, value: Any,
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_checkpoint_without_an_entry_is_one_sentence(entry: str, copied: Config) -> None:
+def test_a_checkpoint_without_an_entry_is_refused_in_one_line(entry: str, copied: Config) -> None:
     path = with_checkpoint(copied, lambda state: state.pop(entry))
     with pytest.raises(UserError, match="was not written by training"):
         Classifier.load(path)
@@ -328,7 +328,7 @@ def test_a_checkpoint_without_an_entry_is_one_sentence(entry: str, copied: Confi
 @pytest.mark.parametrize(
     "changes", [{"best_step": "x"}, {"best_step": -1}, {"epoch": "x"}, {"epoch": None}, {"best_step": 2**70}]
 )
-def test_progress_that_no_training_made_is_one_sentence(changes: dict[str, Any], copied: Config) -> None:
+def test_impossible_progress_is_refused_in_one_line(changes: dict[str, Any], copied: Config) -> None:
     with_checkpoint(copied, lambda state: state["progress"].update(changes))
     with pytest.raises(UserError):
         evaluate_run(replace(copied, evaluation=replace(copied.evaluation, checkpoint="best")))
@@ -337,7 +337,7 @@ def test_progress_that_no_training_made_is_one_sentence(changes: dict[str, Any],
 @pytest.mark.parametrize(
     "changes", [{"name": 7}, {"name": "os.system"}, {"norm": []}, {"stochastic_depth": "x"}, {"blur_pool": 3}]
 )
-def test_a_network_that_no_configuration_names_is_one_sentence(changes: dict[str, Any], copied: Config) -> None:
+def test_an_unknown_network_is_refused_in_one_line(changes: dict[str, Any], copied: Config) -> None:
     path = with_checkpoint(copied, lambda state: state["config"]["model"].update(changes))
     with pytest.raises(UserError):
         Classifier.load(path)

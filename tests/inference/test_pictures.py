@@ -100,13 +100,13 @@ def test_paths_arrays_images_and_tensors_are_alike(tmp_path: Path) -> None:
         (saved(Image.new("1", (20000, 20000)), "PNG"), "is too large: .*max_pixels=178956970"),
     ],
 )
-def test_a_hostile_or_damaged_file_is_one_sentence(content: bytes, sentence: str) -> None:
+def test_a_hostile_or_damaged_file_is_refused_in_one_line(content: bytes, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence) as refused:
         pixels_of(content, apply_orientation=True)
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_too_large_is_for_the_caller_to_say(tmp_path: Path) -> None:
+def test_max_pixels_is_an_argument(tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(saved(Image.new("1", (9000, 9000)), "PNG"))
     assert pixels_of(tmp_path / "large.png", apply_orientation=False).shape == (3, 9000, 9000)
     said = r"large\.png is too large: 9000 x 9000 pixels, while max_pixels=80999999; make it smaller, or give more"

@@ -105,7 +105,7 @@ def test_a_file_touched_during_a_stage_is_in_its_record(
 
 
 @pytest.mark.parametrize("stage", ["preprocessing", "training", "evaluation"])
-def test_and_the_document_says_which(stage: str) -> None:
+def test_the_document_names_the_file(stage: str) -> None:
     known = facts()
     record = getattr(known, stage)
     touched = msgspec.structs.replace(record.provenance, source_sha256_at_end=AFTER)

@@ -1,4 +1,4 @@
-"""One complete recipe, made once; every test damages a copy of its own."""
+"""One complete recipe, made once. Every test damages its own copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.builders.runs import complete_run
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe as its stages left it; the weights have their hash."""
+    """The recipe as its stages left it. The weights have their hash."""
     directory = tmp_path_factory.mktemp("whole") / "demo"
     complete_run(directory, lambda path: weights_sha256(safetensors.torch.load_file(path)))
     return directory

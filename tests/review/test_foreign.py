@@ -1,4 +1,4 @@
-"""Files of a stranger's folder that are none, never end, or are another person's: every verb ends, in one sentence."""
+"""Unusable files in an untrusted folder (not regular, endless, another user's): every verb ends with one line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def looping(path: Path) -> None:
 
 
 def code_of(verb: str, words: list[str]) -> object:
-    """How a verb ends; anything but an exit code is a failure."""
+    """The exit code of a verb. Anything else is a failure."""
     try:
         return main([verb, *words])
     except SystemExit as ended:

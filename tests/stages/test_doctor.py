@@ -45,7 +45,7 @@ def test_the_time_of_training_comes_with_its_arithmetic() -> None:
     assert "an estimate of training alone" in sentence
 
 
-def test_an_examination(
+def test_every_stage_is_measured(
     smoke: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "SAMPLE", 8)

@@ -1,4 +1,4 @@
-"""The example notebook: run as a user would, its names held to the data set's, its measurements in the recipe."""
+"""The example notebook: run as a user would, with the names of the data set and its measurements in the recipe."""
 
 from __future__ import annotations
 
@@ -154,11 +154,7 @@ def test_the_second_run_measures_this_machine_again_and_keeps_the_others(execute
 
 
 def wrong_names(pictures: list[ClassifiedPicture], run: Run, config: Config) -> list[str]:
-    """Guesses whose name is not that of the class that the evaluation predicted for the same image.
-
-    The names come from the data set's manifest and the predicted indices from the evaluation's file: neither passes
-    through the classifier.
-    """
+    """Guesses with another name than the predicted class of the evaluation."""
     evaluation = run.read(EvaluationRecord)
     assert evaluation is not None
     predictions = np.load(run.predictions / f"{evaluation.protocol.name}.npz")
@@ -240,7 +236,7 @@ def test_files_of_other_weights_are_refused_from_within_the_notebook(
     write_properties(stranger, told | {"weights_sha256": "0" * 64})
     done = run_notebook(words_of(config, run.directory))
     assert done.returncode == 2
-    assert "model-fp32.onnx holds other weights than those that were evaluated" in done.stderr.splitlines()[-1]
+    assert "model-fp32.onnx has other weights than those that were evaluated" in done.stderr.splitlines()[-1]
     assert run.document.read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Exported models: equal to the eager one or refused, equal bytes, whole without anything beside them."""
+"""Exported models: they agree with the eager one or are refused, have equal bytes, and are self-contained."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Sabotage = Callable[[pytest.MonkeyPatch], None]
 
 
 def fp32_only(config: Config, run_dir: Path) -> Config:
-    """The same run elsewhere, where nothing was exported yet; exports one file, which is quick."""
+    """A copy of the run without exports. Exports one file, which is quick."""
     run = Run(config.run_dir)
     for path in (run.config, *run.records.glob("*.json"), *run.checkpoints.iterdir()):
         if path.name != "serialization.json":
@@ -99,7 +99,7 @@ def test_the_file_is_complete_and_names_no_path(record: SerializationRecord, con
             assert forbidden.encode() not in content
 
 
-def test_the_file_holds_what_a_user_of_it_needs(record: SerializationRecord, config: Config) -> None:
+def test_the_file_contains_classes_preprocessing_and_accuracy(record: SerializationRecord, config: Config) -> None:
     run = Run(config.run_dir)
     evaluation = run.read(EvaluationRecord)
     assert evaluation is not None
@@ -157,7 +157,7 @@ def swapped_channels(model: nn.Module, interface: Interface) -> onnx.ModelProto:
 
 
 def batch_statistics(model: nn.Module, interface: Interface) -> onnx.ModelProto:
-    """What train mode computes. (Left in train mode itself, torch 2.15's exporter folds the running statistics.)"""
+    """The logits of train mode."""
     other = copy.deepcopy(model)
     for module in other.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -289,7 +289,7 @@ def test_an_altered_network_passes_the_gate(config: Config, tmp_path: Path, monk
 
 
 def test_the_best_checkpoint_keeps_its_name_and_its_epoch(config: Config, tmp_path: Path) -> None:
-    """T11: what was selected on the reported images says so, exported as well."""
+    """T11: a model selected on the reported images says so, also exported."""
     mine = fp32_only(config, tmp_path / "run")
     best = evaluate_run(replace(mine, evaluation=replace(mine.evaluation, checkpoint="best")))
     assert best is not None
@@ -347,7 +347,7 @@ def test_a_checkpoint_alone_says_which_network_it_is(config: Config) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", bytes(1000)])
-def test_a_file_of_something_else_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_another_kind_of_file_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.onnx") as refused:
         Classifier.load(tmp_path / "x.onnx")

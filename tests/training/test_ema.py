@@ -1,4 +1,4 @@
-"""The moving average beside its closed form and torch's AveragedModel; precise BN beside torch's update_bn (T25)."""
+"""The EMA beside its closed form and torch's AveragedModel, precise BN beside torch's update_bn (T25)."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ Words = Callable[..., list[str]]
 
 
 def small_network(**changes: Any) -> nn.Module:
-    """With statistics of some training behind it."""
+    """A model with statistics of some training."""
     model = build_model(ModelConfig(name="small", **changes), 10, 0).train()
     model(torch.randn(8, 3, 16, 16))
     return model
@@ -216,7 +216,7 @@ def test_statistics_are_those_of_torchs_update_bn_on_the_plain_network(stochasti
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_one_norm_holds_the_mean_of_the_batches() -> None:
+def test_a_norm_has_the_mean_of_the_batches() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     precise_bn(model, predict_of(model), batches())
     seen = [NORMALISATION(batch.images).transpose(0, 1).reshape(3, -1) for batch in batches()]

@@ -48,7 +48,7 @@ def train_stopped(words: list[str], step: int) -> None:
 
 
 def epochs_of(words: list[str], stops: tuple[int, ...] = ()) -> list[Epoch]:
-    """The recorded epochs, after stops at these steps; an empty list on all processes but the first."""
+    """The recorded epochs after stops at these steps, on rank 0. Empty on the others."""
     for step in stops:
         train_stopped(words, step)
     use_next_port()
@@ -106,14 +106,14 @@ def test_the_means_of_an_epoch_are_the_same_for_any_number_of_processes(smoke: W
 
 
 def test_lost_rows_change_no_mean(smoke: Words) -> None:
-    """A run that was killed while its log was lost has what its steps counted."""
+    """A run that lost its log before a kill still has the counts of its steps."""
     words, other = smoke(*LONG), smoke(*LONG, run="other")
     train_stopped(words, 11)
     Run(compose_config(*words).run_dir).metrics.unlink()
     assert columns(epochs_of(words)) == columns(epochs_of(other))
 
 
-def test_a_validation_row_holds_what_the_record_does(smoke: Words) -> None:
+def test_a_validation_row_equals_the_record(smoke: Words) -> None:
     words = smoke(*LONG)
     epochs = epochs_of(words)
     rows = [row for row in Run(compose_config(*words).run_dir).metric_rows() if row["split"] == "validation"]

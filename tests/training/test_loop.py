@@ -1,4 +1,4 @@
-"""Training as a whole, on a small data set: continuing, finishing, refusing, stopping."""
+"""Training on a small data set: continuing, finishing, refusing, stopping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AVERAGED = ["optimization.ema.decay=0.9", "optimization.epochs=3"]
 
 
 def compare_continued_with_uninterrupted(words: list[str], run_dir: str) -> bool | None:
-    """Weights, average, momentum and batch-norm statistics of both, bit for bit; whether the record says exact."""
+    """Weights, average, momentum and batch-norm statistics of both are equal, and the record says exact."""
     whole, cut = [*words, f"run_dir={run_dir}/whole"], [*words, f"run_dir={run_dir}/cut"]
     loop.train(compose_config(*whole))
     train_killed_in_epoch(cut, 1)
@@ -79,7 +79,7 @@ def measured_rows(words: list[str]) -> list[list[object]]:
 def test_a_validation_that_fails_costs_no_training(
     epoch: int, moment: str, smoke: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is over and its row is written: what it found is in no checkpoint yet, and comes again."""
+    """Also if it is over and its row is written: its result is in no checkpoint yet, and comes again."""
     more = (*AVERAGED, "optimization.ema.precise_bn_images=50")
     whole, cut = smoke(*more, run="whole"), smoke(*more, run="cut")
     uninterrupted = train(whole)
@@ -227,7 +227,7 @@ def test_a_line_that_is_not_a_row_stops_a_continuation_with_a_sentence(smoke: Wo
 
 
 def scalars(run: Run, tag: str) -> list[float]:
-    """What TensorBoard's own reader finds."""
+    """The scalars that TensorBoard's own reader finds."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     (path,) = run.tensorboard.iterdir()
@@ -258,7 +258,7 @@ def test_another_configuration_is_refused_with_the_difference(smoke: Words) -> N
         train(smoke("optimization.momentum=0.8"))
 
 
-def test_restart_moves_the_old_run_aside(smoke: Words, tmp_path: Path) -> None:
+def test_start_over_moves_the_old_run_aside(smoke: Words, tmp_path: Path) -> None:
     train(smoke())
     record = train(smoke("optimization.momentum=0.8", "trainer.start_over=true"))
     assert record.parameter_groups[0].settings["momentum"] == 0.8
@@ -328,7 +328,7 @@ def test_a_network_with_dropout_continues_exactly_too(smoke: Words, tmp_path: Pa
     assert compare_continued_with_uninterrupted(words, str(tmp_path)) is True
 
 
-def test_the_last_weights_lie_beside_their_checkpoint_for_anybody(smoke: Words, tmp_path: Path) -> None:
+def test_the_last_weights_are_written_as_safetensors_too(smoke: Words, tmp_path: Path) -> None:
     record = train(smoke("optimization.ema.decay=0.9"))
     (path,) = (tmp_path / "run" / "checkpoints").glob("*.safetensors")
     assert path.stem == checkpoint_files(path.parent)[-1].stem

@@ -1,4 +1,4 @@
-"""Losses, optimizers and schedules beside their formulas; steps are in test_step.py (T17, T22, T24, T29, T30)."""
+"""Losses, optimizers and schedules beside their formulas. Steps are in test_step.py (T17, T22, T24, T29, T30)."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_it_is_timms(smoothing: float, threshold: float | None, sum_classes: boo
 
 @pytest.mark.parametrize("lowered", [False, True])
 def test_the_loss_begins_where_the_bias_of_the_head_puts_it(lowered: bool) -> None:
-    """T30: log 2 for each class with a bias of 0; with -log(C) about (1 + log C) / C, some 90 times less for 1000."""
+    """T30: log 2 for each class with a bias of 0. With -log(C) about (1 + log C) / C, some 90 times less for 1000."""
     head = nn.Linear(3, 1000)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -210,7 +210,7 @@ def start(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("exempt", [False, True])
 def test_decoupled_sgd_is_its_formula(nesterov: bool, exempt: bool) -> None:
-    """Mosaic's: w <- (1 - decay x rate / full rate) w - rate x direction; momentum knows nothing of the decay."""
+    """Mosaic's: w <- (1 - decay x rate / full rate) w - rate x direction. Momentum is free of the decay."""
     config = settings("sgdw", f"nesterov={nesterov}", f"decay_norms_and_biases={not exempt}")
     model = network()
     expected = start(model)
@@ -253,7 +253,8 @@ def timm() -> Iterator[Any]:
 def lamb_by_hand(model: nn.Module) -> dict[str, Tensor]:
     """You et al., arXiv 1904.00962, algorithm 2, as NVIDIA and timm have it.
 
-    The whole gradient is clipped to norm 1, and only tensors that decay are scaled by their norm over the update's.
+    The gradient of all parameters is clipped to norm 1, and only tensors that decay are scaled by their norm over that
+    of the update.
     """
     weights = start(model)
     first = {name: torch.zeros_like(value) for name, value in weights.items()}

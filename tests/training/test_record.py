@@ -1,4 +1,4 @@
-"""The driver's counter of energy, through functions of pynvml that are made up, and how it reaches a recipe."""
+"""The driver's counter of energy, by fake functions of pynvml, and its way into a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USED = {"GPU-a": 1_500, "GPU-b": 40_000}  # millijoules
 
 
 class Driver:
-    """pynvml's functions on a machine with two GPUs; the one named by `refused` raises."""
+    """pynvml's functions on a machine with two GPUs. The one named by `refused` raises."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.refused = ""

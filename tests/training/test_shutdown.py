@@ -1,4 +1,4 @@
-"""Stop requests: how a signal is noted, and when all processes poll."""
+"""Stop requests: noting a signal, polling on all processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_launchers_echo_of_ctrl_c_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_echoed_by_a_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in torchrun_environment(0, 1).items():
         monkeypatch.setenv(name, value)
     clock = [100.0]
@@ -131,7 +131,7 @@ def test_several_accelerators_are_not_waited_for_at_every_step(monkeypatch: pyte
 @pytest.mark.parametrize("images", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_process_polls_equally_often_while_it_validates(images: int, processes: int) -> None:
-    """Some processes have one batch more; a poll of theirs alone would wait forever."""
+    """Some processes have one batch more. An additional poll of theirs would wait forever."""
     batches = len(np.array_split(np.arange(images), np.arange(4, images, 4)))
     common = batches // processes
     polls = []

@@ -249,7 +249,7 @@ def test_with_fewer_than_five_classes_the_tally_still_counts(config: Config) -> 
 
 
 def movement(config: Config, precision: str) -> Tensor:
-    """How one step moves all parameters."""
+    """The movement of all parameters in one step."""
     config = replace(config, trainer=replace(config.trainer, precision=Precision(precision)))
     model = network(config, "batch").float()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -269,7 +269,7 @@ def test_a_step_in_mixed_precision_is_close_to_one_in_fp32(precision: str, confi
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_counts_it(config: Config) -> None:
-    """T23: nothing moves, the scale is lowered, and the record will say how many steps were skipped."""
+    """T23: nothing moves, the scale is lowered, and the skipped steps are recorded."""
     config = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
     model = network(config).float()
     train_step = step_of(config, model)
@@ -297,13 +297,13 @@ def test_only_fp16_scales_gradients(config: Config) -> None:
 
 
 def all_checks(config: Config) -> dict[str, Any]:
-    """Runs in every process; what it finds is judged by the tests below."""
+    """Runs in every process. The tests below judge the result."""
     with start_world(config.trainer) as world:
         return _checks_of_replicas(config, world) | _checks_of_training(config, world) | _checks_of_world(world)
 
 
 def _checks_of_replicas(config: Config, world: World) -> dict[str, Any]:
-    """What the throw-away pass of `replicate` leaves behind."""
+    """The traces of the throw-away pass of `replicate`."""
     model = network(config, "batch", seed=0)
     shaken = network(config, "batch", seed=0)
     with torch.no_grad():
@@ -351,7 +351,7 @@ def _checks_of_world(world: World) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_and_three(config: Config) -> dict[int, list[dict[str, Any]]]:
-    """What every process of worlds of two and of three found."""
+    """The results of every process, with two and with three."""
     return {size: spawn_ranks(size, all_checks, config) for size in (2, 3)}
 
 
@@ -362,7 +362,7 @@ Found = dict[int, list[dict[str, Any]]]
 def test_any_number_of_processes_reaches_the_weights_of_one(
     accumulation: int, two_and_three: Found, config: Config
 ) -> None:
-    """T21, where no batch norm sees the size of a part; the counts of all processes add up to one process's."""
+    """T21, without batch norm, which would see the size of a part. The counts of all processes add up to one's."""
     model = network(config)
     alone = trained(step_of(config, model), BatchLayout(GLOBAL_BATCH, 1, 1))
     tally = alone.take_tally().tolist()
@@ -373,7 +373,7 @@ def test_any_number_of_processes_reaches_the_weights_of_one(
 
 
 @pytest.mark.parametrize("case", ["none-1", "none-2", "batch-1", "batch-2"])
-def test_all_processes_hold_the_first_ones_weights(case: str, two_and_three: Found) -> None:
+def test_all_processes_have_the_weights_of_rank_0(case: str, two_and_three: Found) -> None:
     """T26: parameters stay equal by themselves, running statistics only once the first process's are copied."""
     for ranks in two_and_three.values():
         assert len({rank[case]["parameters"] for rank in ranks}) == 1
@@ -408,7 +408,7 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "a
 
 
 class Calls(TorchFunctionMode):
-    """Notes calls by which the host would read a number from a device, also where on a CPU they do nothing."""
+    """Notes calls that would make the host read a number from a device, even if they do nothing on a CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,7 +421,7 @@ class Calls(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Notes operators whose result the host has to wait for, whoever calls them: the backward pass, the optimizer."""
+    """Notes operators with a result that the host waits for, also in the backward pass and the optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -434,7 +434,7 @@ class Operators(TorchDispatchMode):
 
     @staticmethod
     def is_by_mask(name: str, args: Any) -> bool:
-        """An index of truth values: how many are true decides the size of the result."""
+        """An index of booleans: the size of the result depends on their number."""
         indices = args[1] if name.startswith("aten::index") and len(args) > 1 else []
         return isinstance(indices, list | tuple) and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices
@@ -442,7 +442,7 @@ class Operators(TorchDispatchMode):
 
 
 def waits_of(work: Callable[[], object]) -> list[str]:
-    """What a GPU would be waited for, by the same work on a CPU."""
+    """The waits for a GPU, found by the same work on a CPU."""
     with Calls() as calls, Operators() as operators:
         work()
     return calls.found + operators.found

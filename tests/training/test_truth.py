@@ -1,8 +1,4 @@
-"""The recipe tells what ran: a hyperparameter that is changed in the code alone changes the recipe (trap T40).
-
-Each mutation stands for an edit of the source that no configuration knows of. The record, and with it the document,
-must differ from that of the unchanged code, times and provenance left out.
-"""
+"""The recipe says what ran: a hyperparameter that is changed in the code alone changes the recipe (trap T40)."""
 
 from __future__ import annotations
 
@@ -44,7 +40,7 @@ VOLATILE = {
 
 
 def facts(record: Record) -> dict[str, Any]:
-    """What the record says about how, without how long and what came out."""
+    """The record without durations and results."""
     return {key: value for key, value in msgspec.to_builtins(record).items() if key not in VOLATILE}
 
 

@@ -33,7 +33,7 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(?P<equa
 SHELL = re.compile(r"[;|&<>`\n]|\$\(")  # outside quotes, in a command that should only start one program
 
 
-# Which code ran
+# Code
 
 
 def code_findings(facts: RunData, run: Run) -> list[Finding]:
@@ -43,10 +43,10 @@ def code_findings(facts: RunData, run: Run) -> list[Finding]:
         place, provenance = f"records/{name}.json, provenance", record.provenance
         source = provenance.source_sha256
         if source_changed(provenance):
-            what = "the source changed during the stage, so that the code of its result is not known"
+            what = "the source changed during the stage, so the code of its result is unknown"
             findings.append(Finding(Level.resolvable, place, what, "run the stage again; do not edit code meanwhile"))
         if not SHA256.fullmatch(source):
-            what = f"source_sha256 {shorten(source)} is not a SHA-256, so that the code is not identified"
+            what = f"source_sha256 {shorten(source)} is not a SHA-256: the code is not identified"
             findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
         patch = provenance.tree_at_start.patch_sha256
         findings += patch_findings(patch, run) if patch else commit_findings(place, provenance)
@@ -61,7 +61,7 @@ def patch_findings(patch: str, run: Run) -> list[Finding]:
         return [Finding(Level.well_formed, name, f"{shorten(patch)} is not a SHA-256", mend)]
     path = run.directory / name
     if not path.exists():
-        return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is not there", mend)]
+        return [Finding(Level.resolvable, name, "a stage ran on a modified tree, and its patch is missing", mend)]
     try:
         content = run.content(path)
     except UserError as error:
@@ -72,7 +72,7 @@ def patch_findings(patch: str, run: Run) -> list[Finding]:
 
 
 def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
-    """The recorded commit holds the recorded source."""
+    """The recorded commit contains the recorded source."""
     commit, recorded = provenance.commit, provenance.source_sha256
     if commit is None:
         what = f"no commit was recorded; the code is identified by its source SHA-256 {recorded[:16]} alone"
@@ -88,25 +88,24 @@ def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
             f"commit {commit[:12]} is not in this history (shallow, rewritten, or never pushed), or lists its source "
             f"in another way; its code is known by the source SHA-256 {recorded[:16]}, which is not this checkout's"
         )
-        return [Finding(Level.resolvable, place, what, "fetch the whole history to look", Kind.cannot_tell)]
+        return [Finding(Level.resolvable, place, what, "fetch the complete history to look", Kind.cannot_tell)]
     if there != recorded:
-        what = f"commit {commit[:12]} holds source {there[:16]}, the stage ran on {recorded[:16]}"
+        what = f"commit {commit[:12]} contains source {there[:16]}, the stage ran on {recorded[:16]}"
         return [Finding(Level.resolvable, place, what, "run the stage again from a commit")]
     return []
 
 
 @cache
 def source_sha256_here() -> str:
-    """Of this checkout."""
     return source_sha256()
 
 
 @cache
 def source_sha256_at(commit: str) -> str | None:
-    """The source hash of a commit, from git's objects; None where git or another rule of what is source forbids it.
+    """The source hash of a commit, from git's objects. None without git, or if the commit has another rule for sources.
 
-    The objects are read directly: `git archive` and `git checkout` would obey the attributes of the commit, which can
-    leave files out, change their bytes and start filters.
+    The objects are read directly: `git archive` and `git checkout` would obey the attributes of the commit, and these
+    can leave files out, change their bytes and start filters.
     """
     try:
         files = committed_files(commit)
@@ -126,7 +125,7 @@ def is_source(name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-# What its commands say
+# Commands
 
 
 def command_findings(facts: RunData, config: dict[str, Any] | None) -> list[Finding]:
@@ -145,7 +144,7 @@ def command_findings(facts: RunData, config: dict[str, Any] | None) -> list[Find
 
 
 def command_faults(command: str, keys: set[str]) -> list[str]:
-    """Why a command cannot be typed."""
+    """The reasons why a command cannot be typed."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -160,13 +159,13 @@ def command_faults(command: str, keys: set[str]) -> list[str]:
 
 
 def unquoted(command: str) -> str:
-    """The command without what quotes hold; `$RAW_DIR` in double quotes is a place, `$(...)` a program."""
+    """The command without its quoted parts. `$RAW_DIR` in double quotes is a path, `$(...)` a program."""
     without_single = re.sub(r"'[^']*'", "", command)
     return re.sub(r'"(?:[^"\\`$]|\\.|\$(?!\())*"', "", without_single)
 
 
 def arguments_of(words: list[str]) -> list[str] | None:
-    """The words after the script or module; None where another program is started."""
+    """The words after the script or module. None if another program is started."""
     if not words or words[0] not in ("python", "torchrun"):
         return None
     at = 1
@@ -174,7 +173,7 @@ def arguments_of(words: list[str]) -> list[str] | None:
         at += 1
     if words[at : at + 1] == ["-m"] and words[at + 1 : at + 2] and words[at + 1] in MODULES:
         return words[at + 2 :]
-    if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags; it sets nothing
+    if words[at : at + len(REPRODUCE)] == REPRODUCE:  # a recipe and flags, no settings
         return []
     return words[at + 1 :] if at < len(words) and words[at] in SCRIPTS else None
 

@@ -1,7 +1,7 @@
 """`check`: compare a recipe with the guideline's checklist and with itself.
 
 Four levels: *present*, *well-formed*, *resolvable* (hashes match, commands parse, the code is known, records and
-document agree) and, with `--execute`, *executed* (hashes, counts and figures are measured again).
+document agree) and *executed* (with `--execute`: hashes, counts and figures are measured again).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from recipe.review.opening import OpenedRecipe, RecordReader, open_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure hashes, counts and figures again")
-    parser.add_argument("--json", action="store_true", help="print the findings for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: no finding, 1: findings; notes and CANNOT TELL do not count. Raises `UserError` for an unreadable recipe."""
+    """0: no finding, 1: findings (not notes or CANNOT TELL). Raises `UserError` for an unreadable recipe."""
     report = check(open_recipe(arguments.path), executes=arguments.execute)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))
     return int(any(finding.kind is Kind.finding for finding in report.findings))
@@ -51,7 +51,6 @@ class CheckReport:
         return {kind.value: counts[kind] for kind in Kind}
 
     def as_json(self) -> dict[str, Any]:
-        """The report for programs."""
         return {
             "format": "check/1",
             "subject": self.recipe,
@@ -79,7 +78,7 @@ class CheckReport:
 
 
 def check(recipe: OpenedRecipe, executes: bool = False) -> CheckReport:
-    """Check a recipe of this pipeline; raises `UserError` for other documents and for one that cannot be walked."""
+    """Check a recipe of this pipeline. Raises `UserError` for other documents and for one nested too deeply."""
     page = None
     if recipe.document is not None and recipe.document_path is not None:
         page = Page(recipe.document_path.name, recipe.document)
@@ -93,7 +92,7 @@ def check(recipe: OpenedRecipe, executes: bool = False) -> CheckReport:
     except RecursionError:
         raise UserError(f"{recipe.name} is nested too deeply to be a recipe") from None
     except ArithmeticError as error:
-        raise UserError(f"{recipe.name} holds numbers that no run has: {error}") from error
+        raise UserError(f"{recipe.name} has numbers that no run has: {error}") from error
 
 
 def _check(recipe: OpenedRecipe, page: Page | None, executes: bool) -> CheckReport:

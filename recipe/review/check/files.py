@@ -28,13 +28,13 @@ ARRAY_KINDS = {("U", label, top) for label in "iu" for top in "iu"}
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """The file of this name; None where it is outside the folder: a record may come from anybody."""
+    """The file of this name. None if it is outside the folder: a record may come from anybody."""
     path = folder / name
     return path if not os.path.isabs(name) and is_inside(path, folder) else None
 
 
 def file_fault(path: Path, hashes: Container[str], where: str) -> str | None:
-    """Why the SHA-256 of a file is not one of `hashes`, which are `where`; None where it is."""
+    """A fault if the SHA-256 of a file is not one of `hashes` (recorded `where`), else None."""
     try:
         with opened(path, "it", WEIGHTS_BYTES_MAX) as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -56,10 +56,10 @@ class CountedPredictions:
     per_class: list[ClassCounts]
 
     def faults(self, path: Path) -> list[str]:
-        """The counts that are others in the file; raises `UserError` where it cannot be read."""
+        """The counts that differ in the file. Raises `UserError` for an unreadable file."""
         key, label, top = read_predictions(path)
         is_top1, is_top5 = ((top[:, :within] == label[:, None]).any(axis=1) for within in (1, 5))
-        faults = ["it holds an image twice"] if len(np.unique(key)) != len(key) else []
+        faults = ["it has an image twice"] if len(np.unique(key)) != len(key) else []
         for name, count, claimed in (
             ("images", len(label), self.images),
             ("correct_top1", int(is_top1.sum()), self.correct_top1),
@@ -76,7 +76,6 @@ class CountedPredictions:
 
 
 def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
-    """Every file of predictions that a record names."""
     for record in (facts.evaluation, *facts.other_evaluations):
         for file in record.outputs if record is not None else ():
             if record is not None and file.endswith(".npz"):
@@ -93,7 +92,7 @@ def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
 
 
 def read_predictions(path: Path) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """Keys [images], labels [images] and best classes [images, k]; raises `UserError`. Nothing is unpickled."""
+    """Keys [images], labels [images] and best classes [images, k]. Raises `UserError`."""
     try:
         with opened(path, "it", RECORD_BYTES_MAX) as handle, zipfile.ZipFile(handle) as archive:
             key, label, top = (_read_array(archive, f"{name}.npy") for name in ARRAYS)
@@ -109,7 +108,7 @@ def read_predictions(path: Path) -> tuple[NDArray[Any], NDArray[np.int64], NDArr
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """An array of the archive; its size is compared with the entry's before memory is taken."""
+    """An array of the archive. Its size is compared with that of the entry before memory is taken."""
     size = archive.getinfo(name).file_size
     if size > RECORD_BYTES_MAX:
         raise UserError(f"{name} unpacks to {size:,} bytes; at most {RECORD_BYTES_MAX:,} are read")
@@ -118,13 +117,13 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read_header(entry)
     if math.prod(shape) * kind.itemsize > size:
-        raise UserError(f"{name} claims the shape {shape} of {kind.name[:50]}, which its {size:,} bytes do not hold")
+        raise UserError(f"{name} claims the shape {shape} of {kind.name[:50]}, but has {size:,} bytes")
     with archive.open(name) as entry:
         return np.lib.format.read_array(entry, allow_pickle=False)
 
 
 def executed_findings(facts: RunData, run: Run) -> list[Finding]:
-    """Everything that is cheap to measure again."""
+    """All findings that are cheap to measure again."""
     return [
         *output_findings(facts, run, Level.executed),
         *checkpoint_findings(run),
@@ -142,7 +141,7 @@ def absent_files(place: str, names: list[str]) -> list[Finding]:
 
 
 def output_findings(facts: RunData, run: Run, level: Level) -> list[Finding]:
-    """Recorded files whose SHA-256 is another; exported models, which are large, at the level *executed* only."""
+    """Recorded files with another SHA-256. Exported models are large: at the level *executed* only."""
     findings, absent = [], []
     for record, name, digest in recorded_outputs(facts):
         if name.startswith("onnx/") != (level is Level.executed):
@@ -167,7 +166,7 @@ def recorded_outputs(facts: RunData) -> Iterator[tuple[str, str, str]]:
 
 
 def checkpoint_findings(run: Run) -> Iterator[Finding]:
-    """Checkpoints whose SHA-256 is not the one written beside them."""
+    """Checkpoints with another SHA-256 than the one written beside them."""
     for path in sorted(run.checkpoints.glob("step-????????.pt")):
         beside = path.with_name(f"{path.name}.sha256")
         try:
@@ -204,7 +203,7 @@ def weights_findings(facts: RunData, run: Run) -> Iterator[Finding]:
 
 
 def prediction_findings(facts: RunData, run: Run) -> Iterator[Finding]:
-    """Counts of records that are others in the predictions of every image."""
+    """Counts of records that differ from those of the predictions file."""
     absent = []
     for counted in counted_predictions(facts):
         path = path_inside(run.directory, counted.file)
@@ -219,12 +218,12 @@ def prediction_findings(facts: RunData, run: Run) -> Iterator[Finding]:
         if what:
             yield Finding(Level.executed, counted.file, what, AGAIN)
     if absent:
-        what = f"not in this folder, so that nothing was counted again: {first_few(absent)}"
+        what = f"not in this folder, and not counted again: {first_few(absent)}"
         yield Finding(Level.executed, "predictions", what, kind=Kind.cannot_tell)
 
 
 def figure_findings(facts: RunData, run: Run) -> list[Finding]:
-    """Figures that are others when drawn again from the records."""
+    """Figures that differ if drawn again from the records."""
     from recipe.document import figures
 
     drawn = figures.draw(facts)

@@ -52,7 +52,6 @@ def record_findings(facts: RunData) -> list[Finding]:
 
 
 def sums(facts: RunData) -> Iterator[Sum]:
-    """Every equation between the records."""
     if facts.preprocessing:
         yield from data_sums(facts.preprocessing)
     if facts.training:
@@ -191,7 +190,7 @@ def log_findings(facts: RunData) -> list[Finding]:
 
 
 def epoch_findings(training: TrainingRecord, metrics: Sequence[MetricRow]) -> Iterator[Finding]:
-    """The recorded epochs and the validation rows that ended them hold the same numbers."""
+    """The recorded epochs have the same numbers as the validation rows that ended them."""
     ends = {row["epoch"]: row for row in metrics if row["split"] == "validation"}
     for epoch in training.epochs:
         row = ends.get(epoch.epoch, {})
@@ -203,7 +202,7 @@ def epoch_findings(training: TrainingRecord, metrics: Sequence[MetricRow]) -> It
 
 
 def promised(facts: RunData) -> Iterator[Place]:
-    """The rows that are to be there; a published recipe may keep one train row an epoch."""
+    """The expected rows. A published recipe may keep one train row an epoch."""
     assert facts.training is not None, "the caller looked"
     schedule, publication = facts.training.schedule, facts.publication
     every = flatten(facts.config or {}).get("trainer.log_every_steps")

@@ -30,11 +30,11 @@ NORMAL_95 = 1.96
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("A", "B"):
         parser.add_argument(name.lower(), metavar=name, help="a run, a published recipe, or a document")
-    parser.add_argument("--json", action="store_true", help="print the differences for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: the recipes and their results are the same; 1: they differ. Raises `UserError` for other files."""
+    """0: the recipes and their results are the same, 1: they differ. Raises `UserError` for other files."""
     try:
         a, b = (Comparable.from_recipe(open_recipe(path)) for path in (arguments.a, arguments.b))
         comparison = compare_recipes(a, b)
@@ -46,12 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class DiffReport:
-    """Two recipes beside each other."""
-
     a: str
     b: str
     differs: bool
-    same_recipe: str  # a sentence on the identity of both; empty where there is none
+    same_recipe: str  # a sentence if both are the same recipe, or empty
     differences: list[Difference]
     dynamics: list[str]
     results: list[str]
@@ -116,7 +114,7 @@ def dynamics_lines(a: Comparable, b: Comparable) -> list[str]:
 
 
 def result_lines(a: Comparable, b: Comparable) -> tuple[list[str], bool]:
-    """Accuracies with their counts, their difference and a bound on noise; whether anything differs."""
+    """Accuracies with their counts, their difference and a bound on noise. True if anything differs."""
     before, after = a.claims("evaluation"), b.claims("evaluation")
     if not (has_counts(before) and has_counts(after)):
         return [], False
@@ -135,7 +133,7 @@ def result_lines(a: Comparable, b: Comparable) -> tuple[list[str], bool]:
 
 
 def has_counts(evaluation: dict[str, Any]) -> bool:
-    """Whether the claims of an evaluation hold counts that are possible."""
+    """Whether an evaluation claims possible counts."""
     counts = [evaluation.get(name) for name in ("correct_top1", "correct_top5", "images")]
     if not all(isinstance(count, int) for count in counts):
         return False

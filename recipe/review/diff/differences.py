@@ -1,7 +1,7 @@
 """The differences of two recipes: settings, values that follow from them, live objects, circumstances.
 
-A configuration does not show everything: batch norm sees other images on another number of GPUs, a learning rate has
-its meaning per image of the batch, and schedules of different length are compared at equal share of training. A
+A configuration does not show everything: batch norm sees other images on another number of GPUs, and a learning rate
+has its meaning per image of the batch. Schedules of different length are compared at equal share of training. A
 document may come from anybody: a value of another type than expected counts as absent.
 """
 
@@ -31,7 +31,7 @@ Curve = list[tuple[float, float]]  # (share of training, learning rate), in orde
 
 @dataclass(frozen=True)
 class Comparable:
-    """A recipe's JSON block, and its training record where records are there."""
+    """A recipe's JSON block, and its training record if there are records."""
 
     name: str
     block: dict[str, Any]
@@ -39,7 +39,7 @@ class Comparable:
 
     @classmethod
     def from_recipe(cls, recipe: OpenedRecipe) -> Comparable:
-        """By the records, else by the document's block; raises `UserError` where there is neither."""
+        """From the records, or from the document's block. Raises `UserError` for a recipe with neither."""
         if recipe.run is None:
             return cls(recipe.name, recipe.required_block(), None)
         reader = RecordReader(recipe.run)
@@ -61,7 +61,7 @@ class Comparable:
         return {name: values for name, values in columns.items() if isinstance(values, list)}
 
     def learning_rates(self) -> list[Curve]:
-        """The learning rate over the share of training, the best source first; empty where a source is missing.
+        """The learning rate over the share of training, the best source first. A missing source is empty.
 
         The sources: the schedule as the run evaluated it, the end of each epoch.
         """
@@ -81,7 +81,7 @@ def numbers_or_empty(values: object) -> list[float]:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number that can be computed with without overflow."""
+    """Whether a value is a number that cannot overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_FLOAT < value < LARGEST_FLOAT
 
 
@@ -117,8 +117,6 @@ HASHES = (  # chapter and key of the claims, name, note
 
 @dataclass(frozen=True)
 class Difference:
-    """One value that differs."""
-
     group: Group
     key: str
     before: Any
@@ -126,7 +124,7 @@ class Difference:
     note: str = ""
 
     def line(self) -> str:
-        """The difference for a person; of a hash as many digits as tell two apart."""
+        """The difference on one line. Hashes are cut to 12 digits."""
         note = f"  ({self.note})" if self.note else ""
         return f"{self.key}: {_short(self.before)} -> {_short(self.after)}{note}"
 
@@ -147,7 +145,7 @@ def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> Itera
 
 
 def config_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
-    """Keys of the pinned configurations; none where one of them was not trained."""
+    """Keys of the pinned configurations. Empty if one of them was not trained."""
     before, after = a.config, b.config
     for key, old, new in changed_values(before, after) if before and after else ():
         if is_inert(key, before) and is_inert(key, after):
@@ -157,7 +155,7 @@ def config_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
 
 
 def note_on(key: str, before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The learning rate per image of the batch; the meaning of a change of seed."""
+    """The learning rate per image of the batch, or the meaning of a change of seed."""
     if key == "seed":
         return "another seed alone moves the result by run-to-run noise"
     if key not in ("optimization.learning_rate", "optimization.batch_size"):
@@ -194,7 +192,7 @@ def derived_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
 
 
 def curve_difference(before: Curve, after: Curve) -> Iterator[Difference]:
-    """The share of training with the largest difference; curves of few points only if they are equally long."""
+    """The share of training with the largest difference. Curves of few points only if they are equally long."""
     if len(before) != len(after) and min(len(before), len(after)) < FEW_POINTS:
         return
     pairs = [(share, value_at(before, share), value_at(after, share)) for share in CURVE_SHARES]
@@ -249,7 +247,7 @@ def live_settings(record: TrainingRecord) -> dict[str, Any]:
 
 
 def circumstance_differences(a: Comparable, b: Comparable) -> Iterator[Difference]:
-    """Hardware, versions, processes and threads; the code has a line of its own."""
+    """Hardware, versions, processes and threads. The code has its own line."""
     before, after = (dict_or_empty(one.block.get("determinism_context")) for one in (a, b))
     if not (before and after):
         before, after = (

@@ -1,8 +1,8 @@
 """The likely impact of each setting on a result: the order of the differences in `diff`, and the inert settings.
 
-The order in the first group is by how often a setting answered "why is mine different?": the learning rate and its
-relatives, the images of a batch norm, augmentation, data, network, arithmetic, protocol. A key that is in no table
-belongs to the first group: it can matter until it is known not to.
+The first group is in the order of how often a setting was the answer to "why is mine different?": the learning rate and
+its relatives, the images of a batch norm, augmentation, data, network, arithmetic, protocol. A key that is in no table
+belongs to the first group: it can matter until the opposite is known.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def group_of(key: str) -> Group:
 
 
 def rank_of(key: str) -> int:
-    """The position of a key in its group; unknown keys come last."""
+    """The position of a key in its group. Unknown keys come last."""
     return next((rank for rank, (_, keys) in enumerate(RANKS) if re.fullmatch(keys, key)), len(RANKS))
 
 

@@ -1,7 +1,7 @@
 """Adapts a recipe to this machine: facts of the machine from here, processes and threads as the recipe records them.
 
-Bits depend on the number of processes, on the images of one forward pass and on the CPU threads. These are set as they
-were where this machine can; what differs is listed.
+Bits depend on the number of processes, on the images of one forward pass and on the CPU threads. These are set as
+recorded if this machine can. All differences are listed.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def _accelerator(recipe: Recipe, notes: list[str]) -> Accelerator:
         return Accelerator.cpu
     if torch.cuda.is_available():
         return Accelerator.cuda
-    notes.append(f"it ran on {shown(training.accelerator)}; this machine shows no GPU, so that it runs on the CPU")
+    notes.append(f"it ran on {shown(training.accelerator)}; this machine has no GPU, so it runs on the CPU")
     return Accelerator.cpu
 
 
 def _recorded_count(recipe: Recipe, name: str, most: int, notes: list[str]) -> int | None:
-    """A recorded circumstance, if it is a number from 1 to `most`; else None, and a note."""
+    """A recorded circumstance, if it is a number from 1 to `most`. Else None, and a note."""
     value = recipe.determinism_context.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
         return value
-    notes.append(f"{name}: {shown(value)} there, which cannot be set here (1 to {most})")
+    notes.append(f"{name}: {shown(value)} there, not possible here (1 to {most})")
     return None
 
 
@@ -116,7 +116,7 @@ def _code(recipe: Recipe) -> list[str]:
 
 
 def _experiment(config: Config) -> list[str]:
-    """Against the file of the same name in conf/experiment; the schema allows no path as a name."""
+    """Against the file of the same name in conf/experiment. The schema allows no path as a name."""
     if not (EXPERIMENTS / f"{config.name}.yaml").is_file():
         return [f"configuration: conf/experiment has no {config.name}.yaml"]
     changed = differences(config_from_overrides([f"experiment={config.name}"]).pinned.values, config.pinned.values)

@@ -1,8 +1,8 @@
 """`reproduce`: run a recipe again from its document alone, and judge each of its claims.
 
-The document may come from anybody. Only its one JSON block is read; the configuration is checked value by value, places
+The document may come from anybody. Only its one JSON block is read. The configuration is checked value by value, paths
 come from this machine, and the stages are this project's own functions. No command, address or path of the document is
-used; the differences from this checkout are shown, and the user is asked, before anything runs.
+used. Before anything runs, the differences from this checkout are shown and the user is asked.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ RUN_NAME_DIGITS = 12  # of that hash
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a recipe document, or the folder of a run or of a published recipe")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--raw-dir", help="the folder of the raw data; the demo's are drawn")
-    parser.add_argument("--data-dir", help="the preprocessed data set, or where to put it; inside the run by default")
-    parser.add_argument("--run-dir", help="a new folder; runs/reproduction-<digits of the document's hash> by default")
-    parser.add_argument("--weights", help="the file of initial weights, where the recipe starts from given ones")
-    parser.add_argument("--stages", nargs="+", choices=CLAIMS, help="only these; by default all that it claims")
+    parser.add_argument("--raw-dir", help="the folder of the raw data (the demo draws its own)")
+    parser.add_argument("--data-dir", help="the preprocessed data set, or a folder for it (default: in the run)")
+    parser.add_argument("--run-dir", help="a new folder (default: runs/reproduction-<hash of the document>)")
+    parser.add_argument("--weights", help="the file of initial weights, if the recipe starts from one")
+    parser.add_argument(
+        "--stages", nargs="+", choices=CLAIMS, help="stages to run (default: all that the recipe claims)"
+    )
 
 
 def run(arguments: Namespace) -> int:
-    """1 where a claim was found wrong, else 0."""
+    """1: a claim is wrong, else 0."""
     if launched().is_elastic:
         raise UserError("reproduce starts its own processes: run it without torchrun")
     plan = plan_reproduction(arguments)
@@ -93,10 +95,10 @@ class ReproductionPlan:
 
 
 def plan_reproduction(arguments: Namespace) -> ReproductionPlan:
-    """Read the document and decide; raises `UserError` for everything that would stop the work later."""
+    """Read the document and decide. Raises `UserError` for everything that would stop the work later."""
     subject = open_recipe(arguments.path)
     if subject.document_path is None or subject.document is None:
-        raise UserError(f"{subject.name} holds no document; give recipe.md or README.md")
+        raise UserError(f"{subject.name} has no document; give recipe.md or README.md")
     identity = subject.required_block()
     recipe, config = parse_recipe(identity), parse_config(identity)
     check_known_network(config)
@@ -136,7 +138,7 @@ def chosen_run_dir(asked: str | None, digest: str) -> Path:
         )
     if Run(run_dir).read(ReproductionRecord) is not None:
         raise UserError(
-            f"{display_path(run_dir)} holds a finished reproduction of this document, see {REPORT} in it; to do it "
+            f"{display_path(run_dir)} has a finished reproduction of this document, see {REPORT} in it; to do it "
             "again, give a new folder as --run-dir"
         )
     return run_dir
@@ -147,7 +149,7 @@ def chosen_stages(asked: list[str] | None, recipe: Recipe) -> list[str]:
     claimed = [stage for stage, claim in CLAIMS.items() if getattr(recipe.claims, claim) is not None]
     absent = [stage for stage in asked or [] if stage not in claimed]
     if absent:
-        raise UserError(f"the recipe claims nothing of the stage {absent[0]}: there is nothing to compare it with")
+        raise UserError(f"the recipe has no claims about the stage {absent[0]}: nothing to compare")
     return [stage for stage in claimed if asked is None or stage in asked]
 
 
@@ -160,7 +162,7 @@ def claimed_data(recipe: Recipe) -> ClaimedData:
 def chosen_data(
     arguments: Namespace, config: Config, claimed: ClaimedData, run_dir: Path, stages: list[str]
 ) -> tuple[Path, Path | None, str]:
-    """(processed folder, raw folder, words): the recipe's data set where it is here, else a place to make it."""
+    """(processed folder, raw folder, words): the recipe's data set if it is here, else a folder to make it in."""
     known = [Path(arguments.data_dir)] if arguments.data_dir else [run_dir / "data", Path("data", config.data.name)]
     for directory in known:
         try:
@@ -171,7 +173,7 @@ def chosen_data(
             return directory, None, f"{display_path(directory)} has the recipe's manifest"
     if "preprocess" not in stages:
         raise UserError(
-            f"no data set with the manifest {claimed.manifest_sha256[:16]} is at hand (looked in "
+            f"no data set with the manifest {claimed.manifest_sha256[:16]} was found (looked in "
             f"{', '.join(display_path(directory) for directory in known)}): give --data-dir, or the stage "
             "preprocess too"
         )
@@ -181,7 +183,7 @@ def chosen_data(
             for name, split in claimed.splits.items()
         )
         raise UserError(
-            f"the recipe was trained on {shown(claimed.data_set)} ({expected}), which is not at hand: give the folder "
+            f"the recipe was trained on {shown(claimed.data_set)} ({expected}), which was not found: give the folder "
             "of the raw data as --raw-dir, or the preprocessed data set as --data-dir"
         )
     raw_dir = Path(arguments.raw_dir) if arguments.raw_dir else run_dir / "raw"
@@ -190,7 +192,7 @@ def chosen_data(
 
 
 def chosen_weights(asked: str | None, config: Config) -> str | None:
-    """The file of initial weights; training compares its hash with the recipe's."""
+    """The file of initial weights. Training compares its hash with the recipe's."""
     if config.model.weights_sha256 is not None and asked is None:
         raise UserError(
             f"the recipe starts from the weights {shown(config.model.weights_sha256)}: give their file as --weights"
@@ -221,11 +223,11 @@ def _show(plan: ReproductionPlan) -> None:
 
 
 def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
-    """Raise `UserError` where the user does not agree."""
+    """Raise `UserError` unless the user agrees."""
     if arguments.yes:
         return
     if not sys.stdin.isatty():
-        raise UserError("there is no terminal to ask in: read what is shown above, then add --yes")
+        raise UserError("cannot ask without a terminal: read the lines above, then add --yes")
     if input("Run it? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("not run")
 
@@ -234,7 +236,6 @@ def _ask(plan: ReproductionPlan, arguments: Namespace) -> None:
 
 
 def run_plan(plan: ReproductionPlan) -> ReproductionRecord:
-    """Run the stages, judge the claims and write the report."""
     run = Run(plan.run_dir)
     write_atomically(run.directory / DOCUMENT_HASH_FILE, f"{plan.document_sha256}\n".encode())
     stage = Stage(run.directory)
@@ -262,7 +263,7 @@ def run_stage(name: str, plan: ReproductionPlan, run: Run) -> None:
 
 
 def _preprocess(plan: ReproductionPlan, run: Run) -> None:
-    """Make the data set, unless it is here; raises `UserError` for one of other images, before hours of training."""
+    """Make the data set unless it is here. Raises `UserError` for one of other images, before hours of training."""
     config = plan.config
     if config.data.raw_dir is None:
         return

@@ -4,12 +4,12 @@
     NUMERICALLY EQUAL         within the stated tolerance, early, before rounding has been amplified
     STATISTICALLY CONSISTENT  not further apart than several runs of the recipe, whose number and spread are given
     EVALUATION EQUAL          the same weights, measured: the counts differ by a few images at most
-    DIFFERS                   it is not what the recipe claims
+    DIFFERS                   the claim is wrong
     CANNOT TELL               this comparison can show neither
 
 Equal circumstances (device, versions, threads, processes, code) and deterministic algorithms give equal bits: other
-bits are DIFFERS. In other circumstances other bits are expected; then the first epoch shows whether the same was done,
-and only several seeds show whether the same was reached. One run has no spread.
+bits are DIFFERS. In other circumstances other bits are expected. Then the first epoch shows if the same was done, and
+only several seeds show if the same was reached. One run has no spread.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ BIT_EXACT, NUMERICALLY_EQUAL = "BIT-EXACT", "NUMERICALLY EQUAL"
 CONSISTENT, EVALUATION_EQUAL = "STATISTICALLY CONSISTENT", "EVALUATION EQUAL"
 DIFFERS = "DIFFERS"
 
-LEARNING_RATE_TOLERANCE = 1e-9  # relative; it is computed in double precision
+LEARNING_RATE_TOLERANCE = 1e-9  # relative, computed in double precision
 # Of the mean train loss, relative. Between 1 and 2 CPU threads it differed by 0.6 % on `demo` (37 steps of ResNet-50)
-# and by 1e-7 on `smoke` (12 steps): rounding grows fast, so that this catches gross faults only; hashes say the rest.
+# and by 1e-7 on `smoke` (12 steps): rounding grows fast, so this catches gross faults only. Hashes say the rest.
 FIRST_EPOCH_TOLERANCE = 0.02
 SEEDS_MIN = 3
 CONFIDENCE = 0.95
@@ -61,7 +61,7 @@ class DeterminismContext:
 
 
 def judge_claims(recipe: Recipe, facts: RunData, changed: list[str]) -> list[JudgedClaim]:
-    """Every claim of the recipe beside the records of the second run; `changed`: how their circumstances differ."""
+    """Judge every claim by the records of the second run. `changed` are the differences of circumstances, in words."""
     claims = recipe.claims
     judged = list(judge_data(claims, facts))
     if claims.training is not None and facts.training is not None:
@@ -77,19 +77,19 @@ def judge_claims(recipe: Recipe, facts: RunData, changed: list[str]) -> list[Jud
 
 
 def is_deterministic(claimed: ClaimedTraining, training: TrainingRecord) -> bool:
-    """Whether equal circumstances give equal bits: on a CPU, or with deterministic algorithms; not after a break."""
+    """Whether equal circumstances give equal bits: on a CPU or with deterministic algorithms, without a break."""
     on_cpu = claimed.accelerator is None and training.provenance.hardware.accelerator is None
     return claimed.is_exact and (on_cpu or training.precision.get("deterministic_algorithms") is True)
 
 
 def same_bits(claim: str, claimed: Setting, found: Setting, why_else: str) -> JudgedClaim:
-    """A claim whose value is equal or wrong."""
+    """Judge a claim that is either equal or wrong."""
     level, why = (BIT_EXACT, "equal") if claimed == found else (DIFFERS, why_else)
     return JudgedClaim(claim=claim, level=level, claimed=claimed, found=found, why=why)
 
 
 def rounded_bits(claim: str, claimed: str, found: str, context: DeterminismContext) -> JudgedClaim:
-    """A claim whose last digits depend on the processor and on versions."""
+    """Judge a claim with last digits that depend on the processor and on versions."""
     if claimed == found or not context.changed:
         return same_bits(claim, claimed, found, "in equal determinism_context: the code does something else")
     why = f"other last digits are possible, since {context.why_not}"
@@ -133,7 +133,7 @@ def judge_training(
 
 
 def first_epoch(claimed: ClaimedTraining, training: TrainingRecord) -> JudgedClaim:
-    """Learning rate and mean train loss of the first epoch: whether the same thing was done."""
+    """Learning rate and mean train loss of the first epoch: a sign that the same thing was done."""
     names = ("learning_rate", "train_loss")
     theirs = {name: (claimed.epochs.get(name) or [None])[0] for name in names}
     ours = {name: getattr(training.epochs[0], name) for name in names}
@@ -205,14 +205,14 @@ def judge_counts(
         why = f"the same weights; {apart} image(s) apart, allowed: {allowed}"
         return (EVALUATION_EQUAL if apart <= allowed else DIFFERS), why
     if claims.seeds is None:
-        return CANNOT_TELL, "other weights; the recipe is one run (n = 1), so that its spread is unknown"
+        return CANNOT_TELL, "other weights; the recipe is one run (n = 1): its spread is unknown"
     if not is_top1:
         return CANNOT_TELL, "other weights; the recipe gives the spread of top-1 only"
     return against_seeds(claims.seeds, evaluation.images, ours)
 
 
 def allowed_images(images: int) -> int:
-    """The number of images by which equal evaluations may differ: kernels change the last digits of logits."""
+    """The largest difference of equal evaluations, in images: kernels change the last digits of logits."""
     return math.ceil(images / MOST_OTHER_IMAGES)
 
 
@@ -286,7 +286,7 @@ def overall_verdict(claims: list[JudgedClaim]) -> str:
 WORDS = """A level says how much was shown. BIT-EXACT: the same bits. NUMERICALLY EQUAL: within the stated tolerance,
 over the first epoch. STATISTICALLY CONSISTENT: not further apart than several runs of the recipe, whose number and
 spread are given; smaller differences cannot be seen. EVALUATION EQUAL: the same weights give the same counts, but for a
-few images. DIFFERS: it is not what the recipe claims. CANNOT TELL: this comparison can show neither.
+few images. DIFFERS: the claim is wrong. CANNOT TELL: this comparison can show neither.
 
 The recipe's own numbers are taken from its document and deserve the trust of its author; this report adds the
 measurements of a second party."""
@@ -326,7 +326,7 @@ def row(claim: JudgedClaim) -> tuple[str, ...]:
 
 
 def value(found: Setting) -> str:
-    """A value of a cell; of hashes the first digits, the record has all."""
+    """A value of a cell. Hashes are cut to 16 digits, the record has all."""
     if isinstance(found, str):
         return code(found[:16]) or NOTHING
     return NOTHING if found is None else setting(found)

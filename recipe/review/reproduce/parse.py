@@ -1,6 +1,6 @@
 """Parses the JSON block of a document into a `Config` and typed claims. The block is untrusted data.
 
-It must have every key of the schema and no other, with values inside the schema's bounds; nothing is expanded, looked
+It must have every key of the schema and no other, with values inside the schema's bounds. Nothing is expanded, looked
 up or opened. Facts of the machine come from this checkout: a recipe that names one is refused.
 """
 
@@ -19,7 +19,7 @@ from recipe.review.findings import shorten
 
 LONGEST_LIST = 1000
 LONGEST_TEXT = 20_000
-LARGEST_NUMBER = 2**53  # what JSON's numbers hold exactly
+LARGEST_NUMBER = 2**53  # exact as a number of JSON
 SHOWN_LETTERS = 120
 CHECKPOINTS = ("last", "best")
 
@@ -29,15 +29,11 @@ BoundedCount = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_NUMBER)]
 
 
 class ClaimedSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """One split of the data set."""
-
     images: BoundedCount
     raw_sha256: Sha256
 
 
 class ClaimedData(msgspec.Struct, frozen=True, kw_only=True):
-    """What the data were."""
-
     data_set: Word
     manifest_sha256: Sha256
     class_list_sha256: Sha256
@@ -45,7 +41,7 @@ class ClaimedData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClaimedTraining(msgspec.Struct, frozen=True, kw_only=True):
-    """What training began with, did and left; `epochs` has one list for each column."""
+    """The start, the course and the result of training. `epochs` has one list for each column."""
 
     initial_weights_sha256: Sha256
     architecture_sha256: Sha256
@@ -77,8 +73,6 @@ class ClaimedEvaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClaimedFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One exported file."""
-
     sha256: Sha256
     correct_top1: BoundedCount
     correct_top5: BoundedCount
@@ -94,7 +88,7 @@ class ClaimedSeeds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a recipe claims; a stage that it does not claim is None."""
+    """Everything that a recipe claims. A stage without claims is None."""
 
     data: ClaimedData | None = None
     training: ClaimedTraining | None = None
@@ -104,8 +98,6 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClaimedCode(msgspec.Struct, frozen=True, kw_only=True):
-    """Which code trained."""
-
     commit: Word | None
     tree: Word
     source_sha256: Sha256
@@ -122,7 +114,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_recipe(identity: Mapping[str, Any]) -> Recipe:
-    """The claims by type; raises `UserError` that names what is missing or of a wrong type."""
+    """The claims by type. Raises `UserError` with the name of a missing or mistyped one."""
     values = {name: identity.get(name) for name in Recipe.__struct_fields__}
     for stage in ("code", "determinism_context"):
         if values[stage] is None:
@@ -136,7 +128,7 @@ def parse_recipe(identity: Mapping[str, Any]) -> Recipe:
 def parse_config(identity: Mapping[str, Any]) -> Config:
     """The configuration, with the neutral values of `RUNTIME_KEYS` for the caller to replace.
 
-    Raises `UserError` that names the key, and where the block has the hashes of another configuration.
+    Raises `UserError` with the key, or if the block has the hashes of another configuration.
     """
     values = identity.get("config")
     try:

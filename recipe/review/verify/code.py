@@ -1,7 +1,7 @@
 """`drift`: does this checkout still do what a recipe says? For the CI of this project.
 
-The experiment is composed again and compared value by value; every entry point is loaded; then the recipe's own
-configuration runs through the code of today (`trace_here`), so that a change shows where no setting changed.
+The experiment is composed again and compared value by value. Every entry point is loaded. Then the recipe's own
+configuration runs through the code of today (`trace_here`): this shows changes that no setting shows.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PLAIN_SETTING = re.compile(r"^[a-z_][a-z_0-9.]*=[^$]*$")  # no ++key, ~key, hydr
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run, a published recipe, or its document")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: Namespace) -> int:
-    """1 where something has changed, else 0."""
+    """1: something has changed, else 0."""
     recipe = open_recipe(arguments.path)
     findings = list(code_differences(recipe))
     changed = sum(difference.kind != UNDECIDED for difference in findings)
@@ -86,7 +86,7 @@ def config_changes(recipe: OpenedRecipe, config: dict[str, Any]) -> Iterator[Tra
 def recorded_settings(recipe: OpenedRecipe) -> tuple[list[str], set[str]]:
     """The settings of the recorded training command, without facts of the machine, and the keys that it swept over.
 
-    The command may come from anybody. Of a key such as seed=1,2,3 the configuration says which value was this run's.
+    The command may come from anybody. The value of a swept key, such as seed=1,2,3, is in the configuration.
     """
     command = claimed_code(recipe).get("command")
     try:

@@ -19,19 +19,19 @@ from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe
 from recipe.review.verify.files import BROKEN, links
 from recipe.review.verify.trace import UNDECIDED, compare_traces, stored_trace, trace_here
 
-LEADING_DIFFERENCES = 3  # of a trace; the others follow from them
+LEADING_DIFFERENCES = 3  # of a trace: the others follow from them
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run, a published recipe, or its document")
-    parser.add_argument("--raw-dir", type=Path, help="the raw archives; those of the experiment's file by default")
-    parser.add_argument("--data-dir", type=Path, help="the processed data; that of the experiment's file by default")
-    parser.add_argument("--skip", choices=("chain", "trace"), help="leave one of the two out")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--raw-dir", type=Path, help="the raw archives (default: those of the experiment)")
+    parser.add_argument("--data-dir", type=Path, help="the processed data (default: those of the experiment)")
+    parser.add_argument("--skip", choices=("chain", "trace"), help="the part to leave out")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: Namespace) -> int:
-    """1 where a link is broken or the trace differs, else 0."""
+    """1: a link is broken or the trace differs, else 0."""
     recipe = open_recipe(arguments.path)
     raw_dir, data_dir = data_places(recipe)
     skip = arguments.skip
@@ -64,7 +64,7 @@ def run(arguments: Namespace) -> int:
 
 
 def data_places(recipe: OpenedRecipe) -> tuple[Path | None, Path | None]:
-    """(raw, processed) data by this checkout's file of the experiment; None where it has none."""
+    """(raw, processed) data by this checkout's file of the experiment, or None."""
     name = str(dict_or_empty((recipe.block or {}).get("config")).get("name"))
     if not NAME.fullmatch(name) or not (EXPERIMENTS / f"{name}.yaml").is_file():
         return None, None

@@ -1,7 +1,7 @@
 """The chain of hashes: raw images -> shards -> checkpoint -> exported files -> predictions -> metrics.
 
-Each link compares a file, computed again, with what the record says of it; a file that is not here breaks nothing. The
-chain shows that files and records belong together, not that the records are true: a forger can compute hashes too.
+Each link compares a file, hashed again, with its record. A file that is not here breaks nothing. The chain shows that
+files and records belong together, not that the records are true: a forger can compute hashes too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ HOLDS, BROKEN, NOT_HERE = "holds", "BROKEN", "not here"
 
 
 class Link(msgspec.Struct, frozen=True):
-    """One step of the chain."""
-
     name: str
     state: str
     detail: str
@@ -44,7 +42,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
-    """Every link that a file or two records can show; none for a document alone."""
+    """Every link that a file or two records can show. None for a document alone."""
     if recipe.run is None:
         return
     reader = RecordReader(recipe.run)
@@ -90,7 +88,7 @@ def data_links(record: PreprocessingRecord, raw_dir: Path | None, data_dir: Path
 
 
 def file_link(name: str, folder: Path | None, file: str, digest: str) -> Link:
-    """A file in a folder of the reader's own, whose links are theirs; the file's name may come from anybody."""
+    """A file in a folder of the user's own: links there are trusted. The file's name may come from anybody."""
     leads_out = os.path.isabs(file) or os.path.normpath(file).startswith("..") or "\0" in file
     path = None if folder is None or leads_out else folder / file
     if path is None or not path.is_file():
@@ -101,7 +99,7 @@ def file_link(name: str, folder: Path | None, file: str, digest: str) -> Link:
 
 
 def record_links(facts: RunData) -> Iterator[Link]:
-    """Each stage read what the stage before it wrote; config.yaml is the configuration of the training."""
+    """Each stage read the output of the stage before it. config.yaml is the configuration of the training."""
     manifest = facts.preprocessing.outputs.get("manifest") if facts.preprocessing else None
     outputs = facts.training.outputs.items() if facts.training else ()
     weights = {digest for name, digest in outputs if "weights" in name}

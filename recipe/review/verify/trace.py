@@ -1,10 +1,10 @@
 """The trace of a recipe beside that of this checkout: ten optimizer steps on a few drawn images.
 
-Counts, draws and evaluations must be equal. Sums in floating point may differ in the last digits; the tolerance is six
+Counts, draws and evaluations must be equal. Sums in floating point may differ in the last digits. The tolerance is six
 times the largest harmless difference that was measured (1 to 4 threads, torch 2.11 and 2.15: benchmarks/canary.py).
 
-A processor without AVX2 resizes by other arithmetic, and a pixel in a few hundred is one level brighter or darker:
-pixels of such a machine cannot be compared, and the sums get a larger tolerance.
+A processor without AVX2 resizes by other arithmetic: a pixel in a few hundred is one level brighter or darker. Pixels
+of such a machine cannot be compared, and the sums get a larger tolerance.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST_COUNT = 10**8
 
 
 class TraceDifference(msgspec.Struct, frozen=True):
-    """One value that differs; `cannot tell` where this machine could not have made it equal."""
+    """One value that differs. `cannot tell`: this machine could not have made it equal."""
 
     what: str
     recipe: str
@@ -45,10 +45,10 @@ class TraceDifference(msgspec.Struct, frozen=True):
 
 
 def stored_trace(recipe: OpenedRecipe) -> Fingerprint:
-    """The recipe's own trace, from its records; raises `UserError` where it has none or another one than it claims."""
+    """The recipe's own trace, from its records. Raises `UserError` where it has none or another one than it claims."""
     claimed = recipe.required_block().get("fingerprint_sha256")
     if claimed is None:
-        raise UserError(f"{recipe.name} holds no fingerprint: the code was edited while it was training, or before it")
+        raise UserError(f"{recipe.name} has no fingerprint: the code was edited while it was training, or before it")
     trace = recipe.run.read(Fingerprint) if recipe.run is not None else None
     if trace is None:
         raise UserError(
@@ -61,7 +61,7 @@ def stored_trace(recipe: OpenedRecipe) -> Fingerprint:
 
 
 def trace_here(recipe: OpenedRecipe) -> Fingerprint:
-    """The trace of the recipe's configuration by the code of this checkout; raises `UserError`."""
+    """The trace of the recipe's configuration by the code of this checkout. Raises `UserError`."""
     block, sizes = recipe.required_block(), []
     for chapter, name in (("training", "steps_per_epoch"), ("data", "classes")):
         size = recipe.claims(chapter).get(name)
@@ -105,7 +105,7 @@ def compare_traces(recipe: Fingerprint, here: Fingerprint) -> list[TraceDifferen
 
 
 def _optimizer_groups(trace: Fingerprint) -> dict[str, Any]:
-    """Settings of the live optimizer; its learning rate is compared as the schedule."""
+    """Settings of the live optimizer. Its learning rate is compared as the schedule."""
     return {
         group.name: {"tensors": group.tensors, "parameters": group.parameters, "settings": group.settings}
         for group in trace.parameter_groups
@@ -113,14 +113,14 @@ def _optimizer_groups(trace: Fingerprint) -> dict[str, Any]:
 
 
 class _Differences(list[TraceDifference]):
-    """Differences so far; the arguments of each comparison are the recipe's value and the one of this checkout."""
+    """Differences so far. Each comparison takes the recipe's value and the one of this checkout."""
 
     def equal(self, what: str, recipe: Any, here: Any, kind: str = CHANGED) -> None:
         if recipe != here:
             self.append(TraceDifference(what, str(recipe), str(here), kind))
 
     def close(self, what: str, recipe: float, here: float, tolerance: float, scale: float | None = None) -> None:
-        """Relative to the recipe's value, or to `scale` where the value may be near zero; NaN differs from all."""
+        """Relative to the recipe's value, or to `scale` for values near zero. NaN differs from everything."""
         allowed = tolerance * max(abs(recipe) if scale is None else scale, 1e-30)
         if not (math.isfinite(recipe) and abs(recipe - here) <= allowed):
             self.append(TraceDifference(what, f"{recipe:.9g}", f"{here:.9g}"))
@@ -165,7 +165,7 @@ class _Differences(list[TraceDifference]):
             self.close(f"{where} way of {name}", recipe.distances[name], here.distances[name], tolerance)
 
     def evaluation(self, recipe: EvaluationProbe, here: EvaluationProbe, tolerance: float, kind: str) -> None:
-        """The evaluator on the validation images; the scale of its numbers is the largest logit."""
+        """The evaluator on the validation images. The scale of its numbers is the largest logit."""
         scale = max((abs(logit) for logit in recipe.logits), default=0.0)
         self.equal("labels of the evaluation", recipe.labels, here.labels)
         self.all_close("logits of the evaluation", recipe.logits, here.logits, tolerance, scale)

@@ -30,7 +30,7 @@ MOST_EPOCHS = 100_000
 
 
 class ScheduleSettings(msgspec.Struct, frozen=True):
-    """The settings that decide where the phases of a training begin."""
+    """The settings that place the phases of a training."""
 
     epochs: int
     schedule: str
@@ -49,7 +49,7 @@ class Watched:
 
 
 def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
-    """All seeds under the paths, each once; raises `UserError` where they are not of one recipe and one data set."""
+    """All seeds under the paths, each once. Raises `UserError` unless they share one recipe and one data set."""
     first, *others = [_open_seeds(Path(path)) for path in paths]
     runs = list(first.runs)
     for path, other in zip(paths[1:], others, strict=True):
@@ -61,7 +61,7 @@ def open_reference(paths: Sequence[str | Path]) -> SeedsRecord:
 
 
 def _open_seeds(path: Path) -> SeedsRecord:
-    """A seeds.json; or the seed of a recipe and those that were published with it."""
+    """A seeds.json, or the seed of a recipe with those that were published with it."""
     if path.suffix == ".json" and path.is_file():
         return _checked(from_json(read_text(path).encode(), SeedsRecord, display_path(path)), display_path(path))
     recipe = open_recipe(path)
@@ -76,7 +76,7 @@ def _open_seeds(path: Path) -> SeedsRecord:
 
 
 def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
-    """The one seed of a document, or of a run without one; raises `UserError` where no training was finished."""
+    """The one seed of a document, or of a run without one. Raises `UserError` if no training was finished."""
     block = recipe.block
     if block is None:
         assert recipe.run is not None, "a recipe has a document or records"
@@ -84,7 +84,7 @@ def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
     claims, config = dict_or_empty(block.get("claims")), block.get("config")
     training, seed = claims.get("training"), dict_or_empty(config).get("seed")
     if not isinstance(training, dict) or not isinstance(config, dict):
-        raise UserError(f"{recipe.name} holds no finished training: nothing can be compared with it")
+        raise UserError(f"{recipe.name} has no finished training: nothing can be compared with it")
     splits = dict_or_empty(dict_or_empty(claims.get("data")).get("splits"))
     values = {
         "seed": seed if isinstance(seed, int) else 0,
@@ -107,7 +107,7 @@ def _seed_of(recipe: OpenedRecipe) -> SeedsRecord:
 
 
 def _checked(record: SeedsRecord, where: str) -> SeedsRecord:
-    """The record; raises `UserError` unless it is of its configuration and every seed has every epoch, in numbers."""
+    """The record. Raises `UserError` unless it fits its configuration and every seed has every epoch, in numbers."""
     computed = recipe_id(record.config)
     if record.recipe_id != computed:
         raise UserError(
@@ -118,10 +118,10 @@ def _checked(record: SeedsRecord, where: str) -> SeedsRecord:
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"{where} has no steps_per_epoch: {on_one_line(str(steps))}")
     if not record.runs:
-        raise UserError(f"{where} holds no seed")
+        raise UserError(f"{where} has no seed")
     for run in record.runs:
         if run.epochs.get("epoch") != list(range(1, epochs + 1)):
-            raise UserError(f"seed {run.seed} of {where} does not hold each of its {epochs} epochs once, in order")
+            raise UserError(f"seed {run.seed} of {where} does not have each of its {epochs} epochs once, in order")
         for name in WATCHED_METRICS:
             values = run.epochs.get(name, [])
             if len(values) != epochs or not all(is_exact_number(value) for value in values):
@@ -130,14 +130,14 @@ def _checked(record: SeedsRecord, where: str) -> SeedsRecord:
 
 
 def is_exact_number(value: Any) -> bool:
-    """Whether a value is a number without loss as a float: not a truth value, NaN or a huge integer."""
+    """Whether a value is exact as a float: not a bool, NaN or a huge integer."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**53
 
 
 def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleSettings:
-    """The schedule of a pinned configuration; raises `UserError`."""
+    """The schedule of a pinned configuration. Raises `UserError`."""
     try:
         settings = msgspec.convert(config.get("optimization"), ScheduleSettings)
     except msgspec.ValidationError as error:
@@ -176,7 +176,7 @@ def what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same_data(reference: SeedsRecord, watched: Watched) -> None:
-    """Raise `UserError` where the raw images have other hashes."""
+    """Raise `UserError` if the raw images have other hashes."""
     for seed in reference.runs:
         _check_seed_data(seed, watched.seed, watched.name)
 
@@ -201,7 +201,7 @@ def _without_repeats(seeds: Sequence[SeedRun]) -> list[SeedRun]:
 
 
 def same_run(first: SeedRun, second: SeedRun) -> bool:
-    """Whether all values that both have are equal, as those of two seeds never are; hashes can be edited."""
+    """Whether all shared values are equal, as those of two seeds never are. Hashes can be edited."""
     shared = range(min(len(first.epochs.get("epoch", [])), len(second.epochs.get("epoch", []))))
     pairs = [(first.epochs[name][at], second.epochs[name][at]) for name in WATCHED_METRICS for at in shared]
     return bool(pairs) and all(a == b for a, b in pairs)
@@ -219,7 +219,7 @@ def open_watched(path: str | Path) -> Watched:
 
 
 def watched_run(run: Run) -> Watched:
-    """A run from its own files, also while it trains; an epoch counts when it was validated."""
+    """A run from its own files, also while it trains. An epoch counts after its validation."""
     name, config = display_path(run.directory), run.read_config()
     if config is None:
         raise UserError(f"{name} has no config.yaml: nothing was trained there")

@@ -28,13 +28,13 @@ from recipe.run.records import SeedsRecord
 
 @dataclass(frozen=True)
 class Watch:
-    """A reference and the family-wise error with which runs are judged by it."""
+    """A reference, and the family-wise error for judging runs by it."""
 
     reference: SeedsRecord
     alpha: float = ALPHA
 
     def judge(self, watched: Watched) -> Judgement:
-        """The verdict; raises `UserError` where the run is of another recipe or other data."""
+        """The verdict. Raises `UserError` if the run is of another recipe or other data."""
         check_same_settings(self.reference, watched.config, watched.steps_per_epoch, watched.name)
         check_same_data(self.reference, watched)
         phases = phases_of(self.reference)
@@ -51,7 +51,7 @@ class Watch:
 
 
 def by_epoch(columns: Mapping[str, Sequence[Any]], name: str, epochs: int) -> Numbers:
-    """A column of a run as an array over all epochs, NaN where it has no value."""
+    """A column of a run as an array over all epochs, NaN for missing values."""
     values = np.full(epochs, np.nan)
     for epoch, value in zip(columns.get("epoch", []), columns.get(name, []), strict=True):
         values[epoch - 1] = np.nan if value is None else value
@@ -140,7 +140,7 @@ def as_json_line(watch: Watch, watched: Watched, judgement: Judgement) -> str:
 
 
 def band_at(band: Band, epoch: int) -> dict[str, float | None]:
-    """The band at the newest epoch, none before the first; null where it cannot be judged."""
+    """The band at the newest epoch, none before the first. Null: it cannot be judged."""
     if epoch == 0:
         return {}
     names = ("mean", "sd", "degrees_of_freedom", "limit")

@@ -2,9 +2,9 @@
 
 A run is compared with n reference seeds after each epoch and in each metric, by the prediction interval of one more
 run, mean +- t s sqrt(1 + 1/n). s is pooled over neighbouring epochs of the same phase of the schedule, or is that of
-the epoch where this is larger. The degrees of freedom of t are reduced for the autocorrelation and the unequal
-variances of the epochs (Satterthwaite), and capped by an upper bound on the kurtosis of the residuals: on real seeds
-the plain pooled band broke its stated error (benchmarks/results/convergence.md has both). All epochs and metrics of a
+the epoch if this is larger. The degrees of freedom of t are reduced for the autocorrelation and the unequal variances
+of the epochs (Satterthwaite). They are capped by an upper bound on the kurtosis of the residuals: on real seeds the
+plain pooled band broke its stated error (benchmarks/results/convergence.md has both). All epochs and metrics of a
 training share one family-wise error (Bonferroni), so that looking at every epoch costs no more.
 
 Intervals are two-sided: a run that is too good too early has started from something else.
@@ -50,7 +50,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Band:
-    """The prediction interval of one more run in one metric; arrays over epochs. NaN limits: cannot be judged."""
+    """The prediction interval of one more run in one metric, arrays over epochs. NaN limits: cannot be judged."""
 
     mean: Numbers
     sd: Numbers  # pooled
@@ -92,7 +92,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict at the newest epoch; `since` holds the first deviation of each metric, the earliest first."""
+    """The verdict at the newest epoch. `since`: the first deviation of each metric, the earliest first."""
 
     verdict: str
     reason: str
@@ -103,12 +103,12 @@ class Judgement:
 
 
 def phases(epochs: int, ends: Sequence[float]) -> list[int]:
-    """The phase of the schedule in which each epoch ends, where phases end after `ends` (the warm-up, each fall)."""
+    """The phase of the schedule at the end of each epoch. Phases end after `ends` (the warm-up, each fall)."""
     return [sum(epoch > end for end in {*ends}) for epoch in range(1, epochs + 1)]
 
 
 def neighbours(phase_of: Sequence[int], epoch: int) -> list[int]:
-    """The epochs (counted from 0) whose variance is pooled with that of `epoch`."""
+    """The epochs, counted from 0, with a variance that is pooled with that of `epoch`."""
     reach = max(1, int(len(phase_of) * WINDOW_SHARE / 2))
     window = range(max(0, epoch - reach), min(len(phase_of), epoch + reach + 1))
     return [other for other in window if phase_of[other] == phase_of[epoch]]
@@ -144,8 +144,8 @@ def pooled(values: Numbers, phase_of: Sequence[int]) -> tuple[Numbers, Numbers]:
 def tail_degrees(scaled: Numbers, correlation: float) -> float:
     """The degrees of freedom of the heaviest-tailed t that scaled residuals [seeds, epochs] do not rule out.
 
-    t has the excess kurtosis 6 / (degrees - 4), which is measured with an error: a long training with many seeds gets
-    Gaussian tails, a short one does not.
+    t has the excess kurtosis 6 / (degrees - 4), measured with an error. A long training with many seeds gets Gaussian
+    tails, a short one does not.
     """
     seeds, epochs = scaled.shape
     excess = float((scaled**4).mean() / (scaled**2).mean() ** 2) - 3
@@ -156,9 +156,9 @@ def tail_degrees(scaled: Numbers, correlation: float) -> float:
 
 
 def effective_count(variances: Numbers, distances: Numbers, correlation: float) -> float:
-    """The number of uncorrelated epochs of equal variance whose pooled variance is as certain (Satterthwaite).
+    """The number of uncorrelated epochs of equal variance with the same certainty of the pooled one (Satterthwaite).
 
-    Epochs are correlated as correlation ** distance; the covariance of squares of Gaussians is the square of that.
+    Epochs are correlated as correlation ** distance. The covariance of squares of Gaussians is the square of that.
     """
     if not variances.any():
         return 1.0
@@ -166,7 +166,7 @@ def effective_count(variances: Numbers, distances: Numbers, correlation: float) 
 
 
 def bands(seeds: Seeds, alpha: float = ALPHA) -> dict[str, Band]:
-    """The band of every metric, none with fewer than three seeds; all epochs and metrics share the error `alpha`."""
+    """The band of every metric, none with fewer than three seeds. All epochs and metrics share the error `alpha`."""
     if seeds.count < FEWEST_SEEDS:
         return {}
     level = alpha / (seeds.epochs * len(seeds.values))
@@ -187,8 +187,8 @@ def band(values: Numbers, phase_of: Sequence[int], level: float) -> Band:
 def detectable_shift(quantile: float, degrees_of_freedom: float, power: float = POWER) -> float:
     """The true shift, in standard deviations of the difference, that |t| > `quantile` finds with `power`.
 
-    Noncentral t, (z + shift) / sqrt(v), where v is chi-squared over its degrees of freedom: the mean over v of normal
-    probabilities, since scipy's noncentral t is NaN for the far quantiles that three seeds need.
+    Noncentral t, (z + shift) / sqrt(v), with v chi-squared over its degrees of freedom: the mean over v of normal
+    probabilities. scipy's noncentral t is NaN for the far quantiles that three seeds need.
     """
     from scipy import optimize, stats
 
@@ -204,7 +204,7 @@ def detectable_shift(quantile: float, degrees_of_freedom: float, power: float = 
 
 
 def judge(seeds: Seeds, run: Mapping[str, Numbers], alpha: float = ALPHA) -> Judgement:
-    """The verdict on a run: its values by metric and epoch, NaN where there is none yet."""
+    """The verdict on a run: its values by metric and epoch, NaN for epochs to come."""
     found = bands(seeds, alpha)
     epoch = max((last_epoch(values) for values in run.values()), default=0)
     comparisons = seeds.epochs * len(found)
@@ -224,7 +224,7 @@ def judge(seeds: Seeds, run: Mapping[str, Numbers], alpha: float = ALPHA) -> Jud
 
 
 def last_epoch(values: Numbers) -> int:
-    """The newest epoch with a value, counted from 1; 0: none."""
+    """The newest epoch with a value, counted from 1. Without any: 0."""
     present = np.flatnonzero(~np.isnan(values))
     return int(present[-1]) + 1 if present.size else 0
 

@@ -1,4 +1,4 @@
-"""`check` finds nothing in a whole recipe, and each kind of damage at its level and place."""
+"""`check` finds nothing in a complete recipe, and each kind of damage at its level and place."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_complete_recipe_has_no_findings_and_missing_statements_are_notes(run:
 
 
 def test_a_published_folder_and_the_document_alone_are_recipes_too(run: Run, tmp_path: Path) -> None:
-    """Without the large files there is less to look at, which is said and is no failure."""
+    """Without the large files fewer things are checked. This is reported and not a failure."""
     published = tmp_path / "published"
     published.mkdir()
     for name in ("records", "figures"):
@@ -431,7 +431,7 @@ def test_damage_is_found_at_its_level_and_place(run: Run, name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", [name for name, (_, level, _) in DAMAGE.items() if level is Level.executed])
-def test_what_only_a_measurement_shows_is_not_claimed_without_one(run: Run, name: str) -> None:
+def test_faults_of_content_need_execute(run: Run, name: str) -> None:
     DAMAGE[name][0](run)
     measured = [one for one in findings(run) if one.level is Level.executed]
     assert not measured
@@ -440,7 +440,7 @@ def test_what_only_a_measurement_shows_is_not_claimed_without_one(run: Run, name
 # Which code ran
 
 
-def test_a_commit_that_this_history_does_not_have_is_no_failure(run: Run) -> None:
+def test_an_unknown_commit_is_not_a_failure(run: Run) -> None:
     """A shallow clone, or a squashed branch: the source hash identifies the code."""
     for name in ("preprocessing", "training", "evaluation", "serialization", "inference"):
         changes = {"commit": "1234567890" * 4, "source_sha256": "a" * 64, "source_sha256_at_end": "a" * 64}
@@ -451,7 +451,7 @@ def test_a_commit_that_this_history_does_not_have_is_no_failure(run: Run) -> Non
     assert "aaaaaaaaaaaaaaaa" in found[0].what
 
 
-def test_a_commit_that_holds_other_source_is_found(run: Run) -> None:
+def test_a_commit_with_other_source_is_found(run: Run) -> None:
     if commit() is None:
         pytest.skip("no git checkout")
     change_record(run, "training.json", set_at("provenance", "source_sha256", value="b" * 64))
@@ -461,7 +461,7 @@ def test_a_commit_that_holds_other_source_is_found(run: Run) -> None:
 
 
 def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path, monkeypatch: Any) -> None:
-    """From git's objects alone; attributes of the commit leave nothing out, change no byte and start no program."""
+    """From git's objects alone: attributes of the commit leave nothing out, change no byte and start no program."""
     for name in (
         "recipe/__init__.py",
         "recipe/a.py",
@@ -516,7 +516,7 @@ def test_the_source_of_a_commit_is_hashed_as_the_working_tree_is(tmp_path: Path,
         "python -m recipe reproduce recipes/demo --stages train evaluate --yes",
     ],
 )
-def test_commands_that_this_pipeline_records_are_no_finding(command: str) -> None:
+def test_recorded_commands_give_no_finding(command: str) -> None:
     assert sources.command_faults(command, set(sources.schema_keys())) == []
 
 

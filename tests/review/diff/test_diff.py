@@ -1,4 +1,4 @@
-"""`diff` names first what explains a difference in accuracy: the acceptance cases, and what must not be said."""
+"""`diff` names the causes of a difference in accuracy first: the acceptance cases, and forbidden claims."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.builders.runs import change_record, set_at
 
 @pytest.fixture
 def side(whole: Path) -> Comparable:
-    """The whole recipe, with a complete configuration."""
+    """The complete recipe, with a complete configuration."""
     found = Comparable.from_recipe(open_recipe(whole))
     block = deepcopy(found.block)
     block["config"] = compose_config("experiment=demo").pinned.values
@@ -53,7 +53,7 @@ def first(report: DiffReport) -> str:
 
 
 def test_weight_decay_comes_first(side: Comparable) -> None:
-    """vision#8363: 1 % after six epochs; the weight decay was 1e-2 where the recipe has 1e-4."""
+    """vision#8363: 1 % after six epochs. The weight decay was 1e-2, that of the recipe is 1e-4."""
     report = compare_recipes(side, altered(side, ("config.optimization.weight_decay", 1e-2)))
     assert first(report) == "optimization.weight_decay"
     assert [one.key for one in report.differences] == ["optimization.weight_decay"]
@@ -155,7 +155,7 @@ def test_equal_learning_rates_per_image_are_called_equal(side: Comparable) -> No
 
 
 def test_code_that_no_configuration_shows_is_found_in_the_live_objects(side: Comparable) -> None:
-    """Configurations agree; the schedule, a parameter group or the pixels do not."""
+    """Configurations agree. The schedule, a parameter group or the pixels do not."""
 
     def slower(training: Any) -> Any:
         points = [(step, rate / 2) for step, rate in training.schedule.points]
@@ -193,7 +193,7 @@ def test_hashes_that_have_to_differ_are_not_listed_twice(side: Comparable) -> No
 
 
 def test_curves_are_compared_at_equal_share_of_training(side: Comparable) -> None:
-    """The same shape over twice the steps is the same curve; half of the rate is not."""
+    """The same shape over twice the steps is the same curve. Half of the rate is not."""
 
     def longer(training: Any) -> Any:
         schedule = training.schedule
@@ -216,7 +216,7 @@ def counted(images: int, correct: int, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("correct", "other", "said"),
     [
-        (37_000, 37_050, "is within it"),  # 0.10 points; the bound of two runs at 74 % of 50,000 is 0.54
+        (37_000, 37_050, "is within it"),  # 0.10 points: the bound of two runs at 74 % of 50,000 is 0.54
         (37_000, 37_300, "is beyond it"),
     ],
 )
@@ -256,9 +256,7 @@ def test_runs_and_documents_alone_give_the_same_answer(
     assert report["differences"][0]["group"] == "accuracy"
 
 
-def test_what_is_no_recipe_is_refused_in_one_sentence(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_files_are_refused_in_one_line(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "card.md").write_text("# A card\n")
     with pytest.raises(SystemExit) as stopped:
         main(["diff", str(whole), str(tmp_path / "card.md")])

@@ -1,4 +1,4 @@
-"""A recipe from a stranger: what it must never be able to do."""
+"""An untrusted recipe, and the actions that it must never cause."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ESCAPES = "\x1b]0;title\x07\x1b[31mred\x1b[0m\u202eoverride\x9b"
 
 @pytest.fixture(autouse=True)
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra takes most of the time; what it composes is looked at only."""
+    """Hydra takes most of the time. Its result is only read."""
     monkeypatch.setattr(fitting, "config_from_overrides", lambda words: COMPOSED(*words))
     monkeypatch.setattr(fitting, "source_sha256", SOURCE)
 
@@ -68,7 +68,7 @@ def block(smoke_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def document(block: dict[str, Any], rehash: bool = True) -> str:
-    """A page that holds this block, its hashes made to fit as a clever stranger would."""
+    """A page with this block and hashes that fit, as a clever attacker would make it."""
     if rehash and isinstance(block.get("config"), dict):
         block = block | {"config_sha256": config_sha256(block["config"]), "recipe_id": recipe_id(block["config"])}
     return f"# A recipe\n\n```json\n{json.dumps(block, indent=1)}\n```\n"
@@ -227,7 +227,7 @@ def test_variables_stay_words(block: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 
 def texts_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The place of every text of a block, whatever it is nested in."""
+    """The place of every text of a block, nested or not."""
     if isinstance(value, str):
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -236,7 +236,7 @@ def texts_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def test_no_text_of_it_moves_the_terminal(block: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whichever it stands in, and whether the recipe is refused for it or shown."""
+    """In any of them, with a recipe that is refused for it or shown."""
     places = list(texts_of(block))
     assert len(places) > 50
     for place in places:
@@ -418,17 +418,17 @@ def raw(block: dict[str, Any], old: str, new: str) -> str:
     [
         ('"seed": 0', '"seed": 0, "seed": 1', "the key 'seed' twice"),
         ('"format"', '"format": "recipe/1", "format"', "the key 'format' twice"),
-        ('"seed": 0', '"seed": NaN', "holds no"),
-        ('"seed": 0', '"seed": Infinity', "holds no"),
-        ('"seed": 0', '"seed": 1e999', "holds no"),
-        ('"seed": 0', f'"seed": {"9" * 5000}', "holds no"),
+        ('"seed": 0', '"seed": NaN', "has no"),
+        ('"seed": 0', '"seed": Infinity', "has no"),
+        ('"seed": 0', '"seed": 1e999', "has no"),
+        ('"seed": 0', f'"seed": {"9" * 5000}', "has no"),
         ('"seed": 0', f'"seed": {"9" * 300}', "seed=a huge number"),
-        ('"seed": 0', f'"seed": {"[" * 100_000}{"]" * 100_000}', "holds no"),
+        ('"seed": 0', f'"seed": {"[" * 100_000}{"]" * 100_000}', "has no"),
         ('"seed": 0', f'"seed": {"[" * 400}{"]" * 400}', "seed=a list of 1"),
-        ('"seed": 0', '"seed": 0, // a comment\n', "holds no"),
-        ("# A recipe", '```json\n{"format": "recipe/1"}\n```\n', "holds 2 ```json blocks"),
-        ('"recipe/1"', '"recipe/2"', "holds no"),
-        ("```json\n{", "```json\n[{", "holds no"),
+        ('"seed": 0', '"seed": 0, // a comment\n', "has no"),
+        ("# A recipe", '```json\n{"format": "recipe/1"}\n```\n', "has 2 ```json blocks"),
+        ('"recipe/1"', '"recipe/2"', "has no"),
+        ("```json\n{", "```json\n[{", "has no"),
     ],
 )
 def test_malformed_blocks(block: dict[str, Any], old: str, new: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a second run shows of a recipe's claims, and what it cannot show."""
+"""What a second run can and cannot show about a recipe's claims."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_on_a_gpu_bits_are_promised_by_deterministic_algorithms_only(determinist
 
 
 def first_epoch_claim(change: Callable[[Epoch], Epoch]) -> JudgedClaim:
-    """The claim about the first epoch beside a run whose epochs were changed."""
+    """The claim about the first epoch, beside a run with changed epochs."""
     ours = facts(training=training_record(epochs=[change(epoch) for epoch in training_record().epochs]))
     [claim] = [claim for claim in judge_claims(recipe(), ours, OTHER) if "first epoch" in claim.claim]
     return claim
@@ -156,7 +156,7 @@ def seeds(*correct: int) -> SeedsRecord:
     [
         ((430, 433), CANNOT_TELL),  # two
         ((431, 431, 431), CANNOT_TELL),  # no spread
-        ((431, 433, 429), CONSISTENT),  # 428 lies within 431 +- 4.30 x 1.155 x 2 = 9.9
+        ((431, 433, 429), CONSISTENT),  # 428 is within 431 +- 4.30 x 1.155 x 2 = 9.9
         ((461, 463, 459), DIFFERS),
         ((441, 443, 439, 442, 440, 441), DIFFERS),
     ],

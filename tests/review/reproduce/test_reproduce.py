@@ -35,7 +35,7 @@ pytestmark = pytest.mark.process
 
 @contextmanager
 def quickly() -> Iterator[pytest.MonkeyPatch]:
-    """Without figures, which take most of the time of so small a run."""
+    """Without figures: they take most of the time of so small a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda *_: {})
         yield patch
@@ -61,7 +61,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def emit(config: Config) -> None:
-    """What the three scripts do."""
+    """The work of the three scripts."""
     run = Run(config.run_dir)
     copy_record(run, Path(config.data.directory), preprocess(config))
     train(config)
@@ -119,7 +119,7 @@ def test_the_report_names_the_document_and_nothing_is_written_elsewhere(
 def test_a_run_can_be_published_and_reproduced_from_its_page(
     reproduced: tuple[Run, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the developer's tree is like; the figures are the real ones."""
+    """For any state of the developer's tree. The figures are the real ones."""
     monkeypatch.chdir(reproduced[0].directory.parent.parent)
     run = Run(reproduced[0].directory.relative_to(Path.cwd()))
     folder = publish(run, tmp_path / "recipes" / "mine", allow_modified=True)
@@ -146,11 +146,11 @@ def test_a_finished_reproduction_is_not_done_again(
     with pytest.raises(SystemExit) as stopped:
         main(["reproduce", "recipe.md", "--yes"])
     assert stopped.value.code == 2
-    assert "holds a finished reproduction" in capsys.readouterr().err
+    assert "has a finished reproduction" in capsys.readouterr().err
 
 
 def altered(emitted: Path, tmp_path: Path, change: Callable[[dict], None]) -> Path:  # type: ignore[type-arg]
-    """Another document, whose claims somebody has changed."""
+    """Another document, with changed claims."""
     before, _, rest = emitted.read_text().partition("```json\n")
     block, _, after = rest.partition("\n```\n")
     values = json.loads(block)
@@ -163,7 +163,7 @@ def altered(emitted: Path, tmp_path: Path, change: Callable[[dict], None]) -> Pa
 def test_a_claim_that_is_not_true_is_found(
     emitted: Path, reproduced: tuple[Run, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the data at hand, only one stage; the circumstances are said to have been others."""
+    """On the data that are here, only one stage. Other circumstances are reported."""
 
     def lie(block: dict) -> None:  # type: ignore[type-arg]
         block["claims"]["training"]["order_sha256"] = "0" * 64

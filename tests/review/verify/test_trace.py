@@ -1,4 +1,4 @@
-"""The fingerprint of a recipe's code: equal where nothing changed, and each fault of the catalogue moves it."""
+"""The fingerprint of a recipe's code: equal without a change, and moved by each fault of the catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify and drift on a real run: nothing is found where nothing changed, and every damaged link is named."""
+"""verify and drift on a real run: no finding without a change, and every damaged link is named."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_flipped_byte_is_named(copy: Path, pattern: str, named: str) -> None:
     flip(path)
     found = broken(copy)
     assert any(name.startswith(named) for name in found), found
-    others = "data " if path.name == "manifest.json" else "metrics of"  # the manifest holds the hashes of its files
+    others = "data " if path.name == "manifest.json" else "metrics of"  # the manifest has the hashes of its files
     assert all(name.startswith((named, others)) for name in found), found
     assert found[0].startswith(named)
 
@@ -202,7 +202,7 @@ def test_an_entry_point_that_does_not_load_is_drift(
         ("python train.py optimization.step_epochs=[2,4]", ["optimization.step_epochs=[2,4]"]),
     ],
 )
-def test_of_a_foreign_command_only_plain_settings_are_taken(finished: Path, command: str, kept: list[str]) -> None:
+def test_only_plain_settings_of_an_untrusted_command_are_used(finished: Path, command: str, kept: list[str]) -> None:
     subject = open_recipe(finished / "run")
     assert subject.block is not None
     subject.block["code"]["command"] = command
@@ -219,7 +219,7 @@ def test_claimed_numbers_that_shape_the_work_are_checked(finished: Path, value: 
 
 
 @pytest.mark.parametrize("value", [[], "x", 1, {"training": []}, {"training": "x"}])
-def test_claims_of_no_known_form_are_one_sentence(finished: Path, value: Any) -> None:
+def test_claims_of_unknown_form_are_refused_in_one_line(finished: Path, value: Any) -> None:
     subject = open_recipe(finished / "run")
     assert subject.block is not None
     subject.block["claims"] = value

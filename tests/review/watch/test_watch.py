@@ -38,7 +38,7 @@ CONFIG = configuration()
 
 
 def course(seed: int, spread: float = SPREAD, epochs: int = EPOCHS) -> Values:
-    """How a seed went: falling losses, rising accuracies, a little noise of its own."""
+    """The course of a seed: falling losses, rising accuracies, a little noise of its own."""
     noise = np.random.default_rng(seed).normal(0, spread, (len(WATCHED_METRICS), epochs))
     trend = np.linspace(2.0, 1.0, epochs)
     signs = {name: -0.4 if "top1" in name else 1.0 for name in WATCHED_METRICS}
@@ -98,7 +98,7 @@ def write_run(values: Values, epochs: int = EPOCHS, config: dict[str, Any] = CON
 
 
 def write_document(seed: int, folder: str, **changes: Any) -> str:
-    """A document alone, as a stranger may send it."""
+    """A document alone, from an unknown source."""
     training = {"steps_per_epoch": STEPS_PER_EPOCH, "weights_sha256": "c" * 64, "epochs": course(seed)} | changes
     block = {"format": "recipe/1", "config": CONFIG | {"seed": seed}, "claims": {"training": training}}
     Path(folder).mkdir()
@@ -107,7 +107,7 @@ def write_document(seed: int, folder: str, **changes: Any) -> str:
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence with which a verb stops."""
+    """The error of a verb, one line."""
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 2
@@ -178,7 +178,7 @@ def test_documents_and_published_seeds_make_one_reference(capsys: pytest.Capture
 def test_neither_run_nor_file_and_a_file_of_another_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give a run to watch, or --save FILE" in refused(["watch", "--against", write_reference()], capsys)
     words = ["watch", "--against", write_reference(), "--save", "dynamics.txt"]
-    assert "--save dynamics.txt cannot be" in refused(words, capsys)
+    assert "--save dynamics.txt is invalid" in refused(words, capsys)
     assert not Path("dynamics.txt").exists()
 
 
@@ -337,7 +337,7 @@ def test_a_document_without_training_is_no_reference(capsys: pytest.CaptureFixtu
 
 
 def reference_of(words: list[str], spread: float = SPREAD) -> str:
-    """A reference of the recipe that `words` make; its seeds went as no real one does."""
+    """A reference of the recipe that `words` make, with artificial seeds."""
     config = compose_config(*words).pinned.values
     values = [course(seed, spread, config["optimization"]["epochs"]) for seed in range(5)]
     seeds = [seed_run(at, own, raw_sha256={}) for at, own in enumerate(values)]
