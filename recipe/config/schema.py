@@ -531,7 +531,8 @@ def invalid(key: str, value: object, allowed: str) -> UserError:
     return UserError(f"{key}={value} is invalid: must be {allowed}")
 
 
-def schema_keys(schema: type = Config, prefix: str = "") -> list[str]:
+@cache
+def schema_keys(schema: type = Config, prefix: str = "") -> tuple[str, ...]:
     """Every key of the schema, dotted."""
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
@@ -540,7 +541,7 @@ def schema_keys(schema: type = Config, prefix: str = "") -> list[str]:
             if isinstance(kind, type) and is_dataclass(kind)
             else [f"{prefix}{name}"]
         )
-    return keys
+    return tuple(keys)
 
 
 def config_from_pinned(values: Mapping[str, Any]) -> Config:
