@@ -493,13 +493,18 @@ def _fields() -> type[msgspec.Struct]:
     return msgspec.defstruct("Fields", list(get_type_hints(Config, include_extras=True).items()))
 
 
+@cache
+def _bounds() -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(_fields())
+
+
 def _converted(values: Any) -> msgspec.Struct:
     """Plain values as their types; raises `UserError` for the first one that is out of bounds."""
     try:
         return msgspec.convert(values, _fields())
     except msgspec.ValidationError as error:
         reason, _, place = str(error).removesuffix("`").rpartition(" - at `$.")
-        bounds: Any = msgspec.inspect.type_info(_fields())
+        bounds: Any = _bounds()
         for name, index in re.findall(r"(\w+)|\[(\d+)\]", place):
             bounds = getattr(bounds, "type", bounds)  # with its description
             if index:
