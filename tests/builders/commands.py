@@ -69,10 +69,10 @@ def _forked() -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
     for name in IMPORTED:
         import_module(name)
     sys.argv = _forked()
-    sys.path[0] = str(ROOT)
     if sys.argv[0] == "-m":
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
