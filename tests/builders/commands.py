@@ -46,7 +46,7 @@ def _starter() -> subprocess.Popen[str]:
     starter = subprocess.Popen(
         [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    atexit.register(starter.kill)
+    atexit.register(starter.communicate)  # it ends with its input
     return starter
 
 
