@@ -15,6 +15,7 @@ OVERRIDES = experiment=$(EXPERIMENT) $${RAW_DIR:+data.raw_dir="$$RAW_DIR"} $(ARG
 PROCESSES = $(if $(GPUS),trainer.gpus=$(GPUS))
 
 .PHONY: help setup preprocess train evaluate serialize inference all hardware reproduce test-fast test test-faults check clean
+test-fast test test-faults: export PYTHONDONTWRITEBYTECODE :=  # they start hundreds of processes: compile once
 .NOTPARALLEL:  # a stage reads what the one before it wrote
 .DEFAULT_GOAL := help
 
@@ -55,7 +56,7 @@ hardware: setup  ## all that a machine with a GPU is wanted for: RAW_DIR=folder 
 reproduce: setup  ## train in a temporary folder, delete all but the document, run it again: the same bits?
 	PYTHON="$(CURDIR)/$(BIN)/python" tests/reproduce.sh $(EXPERIMENT)
 
-test-fast: setup  ## the tests that start no process and train nothing: two to three minutes on 2 cores
+test-fast: setup  ## the tests that start no process and train nothing: about a minute on 2 cores
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow and not process"
 
 test: setup  ## every test but for the slow ones

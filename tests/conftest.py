@@ -18,7 +18,17 @@ from recipe.run.records import SerializationRecord
 from recipe.run.terminal import handlers_put_back
 from tests.builders.configs import SMALL_DEMO, compose_config
 
-STARTING_FIXTURES = {"smoke", "emitted", "reproduced", "executed", "proven", "trained", "two", "two_and_three"}
+STARTING_FIXTURES = {
+    "smoke",
+    "record",
+    "emitted",
+    "reproduced",
+    "executed",
+    "proven",
+    "trained",
+    "two",
+    "two_and_three",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from recipe.errors import SAVED
 from recipe.run.files import CHECKOUT
+from tests.builders.commands import run_python
 from tests.builders.configs import SMALL_DEMO
 from tests.builders.images import jpeg
 from tests.builders.layouts import write_files
@@ -63,14 +64,13 @@ def command_in(directory: Path, data_directory: Path) -> Command:
         common = [f"data.directory={data_directory}"] if data else []
         if script != "evaluate.py":
             common += [f"experiment={experiment}", *SMALL_DEMO, *FASTER]
-        done = subprocess.run(
-            [*launcher, str(CHECKOUT / script), *flags(words), *common, *settings(words)],
-            cwd=directory,
-            text=True,
-            capture_output=True,
-            timeout=240,
-            check=False,
-        )
+        command = [str(CHECKOUT / script), *flags(words), *common, *settings(words)]
+        if launcher == (sys.executable,):
+            done = run_python(*command, cwd=directory)
+        else:
+            done = subprocess.run(
+                [*launcher, *command], cwd=directory, text=True, capture_output=True, timeout=240, check=False
+            )
         assert done.returncode == code, done.stdout + done.stderr
         return done
 

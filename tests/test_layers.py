@@ -37,14 +37,16 @@ def imported_modules(source: str) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("recipe.")}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))
-def test_a_file_imports_only_from_floors_below(path: Path) -> None:
-    relative = path.relative_to(CHECKOUT / "recipe")
-    if str(relative) == "__init__.py":
-        return
-    own = relative.parts[0].removesuffix(".py")
-    above = {name for name in imported_modules(path.read_text()) - {own} if LEVELS[name] >= LEVELS[own]}
-    assert not above, f"{relative} imports {above}"
+def test_a_file_imports_only_from_floors_below() -> None:
+    above = {}
+    for path in MODULES:
+        relative = path.relative_to(CHECKOUT / "recipe")
+        if str(relative) != "__init__.py":
+            own = relative.parts[0].removesuffix(".py")
+            imported = imported_modules(path.read_text()) - {own}
+            above[str(relative)] = {name for name in imported if LEVELS[name] >= LEVELS[own]}
+    assert len(above) > 90
+    assert not {file: names for file, names in above.items() if names}
 
 
 def test_no_test_module_imports_another() -> None:

@@ -25,6 +25,7 @@ def test_a_published_recipe_is_complete(folder: Path, capsys: pytest.CaptureFixt
     assert main(["check", str(folder)]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.process  # it trains a few steps
 @published
 def test_this_code_does_what_a_published_recipe_says(folder: Path) -> None:
     """The trace of `verify` is a part of `drift`."""

@@ -493,13 +493,18 @@ def _fields() -> type[msgspec.Struct]:
     return msgspec.defstruct("Fields", list(get_type_hints(Config, include_extras=True).items()))
 
 
+@cache
+def _bounds() -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(_fields())
+
+
 def _converted(values: Any) -> msgspec.Struct:
     """Convert plain values to their types. Raises `UserError` for the first value out of bounds."""
     try:
         return msgspec.convert(values, _fields())
     except msgspec.ValidationError as error:
         reason, _, place = str(error).removesuffix("`").rpartition(" - at `$.")
-        bounds: Any = msgspec.inspect.type_info(_fields())
+        bounds: Any = _bounds()
         for name, index in re.findall(r"(\w+)|\[(\d+)\]", place):
             bounds = getattr(bounds, "type", bounds)  # with its description
             if index:
@@ -531,7 +536,8 @@ def invalid(key: str, value: object, allowed: str) -> UserError:
     return UserError(f"{key}={value} is invalid: must be {allowed}")
 
 
-def schema_keys(schema: type = Config, prefix: str = "") -> list[str]:
+@cache
+def schema_keys(schema: type = Config, prefix: str = "") -> tuple[str, ...]:
     """Every key of the schema, dotted."""
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
@@ -540,7 +546,7 @@ def schema_keys(schema: type = Config, prefix: str = "") -> list[str]:
             if isinstance(kind, type) and is_dataclass(kind)
             else [f"{prefix}{name}"]
         )
-    return keys
+    return tuple(keys)
 
 
 def config_from_pinned(values: Mapping[str, Any]) -> Config:

@@ -194,12 +194,12 @@ def test_an_existing_path_is_used_as_typed(tmp_path: Path, names: tuple[str, ...
     for name in names:
         (tmp_path / name).mkdir(exist_ok=True)
     relative = dict(zip(("data.raw_dir", "data.directory", "run_dir"), names, strict=True))
-    config = config_from_overrides([f"{key}={name}" for key, name in relative.items()])
+    absolute = dict(zip(("model.weights", "evaluation.weights", "reference"), names, strict=True))
+    words = [f"{key}={name}" for key, name in relative.items()]
+    config = config_from_overrides([*words, *(f"{key}={tmp_path}/{name}" for key, name in absolute.items())])
     for name, path in zip(names, (config.data.raw_dir, config.data.directory, config.run_dir), strict=True):
         assert path in (name, f"./{name}")
-    absolute = dict(zip(("data.raw_dir", "data.directory", "evaluation.weights"), names, strict=True))
-    config = config_from_overrides([f"{key}={tmp_path}/{name}" for key, name in absolute.items()])
-    paths = (config.data.raw_dir, config.data.directory, config.evaluation.weights)
+    paths = (config.model.weights, config.evaluation.weights, config.reference)
     assert paths == tuple(f"{tmp_path}/{name}" for name in names)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
 from recipe.run.records import ClassifiedPicture, EvaluationRecord, InferenceRecord, SerializationRecord, TimingRecord
 from recipe.stages.infer import NOTEBOOK, PARAMETERS, SAMPLES, Demonstration, sample_indices, with_words
+from tests.builders.commands import run_python
 
 pytestmark = pytest.mark.process
 
@@ -35,14 +35,9 @@ def words_of(config: Config, run_dir: str | Path | None = None) -> list[str]:
 
 
 def run_notebook(words: list[str], cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recipe.stages.infer", *words],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(CHECKOUT))
+        return run_python("-m", "recipe.stages.infer", *words, cwd=cwd)
 
 
 @pytest.fixture(scope="session")
