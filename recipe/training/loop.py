@@ -36,7 +36,7 @@ from recipe.training.checkpointing import (
     save_where_due,
 )
 from recipe.training.metrics import measure_steps, validate, validation_predictor
-from recipe.training.record import EnergyMeter, training_record
+from recipe.training.record import EnergyMeter, draw_training_inputs, training_record
 from recipe.training.shutdown import Stopped, graceful_shutdown
 from recipe.training.watchdog import Watchdog
 
@@ -68,6 +68,7 @@ def train(config: Config, after_validation: AfterValidation | None = None) -> Tr
             with world.rank0_errors_everywhere():
                 if world.is_rank0:
                     check_space(training)
+                    draw_training_inputs(training)
                     _print_start(config, world, run)
             meter = EnergyMeter(world)
             fit(training, after_validation)

@@ -70,17 +70,21 @@ def _outputs(training: Training) -> dict[str, str]:
     outputs = {"weights": weights_sha256(training.ema.model.state_dict())}
     if best.exists():
         outputs["best weights"] = weights_sha256(eval_weights(load_checkpoint(best)))
-    picture = training_inputs_png(training)
-    write_atomically(training.run.directory / TRAINING_INPUTS, picture)
+    picture = training.run.content(training.run.directory / TRAINING_INPUTS)
     return outputs | {TRAINING_INPUTS: hashlib.sha256(picture).hexdigest()}
 
 
-def training_inputs_png(training: Training) -> bytes:
-    """Images of the first step as the network sees them, augmented and mixed, with their classes."""
+def draw_training_inputs(training: Training) -> None:
+    """Draw images of the first step as the network sees them, augmented and mixed, with their classes.
+
+    Called before training, while the other processes wait for rank 0 anyway.
+    """
     from recipe.document.figures import Tile, sheet_png  # importing matplotlib takes a second
 
     step, classes = training.train_step, training.interface.classes
-    batch = next(training.batches.epoch(0))[0]
+    first_epoch = training.batches.epoch(0)
+    batch = next(first_epoch)[0]
+    first_epoch.close()  # type: ignore[attr-defined]  # it is a generator
     images, labels, parameters = step.inputs(batch)
     images = images[:SHOWN_INPUTS].float() * step.normalisation.std + step.normalisation.mean
     pixels = images.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -93,7 +97,7 @@ def training_inputs_png(training: Training) -> bytes:
         parts = [(classes[at].name, part) for at, part in zip(index, share, strict=True) if part > 0]
         names = [name if len(parts) == 1 else f"{part:.0%} {name}" for name, part in parts]
         tiles.append(Tile(image, names[0], names[1] if len(names) > 1 else ""))
-    return sheet_png(tiles)
+    write_atomically(training.run.directory / TRAINING_INPUTS, sheet_png(tiles))
 
 
 def _arithmetic(training: Training) -> dict[str, Setting]:
