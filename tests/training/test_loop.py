@@ -24,7 +24,7 @@ from recipe.stages.evaluate import evaluate_run
 from recipe.training import checkpointing, loop
 from recipe.training.build import Training
 from tests.builders.configs import compose_config
-from tests.builders.ranks import spawn_ranks
+from tests.builders.ranks import spawn_ranks, use_next_port
 from tests.builders.training import Killed, assert_same_tensors, last_state, train, train_killed_in_epoch
 
 Words = Callable[..., list[str]]
@@ -35,8 +35,10 @@ def compare_continued_with_uninterrupted(words: list[str], run_dir: str) -> bool
     """Weights, average, momentum and batch-norm statistics of both are equal, and the record says exact."""
     whole, cut = [*words, f"run_dir={run_dir}/whole"], [*words, f"run_dir={run_dir}/cut"]
     loop.train(compose_config(*whole))
-    train_killed_in_epoch(cut, 1)
-    train_killed_in_epoch(cut, 2)
+    for epoch in (1, 2):
+        use_next_port()
+        train_killed_in_epoch(cut, epoch)
+    use_next_port()
     record = loop.train(compose_config(*cut))
     before, after = last_state(whole), last_state(cut)
     for part in ("model", "average", "optimizer"):
