@@ -35,10 +35,9 @@ def compare_continued_with_uninterrupted(words: list[str], run_dir: str) -> bool
     """Weights, average, momentum and batch-norm statistics of both are equal, and the record says exact."""
     whole, cut = [*words, f"run_dir={run_dir}/whole"], [*words, f"run_dir={run_dir}/cut"]
     loop.train(compose_config(*whole))
-    use_next_port()
-    train_killed_in_epoch(cut, 1)
-    use_next_port()
-    train_killed_in_epoch(cut, 2)
+    for epoch in (1, 2):
+        use_next_port()
+        train_killed_in_epoch(cut, epoch)
     use_next_port()
     record = loop.train(compose_config(*cut))
     before, after = last_state(whole), last_state(cut)
