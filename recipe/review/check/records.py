@@ -1,19 +1,19 @@
-"""Level *resolvable*: the records beside each other. Integers add up exactly: each counts the same images."""
+"""Level *resolvable*: the records beside each other, by the table of pairs, their hashes and the logged rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 from recipe.config.identity import config_sha256, differences, flatten, recipe_id
 from recipe.document.run_data import STALE, MetricRow, RunData, sections
 from recipe.review.check.checklist import HEADINGS
 from recipe.review.check.code import SHA256
+from recipe.review.check.pairs import pair_findings
 from recipe.review.findings import Finding, Level, first_few
 from recipe.run.metric_rows import EPOCH_FIELDS, Place, missing_rows, planned_places
-from recipe.run.records import EvaluationRecord, PreprocessingRecord, SerializationRecord, TimingRecord, TrainingRecord
+from recipe.run.records import TrainingRecord
 
 MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
 SECTIONS = HEADINGS | {
@@ -23,117 +23,15 @@ SECTIONS = HEADINGS | {
 }
 
 
-@dataclass(frozen=True)
-class Sum:
-    """Two numbers that have to be equal, or in order, each with its name."""
-
-    record: str
-    name: str
-    value: float
-    other: str
-    expected: float
-    is_bound: bool = False  # `value` may be at most `expected`
-
-    @property
-    def holds(self) -> bool:
-        return self.value <= self.expected if self.is_bound else self.value == self.expected
-
-    def finding(self) -> Finding:
-        relation = "more than" if self.is_bound else "but"
-        what = f"it is {self.value:,}, {relation} {self.other}: {self.expected:,}"
-        mend = "take the record from version control, or run its stage again"
-        return Finding(Level.resolvable, f"records/{self.record}.json, {self.name}", what, mend)
-
-
 def record_findings(facts: RunData) -> list[Finding]:
-    """Sums that do not add up, texts that are not hashes, stale sections, lost rows, other weights."""
-    wrong = [check.finding() for check in sums(facts) if not check.holds]
-    return wrong + hash_findings(facts) + stale_findings(facts) + log_findings(facts) + energy_findings(facts)
-
-
-def sums(facts: RunData) -> Iterator[Sum]:
-    if facts.preprocessing:
-        yield from data_sums(facts.preprocessing)
-    if facts.training:
-        yield from training_sums(facts.training, facts.config)
-    if facts.evaluation:
-        yield from evaluation_sums("evaluation", facts.evaluation, facts.preprocessing)
-    for evaluation in facts.other_evaluations:
-        yield from evaluation_sums(f"evaluations/{evaluation.protocol.name}", evaluation, facts.preprocessing)
-    if facts.serialization:
-        yield from serialization_sums(facts.serialization, facts.evaluation)
-    for timing in facts.timing:
-        yield from timing_sums(timing)
-
-
-def data_sums(record: PreprocessingRecord) -> Iterator[Sum]:
-    for name, split in record.splits.items():
-        field = f"splits.{name}.images"
-        classes = f"{split.classes} classes of at most {split.images_per_class_max} images"
-        yield Sum("preprocessing", field, split.images, classes, split.classes * split.images_per_class_max, True)
-        least = split.classes * split.images_per_class_min
-        yield Sum("preprocessing", f"splits.{name}.images_per_class_min", least, field, split.images, True)
-        yield Sum("preprocessing", f"splits.{name}.classes", split.classes, "class_count", record.class_count, True)
-
-
-def training_sums(record: TrainingRecord, config: dict[str, Any] | None) -> Iterator[Sum]:
-    schedule, loader, here = record.schedule, record.loader, "training"
-    groups = sum(group.parameters for group in record.parameter_groups)
-    yield Sum(here, "parameter_groups", groups, "model.parameters", record.model.parameters)
-    epochs = len(record.epochs)
-    steps = epochs * schedule.steps_per_epoch
-    yield Sum(here, "schedule.steps", schedule.steps, f"{epochs} epochs of {schedule.steps_per_epoch} steps", steps)
-    images = schedule.steps * loader.global_batch_size
-    batches = f"{schedule.steps:,} steps of {loader.global_batch_size:,} images"
-    yield Sum(here, "images_seen", record.images_seen, batches, images)
-    values = flatten(config or {})
-    for key, field, recorded in (
-        ("optimization.epochs", "epochs", epochs),
-        ("optimization.batch_size", "loader.global_batch_size", loader.global_batch_size),
-        ("seed", "seed", record.seed),
-    ):
-        if isinstance(values.get(key), int):
-            yield Sum(here, field, recorded, f"{key} of config.yaml", values[key])
-
-
-def evaluation_sums(here: str, record: EvaluationRecord, data: PreprocessingRecord | None) -> Iterator[Sum]:
-    for name in ("images", "correct_top1", "correct_top5"):
-        total = sum(getattr(row, name) for row in record.per_class)
-        yield Sum(here, name, getattr(record, name), f"the sum of {name} over per_class", total)
-    yield Sum(here, "correct_top1", record.correct_top1, "correct_top5", record.correct_top5, is_bound=True)
-    yield Sum(here, "correct_top5", record.correct_top5, "images", record.images, is_bound=True)
-    for row in record.per_class:
-        yield Sum(here, f"per_class.{row.index}.correct_top1", row.correct_top1, "correct_top5", row.correct_top5, True)
-        yield Sum(here, f"per_class.{row.index}.correct_top5", row.correct_top5, "images", row.images, True)
-    if data is not None:
-        yield Sum(here, "per_class", len(record.per_class), "class_count of the data", data.class_count)
-        split = data.splits.get("val") or data.splits.get("validation")
-        if split:
-            yield Sum(here, "images", record.images, "the validation images of the data", split.images)
-
-
-def serialization_sums(record: SerializationRecord, evaluation: EvaluationRecord | None) -> Iterator[Sum]:
-    here = "serialization"
-    if evaluation is not None:
-        yield Sum(here, "images", record.images, "images of the evaluation", evaluation.images)
-        counted = record.evaluated_correct_top1
-        yield Sum(here, "evaluated_correct_top1", counted, "correct_top1 of the evaluation", evaluation.correct_top1)
-    for entry in record.variants:
-        field = f"variants.{entry.variant}"
-        yield Sum(here, f"{field}.correct_top1", entry.correct_top1, "correct_top5", entry.correct_top5, True)
-        yield Sum(here, f"{field}.correct_top5", entry.correct_top5, "images", record.images, True)
-        moved = abs(entry.correct_top1 - record.eager_correct_top1)
-        difference = f"{field}.correct_top1 less eager_correct_top1"
-        yield Sum(here, difference, moved, "images that change their class", entry.flips, True)
-
-
-def timing_sums(record: TimingRecord) -> Iterator[Sum]:
-    for cell in record.cells:
-        field = f"{cell.backend}, {cell.precision}, {cell.what}, batch {cell.batch_size}"
-        values = [cell.p50_milliseconds, cell.p90_milliseconds, cell.p99_milliseconds]
-        present = [value for value in values if value is not None]
-        for low, high in pairwise(present):
-            yield Sum(f"timing/{record.machine}", field, low, "a higher percentile", high, is_bound=True)
+    """Pairs that contradict each other, texts that are not hashes, stale sections, lost rows, other weights."""
+    return [
+        *pair_findings(facts),
+        *hash_findings(facts),
+        *stale_findings(facts),
+        *log_findings(facts),
+        *energy_findings(facts),
+    ]
 
 
 def hash_findings(facts: RunData) -> list[Finding]:
