@@ -110,6 +110,7 @@ ITEMS = (
 )
 
 
+STRAY_MARKER = re.compile(r"<!--\s*/?recipe:", re.IGNORECASE)
 LINK = re.compile(r"\]\((?P<target>[^()\s]+)\)")
 
 
@@ -143,6 +144,12 @@ class Page:
     def edited(self) -> list[str]:
         """The ids of the blocks whose content is not what their marker says."""
         return [block.id for block in edited_blocks(self.pieces)]
+
+    @cached_property
+    def stray_markers(self) -> list[str]:
+        """Lines of people that begin as a marker does, and are none."""
+        lines = (line for piece in self.pieces if isinstance(piece, Prose) for line in piece.text.splitlines())
+        return [line for line in lines if STRAY_MARKER.match(line)]
 
     @cached_property
     def block_lines(self) -> dict[str, int]:

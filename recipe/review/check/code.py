@@ -80,13 +80,12 @@ def commit_findings(place: str, provenance: Provenance) -> list[Finding]:
     if not SHA1.fullmatch(commit) and not SHA256.fullmatch(commit):
         what = f"{shorten(commit)} is not the name of a commit"
         return [Finding(Level.well_formed, place, what, "run the stage again in a git checkout")]
-    if recorded == source_sha256_here():
-        return []
     there = source_sha256_at(commit)
     if there is None:
+        is_here = "that of this checkout" if recorded == source_sha256_here() else "which is not this checkout's"
         what = (
             f"commit {commit[:12]} is not in this history (shallow, rewritten, or never pushed), or lists its source "
-            f"in another way; its code is known by the source SHA-256 {recorded[:16]}, which is not this checkout's"
+            f"in another way; its code is known by the source SHA-256 {recorded[:16]}, {is_here}"
         )
         return [Finding(Level.resolvable, place, what, "fetch the complete history to look", Kind.cannot_tell)]
     if there != recorded:

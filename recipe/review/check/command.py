@@ -16,7 +16,7 @@ from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.review.check.checklist import Page, presence_findings, seen_items
 from recipe.review.check.code import code_findings
-from recipe.review.check.document import document_findings, edit_findings
+from recipe.review.check.document import document_findings, edit_findings, page_of
 from recipe.review.check.files import executed_findings, output_findings
 from recipe.review.check.records import record_findings
 from recipe.review.findings import LINE_LENGTH_MAX, Finding, Kind, Level, shorten
@@ -79,9 +79,7 @@ class CheckReport:
 
 def check(recipe: OpenedRecipe, executes: bool = False) -> CheckReport:
     """Check a recipe of this pipeline. Raises `UserError` for other documents and for one nested too deeply."""
-    page = None
-    if recipe.document is not None and recipe.document_path is not None:
-        page = Page(recipe.document_path.name, recipe.document)
+    page = page_of(recipe)
     if recipe.block is None and recipe.run is None and not (page and (page.blocks or page.damage)):
         raise UserError(
             f"{recipe.name} was not written by this pipeline: it has no JSON block, no generated block and no records "
@@ -112,13 +110,11 @@ def _check(recipe: OpenedRecipe, page: Page | None, executes: bool) -> CheckRepo
     if page is None:
         what, mend = "records, but no document (recipe.md or README.md)", "run a stage of this run again: it writes one"
         report.findings.append(Finding(Level.present, recipe.name, what, mend))
-    elif page.damage is not None:
-        mend = "take the document from version control"
-        report.findings.append(Finding(Level.well_formed, page.name, page.damage, mend))
     else:
-        items = seen_items(page)
-        report.items += [item.as_json() for item in items]
-        report.findings += presence_findings(page, items)
+        if page.damage is None:
+            items = seen_items(page)
+            report.items += [item.as_json() for item in items]
+            report.findings += presence_findings(page, items)
         report.findings += edit_findings(page)
     if facts is not None and recipe.run is not None:
         report.findings += record_findings(facts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import msgspec
 
 from recipe.config.identity import flatten
 from recipe.document.blocks import difference
+from recipe.document.model_card import CARD_END, LICENCE, card, check_front_matter, front_matter, split_front_matter
 from recipe.document.recipe_json import RECORD_OF_CLAIM, as_json, recipe_claims
-from recipe.document.render import generated_blocks
+from recipe.document.render import generated_blocks, json_file
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
-from recipe.review.check.checklist import Page
+from recipe.review.check.checklist import HEADINGS, Page
 from recipe.review.check.code import command_findings, source_sha256_here
 from recipe.review.check.files import RESTORE, absent_files
+from recipe.review.check.numbers import forged_lines, given_numbers
+from recipe.review.check.pairs import pair_findings
 from recipe.review.check.records import config_findings
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.review.opening import OpenedRecipe, contradictions, dict_or_empty
@@ -27,6 +31,11 @@ from recipe.run.records import RECORDS, Record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NOT_PUBLISHED = ("checkpoints", "tensorboard", "onnx/", "predictions/", "inference.ipynb")
+CARD_MARK = "# recipe:begin card"
+CARD = re.compile(r"---\n# recipe:begin card sha256=[0-9a-f]{64}\n(.*?)# recipe:end card\n", re.DOTALL)
+LICENCE_LINE = re.compile(r"^license: (\S+)$", re.MULTILINE)
+LINES_SHOWN = 5  # of one block
+PUBLISH = "publish the recipe again: it writes the front matter from the records"
 RENDER = "run a stage of this run again: it writes the document from the records"
 
 
@@ -47,16 +56,51 @@ def document_findings(page: Page, recipe: OpenedRecipe, facts: RunData | None, u
     config = block.get("config") if block else None
     findings += command_findings(facts, config if isinstance(config, dict) else None)
     if not page.damage and not unreadable:
-        findings += generated_block_findings(page, facts)
+        findings += [*generated_findings(page, facts), *unshown_figures(page, facts, recipe.run)]
     assert recipe.document_path is not None, "there is a page"
     return findings + link_findings(page, recipe.document_path.parent)
 
 
+def contradictions_of(recipe: OpenedRecipe, facts: RunData | None, unreadable: set[str]) -> list[Finding]:
+    """What contradicts what in the page, its JSON block and the records, for the verbs that go on from there."""
+    page, findings = page_of(recipe), [] if facts is None else [*pair_findings(facts)]
+    if page is not None:
+        findings += edit_findings(page)
+        if recipe.block is not None:
+            findings += json_block_findings(page.name, recipe.block, recipe.run, facts, unreadable)
+        if facts is not None and not page.damage and not unreadable:
+            findings += generated_findings(page, facts)
+    return [finding for finding in findings if finding.kind is Kind.finding]
+
+
+def page_of(recipe: OpenedRecipe) -> Page | None:
+    if recipe.document is None or recipe.document_path is None:
+        return None
+    return Page(recipe.document_path.name, recipe.document)
+
+
 def edit_findings(page: Page) -> list[Finding]:
-    """Generated blocks whose content is not what their marker says."""
+    """What somebody wrote where only the program writes: by the marks of the page alone."""
+    if page.damage is not None:
+        mend = "take the document from version control"
+        return [Finding(Level.well_formed, page.name, page.damage, mend)]
     what = "this generated block was edited by hand"
     mend = "put your words outside the markers; delete the block with its markers and run a stage again to restore it"
-    return [Finding(Level.well_formed, page.place(block_id), what, mend) for block_id in page.edited]
+    findings = [Finding(Level.well_formed, page.place(block_id), what, mend) for block_id in page.edited]
+    for block_id in page.blocks.keys() - HEADINGS.keys():
+        what = f"no template of this pipeline has a block {block_id!r}, so no record gives it"
+        findings.append(Finding(Level.well_formed, page.place(block_id), what, "remove it with its markers"))
+    for line in page.stray_markers:
+        what = f"{shorten(line)} looks like the marker of a generated block and is none"
+        findings.append(Finding(Level.well_formed, page.name, what, "remove it, or indent it if it is a quotation"))
+    if CARD_MARK in page.text:
+        try:
+            _, rest = split_front_matter(page.text, {})
+            check_front_matter(page.text.removesuffix(rest))
+        except UserError as error:
+            what = str(error).partition("\n")[0]
+            findings.append(Finding(Level.well_formed, f"{page.name}, front matter", what, PUBLISH))
+    return findings
 
 
 # The JSON block
@@ -127,10 +171,23 @@ def recipe_json_findings(run: Run, block: dict[str, Any], facts: RunData) -> lis
     except (UserError, ValueError, RecursionError) as error:
         return [Finding(Level.well_formed, run.json_file.name, f"it cannot be read: {error}", RENDER)]
     changed = [key for key in block if values.get(key) != block[key]]
-    for name, value in dict_or_empty(values.get("records")).items():
-        record = getattr(facts, name, None) if name in RECORDS else None
-        if record is not None and not is_same_record(value, record):
-            changed.append(f"records.{name}")
+    expected = json.loads(json_file(facts))
+    changed += [key for key in values if key not in expected]
+    given: dict[str, Record] = {record.machine: record for record in facts.timing}
+    given |= {name: record for name in RECORDS if (record := getattr(facts, name)) is not None}
+    for key in ("records", "timing"):
+        for name, value in dict_or_empty(values.get(key)).items():
+            is_known = name in RECORDS if key == "records" else name in given
+            if (name in given and not is_same_record(value, given[name])) or not is_known:
+                changed.append(f"{key}.{name}")
+    found = flatten({key: values.get(key) for key in ("name", "metrics")})
+    wanted = flatten({key: expected[key] for key in ("name", "metrics")})
+    changed += [key for key, value in found.items() if wanted.get(key) != value]
+    sections = dict_or_empty(values.get("sections"))
+    states = {name: dict_or_empty(section).get("state") for name, section in expected["sections"].items()}
+    changed += [
+        f"sections.{name}" for name, state in states.items() if dict_or_empty(sections.get(name)).get("state") != state
+    ]
     if not changed:
         return []
     what = f"it differs from the document or the records in {first_few(changed)}"
@@ -148,26 +205,52 @@ def is_same_record(value: Any, record: Record) -> bool:
 # Generated blocks
 
 
-def generated_block_findings(page: Page, facts: RunData) -> list[Finding]:
-    """Blocks that were not edited, but are not what the records give.
+def generated_findings(page: Page, facts: RunData) -> Iterator[Finding]:
+    """Generated parts that were not edited, but are not what the records give.
 
-    Another version of the template gives other words from equal records, so that a difference is a finding only where
-    this checkout is the code that wrote the document.
+    Another version of the template gives other words from equal records, so that words are compared only where this
+    checkout is the code that wrote the document. Numbers always are.
     """
+    generated = generated_blocks(facts)
+    found = {block_id: page.blocks[block_id].content for block_id in generated if block_id in page.blocks}
+    places = {block_id: page.place(block_id) for block_id in found}
+    if card := generated_card(page, facts):
+        found["front matter"], generated["front matter"] = card
+        places["front matter"] = f"{page.name}, front matter"
+    elif facts.publication is not None and page.name == "README.md":
+        what = "the model card's front matter is not there"
+        yield Finding(Level.present, f"{page.name}, front matter", what, PUBLISH)
     changed = {
-        block_id: first_change(page.blocks[block_id].content, content)
-        for block_id, content in generated_blocks(facts).items()
-        if block_id in page.blocks
-        and block_id not in page.edited
-        and page.blocks[block_id].content.replace("\r\n", "\n") != content
+        name: content
+        for name, content in found.items()
+        if name not in page.edited and content.replace("\r\n", "\n") != generated[name]
     }
-    if changed and written_by(facts) != source_sha256_here():
+    if written_by(facts) == source_sha256_here():
+        for name, content in changed.items():
+            what = f"it is not what the records give: {first_change(content, generated[name])}"
+            yield Finding(Level.resolvable, places[name], what, RENDER)
+        return
+    given = given_numbers(facts, generated.values()) if changed else set()
+    for name, content in changed.items():
+        if name != "recipe":  # the JSON block, which is compared claim by claim
+            lines = [*forged_lines(content, generated[name], given)]
+            if name == "summary" and content.strip().split("\n")[0] != generated[name].split("\n")[0]:
+                lines.append(f"its title is not {generated[name].split(chr(10))[0]}")
+            for line in lines[:LINES_SHOWN]:
+                yield Finding(Level.resolvable, places[name], line, RENDER)
+    if changed:
         what = f"this checkout would write {first_few(list(changed))} in other words than the code that wrote them"
-        return [Finding(Level.resolvable, page.name, what, "check with the code of the recipe", Kind.cannot_tell)]
-    return [
-        Finding(Level.resolvable, page.place(block_id), f"it is not what the records give: {lines}", RENDER)
-        for block_id, lines in changed.items()
-    ]
+        yield Finding(Level.resolvable, page.name, what, "check with the code of the recipe", Kind.cannot_tell)
+
+
+def generated_card(page: Page, facts: RunData) -> tuple[str, str] | None:
+    """The generated front matter of a published page as it is, and as the records give it. None where it has none."""
+    found = CARD.match(page.text.replace("\r\n", "\n"))
+    if found is None or None in (facts.preprocessing, facts.training, facts.evaluation):
+        return None
+    licence = LICENCE_LINE.search(found[0])
+    generated = front_matter(card(facts, licence[1] if licence else LICENCE), "")
+    return found[1], generated.split("\n", 2)[2].removesuffix(f"{CARD_END}\n---\n")
 
 
 def first_change(found: str, generated: str) -> str:
@@ -184,6 +267,17 @@ def written_by(facts: RunData) -> str | None:
 
 
 # Files
+
+
+def unshown_figures(page: Page, facts: RunData, run: Run | None) -> list[Finding]:
+    """Figures of the folder that the page does not show, as those of an earlier stage."""
+    shown = {target for target, _ in page.links}
+    there = [] if run is None else sorted(f"figures/{path.name}" for path in run.figures.glob("*.png"))
+    unshown = [name for name in there if name not in shown]
+    if not unshown:
+        return []
+    what = f"the page does not show {first_few(unshown)}"
+    return [Finding(Level.resolvable, "figures", what, "remove them", Kind.note)]
 
 
 def link_findings(page: Page, folder: Path) -> list[Finding]:

@@ -36,6 +36,7 @@ from recipe.document.run_data import MetricRow, RunData
 from recipe.errors import UserError
 from recipe.review.findings import Finding, Kind, Level, shorten
 from recipe.run.records import (
+    ClassCounts,
     EnergyRecord,
     EvaluationRecord,
     InferenceRecord,
@@ -474,7 +475,8 @@ def _evaluation(record: EvaluationRecord, is_own: bool) -> Iterator[Pair]:
     for name in ("images", "correct_top1", "correct_top5"):
         total = sum(getattr(row, name) for row in record.per_class)
         yield Pair(f"{here}, {name}", getattr(record, name), f"the sum of {name} over per_class", total)
-    for field, row in (("", record), *((f"per_class.{row.index}.", row) for row in record.per_class)):
+    counted: list[tuple[str, EvaluationRecord | ClassCounts]] = [("", record)]
+    for field, row in [*counted, *((f"per_class.{row.index}.", row) for row in record.per_class)]:
         yield Pair(f"{here}, {field}correct_top1", row.correct_top1, "correct_top5", row.correct_top5, is_bound=True)
         yield Pair(f"{here}, {field}correct_top5", row.correct_top5, "images", row.images, is_bound=True)
     indices = [row.index for row in record.per_class]
@@ -507,7 +509,8 @@ def _mistakes(here: str, record: EvaluationRecord) -> Iterator[Pair]:
     for row in record.per_class:
         wrong[row.name] += row.images - row.correct_top1
     total, pairs, shown = record.images - record.correct_top1, record.confused_pairs, record.mistakes
-    named = {name for one in (*pairs, *shown) for name in (one.label, one.predicted)}
+    named = {name for pair in pairs for name in (pair.label, pair.predicted)}
+    named |= {name for one in shown for name in (one.label, one.predicted)}
     yield Pair(f"{here}, confused_pairs and mistakes, names", sorted(named - set(names)), "not in per_class", [])
     counts = [pair.images for pair in pairs]
     yield Pair(f"{here}, confused_pairs", counts, "the most frequent first", sorted(counts, reverse=True))
@@ -779,7 +782,8 @@ def _journal(journal: JournalRecord, facts: RunData) -> Iterator[Pair]:
 
 def _publication(publication: PublicationRecord, metrics: Sequence[MetricRow]) -> Iterator[Pair]:
     kept = publication.metric_rows_kept
-    yield Pair("publication.json, metric_rows_kept", kept, "rows of metrics.jsonl", len(metrics))
+    if metrics:
+        yield Pair("publication.json, metric_rows_kept", kept, "rows of metrics.jsonl", len(metrics))
     yield Pair("publication.json, metric_rows_kept", kept, "metric_rows", publication.metric_rows, is_bound=True)
 
 

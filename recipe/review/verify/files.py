@@ -6,7 +6,6 @@ files and records belong together, not that the records are true: a forger can c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +16,12 @@ import msgspec
 from recipe.config.identity import config_sha256
 from recipe.data.manifest import MANIFEST, read_manifest
 from recipe.data.shards import is_file_with
-from recipe.document.recipe_json import recipe_claims
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
 from recipe.models.build import weights_sha256
 from recipe.models.checkpoint import eval_weights, load_checkpoint
 from recipe.models.pretrained import read_weights
+from recipe.review.check.document import contradictions_of
 from recipe.review.check.files import counted_predictions, file_fault, path_inside, recorded_outputs
 from recipe.review.opening import OpenedRecipe, RecordReader
 from recipe.run.directory import Run
@@ -42,8 +41,9 @@ class Link(msgspec.Struct, frozen=True):
 
 
 def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
-    """Every link that a file or two records can show. None for a document alone."""
+    """Every link that a file or two records can show, and the contradictions of the document."""
     if recipe.run is None:
+        yield from document_links(recipe, None, set())
         return
     reader = RecordReader(recipe.run)
     facts = reader.facts()
@@ -55,15 +55,17 @@ def links(recipe: OpenedRecipe, raw_dir: Path | None, data_dir: Path | None) -> 
     for _, name, digest in recorded_outputs(facts):
         yield output_link(recipe.run, name, digest)
     yield from metric_links(recipe.run, facts)
+    yield from document_links(recipe, facts, {finding.place for finding in reader.findings})
+
+
+def document_links(recipe: OpenedRecipe, facts: RunData | None, unreadable: set[str]) -> Iterator[Link]:
+    """The page, its JSON block and the records, beside each other."""
+    wrong = contradictions_of(recipe, facts, unreadable)
+    yield from (Link(finding.place, BROKEN, finding.what) for finding in wrong)
     if recipe.block is None:
         yield Link("document", NOT_HERE, "no JSON block")
-        return
-    expected = json.loads(json.dumps(recipe_claims(facts)))
-    wrong = sorted(key for key in expected if expected[key] != recipe.block.get(key))
-    if wrong:
-        yield Link("document", BROKEN, f"its block differs from the records in {', '.join(wrong)}")
-    else:
-        yield Link("document", HOLDS, "its block is that of the records")
+    elif not wrong:
+        yield Link("document", HOLDS, "it is that of the records" if facts else "its markers and hashes")
 
 
 def data_links(record: PreprocessingRecord, raw_dir: Path | None, data_dir: Path | None) -> Iterator[Link]:
@@ -162,19 +164,11 @@ def output_link(run: Run, name: str, digest: str) -> Link:
 
 
 def metric_links(run: Run, facts: RunData) -> Iterator[Link]:
-    """The counts of each record: over its classes, and counted again in the predictions that are here."""
-    wrong = set()
-    for record in filter(None, (facts.evaluation, *facts.other_evaluations)):
-        for name in ("images", "correct_top1", "correct_top5"):
-            total, claimed = sum(getattr(row, name) for row in record.per_class), getattr(record, name)
-            if total != claimed and record.protocol.name not in wrong:
-                wrong.add(record.protocol.name)
-                detail = f"{name} is {total} over the classes, {claimed} in the record"
-                yield Link(f"metrics of {record.protocol.name}", BROKEN, detail)
+    """The counts of each record, counted again in the predictions that are here."""
     for counted in counted_predictions(facts):
         name = f"metrics of {counted.metric}"
         path = path_inside(run.directory, counted.file)
-        if counted.metric in wrong or path is None or not os.path.exists(path):
+        if path is None or not os.path.exists(path):
             continue
         try:
             faults = counted.faults(path)
