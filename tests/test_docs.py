@@ -239,9 +239,11 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_picture_is_small_and_is_there() -> None:
-    picture = CHECKOUT / "docs" / "recipe.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size < 300_000
+    for name in ("recipe.png", "recipe-dark.png"):
+        picture = CHECKOUT / "docs" / name
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size < 300_000
+        assert f'"docs/{name}"' in text_of("README.md")
 
 
 # ---- what the pages say of the code ------------------------------------------------------------------

@@ -113,8 +113,8 @@ def test_documents_of_two_recipes_differ_in_the_right_sections(
         return document[document.index(begin) : document.index(end)]
 
     hyperparameters = [section(page, "#### Hyperparameters", "#### Outputs") for page in (plain, v2)]
-    assert "mixup alpha" not in hyperparameters[0]
-    assert "mixup alpha" in hyperparameters[1]
+    assert "mixup_alpha" not in hyperparameters[0]
+    assert "mixup_alpha" in hyperparameters[1]
     assert "different ones" in hyperparameters[1]
     data = [section(page, "## Data", "<!-- recipe:begin optimization_methods") for page in (plain, v2)]
     assert data[0] == data[1], "both used the same data set"
