@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 from recipe.config import identity as configuration
+from recipe.config.schema import config_from_pinned
+from recipe.data.manifest import data_settings
 from recipe.document.run_data import RunData
 from recipe.run.metric_rows import EPOCH_FIELDS
 from recipe.run.records import (
@@ -34,11 +36,20 @@ from recipe.run.records import (
     TreeState,
     UnusualImage,
 )
+from tests.builders.configs import compose_config
 
 COMMIT = "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
 
 
-CONFIG: dict[str, Any] = {
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A nested configuration with other values."""
+    return base | {
+        key: merged(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in changes.items()
+    }
+
+
+CHANGES: dict[str, Any] = {
     "name": "demo",
     "seed": 0,
     "description": {
@@ -74,11 +85,13 @@ CONFIG: dict[str, Any] = {
             "papers": ["He et al., Deep Residual Learning for Image Recognition, arXiv 1512.03385"],
         },
     },
-    "optimization": {"epochs": 8, "batch_size": 32, "learning_rate": 0.1},
+    "optimization": {"epochs": 8, "batch_size": 32, "learning_rate": 0.1, "warmup_start_factor": 0.0},
 }
+CONFIG = merged(compose_config("experiment=demo").pinned.values, CHANGES)
 
 
 EPOCHS, STEPS_PER_EPOCH = 8, 37
+SECONDS = (28.668, 24.065, 2.4)  # of the first epoch, of every other one, of a validation
 
 
 LOGGED = (20, STEPS_PER_EPOCH)  # steps of an epoch that end a train row
@@ -97,7 +110,7 @@ def provenance(command: str, **changes: Any) -> Provenance:
         "source_sha256": sha("source"),
         "source_sha256_at_end": sha("source"),
         "started": "2026-11-23T21:00:00Z",
-        "seconds": 214.8,
+        "seconds": 234.8,
         "hardware": Hardware(processor="AMD EPYC 9534 64-Core Processor", cores=2, memory_gib=15.6),
         "versions": {"python": "3.11.9", "system": "Linux x86_64", "torch": "2.15.0", "torchvision": "0.30.0"},
         "environment": {"OMP_NUM_THREADS": "2"},
@@ -123,7 +136,7 @@ def split_facts(images: int) -> SplitFacts:
 
 def preprocessing_record(**changes: Any) -> PreprocessingRecord:
     values: dict[str, Any] = {
-        "config_sha256": sha("data settings"),
+        "config_sha256": configuration.sha256_of(data_settings(config_from_pinned(CONFIG).data)),
         "provenance": provenance("python preprocess.py experiment=demo", seconds=9.31),
         "inputs": {"raw": sha("raw")},
         "outputs": {"manifest": sha("manifest"), "index": sha("index")},
@@ -145,7 +158,7 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
         ],
         "splits": {"train": split_facts(1200), "validation": split_facts(480)},
         "class_count": 12,
-        "class_list_sha256": sha("classes"),
+        "class_list_sha256": sha("\n".join(f"d{index:08d}" for index in range(12))),
         "label_convention": "class index = position among the sorted class IDs, from 0",
         "label_examples": [
             LabelExample(key=f"d0000000{index}_1", index=index, class_id=f"d0000000{index}", name=name)
@@ -154,7 +167,7 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
         "validation_split": "the archive ILSVRC2012_img_val.tar",
         "shard_order": "shuffled with seed 0",
         "stored_as": "original JPEG bytes",
-        "unusual_images": {"CMYK": 1, "grey": 6},
+        "unusual_images": {"CMYK": 1, "grayscale": 6},
         "unusual_examples": [
             UnusualImage(split="train", key="d00000001_7", what="CMYK JPEG", done="stored as lossless RGB")
         ],
@@ -170,6 +183,11 @@ def preprocessing_record(**changes: Any) -> PreprocessingRecord:
 def session(**changes: Any) -> Session:
     known: dict[str, Any] = {"is_exact": None, "note": "", "source": "0" * 16, "batch_norm_batch_size": 32}
     return Session(started="2026-11-23T21:00:00Z", first_step=0, processes=1, **(known | changes))
+
+
+PLAIN_SGD: dict[str, Any] = {"nesterov": False, "dampening": 0, "maximize": False}
+NORMALISATION: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+SWITCHES: dict[str, Any] = {"deterministic_algorithms": True, "cudnn_benchmark": False, "tf32_matmul": False}
 
 
 def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> TrainingRecord:
@@ -190,23 +208,23 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
             modules={"Conv2d": 53, "BatchNorm2d": 53, "ReLU": 17, "Linear": 1},
             batch_norm={"eps": 1e-05, "momentum": 0.1},
             zero_initialised_norms=16,
-            initial_weights="random, seed 0",
+            initial_weights="random",
             initial_weights_sha256=sha("initial"),
         ),
-        "loss": {"name": "CrossEntropyLoss", "label_smoothing": 0.1},
+        "loss": {"class": "CrossEntropyLoss", "label_smoothing": 0.1, "reduction": "mean"},
         "optimizer": "SGD",
         "parameter_groups": [
             ParameterGroup(
-                name="decayed",
+                name="weights",
                 tensors=54,
                 parameters=23_479_488,
-                settings={"momentum": 0.9, "weight_decay": 5e-05, "nesterov": False},
+                settings={"momentum": 0.9, "weight_decay": 5e-05} | PLAIN_SGD,
             ),
             ParameterGroup(
                 name="norms and biases",
                 tensors=107,
                 parameters=53_132,
-                settings={"momentum": 0.9, "weight_decay": 0.0, "nesterov": False},
+                settings={"momentum": 0.9, "weight_decay": 0.0} | PLAIN_SGD,
             ),
         ],
         "schedule": Schedule(
@@ -216,11 +234,16 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
             points=[(step, learning_rate(step)) for step in range(0, steps, 3)],
         ),
         "augmentation": {
-            "random_resized_crop": {"pixels": 64, "scale": [0.35, 1.0], "ratio": [0.75, 4 / 3]},
-            "flip_probability": 0.5,
-        },
+            "random_resized_crop_pixels": 64,
+            "scale": [0.35, 1.0],
+            "ratio": [0.75, 4 / 3],
+            "interpolation": "bilinear",
+            "antialias": True,
+            "horizontal_flip_probability": 0.5,
+        }
+        | NORMALISATION,
         "augmentation_sha256": sha("augmentation"),
-        "averaging": {"decay": 0.0},
+        "averaging": {"kind": "none"},
         "loader": LoaderFacts(
             images_per_epoch=1184,
             unique_images_per_epoch=1184,
@@ -234,17 +257,24 @@ def training_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Training
             first_indices=[811, 92, 1043, 5],
             order_sha256=sha("order"),
         ),
-        "precision": {"autocast": "fp32", "channels_last": True, "compile": False, "tf32": False},
+        "precision": {
+            "forward_and_backward": "fp32",
+            "weights": "float32",
+            "channels_last": True,
+            "compiled": False,
+            "gradient_scaler": False,
+        }
+        | SWITCHES,
         "processes": 1,
         "backend": "none",
         "sessions": [session()],
         "epochs": epoch_records(),
-        "training_seconds": 197.4,
-        "validation_seconds": 19.2,
+        "training_seconds": SECONDS[0] + 7 * SECONDS[1],
+        "validation_seconds": 8 * SECONDS[2],
         "images_seen": EPOCHS * 1184,
         "peak_accelerator_memory_gib": None,
         "skipped_steps": 0,
-        "validation_protocol": "top1-resize72-crop64-bilinear",
+        "validation_protocol": "resize72-crop64-bilinear",
         "best_epoch": 8,
         "selection": "the last checkpoint",
     }
@@ -255,10 +285,10 @@ def epoch_records(epochs: int = EPOCHS) -> list[Epoch]:
     """What the validation rows say of each epoch, and what it cost; the first one is cold."""
     return [
         Epoch(
-            seconds=24.1 if at > 0 else 28.7,
-            images_per_second=49.2 if at > 0 else 41.3,
+            seconds=SECONDS[at > 0],
+            images_per_second=round(1184 / SECONDS[at > 0], 2),
             data_wait_fraction=0.021 if at > 0 else 0.064,
-            validation_seconds=2.4,
+            validation_seconds=SECONDS[2],
             **{name: row[field] for name, field in EPOCH_FIELDS.items()},
         )
         for at, row in enumerate(row for row in metric_rows(epochs) if row["split"] == "validation")
@@ -296,16 +326,22 @@ def evaluation_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Evalua
         "published": {},
         "protocol": Protocol(
             backend="torch",
-            arithmetic={"deterministic_algorithms": True},
-            epochs_completed=90,
-            epochs=90,
-            name="top1-resize72-crop64-bilinear",
-            transform={"resize_pixels": 72, "crop_pixels": 64, "interpolation": "bilinear", "antialias": True},
+            arithmetic=SWITCHES,
+            epochs_completed=8,
+            epochs=8,
+            name="resize72-crop64-bilinear",
+            transform={
+                "resize_short_side_pixels": 72,
+                "center_crop_pixels": 64,
+                "interpolation": "bilinear",
+                "antialias": True,
+            }
+            | NORMALISATION,
             transform_sha256=sha("transform"),
             decoder="nvimgcodec",
             precision="fp32",
             batch_size=64,
-            checkpoint="last",
+            checkpoint="step-00000296.pt",
             weights="as trained",
         ),
         "images": 480,
@@ -333,6 +369,7 @@ def evaluation_record(config: dict[str, Any] = CONFIG, **changes: Any) -> Evalua
 def metric_rows(epochs: int = EPOCHS) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for epoch in range(1, epochs + 1):
+        end = round(SECONDS[0] + (epoch - 1) * SECONDS[1] + epoch * SECONDS[2], 3)
         for step in LOGGED:
             done = (epoch - 1) * STEPS_PER_EPOCH + step
             progress = done / (epochs * STEPS_PER_EPOCH)
@@ -348,7 +385,7 @@ def metric_rows(epochs: int = EPOCHS) -> list[dict[str, Any]]:
                     "learning_rate": learning_rate(done - 1),
                     "images_per_second": 49.0 - 6 * (done < 40) + done % 3,
                     "data_wait_fraction": 0.02 + 0.05 * (done < 40),
-                    "seconds": 25.0 * epoch,
+                    "seconds": end - SECONDS[2],
                 }
             )
         rows.append(
@@ -357,13 +394,13 @@ def metric_rows(epochs: int = EPOCHS) -> list[dict[str, Any]]:
                 "epoch": epoch,
                 "step": epoch * STEPS_PER_EPOCH,
                 "images_seen": epoch * STEPS_PER_EPOCH * 32,
-                "loss": 2.4 - 1.5 * (epoch / epochs) ** 0.5,
-                "top1_accuracy": 0.1 + 0.7979 * (epoch / epochs) ** 0.7,
-                "top5_accuracy": 0.99,
+                "loss": 2.4 - (2.4 - 0.8312) * (epoch / epochs) ** 0.5,
+                "top1_accuracy": 0.1 + (431 / 480 - 0.1) * (epoch / epochs) ** 0.7,
+                "top5_accuracy": 476 / 480,
                 "learning_rate": rows[-1]["learning_rate"],
                 "images_per_second": 199.0,
                 "data_wait_fraction": None,
-                "seconds": 27.4 * epoch,
+                "seconds": end,
                 **{f"train_{name}": mean_of(rows[-2:], name) for name in ("loss", "top1_accuracy", "top5_accuracy")},
             }
         )
@@ -402,9 +439,9 @@ def cell(backend: str, what: str, median: float | None, precision: str = "fp32",
         p50_milliseconds=median,
         p90_milliseconds=median and 1.5 * median,
         p99_milliseconds=None,
-        images_per_second=100.0,
+        images_per_second=round(1000 * batch_size / (median or 20.0), 2),
         noise=0.012,
-        histogram_milliseconds=[1.0, 2.0, 3.0],
+        histogram_milliseconds=[0.5 * (median or 20.0), median or 20.0, 2 * (median or 20.0)],
     )
 
 

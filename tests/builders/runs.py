@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 
@@ -17,14 +18,14 @@ from recipe.document.render import write_document
 from recipe.run.directory import Run
 from recipe.run.files import write_atomically
 from recipe.run.provenance import commit, source_sha256
-from recipe.run.records import ClassCounts, InferenceRecord, Provenance, SerializationRecord, VariantFacts
+from recipe.run.records import ClassCounts, Guess, InferenceRecord, Provenance, SerializationRecord, VariantFacts
 from tests.builders import records
 from tests.builders.records import CONFIG, metric_rows, preprocessing_record, sha, training_record
 
 CLASSES, IMAGES_PER_CLASS = 12, 40
 CORRECT = [40, 38, 33, 36, 37, 40, 31, 39, 34, 36, 35, 32]
 CORRECT_TOP5 = [40, 40, 40, 39, 40, 40, 38, 40, 40, 40, 39, 40]
-PREDICTIONS = "predictions/top1-resize72-crop64-bilinear.npz"
+PREDICTIONS = "predictions/resize72-crop64-bilinear.npz"
 WEIGHTS = {
     "layer.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
     "norm.num_batches_tracked": np.array(296, dtype=np.int64),
@@ -95,12 +96,14 @@ def serialization_record(weights: str, config_sha256: str, files: dict[str, byte
     )
     return SerializationRecord(
         config_sha256=config_sha256,
-        settings={},
-        provenance=here("python serialize.py run_dir=runs/demo", started="2026-11-23T22:10:00Z"),
+        settings=CONFIG["serialization"] | {"variants": ["fp32"]},
+        provenance=here(
+            "python serialize.py run_dir=runs/demo serialization.variants=[fp32]", started="2026-11-23T22:10:00Z"
+        ),
         inputs={"weights": weights, "manifest": sha("manifest")},
         outputs={name: sha(content) for name, content in files.items()},
         checkpoint="step-00000296.pt",
-        protocol="top1-resize72-crop64-bilinear",
+        protocol="resize72-crop64-bilinear",
         provider="CPUExecutionProvider",
         opset=20,
         input_shape=["batch", "3", "64", "64"],
@@ -116,14 +119,15 @@ def serialization_record(weights: str, config_sha256: str, files: dict[str, byte
 
 
 def inference_record(weights: str, config_sha256: str) -> InferenceRecord:
+    guess = Guess(index=0, class_id="d00000000", name="rings", probability=0.25)
     return InferenceRecord(
         config_sha256=config_sha256,
         provenance=here("python -m recipe.stages.infer run_dir=runs/demo", started="2026-11-23T22:20:00Z"),
         inputs={"weights": weights, "manifest": sha("manifest")},
         outputs={},
         class_count=CLASSES,
-        label_convention="sorted",
-        pictures=[records.picture("puppy.jpg", None)],
+        label_convention=preprocessing_record().label_convention,
+        pictures=[msgspec.structs.replace(records.picture("puppy.jpg", None), guesses={"step-00000296.pt": [guess]})],
     )
 
 
@@ -134,7 +138,7 @@ def complete_run(directory: Path, weights_sha256: Callable[[Path], str]) -> Run:
     write_atomically(run.checkpoints / "step-00000296.pt", b"a checkpoint")
     write_atomically(run.checkpoints / "step-00000296.pt.sha256", f"{sha(b'a checkpoint')}\n".encode())
     weights = weights_sha256(run.checkpoints / "step-00000296.safetensors")
-    content, exported = predictions(), "predictions/top1-resize72-crop64-bilinear-onnx-fp32.npz"
+    content, exported = predictions(), "predictions/resize72-crop64-bilinear-onnx-fp32.npz"
     files = {"onnx/model-fp32.onnx": b"a model", exported: predictions()}
     for name, each in {PREDICTIONS: content, **files}.items():
         write_atomically(directory / name, each)

@@ -9,7 +9,9 @@ import pytest
 import safetensors.torch
 
 from recipe.models.build import weights_sha256
+from recipe.review.check import code
 from recipe.run.directory import Run
+from recipe.run.provenance import commit, source_sha256
 from tests.builders.runs import complete_run
 
 
@@ -22,7 +24,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Run:
-    """A copy to damage."""
+def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A copy to damage. Its commit has the source of this checkout, which may be in the middle of a change."""
+    source_at = code.source_sha256_at
+
+    def source_of(name: str) -> str | None:
+        return source_sha256() if name == commit() else source_at(name)
+
+    monkeypatch.setattr(code, "source_sha256_at", source_of)
     shutil.copytree(whole, tmp_path / "demo")
     return Run(tmp_path / "demo")

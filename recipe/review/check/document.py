@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 
 from recipe.config.identity import flatten
 from recipe.document.blocks import difference
@@ -134,7 +135,7 @@ def claim_differences(name: str, block: dict[str, Any], facts: RunData, unreadab
             what = f"{name} rests its claims on it, and it is not there"
             findings.append(Finding(Level.resolvable, place, what, RESTORE))
     ours, theirs = flatten(with_records(block, facts)), flatten(with_records(expected, facts))
-    is_same_code = written_by(facts) == source_sha256_here()
+    is_same_code = is_own_code(facts)
     for key in [*ours, *(key for key in theirs if key not in ours and is_same_code)]:
         claimed, given = (values.get(key, "nothing") for values in (ours, theirs))
         if claimed != given and not key.startswith("config") and key != "recipe_id":
@@ -225,11 +226,17 @@ def generated_findings(page: Page, facts: RunData) -> Iterator[Finding]:
         for name, content in found.items()
         if name not in page.edited and content.replace("\r\n", "\n") != generated[name]
     }
-    if written_by(facts) == source_sha256_here():
+    if is_own_code(facts):
         for name, content in changed.items():
             what = f"it is not what the records give: {first_change(content, generated[name])}"
             yield Finding(Level.resolvable, places[name], what, RENDER)
         return
+    if "front matter" in changed:
+        ours, theirs = (card_values(text) for text in (generated["front matter"], changed["front matter"]))
+        wrong = [key for key, value in theirs.items() if ours.get(key) != value and not key.endswith("metrics.name")]
+        if wrong:
+            what = f"the records give other values of {first_few(wrong)}"
+            yield Finding(Level.resolvable, places["front matter"], what, PUBLISH)
     given = given_numbers(facts, generated.values()) if changed else set()
     for name, content in changed.items():
         if name != "recipe":  # the JSON block, which is compared claim by claim
@@ -253,6 +260,26 @@ def generated_card(page: Page, facts: RunData) -> tuple[str, str] | None:
     return found[1], generated.split("\n", 2)[2].removesuffix(f"{CARD_END}\n---\n")
 
 
+def card_values(content: str) -> dict[str, list[str]]:
+    """Key -> values of a front matter. Aliases are not followed."""
+    values: dict[str, list[str]] = {}
+    nodes = [("", yaml.compose(content, Loader=yaml.SafeLoader))]
+    seen: set[int] = set()
+    while nodes:
+        key, node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode):
+            values.setdefault(key, []).append(node.value)
+        elif node is not None and id(node) not in seen:
+            seen.add(id(node))
+            is_map = isinstance(node, yaml.MappingNode)
+            nodes += (
+                [(f"{key}.{name.value}", one) for name, one in node.value]
+                if is_map
+                else [(key, one) for one in node.value]
+            )
+    return values
+
+
 def first_change(found: str, generated: str) -> str:
     """The first removed and the first added line."""
     lines = difference(found, generated).split("\n")[2:]
@@ -260,10 +287,10 @@ def first_change(found: str, generated: str) -> str:
     return "; ".join(shorten(line, 160) for line in first if line)
 
 
-def written_by(facts: RunData) -> str | None:
-    """The source hash of the code that ran the newest stage, which wrote the document after it."""
+def is_own_code(facts: RunData) -> bool:
+    """Whether this checkout is the code that ran the newest stage, which wrote the document after it."""
     ran = [record.provenance for _, record in facts.stages()]
-    return max(ran, key=lambda one: one.started).source_sha256_at_end if ran else None
+    return bool(ran) and max(ran, key=lambda one: one.started).source_sha256_at_end == source_sha256_here()
 
 
 # Files

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,9 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
-from recipe.config.identity import differences, recipe_id, sha256_of, to_dict
+import yaml
+
+from recipe.config.identity import differences, flatten, recipe_id, sha256_of, to_dict
 from recipe.config.schema import (
     AutoAugmentPolicy,
     Config,
@@ -34,6 +37,7 @@ from recipe.data.images import GREY
 from recipe.data.manifest import data_settings
 from recipe.document.run_data import MetricRow, RunData
 from recipe.errors import UserError
+from recipe.preprocessing.imagenet import PUBLISHED_MD5
 from recipe.review.findings import Finding, Kind, Level, shorten
 from recipe.run.records import (
     ClassCounts,
@@ -56,6 +60,7 @@ MEND = "take the record from version control, or run its stage again"
 MILLISECOND = 0.0011  # seconds are rounded to one
 SHOWN_MAX = 8  # contradictions of one function
 PAIRS_MAX, MISTAKES_MAX, FLIPS_MAX = 10, 8, 20  # of lists in records
+PLAIN_VALUE = re.compile(r"[\w.+-]+|\[[\w.,+ -]*\]")
 SHARD = re.compile(r"(.+)-\d+\.tar")
 
 
@@ -158,6 +163,9 @@ def _data(preprocessing: PreprocessingRecord) -> Iterator[Pair]:
     for archive in data.archives:
         if archive.name in data.inputs:
             yield Pair(f"{here}, archives, {archive.name}", archive.sha256, "inputs", data.inputs[archive.name])
+        if archive.is_published_md5 and archive.name in PUBLISHED_MD5:
+            published = PUBLISHED_MD5[archive.name]
+            yield Pair(f"{here}, archives, {archive.name}, md5", archive.md5, "published was", published)
     grey = sum(split.grey_images for split in data.splits.values())
     yield Pair(f"{here}, unusual_images.{GREY}", data.unusual_images.get(GREY, 0), "grey_images of the splits", grey)
 
@@ -167,6 +175,8 @@ def _data_and_configuration(preprocessing: PreprocessingRecord, config: Config) 
     yield Pair(f"{here}, data_set", preprocessing.data_set, "data.name of config.yaml", config.data.name)
     expected = config.data.expect.value
     yield Pair(f"{here}, expectation", preprocessing.expectation, "data.expect of config.yaml", expected)
+    is_checked = expected == "ilsvrc2012" and not preprocessing.rejected
+    yield Pair(f"{here}, is_ilsvrc2012", preprocessing.is_ilsvrc2012, "data.expect of config.yaml", is_checked)
     digest = sha256_of(data_settings(config.data))
     yield Pair(f"{here}, config_sha256", preprocessing.config_sha256, "the data settings of config.yaml", digest)
 
@@ -340,6 +350,17 @@ def _live_settings(training: TrainingRecord, config: Config) -> Iterator[Pair]:
         yield Pair(f"{here}, model.zero_initialised_norms", has_zeros, "config.yaml", config.model.zero_init_last_norm)
     given = "random" if config.model.weights_sha256 is None else "given"
     yield Pair(f"{here}, model.initial_weights", training.model.initial_weights, "config.yaml", given)
+
+
+def _command(training: TrainingRecord, config: Config) -> Iterator[Pair]:
+    """The settings of the recorded command, without facts of the machine and values that a multirun sweeps over."""
+    pinned = flatten(config.pinned.values)
+    for word in shlex.split(training.provenance.command):
+        key, _, written = word.partition("=")
+        if key in pinned and not key.endswith("sha256") and ("," not in written or written.startswith("[")):
+            value = yaml.safe_load(written) if PLAIN_VALUE.fullmatch(written) else pinned[key]
+            value = float(value) if isinstance(pinned[key], float) and isinstance(value, str | int) else value
+            yield Pair(f"training.json, provenance.command, {key}", value, "config.yaml", pinned[key], 1e-12)
 
 
 def view_of(config: Config) -> str:
@@ -818,6 +839,7 @@ TABLE: tuple[Callable[..., Iterator[Pair]], ...] = (
     _training,
     _rows,
     _live_settings,
+    _command,
     _schedule,
     _evaluations,
     _evaluation_and_data,

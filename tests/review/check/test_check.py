@@ -88,7 +88,7 @@ def test_it_needs_no_torch_and_less_than_two_seconds(run: Run) -> None:
     program = (
         "import sys, time; sys.modules['torch'] = None; from recipe.__main__ import main; "
         f"code = main(['check', {str(run.directory)!r}]); "
-        "assert 'matplotlib' not in sys.modules; print(time.process_time()); raise SystemExit(code)"
+        "assert code < 2 and 'matplotlib' not in sys.modules; print(time.process_time())"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) < 2

@@ -1,0 +1,105 @@
+"""Which verb finds each tampering of tests/builders/tamperings.py?
+
+    python benchmarks/tamperings.py            # a copy of recipes/demo for each one
+    python benchmarks/tamperings.py runs/demo  # or of a run with its predictions
+
+`own` is the code that wrote the page, `later` any other: that one compares numbers, but not words. A tampering that
+leaves no contradiction is found only by running again (`verify`, `reproduce`). Writes benchmarks/results/tamperings.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from recipe.review.check.command import check  # noqa: E402
+from recipe.review.findings import Finding, Kind  # noqa: E402
+from recipe.review.opening import open_recipe  # noqa: E402
+from recipe.review.verify.files import BROKEN, links  # noqa: E402
+from tests.builders.tamperings import TAMPERINGS, WITHOUT_CONTRADICTION, Tampering  # noqa: E402
+
+COLUMNS = ("check, own", "check, later", "check --execute", "verify --skip trace")
+
+
+def found_by(folder: Path) -> dict[str, list[str]]:
+    """Verb -> what it found."""
+
+    def of(findings: list[Finding]) -> list[str]:
+        return [f"{one.place}: {one.what}" for one in findings if one.kind is Kind.finding]
+
+    found = {}
+    for column, is_own in (("check, own", True), ("check, later", False)):
+        with mock.patch("recipe.review.check.document.is_own_code", lambda facts, is_own=is_own: is_own):
+            found[column] = of(check(open_recipe(folder)).findings)
+    found["check --execute"] = of(check(open_recipe(folder), executes=True).findings)
+    chain = links(open_recipe(folder), None, None)
+    found["verify --skip trace"] = [f"{link.name}: {link.detail}" for link in chain if link.state == BROKEN]
+    return found
+
+
+def tried(recipe: Path, tampering: Tampering | None) -> dict[str, list[str]] | None:
+    """The findings for a tampered copy. None where the recipe lacks what would be changed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(recipe, Path(scratch) / recipe.name))
+        if tampering is not None:
+            before = contents(folder)
+            try:
+                tampering(folder)
+            except (LookupError, StopIteration, FileNotFoundError):
+                return None
+            if contents(folder) == before:
+                return None
+        return found_by(folder)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, nargs="?", default=ROOT / "recipes" / "demo")
+    parser.add_argument("--only", default="", help="names that begin so")
+    arguments = parser.parse_args()
+    clean = tried(arguments.recipe, None)
+    assert clean is not None, "nothing was changed"
+    if any(clean.values()):
+        raise SystemExit(f"false findings on the untouched recipe: {clean}")
+    lines = [f"| Tampering | {' | '.join(COLUMNS)} | First finding |", "|:--|" + ":--|" * (len(COLUMNS) + 1)]
+    counts = Counter[str]()
+    for name, tampering in TAMPERINGS.items():
+        if not name.startswith(arguments.only):
+            continue
+        found = tried(arguments.recipe, tampering)
+        if found is None:
+            counts["not possible here"] += 1
+            print(f"-       {name}")
+            continue
+        is_found = any(found.values())
+        verdict = "found" if is_found else "consistent" if name in WITHOUT_CONTRADICTION else "MISSED"
+        counts[verdict] += 1
+        first = next((what for column in COLUMNS for what in found[column]), "found only by running again")
+        marks = ["yes" if found[column] else "–" for column in COLUMNS]
+        print(f"{verdict:<7} {name}: {first[:150]}")
+        lines.append("| " + " | ".join([name, *marks, first[:140].replace("|", "\\|")]) + " |")
+    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    print(total)
+    if not arguments.only:
+        where = arguments.recipe.resolve()
+        shown = where.relative_to(ROOT) if where.is_relative_to(ROOT) else where.name
+        head = f"# Tamperings\n\n`python benchmarks/tamperings.py {shown}`: {total}.\n\n"
+        (ROOT / "benchmarks" / "results" / "tamperings.md").write_text(head + "\n".join(lines) + "\n")
+    raise SystemExit(counts["MISSED"] > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Each tampering of the catalogue with a published recipe is found; the untouched recipe is without a finding."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recipe.review.check.command import check
+from recipe.review.findings import Finding, Kind
+from recipe.review.opening import open_recipe
+from recipe.run.files import CHECKOUT
+from tests.builders.tamperings import CARD, FIGURES, PAGE, TAMPERINGS, WITHOUT_CONTRADICTION, render_again
+
+
+def found(folder: Path, executes: bool = False) -> list[Finding]:
+    return [one for one in check(open_recipe(folder), executes).findings if one.kind is Kind.finding]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CHECKOUT / "recipes" / "demo", tmp_path / "demo"))
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["own", "later"])
+def test_an_untouched_recipe_is_without_finding(demo: Path, is_own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipe.review.check.document.is_own_code", lambda facts: is_own)
+    render_again(demo)  # the page of this checkout
+    assert not found(demo)
+
+
+@pytest.mark.parametrize("name", [name for name in TAMPERINGS if name not in WITHOUT_CONTRADICTION])
+def test_a_tampering_is_found(demo: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a page by the code that wrote it, and by any later code."""
+    render_again(demo)
+    TAMPERINGS[name](demo)
+    for is_own in (True, False):
+        if is_own or name in PAGE | CARD:
+            monkeypatch.setattr("recipe.review.check.document.is_own_code", lambda facts, is_own=is_own: is_own)
+            assert found(demo, executes=name in FIGURES), is_own
