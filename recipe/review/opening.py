@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from typing import Any
 import msgspec
 
 from recipe.config.identity import config_sha256, recipe_id
+from recipe.document.blocks import edited_blocks, split
+from recipe.document.formatting import on_one_line
 from recipe.document.recipe_json import RECIPE_FORMAT
 from recipe.document.run_data import RunData, load
 from recipe.errors import UserError
@@ -70,8 +73,11 @@ def dict_or_empty(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def open_recipe(path: str | Path) -> OpenedRecipe:
-    """Open the recipe under a path. Raises `UserError` if there is none."""
+def open_recipe(path: str | Path, warns: bool = True) -> OpenedRecipe:
+    """Open the recipe under a path. Raises `UserError` if there is none.
+
+    Prints a warning for each generated block that was edited, unless the caller reports them.
+    """
     path = Path(path)
     if path.is_dir():
         folder = path
@@ -82,10 +88,22 @@ def open_recipe(path: str | Path) -> OpenedRecipe:
         text = read_text(path)  # the reader may name a link, which leads where they want
     else:
         raise UserError(f"{display_path(path)} does not exist; give a run directory, a published recipe or a document")
+    if text is not None and document is not None and warns:
+        warn_of_edits(document.name, text)
     run = Run(folder) if (folder / "records").is_dir() else None
     if text is None and run is None:
         raise UserError(f"{display_path(path)} has neither a document ({', '.join(DOCUMENT_NAMES)}) nor records")
     return OpenedRecipe(path, document, text, json_block(text) if text is not None else None, run)
+
+
+def warn_of_edits(name: str, text: str) -> None:
+    try:
+        edited = edited_blocks(split(text))
+    except UserError as error:
+        print(f"warning: {on_one_line(name)}: {on_one_line(str(error))}", file=sys.stderr)
+        return
+    for block in edited:
+        print(f"warning: the block {block.id} of {on_one_line(name)} was edited by hand", file=sys.stderr)
 
 
 def read_text(path: Path, folder: Path | None = None) -> str:

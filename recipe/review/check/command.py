@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: no finding, 1: findings (not notes or CANNOT TELL). Raises `UserError` for an unreadable recipe."""
-    report = check(open_recipe(arguments.path), executes=arguments.execute)
+    report = check(open_recipe(arguments.path, warns=False), executes=arguments.execute)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))
     return int(any(finding.kind is Kind.finding for finding in report.findings))
 

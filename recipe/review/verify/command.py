@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """1: a link is broken or the trace differs, else 0."""
-    recipe = open_recipe(arguments.path)
+    recipe = open_recipe(arguments.path, warns=False)
     raw_dir, data_dir = data_places(recipe)
     skip = arguments.skip
     chain = [] if skip == "chain" else list(links(recipe, arguments.raw_dir or raw_dir, arguments.data_dir or data_dir))

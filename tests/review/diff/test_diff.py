@@ -173,7 +173,7 @@ def test_code_that_no_configuration_shows_is_found_in_the_live_objects(side: Com
 
     report = compare_recipes(side, altered(side, training=decayed))
     assert {one.key for one in report.differences} == {
-        "optimization.groups.decayed.weight_decay",
+        "optimization.groups.weights.weight_decay",
         "optimization.groups.norms and biases.weight_decay",
     }
     report = compare_recipes(side, altered(side, ("claims.training.augmentation_sha256", "0" * 64)))
