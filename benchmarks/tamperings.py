@@ -25,7 +25,7 @@ from recipe.review.check.command import check  # noqa: E402
 from recipe.review.findings import Finding, Kind  # noqa: E402
 from recipe.review.opening import open_recipe  # noqa: E402
 from recipe.review.verify.files import BROKEN, links  # noqa: E402
-from tests.builders.tamperings import TAMPERINGS, WITHOUT_CONTRADICTION, Tampering  # noqa: E402
+from tests.builders.tamperings import CONSISTENT, TAMPERINGS, Tampering  # noqa: E402
 
 COLUMNS = ("check, own", "check, later", "check --execute", "verify --skip trace")
 
@@ -85,7 +85,7 @@ def main() -> None:
             print(f"-       {name}")
             continue
         is_found = any(found.values())
-        verdict = "found" if is_found else "consistent" if name in WITHOUT_CONTRADICTION else "MISSED"
+        verdict = "found" if is_found else "consistent" if name in CONSISTENT else "MISSED"
         counts[verdict] += 1
         first = next((what for column in COLUMNS for what in found[column]), "found only by running again")
         marks = ["yes" if found[column] else "–" for column in COLUMNS]

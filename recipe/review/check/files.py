@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from recipe.errors import UserError
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.run.directory import Run
 from recipe.run.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, is_inside, opened
-from recipe.run.records import ClassCounts
+from recipe.run.records import EvaluationRecord
 
 RESTORE = "take the file from version control, or run its stage again"
 AGAIN = "take the file from where the run was made, or run its stage again"
@@ -53,7 +54,7 @@ class CountedPredictions:
     images: int
     correct_top1: int
     correct_top5: int
-    per_class: list[ClassCounts]
+    evaluation: EvaluationRecord | None = None  # None: of an exported file
 
     def faults(self, path: Path) -> list[str]:
         """The counts that differ in the file. Raises `UserError` for an unreadable file."""
@@ -67,12 +68,34 @@ class CountedPredictions:
         ):
             if count != claimed:
                 faults.append(f"{name} is {count:,}, records/{self.record}.json has {claimed:,}")
-        for row in self.per_class:
+        for row in self.evaluation.per_class if self.evaluation else ():
             of_class = label == row.index
             counts = (int(of_class.sum()), int((of_class & is_top1).sum()), int((of_class & is_top5).sum()))
             if counts != (row.images, row.correct_top1, row.correct_top5):
                 faults.append(f"class {row.index} has {counts}, records/{self.record}.json has other counts")
-        return faults
+        return faults + (mistake_faults(self.evaluation, key, label, top[:, 0]) if self.evaluation else [])
+
+
+def mistake_faults(
+    record: EvaluationRecord, key: NDArray[Any], label: NDArray[np.int64], best: NDArray[np.int64]
+) -> list[str]:
+    """Confused pairs and mistakes of a record that are not in the predictions. Two classes may have one name."""
+    names = {row.index: row.name for row in record.per_class}
+    counts = Counter(zip(label[label != best].tolist(), best[label != best].tolist(), strict=True))
+    pairs = {(names.get(one), names.get(other), count) for (one, other), count in counts.items()}
+    rows = zip(key.tolist(), label.tolist(), best.tolist(), strict=True)
+    shown = {one.key for one in record.mistakes}
+    taken = {name: (names.get(one), names.get(other)) for name, one, other in rows if name in shown}
+    faults = [
+        f"{shorten(pair.label)} taken for {shorten(pair.predicted)} is not there {pair.images} times"
+        for pair in record.confused_pairs
+        if (pair.label, pair.predicted, pair.images) not in pairs
+    ]
+    return faults + [
+        f"{shorten(one.key)} is another mistake"
+        for one in record.mistakes
+        if taken.get(one.key) != (one.label, one.predicted)
+    ]
 
 
 def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
@@ -81,13 +104,13 @@ def counted_predictions(facts: RunData) -> Iterator[CountedPredictions]:
             if record is not None and file.endswith(".npz"):
                 protocol = record.protocol.name
                 name = "evaluation" if record is facts.evaluation else f"evaluations/{protocol}"
-                counts = (record.images, record.correct_top1, record.correct_top5, record.per_class)
-                yield CountedPredictions(name, protocol, file, *counts)
+                counts = (record.images, record.correct_top1, record.correct_top5)
+                yield CountedPredictions(name, protocol, file, *counts, record)
     exported = facts.serialization
     for entry in exported.variants if exported is not None else ():
         for file in exported.outputs if exported is not None else ():
             if exported is not None and file.endswith(f"-onnx-{entry.variant}.npz"):
-                counts = (exported.images, entry.correct_top1, entry.correct_top5, [])
+                counts = (exported.images, entry.correct_top1, entry.correct_top5)
                 yield CountedPredictions("serialization", entry.variant, file, *counts)
 
 

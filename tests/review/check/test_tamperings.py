@@ -10,8 +10,9 @@ import pytest
 from recipe.review.check.command import check
 from recipe.review.findings import Finding, Kind
 from recipe.review.opening import open_recipe
+from recipe.review.verify.files import BROKEN, links
 from recipe.run.files import CHECKOUT
-from tests.builders.tamperings import CARD, FIGURES, PAGE, TAMPERINGS, WITHOUT_CONTRADICTION, render_again
+from tests.builders.tamperings import CARD, CONSISTENT, FIGURES, PAGE, PREDICTIONS, TAMPERINGS, render_again
 
 
 def found(folder: Path, executes: bool = False) -> list[Finding]:
@@ -30,7 +31,7 @@ def test_an_untouched_recipe_is_without_finding(demo: Path, is_own: bool, monkey
     assert not found(demo)
 
 
-@pytest.mark.parametrize("name", [name for name in TAMPERINGS if name not in WITHOUT_CONTRADICTION])
+@pytest.mark.parametrize("name", [name for name in TAMPERINGS if name not in PREDICTIONS | CONSISTENT])
 def test_a_tampering_is_found(demo: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a page by the code that wrote it, and by any later code."""
     render_again(demo)
@@ -39,3 +40,19 @@ def test_a_tampering_is_found(demo: Path, name: str, monkeypatch: pytest.MonkeyP
         if is_own or name in PAGE | CARD:
             monkeypatch.setattr("recipe.review.check.document.is_own_code", lambda facts, is_own=is_own: is_own)
             assert found(demo, executes=name in FIGURES), is_own
+
+
+NOT_ITS_WORK = ("figures: one removed", "page: a block removed")  # `verify` compares what is there
+
+
+@pytest.mark.parametrize("name", [name for name in PAGE | CARD if name not in NOT_ITS_WORK])
+def test_verify_reads_the_page_too(demo: Path, name: str) -> None:
+    render_again(demo)
+    TAMPERINGS[name](demo)
+    assert [link for link in links(open_recipe(demo), None, None) if link.state == BROKEN]
+
+
+def test_other_verbs_warn_of_an_edited_page(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TAMPERINGS["page: headline by hand"](demo)
+    open_recipe(demo)
+    assert "warning: the block summary of README.md was edited by hand" in capsys.readouterr().err

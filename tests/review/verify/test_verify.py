@@ -109,9 +109,11 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_a_record_that_was_edited_contradicts_its_neighbours(copy: Path) -> None:
     edit(copy / "run/records/evaluation.json", lambda record: record.update(correct_top1=record["correct_top1"] + 1))
-    assert broken(copy) == [next(link.name for link in chain_of(copy) if "metrics of" in link.name), "document"]
+    names = broken(copy)
+    for place in ("metrics of", "records/evaluation.json, correct_top1", "recipe.md, JSON block"):
+        assert any(name.startswith(place) for name in names), place
     edit(copy / "run/records/training.json", lambda record: record.update(outputs={"weights": "0" * 64}))
-    assert {"evaluation read the weights", "document"} <= set(broken(copy))
+    assert "evaluation read the weights" in broken(copy)
 
 
 def test_a_configuration_that_was_edited_is_named(copy: Path) -> None:
