@@ -156,7 +156,7 @@ def one_confused_less(values: Any) -> None:
 
 def edit_rows(folder: Path, change: Change, last: bool = False) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for row in rows[-1:] if last else rows[2:3]:
+    for row in rows[-1:] if last else rows[1:2]:
         change(row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -395,6 +395,12 @@ TRAINING: dict[str, Tampering] = {
         training=of("validation_protocol", by=lambda name: f"{name}-average")
     ),
     "training: a row's learning rate": rows(lambda row: row.update(learning_rate=row["learning_rate"] * 2)),
+    "training: a row's loss": rows(lambda row: row.update(loss=row["loss"] / 2, train_loss=row.get("train_loss"))),
+    "training: a row's speed": rows(lambda row: row.update(images_per_second=row["images_per_second"] * 3)),
+    "training: another experiment in its command": records(
+        training=of("provenance", "command", by=lambda command: command.replace("experiment=", "experiment=other_"))
+    ),
+    "evaluation: five runs": records(evaluation=set_at("runs", value=5)),
     "training: a row's images": rows(lambda row: row.update(images_seen=row["images_seen"] + 32)),
     "training: a row's seconds": rows(lambda row: row.update(seconds=1e6)),
     "configuration: learning rate, with its hashes": pinned("optimization", "learning_rate", value=0.4),

@@ -113,6 +113,9 @@ def pair_findings(facts: RunData) -> Iterator[Finding]:
             sources["config"] = None
             what = f"it does not fit this version of the code, and no setting was compared with it: {error}"
             yield Finding(Level.resolvable, "config.yaml", what, "check with the code of the recipe", Kind.cannot_tell)
+    if facts.training and facts.evaluation and validated_epoch(facts.evaluation, facts.training) is None:
+        what = f"no validation of the training is by {facts.evaluation.protocol.name} after that epoch: not compared"
+        yield Finding(Level.resolvable, "records/evaluation.json", what, kind=Kind.cannot_tell)
     for pairs_of in TABLE:
         arguments = [sources[name] for name in inspect.signature(pairs_of).parameters]
         if any(argument is None for argument in arguments):
@@ -295,6 +298,28 @@ def _rows(training: TrainingRecord, metrics: Sequence[MetricRow]) -> Iterator[Pa
         yield Pair(place, total, "seconds of the last row", ends[-1]["seconds"], 2 * MILLISECOND)
 
 
+def _means(training: TrainingRecord, config: Config, metrics: Sequence[MetricRow]) -> Iterator[Pair]:
+    """The means of an epoch are those of its train rows, where none was left out for publication."""
+    steps, every = training.schedule.steps_per_epoch, config.trainer.log_every_steps
+    ends = [*range(every, steps, every), steps]
+    for epoch in training.epochs:
+        first = (epoch.epoch - 1) * steps
+        rows = [row for row in metrics if row["split"] == "train" and row["epoch"] == epoch.epoch]
+        if [row["step"] - first for row in rows] != ends:
+            continue
+        counts = [end - begin for begin, end in pairwise([0, *ends])]
+        for name, field in (("train_loss", "loss"), ("train_top1", "top1_accuracy"), ("train_top5", "top5_accuracy")):
+            mean = sum(row[field] * count for row, count in zip(rows, counts, strict=True)) / steps
+            place = f"training.json, epochs, {epoch.epoch}, {name}"
+            yield Pair(place, getattr(epoch, name), f"the mean {field} of its rows", mean, 1e-5 * max(1.0, abs(mean)))
+        for before, row, count in zip(rows, rows[1:], counts[1:], strict=False):
+            rate = row["images_per_second"]
+            took, images = row["seconds"] - before["seconds"], count * training.loader.global_batch_size
+            within = 2 * MILLISECOND + 0.006 * images / (rate * rate or 1)
+            place = f"metrics.jsonl, step {row['step']}, seconds since the row before"
+            yield Pair(place, took, "images / images_per_second", images / (rate or 1), within)
+
+
 def _live_settings(training: TrainingRecord, config: Config) -> Iterator[Pair]:
     """The live objects of training, beside the configuration."""
     here, wanted, trainer, loader = "training.json", config.optimization, config.trainer, config.loader
@@ -354,8 +379,11 @@ def _live_settings(training: TrainingRecord, config: Config) -> Iterator[Pair]:
 
 def _command(training: TrainingRecord, config: Config) -> Iterator[Pair]:
     """The settings of the recorded command, without facts of the machine and values that a multirun sweeps over."""
-    pinned = flatten(config.pinned.values)
-    for word in shlex.split(training.provenance.command):
+    pinned, command = flatten(config.pinned.values), training.provenance.command
+    experiment = re.search(r"(?<= )experiment=([\w.-]+)", command)
+    if experiment and " name=" not in command:
+        yield Pair("training.json, provenance.command, experiment", experiment[1], "config.yaml", config.name)
+    for word in shlex.split(command):
         key, _, written = word.partition("=")
         if key in pinned and not key.endswith("sha256") and ("," not in written or written.startswith("[")):
             value = yaml.safe_load(written) if PLAIN_VALUE.fullmatch(written) else pinned[key]
@@ -507,6 +535,7 @@ def _evaluation(record: EvaluationRecord, is_own: bool) -> Iterator[Pair]:
     yield Pair(f"{here}, evaluation_seconds", record.evaluation_seconds, "images / images_per_second", seconds, within)
     most = record.provenance.seconds
     yield Pair(f"{here}, evaluation_seconds", record.evaluation_seconds, "the stage", most, MILLISECOND, is_bound=True)
+    yield Pair(f"{here}, runs", record.runs, "evaluations of a record", 1)
     yield from _protocol(here, record.protocol)
     yield from _mistakes(here, record)
 
@@ -680,7 +709,7 @@ def _exports(serialization: SerializationRecord) -> Iterator[Pair]:
             yield Pair(f"{field}.limit", entry.limit, "settings", f"top-1 at most {limit:.2%} below the eager model's")
         if "calibration_training_images" in entry.conversion:
             images, asked = entry.conversion["calibration_training_images"], settings.get("int8_calibration_images")
-            yield Pair(f"{field}.conversion", images, "settings", asked)
+            yield Pair(f"{field}.conversion", images, "settings", asked, is_bound=True)  # fewer where there are fewer
 
 
 def _exports_and_configuration(serialization: SerializationRecord, config: Config) -> Iterator[Pair]:
@@ -689,7 +718,9 @@ def _exports_and_configuration(serialization: SerializationRecord, config: Confi
         yield from _settings("serialization.json, settings", serialization.settings, to_dict(config.serialization))
 
 
-def _exports_and_evaluation(serialization: SerializationRecord, evaluation: EvaluationRecord) -> Iterator[Pair]:
+def _exports_and_evaluation(
+    serialization: SerializationRecord, evaluation: EvaluationRecord, facts: RunData
+) -> Iterator[Pair]:
     """The PyTorch model of the comparison is the evaluated one, in fp32 on the CPU: a few images may differ."""
     here, record, protocol = "serialization.json", serialization, evaluation.protocol
     if record.inputs.get("weights") != evaluation.inputs.get("weights") or record.protocol != protocol.name:
@@ -702,6 +733,11 @@ def _exports_and_evaluation(serialization: SerializationRecord, evaluation: Eval
     for name in ("correct_top1", "correct_top5"):
         counted = getattr(record, f"eager_{name}")
         yield Pair(f"{here}, eager_{name}", counted, f"{name} of the evaluation", getattr(evaluation, name), within)
+    for entry in record.variants:
+        for other in facts.other_evaluations:
+            if other.protocol.name == f"{record.protocol}-onnx-{entry.variant}":
+                place, top1 = f"{here}, variants.{entry.variant}.correct_top1", entry.correct_top1
+                yield Pair(place, top1, f"evaluations/{other.protocol.name}.json", other.correct_top1, within)
     pixels = str(protocol.transform.get("center_crop_pixels"))
     yield Pair(f"{here}, input_shape", record.input_shape[2:], "the crop of the evaluation", [pixels, pixels])
     classes = {row.index: row for row in evaluation.per_class}
@@ -838,6 +874,7 @@ TABLE: tuple[Callable[..., Iterator[Pair]], ...] = (
     _data_and_training,
     _training,
     _rows,
+    _means,
     _live_settings,
     _command,
     _schedule,
