@@ -26,14 +26,15 @@ from recipe.review.opening import OpenedRecipe, RecordReader, open_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a run, a published recipe, or one document")
     parser.add_argument("--execute", action="store_true", help="also measure hashes, counts and figures again")
+    parser.add_argument("--strict", action="store_true", help="fail for notes and CANNOT TELL, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: no finding, 1: findings (not notes or CANNOT TELL). Raises `UserError` for an unreadable recipe."""
+    """0: no finding, 1: findings (notes or CANNOT TELL with --strict). Raises `UserError` for an unreadable recipe."""
     report = check(open_recipe(arguments.path, warns=False), executes=arguments.execute)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else "\n".join(report.lines()))
-    return int(any(finding.kind is Kind.finding for finding in report.findings))
+    return int(any(arguments.strict or finding.kind is Kind.finding for finding in report.findings))
 
 
 @dataclass

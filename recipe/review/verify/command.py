@@ -16,7 +16,7 @@ from recipe.document.commands import EXPERIMENTS
 from recipe.document.formatting import on_one_line
 from recipe.errors import UserError
 from recipe.review.opening import OpenedRecipe, dict_or_empty, open_recipe
-from recipe.review.verify.files import BROKEN, links
+from recipe.review.verify.files import BROKEN, NOT_HERE, links
 from recipe.review.verify.trace import UNDECIDED, compare_traces, stored_trace, trace_here
 
 LEADING_DIFFERENCES = 3  # of a trace: the others follow from them
@@ -27,6 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--raw-dir", type=Path, help="the raw archives (default: those of the experiment)")
     parser.add_argument("--data-dir", type=Path, help="the processed data (default: those of the experiment)")
     parser.add_argument("--skip", choices=("chain", "trace"), help="the part to leave out")
+    parser.add_argument("--strict", action="store_true", help="fail for files that are not here and CANNOT TELL, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -40,7 +41,8 @@ def run(arguments: Namespace) -> int:
     differences = [] if skip == "trace" else compare_traces(stored_trace(recipe), trace_here(recipe))
     seconds = time.perf_counter() - clock
     changed = [difference for difference in differences if difference.kind != UNDECIDED]
-    code = int(bool(changed) or any(link.state == BROKEN for link in chain))
+    is_strict, unsure = arguments.strict, any(link.state == NOT_HERE for link in chain) or differences != changed
+    code = int(bool(changed) or any(link.state == BROKEN for link in chain) or (is_strict and unsure))
     if arguments.json:
         trace = None if skip == "trace" else msgspec.to_builtins(differences)
         print(json.dumps({"chain": msgspec.to_builtins(chain), "trace": trace}, indent=2))

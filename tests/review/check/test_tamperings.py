@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from recipe.__main__ import main
 from recipe.review.check.command import check
 from recipe.review.findings import Finding, Kind
 from recipe.review.opening import open_recipe
@@ -50,6 +51,13 @@ def test_verify_reads_the_page_too(demo: Path, name: str) -> None:
     render_again(demo)
     TAMPERINGS[name](demo)
     assert [link for link in links(open_recipe(demo), None, None) if link.state == BROKEN]
+
+
+def test_strict_fails_for_notes_and_what_cannot_be_told(demo: Path) -> None:
+    render_again(demo)
+    assert [main(["check", str(demo), *words]) for words in ([], ["--strict"])] == [0, 1]
+    words = ["verify", str(demo), "--skip", "trace"]
+    assert [main([*words, *more]) for more in ([], ["--strict"])] == [0, 1]
 
 
 def test_other_verbs_warn_of_an_edited_page(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
