@@ -564,5 +564,21 @@ PREDICTIONS: dict[str, Tampering] = {  # counted again with `check --execute`
         )
     ),
 }
+BUILT: dict[str, Tampering] = {  # built again with `check --execute`
+    "model: parameters and their group": records(
+        training=[of("model", "parameters", by=eight_more), of("parameter_groups", 0, "parameters", by=eight_more)]
+    ),
+    "model: architecture": records(training=set_at("model", "architecture_sha256", value="0" * 64)),
+    "model: momentum of batch norm": records(training=set_at("model", "batch_norm", "momentum", value=0.01)),
+    "model: modules": records(training=of("model", "modules", "Conv2d", by=eight_more)),
+    "model: initial weights": records(
+        training=[
+            set_at("model", "initial_weights_sha256", value="0" * 64),
+            set_at("inputs", "initial weights", value="0" * 64),
+        ]
+    ),
+    "model: pixels of the augmentation": records(training=set_at("augmentation_sha256", value="0" * 64)),
+    "model: pixels of the evaluation": records(evaluation=set_at("protocol", "transform_sha256", value="0" * 64)),
+}
 CONSISTENT: dict[str, Tampering] = {"everything: one more right in every record, page and figure": everything}
-TAMPERINGS = EVALUATION | TRAINING | MACHINES | OTHERS | PAGE | CARD | FIGURES | PREDICTIONS | CONSISTENT
+TAMPERINGS = EVALUATION | TRAINING | MACHINES | OTHERS | PAGE | CARD | FIGURES | PREDICTIONS | BUILT | CONSISTENT

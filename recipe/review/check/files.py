@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recipe.config.schema import config_from_pinned
 from recipe.document.run_data import RunData
 from recipe.errors import UserError
+from recipe.review.check.pairs import view_of
 from recipe.review.findings import Finding, Kind, Level, first_few, shorten
 from recipe.run.directory import Run
 from recipe.run.files import RECORD_BYTES_MAX, WEIGHTS_BYTES_MAX, is_inside, opened
@@ -24,6 +26,7 @@ from recipe.run.records import EvaluationRecord
 
 RESTORE = "take the file from version control, or run its stage again"
 AGAIN = "take the file from where the run was made, or run its stage again"
+CLASSES_MAX = 100_000  # of a network that is built again
 ARRAYS = ("key", "label", "top5")
 ARRAY_KINDS = {("U", label, top) for label in "iu" for top in "iu"}
 
@@ -153,7 +156,65 @@ def executed_findings(facts: RunData, run: Run) -> list[Finding]:
         *weights_findings(facts, run),
         *prediction_findings(facts, run),
         *figure_findings(facts, run),
+        *built_findings(facts),
     ]
+
+
+def built_findings(facts: RunData) -> Iterator[Finding]:
+    """The network and the pixels of both transforms, made again from the configuration.
+
+    Another torch or other instructions of the processor may round, draw or resize in another way.
+    """
+    from recipe.data.augment.crop import build_augmentation
+    from recipe.data.transforms import build_evaluation_transform
+    from recipe.models.build import build_model, model_facts
+
+    training, evaluation, place = facts.training, facts.evaluation, "records/training.json, model"
+    if training is None or facts.config is None:
+        return
+    context = training.determinism_context
+    here = {"torch": torch_version(), "its instructions": instructions()}
+    other = [name for name, value in here.items() if context.get(name) != value]
+    if other:
+        what = f"built elsewhere, and not built again: {first_few([f'{name} {context.get(name)}' for name in other])}"
+        yield Finding(Level.executed, place, what, kind=Kind.cannot_tell)
+        return
+    try:
+        config = config_from_pinned(facts.config)
+        network, classes = config.model, min(training.model.classes, CLASSES_MAX)
+        model = build_model(network, classes, config.seed, config.optimization.bce.init_head_bias)
+    except UserError as error:
+        yield Finding(Level.executed, place, f"it cannot be built again: {error}", kind=Kind.cannot_tell)
+        return
+    built = model_facts(model, network, classes)
+    is_given = network.weights_sha256 is not None
+    of_start = ("initial_weights", "initial_weights_sha256", "zero_initialised_norms", "alterations")
+    pairs = [
+        (f"{place}.{name}", getattr(training.model, name), getattr(built, name))
+        for name in built.__struct_fields__
+        if not (is_given and name in of_start)
+    ]
+    pixels = build_augmentation(config.augmentation, config.seed).fingerprint()
+    pairs.append(("records/training.json, augmentation_sha256", training.augmentation_sha256, pixels))
+    if evaluation is not None and evaluation.protocol.name.startswith(view_of(config)):
+        view = build_evaluation_transform(config.evaluation).fingerprint()
+        pairs.append(("records/evaluation.json, transform_sha256", evaluation.protocol.transform_sha256, view))
+    for where, value, expected in pairs:
+        if value != expected:
+            what = f"it is {shorten(value)}, built again {shorten(expected)}"
+            yield Finding(Level.executed, where, what, AGAIN)
+
+
+def torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
+
+
+def instructions() -> str:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def absent_files(place: str, names: list[str]) -> list[Finding]:

@@ -820,6 +820,8 @@ def _machine(here: str, provenance: Provenance) -> Iterator[Pair]:
 def _energy(energy: EnergyRecord, training: TrainingRecord) -> Iterator[Pair]:
     used = training.provenance.hardware.accelerators
     yield Pair("energy.json, accelerators", energy.accelerators, "of the training", used)
+    most = training.provenance.seconds
+    yield Pair("energy.json, seconds", energy.seconds, "the seconds of the stage", most, MILLISECOND, is_bound=True)
 
 
 def _journal(journal: JournalRecord, facts: RunData) -> Iterator[Pair]:
@@ -852,6 +854,11 @@ def _seeds(seeds: SeedsRecord, training: TrainingRecord, facts: RunData) -> Iter
     yield Pair(f"{here}, config", differences(config, seeds.config), "config.yaml", [])
     columns = {name: [getattr(epoch, name) for epoch in training.epochs] for name in ("validation_top1", "train_loss")}
     for number, run in enumerate(seeds.runs):
+        shares = run.epochs.get("validation_top1")
+        if shares and seeds.evaluation and seeds.evaluation.protocol == training.validation_protocol:
+            counted, images = seeds.evaluation.correct_top1[number], seeds.evaluation.images
+            place = f"{here}, seed {run.seed}, evaluation"
+            yield Pair(place, counted, "its last validation", round(shares[-1] * images), 2 + images / 1000)
         if run.seed != training.seed:
             continue
         yield Pair(f"{here}, seed {run.seed}", run.weights_sha256, "training left", training.outputs.get("weights"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 
 from recipe.__main__ import main
 from recipe.review.check.command import check
+from recipe.review.check.files import built_findings, instructions, torch_version
 from recipe.review.findings import Finding, Kind
-from recipe.review.opening import open_recipe
+from recipe.review.opening import RecordReader, open_recipe
 from recipe.review.verify.files import BROKEN, links
+from recipe.run.directory import Run
 from recipe.run.files import CHECKOUT
-from tests.builders.tamperings import CARD, CONSISTENT, FIGURES, PAGE, PREDICTIONS, TAMPERINGS, render_again
+from tests.builders.tamperings import BUILT, CARD, CONSISTENT, FIGURES, PAGE, PREDICTIONS, TAMPERINGS, render_again
 
 
 def found(folder: Path, executes: bool = False) -> list[Finding]:
@@ -32,7 +35,7 @@ def test_an_untouched_recipe_is_without_finding(demo: Path, is_own: bool, monkey
     assert not found(demo)
 
 
-@pytest.mark.parametrize("name", [name for name in TAMPERINGS if name not in PREDICTIONS | CONSISTENT])
+@pytest.mark.parametrize("name", [name for name in TAMPERINGS if name not in PREDICTIONS | BUILT | CONSISTENT])
 def test_a_tampering_is_found(demo: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a page by the code that wrote it, and by any later code."""
     render_again(demo)
@@ -51,6 +54,17 @@ def test_verify_reads_the_page_too(demo: Path, name: str) -> None:
     render_again(demo)
     TAMPERINGS[name](demo)
     assert [link for link in links(open_recipe(demo), None, None) if link.state == BROKEN]
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_network_is_built_again_where_it_can_be(demo: Path, name: str) -> None:
+    """On a machine with other instructions, or with another torch, that is not compared."""
+    context = json.loads((demo / "records/training.json").read_text())["determinism_context"]
+    is_comparable = context["torch"] == torch_version() and context["its instructions"] == instructions()
+    TAMPERINGS[name](demo)
+    facts = RecordReader(Run(demo)).facts()
+    kinds = {one.kind for one in built_findings(facts)}
+    assert kinds == {Kind.finding if is_comparable else Kind.cannot_tell}
 
 
 def test_strict_fails_for_notes_and_what_cannot_be_told(demo: Path) -> None:
