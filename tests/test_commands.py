@@ -129,6 +129,7 @@ def test_a_multirun_gets_a_directory_for_each_value(run_command: Command, tmp_pa
     assert (tmp_path / "runs" / "smoke-seed-2" / "recipe.md").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_jobs_that_are_refused_or_diverge(run_command: Command, tmp_path: Path) -> None:
     """What a failed job leaves in the process changes nothing in the next: its weights are those of a run alone."""
     words = ("optimization.epochs=1", "optimization.learning_rate")
@@ -211,6 +212,7 @@ def test_a_bug_ends_its_job_and_a_signal_ends_the_sweep(tmp_path: Path, seeds: s
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_sweep_of_several_processes_goes_on(run_command: Command, tmp_path: Path) -> None:
     words = ("trainer.gpus=2", "trainer.accelerator=cpu", "optimization.epochs=1")
     done = run_command("train.py", "-m", *words, "optimization.learning_rate=1e30,0.05", code=65)
@@ -230,6 +232,7 @@ def test_a_failed_job_of_a_scheduler_is_named_too(run_command: Command, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_sweep_that_a_scheduler_runs_has_the_same_directories_and_commands(
     run_command: Command, tmp_path: Path
