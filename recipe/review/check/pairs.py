@@ -39,6 +39,7 @@ from recipe.document.run_data import MetricRow, RunData
 from recipe.errors import UserError
 from recipe.preprocessing.imagenet import PUBLISHED_MD5
 from recipe.review.findings import Finding, Kind, Level, shorten
+from recipe.run.metric_rows import EPOCH_FIELDS
 from recipe.run.records import (
     ClassCounts,
     EnergyRecord,
@@ -58,6 +59,7 @@ from recipe.run.records import (
 
 MEND = "take the record from version control, or run its stage again"
 MILLISECOND = 0.0011  # seconds are rounded to one
+EPOCHS_MAX = 10_000  # whose sizes are computed
 SHOWN_MAX = 8  # contradictions of one function
 PAIRS_MAX, MISTAKES_MAX, FLIPS_MAX = 10, 8, 20  # of lists in records
 PLAIN_VALUE = re.compile(r"[\w.+-]+|\[[\w.,+ -]*\]")
@@ -291,20 +293,32 @@ def _rows(training: TrainingRecord, metrics: Sequence[MetricRow]) -> Iterator[Pa
             yield Pair(f"{place}, learning_rate", row["learning_rate"], "schedule.points", rate, abs(rate) * 1e-9)
     seconds = [row["seconds"] for row in metrics]
     yield Pair("metrics.jsonl, seconds", seconds, "in order", sorted(seconds))
-    ends = [row for row in metrics if row["split"] == "validation"]
-    if ends and ends[-1]["step"] == training.schedule.steps:
+    last = max((row["step"] for row in metrics if row["split"] == "train"), default=training.schedule.steps)
+    yield Pair("metrics.jsonl, step of the last train row", last, "of the training", training.schedule.steps)
+    ends = {row["epoch"]: row for row in metrics if row["split"] == "validation"}
+    for epoch in training.epochs:
+        row = ends.get(epoch.epoch, {})
+        for name, field in EPOCH_FIELDS.items() if row else ():
+            place = f"training.json, epochs, {epoch.epoch}, {name}"
+            yield Pair(place, getattr(epoch, name), "its validation row", row.get(field))
+    if metrics and metrics[-1] in ends.values():
         total = round(training.training_seconds + training.validation_seconds, 3)
         place = "training.json, training_seconds + validation_seconds"
-        yield Pair(place, total, "seconds of the last row", ends[-1]["seconds"], 2 * MILLISECOND)
+        yield Pair(place, total, "seconds of the last row", metrics[-1]["seconds"], 2 * MILLISECOND)
 
 
 def _means(training: TrainingRecord, config: Config, metrics: Sequence[MetricRow]) -> Iterator[Pair]:
     """The means of an epoch are those of its train rows, where none was left out for publication."""
     steps, every = training.schedule.steps_per_epoch, config.trainer.log_every_steps
-    ends = [*range(every, steps, every), steps]
+    rows_of: dict[int, list[MetricRow]] = {}
+    for row in metrics:
+        if row["split"] == "train":
+            rows_of.setdefault(row["epoch"], []).append(row)
     for epoch in training.epochs:
-        first = (epoch.epoch - 1) * steps
-        rows = [row for row in metrics if row["split"] == "train" and row["epoch"] == epoch.epoch]
+        first, rows = (epoch.epoch - 1) * steps, rows_of.get(epoch.epoch, [])
+        if len(rows) != -(-steps // every):
+            continue
+        ends = [*range(every, steps, every), steps]
         if [row["step"] - first for row in rows] != ends:
             continue
         counts = [end - begin for begin, end in pairwise([0, *ends])]
@@ -318,6 +332,11 @@ def _means(training: TrainingRecord, config: Config, metrics: Sequence[MetricRow
             within = 2 * MILLISECOND + 0.006 * images / (rate * rate or 1)
             place = f"metrics.jsonl, step {row['step']}, seconds since the row before"
             yield Pair(place, took, "images / images_per_second", images / (rate or 1), within)
+
+
+def _identity(training: TrainingRecord, facts: RunData) -> Iterator[Pair]:
+    if facts.config is not None:
+        yield Pair("training.json, recipe_id", training.recipe_id, "that of config.yaml", recipe_id(facts.config))
 
 
 def _live_settings(training: TrainingRecord, config: Config) -> Iterator[Pair]:
@@ -458,7 +477,7 @@ def _live_sizes(config: Config) -> Any:
     """One size, or each size with its first epoch, counted from 1."""
     last, growth = config.augmentation.crop_pixels, config.augmentation.progressive_resizing
     sizes = []
-    for epoch in range(config.optimization.epochs):
+    for epoch in range(min(config.optimization.epochs, EPOCHS_MAX)):
         size: float = last
         if growth.first_pixels is not None and epoch < growth.end_epoch:
             size = growth.first_pixels
@@ -573,8 +592,10 @@ def _mistakes(here: str, record: EvaluationRecord) -> Iterator[Pair]:
             {f"{one.label} taken for {one.predicted}" for one in shown if (one.label, one.predicted) not in listed}
         )
         yield Pair(f"{here}, mistakes", unlisted, "not in confused_pairs", [])
-    for label in sorted({pair.label for pair in pairs}):
-        of_label = sum(pair.images for pair in pairs if pair.label == label)
+    of_labels = Counter[str]()
+    for pair in pairs:
+        of_labels[pair.label] += pair.images
+    for label, of_label in of_labels.items():
         place = f"{field} of {shorten(label)}"
         yield Pair(place, of_label, "wrong images of the class", wrong[label], is_bound=True)
     margins = [one.margin for one in shown]
@@ -854,11 +875,11 @@ def _seeds(seeds: SeedsRecord, training: TrainingRecord, facts: RunData) -> Iter
     yield Pair(f"{here}, config", differences(config, seeds.config), "config.yaml", [])
     columns = {name: [getattr(epoch, name) for epoch in training.epochs] for name in ("validation_top1", "train_loss")}
     for number, run in enumerate(seeds.runs):
-        shares = run.epochs.get("validation_top1")
-        if shares and seeds.evaluation and seeds.evaluation.protocol == training.validation_protocol:
+        share = (run.epochs.get("validation_top1") or [None])[-1]
+        if share is not None and seeds.evaluation and seeds.evaluation.protocol == training.validation_protocol:
             counted, images = seeds.evaluation.correct_top1[number], seeds.evaluation.images
             place = f"{here}, seed {run.seed}, evaluation"
-            yield Pair(place, counted, "its last validation", round(shares[-1] * images), 2 + images / 1000)
+            yield Pair(place, counted, "its last validation", round(share * images), 2 + images / 1000)
         if run.seed != training.seed:
             continue
         yield Pair(f"{here}, seed {run.seed}", run.weights_sha256, "training left", training.outputs.get("weights"))
@@ -882,6 +903,7 @@ TABLE: tuple[Callable[..., Iterator[Pair]], ...] = (
     _training,
     _rows,
     _means,
+    _identity,
     _live_settings,
     _command,
     _schedule,

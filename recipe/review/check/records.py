@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from recipe.config.identity import config_sha256, differences, flatten, recipe_id
-from recipe.document.run_data import STALE, MetricRow, RunData, sections
+from recipe.config.identity import config_sha256, differences, flatten
+from recipe.document.run_data import STALE, RunData, sections
 from recipe.review.check.checklist import HEADINGS
 from recipe.review.check.code import SHA256
 from recipe.review.check.pairs import pair_findings
 from recipe.review.findings import Finding, Level, first_few
-from recipe.run.metric_rows import EPOCH_FIELDS, Place, missing_rows, planned_places
-from recipe.run.records import TrainingRecord
+from recipe.run.metric_rows import Place, missing_rows, planned_places
 
 MOST_ROWS = 1_000_000  # expected of a record, which may claim any number of steps
 SECTIONS = HEADINGS | {
@@ -35,7 +34,7 @@ def record_findings(facts: RunData) -> list[Finding]:
 
 
 def hash_findings(facts: RunData) -> list[Finding]:
-    """Hashes of inputs and outputs that are not SHA-256, and a recipe_id of another configuration."""
+    """Hashes of inputs and outputs that are not SHA-256."""
     findings = []
     for name, record in facts.stages():
         hashes = {**record.inputs, **getattr(record, "outputs", {})}
@@ -44,9 +43,6 @@ def hash_findings(facts: RunData) -> list[Finding]:
             place = f"records/{name}.json, inputs and outputs"
             what = f"no SHA-256 in {first_few(wrong)}"
             findings.append(Finding(Level.well_formed, place, what, "run the stage again"))
-    if facts.training and facts.config and facts.training.recipe_id != recipe_id(facts.config):
-        what = f"it is {facts.training.recipe_id[:16]}, that of config.yaml is {recipe_id(facts.config)[:16]}"
-        findings.append(Finding(Level.resolvable, "records/training.json, recipe_id", what, MEND_CONFIG))
     return findings
 
 
@@ -68,7 +64,7 @@ def stale_findings(facts: RunData) -> list[Finding]:
 
 
 def log_findings(facts: RunData) -> list[Finding]:
-    """Rows that are missing from metrics.jsonl, and epochs of the training record that are not those of their rows."""
+    """Rows that are missing from metrics.jsonl."""
     if facts.training is None:
         return []
     findings = []
@@ -77,26 +73,7 @@ def log_findings(facts: RunData) -> list[Finding]:
         findings.append(
             Finding(Level.resolvable, "metrics.jsonl", missing, "take the file from version control or a copy")
         )
-    findings += epoch_findings(facts.training, facts.metrics)
-    steps = max(
-        (row["step"] for row in facts.metrics if row["split"] == "train"), default=facts.training.schedule.steps
-    )
-    if steps != facts.training.schedule.steps:
-        what = f"its last train row is of step {steps:,}, training ended with step {facts.training.schedule.steps:,}"
-        findings.append(Finding(Level.resolvable, "metrics.jsonl", what, "take the file from version control"))
     return findings
-
-
-def epoch_findings(training: TrainingRecord, metrics: Sequence[MetricRow]) -> Iterator[Finding]:
-    """The recorded epochs have the same numbers as the validation rows that ended them."""
-    ends = {row["epoch"]: row for row in metrics if row["split"] == "validation"}
-    for epoch in training.epochs:
-        row = ends.get(epoch.epoch, {})
-        changed = [name for name, field in EPOCH_FIELDS.items() if row and row.get(field) != getattr(epoch, name)]
-        if changed:
-            what = f"{first_few(changed)} are not those of its validation row in metrics.jsonl"
-            place = f"records/training.json, epochs, {epoch.epoch}"
-            yield Finding(Level.resolvable, place, what, "take both files from version control")
 
 
 def promised(facts: RunData) -> Iterator[Place]:
