@@ -13,7 +13,8 @@ import pytest
 from recipe.__main__ import main
 from recipe.document.render import write_document
 from recipe.errors import UserError
-from recipe.review.opening import open_recipe
+from recipe.review.check.pairs import pair_findings
+from recipe.review.opening import RecordReader, open_recipe
 from recipe.review.verify import code as drift
 from recipe.review.verify.files import BROKEN, HOLDS, NOT_HERE, Link, links
 from recipe.review.verify.trace import TraceDifference, trace_here
@@ -24,6 +25,7 @@ from recipe.training.fingerprint import leave_fingerprint
 from recipe.training.loop import train
 from recipe.training.optim import LearningRate
 from tests.builders.configs import SMALL_DEMO, compose_config
+from tests.builders.tamperings import PREDICTIONS
 
 pytestmark = pytest.mark.process
 
@@ -133,6 +135,16 @@ def test_files_that_are_not_there_break_nothing(copy: Path) -> None:
 def test_outputs_outside_the_run_are_not_looked_at(copy: Path) -> None:
     edit(copy / "run/records/evaluation.json", lambda record: record["outputs"].update({"../../secret": "0" * 64}))
     assert "../../secret" in broken(copy)
+
+
+def test_a_fresh_run_contradicts_nothing(finished: Path) -> None:
+    assert not list(pair_findings(RecordReader(Run(finished / "run")).facts()))
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_tampered_predictions_are_found(copy: Path, name: str) -> None:
+    PREDICTIONS[name](copy / "run")
+    assert broken(copy)
 
 
 # ---- drift and the trace ---------------------------------------------------------------------------
