@@ -562,8 +562,8 @@ def test_the_page_is_short_whatever_the_run_has() -> None:
     ]
     shards = {f"train-{number:06d}.tar": sha(str(number)) for number in range(1282)}
     records: dict[str, Any] = {
-        "training": training_record(epochs=epoch_records(300)),
-        "metrics": metric_rows(300),
+        "training": training_record(epochs=epoch_records(200)),
+        "metrics": metric_rows(200),
         "evaluation": evaluation_record(per_class=classes),
         "preprocessing": preprocessing_record(outputs={"manifest": sha("manifest")} | shards),
     }
@@ -572,7 +572,7 @@ def test_the_page_is_short_whatever_the_run_has() -> None:
     assert len(folded.splitlines()) <= 320
     assert len(text.splitlines()) <= 650
     block = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
-    assert len(block.splitlines()) <= 175
+    assert len(block.splitlines()) <= 150
     assert max(map(len, block.splitlines())) <= 400
 
 
