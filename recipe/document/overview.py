@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from recipe.document import commands
 from recipe.document.formatting import Markdown, code, hardware, name_values, size, text, tree
 from recipe.document.run_data import STALE, RunData, Section, source_changed
-from recipe.run.records import InferenceRecord, Provenance, StageRecord, TimingRecord, to_json
+from recipe.run.records import InferenceRecord, Provenance, StageRecord, TimingRecord, record_sha256
 
 VARIABLE = re.compile(r"\$([A-Z_]+)")
 VARIABLES = {"REPOSITORY": "the address of this repository", "DOCUMENT": "the full path of the folder of this page"}
@@ -129,10 +128,10 @@ def hashes(facts: RunData, rows_shown: int) -> list[tuple[Markdown, str]]:
     if (training := facts.training) is not None:
         rows.append((Markdown("recipe_id: configuration without the seed"), training.recipe_id))
         rows.append((Markdown("config_sha256: configuration"), training.config_sha256))
-    sources: dict[str, list[Markdown]] = {}
-    for name, record in stages(facts):
+    ran, sources = stages(facts), dict[str, list[Markdown]]()
+    for name, record in ran:
         sources.setdefault(record.provenance.source_sha256, []).append(name)
-    rows += [(Markdown(f"source of {_named(names, len(stages(facts)))}"), digest) for digest, names in sources.items()]
+    rows += [(Markdown(f"source of {_named(names, len(ran))}"), digest) for digest, names in sources.items()]
     if (data := facts.preprocessing) is not None:
         for archive in data.archives[:rows_shown]:
             what = f"raw archive {code(archive.name)}, {size(archive.bytes)}, MD5 {code(archive.md5)}"
@@ -149,7 +148,7 @@ def hashes(facts: RunData, rows_shown: int) -> list[tuple[Markdown, str]]:
         ]
         rows += [(Markdown(f"training, {code(name)}"), digest) for name, digest in training.outputs.items()]
     if facts.fingerprint is not None:
-        rows.append((code("records/fingerprint.json"), hashlib.sha256(to_json(facts.fingerprint)).hexdigest()))
+        rows.append((code("records/fingerprint.json"), record_sha256(facts.fingerprint)))
     for evaluation in (facts.evaluation, *facts.other_evaluations):
         if evaluation is not None:
             rows.append((Markdown(f"pixels of {code(evaluation.protocol.name)}"), evaluation.protocol.transform_sha256))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import Any
 
 import msgspec
@@ -22,7 +21,7 @@ from recipe.run.records import (
     SeedsRecord,
     SerializationRecord,
     TrainingRecord,
-    to_json,
+    record_sha256,
 )
 
 RECIPE_FORMAT = "recipe/1"
@@ -58,7 +57,7 @@ def recipe_claims(facts: RunData) -> dict[str, Any]:
             if facts.seeds and facts.seeds.evaluation
             else None,
         },
-        "fingerprint_sha256": sha256(to_json(facts.fingerprint)).hexdigest() if facts.fingerprint else None,
+        "fingerprint_sha256": record_sha256(facts.fingerprint) if facts.fingerprint else None,
     }
 
 

@@ -114,11 +114,12 @@ def environment() -> Environment:
 def context(facts: RunData) -> dict[str, Any]:
     training, evaluation = facts.training, facts.evaluation
     epochs = training.epochs if training else []
-    warnings = overview.warnings(facts, sections(facts))
+    states = sections(facts)
+    warnings = overview.warnings(facts, states)
     return {
         "facts": facts,
         "title": title(facts),
-        "sections": sections(facts),
+        "sections": states,
         "warnings": [warning.text for warning in warnings],
         "serious_warnings": any(warning.is_serious for warning in warnings),
         "stages": overview.stages(facts),

@@ -20,9 +20,8 @@ from recipe.data.batches import Batch
 from recipe.errors import UserError
 from recipe.evaluation import Predict, Predictions, check_finite, concatenate, predictions_of
 from recipe.run.progress import ProgressPrinter
-from recipe.run.records import Flip
+from recipe.run.records import FLIPS_MAX, Flip
 
-FLIP_EXAMPLES_MAX = 20
 NAMED_MAX = 5  # images in an error message
 TRIED_BATCHES = (1, 2, 7)
 
@@ -97,7 +96,7 @@ class Comparison:
                 exported_class=int(self.exported.top[index, 0]),
                 eager_margin=float(self.eager.margins[index]),
             )
-            for index in self.flips[:FLIP_EXAMPLES_MAX]
+            for index in self.flips[:FLIPS_MAX]
         ]
 
 

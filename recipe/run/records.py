@@ -9,6 +9,7 @@ Decoding validates, since records are untrusted: unknown fields, missing fields 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ import msgspec
 
 from recipe.errors import UserError
 
+PAIRS_MAX, MISTAKES_MAX, FLIPS_MAX = 10, 8, 20  # listed in a record, of confused classes, mistakes and flips
 Setting = str | int | float | bool | None | list[Any] | dict[str, Any]  # any JSON value, read back from a live object
 
 
@@ -393,8 +395,8 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
     loss: float
     published: dict[str, float]  # metrics that others published of these weights
     per_class: list[ClassCounts]
-    confused_pairs: list[ConfusedPair] = []  # at most 10, the most frequent first
-    mistakes: list[Mistake] = []  # at most 8, the largest margins first
+    confused_pairs: list[ConfusedPair] = []  # at most `PAIRS_MAX`, the most frequent first
+    mistakes: list[Mistake] = []  # at most `MISTAKES_MAX`, the largest margins first
     runs: int = 1
     processes: int
     evaluation_seconds: float
@@ -687,6 +689,11 @@ def to_json(record: Record) -> bytes:
     content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
     from_json(content, type(record), f"the {type(record).__name__} that would be written")
     return content
+
+
+def record_sha256(record: Record) -> str:
+    """SHA-256 of the record's file."""
+    return hashlib.sha256(to_json(record)).hexdigest()
 
 
 def from_json(content: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:

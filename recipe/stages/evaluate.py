@@ -55,10 +55,18 @@ from recipe.run.directory import Run, append_to_journal
 from recipe.run.files import display_path, write_atomically
 from recipe.run.progress import ProgressPrinter
 from recipe.run.provenance import Stage
-from recipe.run.records import ConfusedPair, EvaluationRecord, Mistake, Protocol, Setting, TrainingRecord
+from recipe.run.records import (
+    MISTAKES_MAX,
+    PAIRS_MAX,
+    ConfusedPair,
+    EvaluationRecord,
+    Mistake,
+    Protocol,
+    Setting,
+    TrainingRecord,
+)
 
 CHECKPOINT_NAME = re.compile(r"^step-\d{8}(\.pt)?$")
-MISTAKES_MAX, PAIRS_MAX = 8, 10
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._+-]+")  # a file of weights may have any name
 
 

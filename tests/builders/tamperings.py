@@ -204,7 +204,7 @@ def pinned(*keys: str, value: Any) -> Tampering:
 
 
 def page(change: Callable[[str], str], marks: bool = True) -> Tampering:
-    """Change the text of the page, with right marks unless told otherwise."""
+    """Change the text of the page. `marks` makes the hashes of its blocks fit again."""
 
     def tamper(folder: Path) -> None:
         document = document_of(folder)

@@ -63,7 +63,7 @@ def document_findings(page: Page, recipe: OpenedRecipe, facts: RunData | None, u
 
 
 def contradictions_of(recipe: OpenedRecipe, facts: RunData | None, unreadable: set[str]) -> list[Finding]:
-    """What contradicts what in the page, its JSON block and the records, for the verbs that go on from there."""
+    """Contradictions between the page, its JSON block and the records, without notes."""
     page, findings = page_of(recipe), [] if facts is None else [*pair_findings(facts)]
     if page is not None:
         findings += edit_findings(page)
@@ -81,7 +81,7 @@ def page_of(recipe: OpenedRecipe) -> Page | None:
 
 
 def edit_findings(page: Page) -> list[Finding]:
-    """What somebody wrote where only the program writes: by the marks of the page alone."""
+    """Edits of generated parts, by the marks of the page alone."""
     if page.damage is not None:
         mend = "take the document from version control"
         return [Finding(Level.well_formed, page.name, page.damage, mend)]
@@ -241,8 +241,9 @@ def generated_findings(page: Page, facts: RunData) -> Iterator[Finding]:
     for name, content in changed.items():
         if name != "recipe":  # the JSON block, which is compared claim by claim
             lines = [*forged_lines(content, generated[name], given)]
-            if name == "summary" and content.strip().split("\n")[0] != generated[name].split("\n")[0]:
-                lines.append(f"its title is not {generated[name].split(chr(10))[0]}")
+            title = generated[name].split("\n")[0]
+            if name == "summary" and content.strip().split("\n")[0] != title:
+                lines.append(f"its title is not {title}")
             for line in lines[:LINES_SHOWN]:
                 yield Finding(Level.resolvable, places[name], line, RENDER)
     if changed:

@@ -165,6 +165,8 @@ def built_findings(facts: RunData) -> Iterator[Finding]:
 
     Another torch or other instructions of the processor may round, draw or resize in another way.
     """
+    import torch
+
     from recipe.data.augment.crop import build_augmentation
     from recipe.data.transforms import build_evaluation_transform
     from recipe.models.build import build_model, model_facts
@@ -173,7 +175,7 @@ def built_findings(facts: RunData) -> Iterator[Finding]:
     if training is None or facts.config is None:
         return
     context = training.determinism_context
-    here = {"torch": torch_version(), "its instructions": instructions()}
+    here = {"torch": str(torch.__version__), "its instructions": torch.backends.cpu.get_cpu_capability()}
     other = [name for name, value in here.items() if context.get(name) != value]
     if other:
         what = f"built elsewhere, and not built again: {first_few([f'{name} {context.get(name)}' for name in other])}"
@@ -203,18 +205,6 @@ def built_findings(facts: RunData) -> Iterator[Finding]:
         if value != expected:
             what = f"it is {shorten(value)}, built again {shorten(expected)}"
             yield Finding(Level.executed, where, what, AGAIN)
-
-
-def torch_version() -> str:
-    import torch
-
-    return str(torch.__version__)
-
-
-def instructions() -> str:
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def absent_files(place: str, names: list[str]) -> list[Finding]:

@@ -41,6 +41,9 @@ from recipe.preprocessing.imagenet import PUBLISHED_MD5
 from recipe.review.findings import Finding, Kind, Level, shorten
 from recipe.run.metric_rows import EPOCH_FIELDS
 from recipe.run.records import (
+    FLIPS_MAX,
+    MISTAKES_MAX,
+    PAIRS_MAX,
     ClassCounts,
     EnergyRecord,
     EvaluationRecord,
@@ -61,7 +64,6 @@ MEND = "take the record from version control, or run its stage again"
 MILLISECOND = 0.0011  # seconds are rounded to one
 EPOCHS_MAX = 10_000  # whose sizes are computed
 SHOWN_MAX = 8  # contradictions of one function
-PAIRS_MAX, MISTAKES_MAX, FLIPS_MAX = 10, 8, 20  # of lists in records
 PLAIN_VALUE = re.compile(r"[\w.+-]+|\[[\w.,+ -]*\]")
 SHARD = re.compile(r"(.+)-\d+\.tar")
 

@@ -9,7 +9,6 @@ of such a machine cannot be compared, and the sums get a larger tolerance.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -20,7 +19,7 @@ from recipe.errors import UserError
 from recipe.review.findings import Kind
 from recipe.review.opening import OpenedRecipe
 from recipe.review.reproduce.parse import parse_config
-from recipe.run.records import EvaluationProbe, Fingerprint, ProbeStep, to_json
+from recipe.run.records import EvaluationProbe, Fingerprint, ProbeStep, record_sha256
 from recipe.training.fingerprint import take_fingerprint
 
 TOLERANCE = 1.25e-3  # relative
@@ -55,7 +54,7 @@ def stored_trace(recipe: OpenedRecipe) -> Fingerprint:
             f"{recipe.name} names its fingerprint by its hash only, and records/fingerprint.json is not beside it: "
             "give the folder with the records"
         )
-    if hashlib.sha256(to_json(trace)).hexdigest() != claimed:
+    if record_sha256(trace) != claimed:
         raise UserError(f"records/fingerprint.json of {recipe.name} is not the one that the document names by its hash")
     return trace
 
